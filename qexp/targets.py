@@ -40,7 +40,7 @@ def resolve(
     found = locate(f"{setting}._target_", target)
     given = {key: value for key, value in spec.items() if key not in _HYDRA_KEYS and key not in reserved}
     args = list(spec.get("_args_") or ())
-    positional, keywords = _check_signature(setting, str(target), found, args, given, supplied)
+    positional, keywords = _check_signature(setting, str(target), found, args, given, {*supplied}, {*reserved})
     if spec.get("_recursive_", True):
         positional = [_instantiate(f"{setting}._args_[{i}]", value) for i, value in enumerate(positional)]
         keywords = {key: _instantiate(f"{setting}.{key}", value) for key, value in keywords.items()}
@@ -165,7 +165,8 @@ def _check_signature(
     target: Callable[..., Any],
     args: list[Any],
     given: Mapping[str, Any],
-    supplied: Collection[str],
+    supplied: set[str],
+    reserved: set[str],
 ) -> tuple[list[Any], dict[str, Any]]:
     """Positional and keyword arguments for `target`; parameters that are positional-only may be given by name."""
     parameters = _parameters(target)
@@ -182,14 +183,14 @@ def _check_signature(
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     by_name = [p for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     legal = [p.name for p in by_name if p.name not in by_position]
-    takes_text = ", ".join(name for name in legal if name not in supplied) or "no arguments"
+    takes_text = ", ".join(name for name in legal if name not in supplied | reserved) or "no arguments"
     for key, value in keywords.items():
         if key in supplied:
             raise ConfigError(f"{setting}.{key}={value}: qexp passes {key} to {path} itself; leave it out.")
         if key not in legal and not open_ended:
             near = difflib.get_close_matches(key, legal, n=1)
             raise ConfigError(f"{setting}.{key}={value}: {path} takes {takes_text}{_did_you_mean(near)}.")
-    for key in supplied:
+    for key in sorted(supplied):
         if key not in legal and not open_ended:
             raise ConfigError(f"{setting}._target_={path} must take the argument {key}, and takes {takes_text}.")
     missing = [
