@@ -6,9 +6,15 @@ Neither torch nor mlflow is imported, so that a refusal answers in about a secon
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
+
+from qexp.errors import ConfigError
 
 
 class Granularity(StrEnum):
@@ -184,8 +190,9 @@ class Tracking:
     uri: str | None
     experiment: str | None
     log_model: LogModel
-    parent: str | None
     timeout: float
+    parent: str | None
+    name: str | None
 
 
 @dataclass
@@ -208,3 +215,249 @@ class Config:
     study: str | None
     objective: str
     outputs: str
+
+
+NOT_APPLICABLE = "n/a"
+
+# Which observer has which parameter; the rest of its fields are null.
+OBSERVER_PARAMETERS: dict[ActivationObserver, tuple[str, ...]] = {
+    ActivationObserver.minmax: (),
+    ActivationObserver.moving_average: ("averaging_constant",),
+    ActivationObserver.histogram: ("bins",),
+}
+
+OBJECTIVES = ("accuracy/int8", "accuracy/delta", "latency/int8_ms", "latency/speedup", "size/int8_mb")
+
+GROUPS = ("model", "dataset", "train", "qconfig", "observer", "calib", "latency")
+
+# The params of a run beside its groups' choices, in the order of the tables.
+FIELDS = (
+    "qconfig.weight.granularity",
+    "qconfig.weight.scheme",
+    "qconfig.weight.bits",
+    "qconfig.weight.observer",
+    "qconfig.activation.scheme",
+    "qconfig.activation.bits",
+    "qconfig.overflow",
+    "qconfig.range_after_clamp",
+    "observer.averaging_constant",
+    "observer.bins",
+    "calib.batches",
+    "calib.batch_size",
+    "calib.sampling",
+    "calib.seed",
+    "flow",
+    "engine",
+    "fusion",
+    "target",
+    "seed",
+)
+
+# What has no effect in a flow. torch's dynamic quantization computes activation ranges as it runs, on 7 bits
+# (its kernels reduce the range themselves), and always takes 8-bit symmetric weights.
+NO_EFFECT: dict[Flow, tuple[str, ...]] = {
+    Flow.eager: (),
+    Flow.fx: ("fusion",),
+    Flow.dynamic: (
+        "fusion",
+        "observer",
+        "calib",
+        "target",
+        "qconfig.weight.scheme",
+        "qconfig.weight.bits",
+        "qconfig.weight.observer",
+        "qconfig.activation.scheme",
+        "qconfig.activation.bits",
+        "qconfig.overflow",
+        "qconfig.range_after_clamp",
+    ),
+}
+
+
+def from_hydra(composed: Any, cwd: str) -> Config:
+    """The composed DictConfig as typed, plain values; relative paths are taken against `cwd`, where the user typed.
+
+    Raises ConfigError where a value that has no default is missing.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+    missing = sorted(str(key) for key in OmegaConf.missing_keys(composed))
+    if missing:
+        raise ConfigError(f"{missing[0]} has no value: give one, as in {missing[0]}=...")
+    try:
+        config: Config = OmegaConf.to_object(composed)  # type: ignore[assignment]
+    except (MissingMandatoryValue, OmegaConfBaseException) as error:
+        raise ConfigError(f"the configuration can't be resolved: {str(error).splitlines()[0]}") from error
+    config.outputs = absolute(config.outputs, cwd)
+    for group, key in ((config.model, "checkpoint"), (config.dataset, "root")):
+        if isinstance(group.get(key), str):
+            group[key] = absolute(group[key], cwd)
+    return config
+
+
+def absolute(path: str, cwd: str) -> str:
+    """`path` with `~` expanded, against `cwd` where it is relative."""
+    return str(Path(cwd, Path(path).expanduser()).absolute())
+
+
+def check(config: Config, swept: Collection[str] = ()) -> None:
+    """Raise ConfigError for what can't work whatever the inputs are.
+
+    swept: the settings that vary in the sweep that this is a job of; where `observer` does, a parameter that only
+    some of the observers have is ignored by the others instead of refused.
+    """
+    _check_ranges(config)
+    _check_qconfig(config)
+    if "observer" not in swept:
+        _check_observer(config.observer)
+    _check_mappings(config)
+
+
+def _check_ranges(config: Config) -> None:
+    calib, train, latency = config.calib, config.train, config.latency
+    positive = {
+        "calib.batches": calib.batches,
+        "calib.batch_size": calib.batch_size,
+        "train.epochs": train.epochs,
+        "train.batch_size": train.batch_size,
+        "train.lr": train.lr,
+        "evaluate.batch_size": config.evaluate.batch_size,
+        "compute.threads": config.compute.threads,
+        "tracking.timeout": config.tracking.timeout,
+        "observer.bins": config.observer.bins,
+    }
+    for name, value in positive.items():
+        if value is not None and not value > 0:
+            allowed = "a positive number, or null for all of the training images" if name == "calib.batches" else None
+            raise ConfigError(f"{name}={value}: must be {allowed or 'positive'}.")
+    if config.observer.averaging_constant is not None and not 0 < config.observer.averaging_constant <= 1:
+        raise ConfigError(f"observer.averaging_constant={config.observer.averaging_constant}: must be in (0, 1].")
+    for name, values in (("latency.threads", latency.threads), ("latency.batch_sizes", latency.batch_sizes)):
+        if not values or any(value < 1 for value in values):
+            raise ConfigError(f"{name}={values}: must be a list of positive numbers, such as [1] or [1,2].")
+    if not latency.runtimes or len(set(latency.runtimes)) < len(latency.runtimes):
+        listed = [str(runtime) for runtime in latency.runtimes]
+        raise ConfigError(f"latency.runtimes={listed}: must be one or more of {', '.join(Runtime)}, each once.")
+    for name, seed in (("seed", config.seed), ("calib.seed", calib.seed), ("train.seed", train.seed)):
+        if not 0 <= seed < 2**32:
+            raise ConfigError(f"{name}={seed}: must be in 0..{2**32 - 1}.")
+
+
+def _check_qconfig(config: Config) -> None:
+    qconfig, engine, flow = config.qconfig, config.engine, config.flow
+    for name, bits in (("weight", qconfig.weight.bits), ("activation", qconfig.activation.bits)):
+        if not 2 <= bits <= 8:
+            raise ConfigError(f"qconfig.{name}.bits={bits}: must be in 2..8; INT8 kernels hold no more than 8 bits.")
+    if flow is Flow.dynamic:
+        return
+    if engine is Engine.onednn and qconfig.weight.scheme is Scheme.asymmetric:
+        raise ConfigError(
+            "engine=onednn takes symmetric weights only, got qconfig.weight.scheme=asymmetric; "
+            "use engine=x86, fbgemm or qnnpack, or qconfig.weight.scheme=symmetric."
+        )
+
+
+def _check_observer(observer: Observer) -> None:
+    has = OBSERVER_PARAMETERS[observer.name]
+    for parameter in sorted({name for names in OBSERVER_PARAMETERS.values() for name in names}):
+        value = getattr(observer, parameter)
+        if value is not None and parameter not in has:
+            owners = [str(name) for name, names in OBSERVER_PARAMETERS.items() if parameter in names]
+            raise ConfigError(
+                f"observer.{parameter}={value}: observer={observer.name} has no such parameter, "
+                f"observer={' and '.join(owners)} does."
+            )
+        if value is None and parameter in has:
+            raise ConfigError(f"observer.{parameter}=null: observer={observer.name} needs a value.")
+
+
+def _check_mappings(config: Config) -> None:
+    for name, mapping in (("model", config.model), ("dataset", config.dataset)):
+        if not isinstance(mapping.get("_target_"), str) or not mapping["_target_"]:
+            raise ConfigError(f"{name}._target_={mapping.get('_target_')}: must be the dotted name of a callable.")
+    if config.model.get("checkpoint") and config.model.get("weights"):
+        raise ConfigError(
+            f"model.checkpoint={config.model['checkpoint']} and model.weights={config.model['weights']}: give one of them."
+        )
+    margin = config.dataset.get("margin")
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 < margin < 1:
+        raise ConfigError(f"dataset.margin={margin}: must be an accuracy loss in (0, 1), such as 0.005.")
+    if config.objective not in OBJECTIVES:
+        raise ConfigError(f"objective={config.objective}: must be one of {', '.join(OBJECTIVES)}.")
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The configuration as nested plain values, enums by their names."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, StrEnum):
+            return str(value)
+        if isinstance(value, dict):
+            return {key: convert(item) for key, item in value.items()}
+        return [convert(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return convert(asdict(config))
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted names."""
+    result: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        result |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return result
+
+
+def without_effect(config: Config) -> tuple[str, ...]:
+    """The settings that change nothing for the choices made, as names or prefixes of names."""
+    names = list(NO_EFFECT[config.flow])
+    has = OBSERVER_PARAMETERS[config.observer.name]
+    names += [f"observer.{name}" for names_ in OBSERVER_PARAMETERS.values() for name in names_ if name not in has]
+    if config.calib.sampling is Sampling.first:
+        names.append("calib.seed")
+    if config.model.get("checkpoint") or config.model.get("weights"):
+        names.append("train")
+    return tuple(names)
+
+
+def params(config: Config, choices: Mapping[str, str], overrides: Mapping[str, Any]) -> dict[str, str]:
+    """What was asked, by the names that are typed; `n/a` where it has no effect.
+
+    choices: Hydra's choice by group; overrides: the task's overrides by key. A group's choice is followed by `*`
+    where fields of it were overridden.
+    """
+    values = flat(plain(config))
+    result = {}
+    for group in GROUPS:
+        changed = any(key.lstrip("+~").startswith(f"{group}.") for key in overrides)
+        result[group] = f"{choices.get(group, NOT_APPLICABLE)}{'*' if changed else ''}"
+    names = list(FIELDS) + sorted(
+        key.lstrip("+~") for key in overrides if key.lstrip("+~") in values and not key.lstrip("+").startswith("tracking.")
+    )
+    result |= {name: _text(values[name]) for name in names}
+    idle = without_effect(config)
+    return {name: NOT_APPLICABLE if _covered(name, idle) else value for name, value in result.items()}
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """What a run's result depends on: the effective settings, without where it is recorded. The same for jobs
+    that would compute the same."""
+    idle = without_effect(config)
+    recorded_only = ("tracking", "study", "outputs", "objective")
+    values = flat(plain(config))
+    return {name: value for name, value in values.items() if not _covered(name, (*idle, *recorded_only))}
+
+
+def config_hash(config: Config) -> str:
+    """The first 16 hex digits of the sha256 of `identity`."""
+    text = json.dumps(identity(config), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _covered(name: str, prefixes: Collection[str]) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _text(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

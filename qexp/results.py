@@ -67,3 +67,65 @@ class Predictions:
     def correct(self) -> np.ndarray:
         """bool [N]: whether the top-1 class is the label."""
         return self.logits.argmax(axis=1) == self.labels
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a logged number reads: its unit, which direction is better (`higher`, `lower` or neither), its digits."""
+
+    unit: str
+    better: str
+    digits: int
+    meaning: str
+
+
+PRECISIONS = ("fp32", "int8")
+VARIANTS = ("eager", "eager_channels_last", "torchscript", "cuda")
+
+METRICS: dict[str, Metric] = {
+    "accuracy/fp32": Metric("fraction", "higher", 4, "top-1 accuracy of the float model on the evaluation set"),
+    "accuracy/int8": Metric("fraction", "higher", 4, "top-1 accuracy of the INT8 model on the same images"),
+    "accuracy/delta": Metric("fraction", "higher", 4, "INT8 minus FP32 accuracy"),
+    "accuracy/delta_low": Metric("fraction", "higher", 4, "lower end of its 95% interval, paired by image (Tango)"),
+    "accuracy/delta_high": Metric("fraction", "higher", 4, "upper end of its 95% interval"),
+    "accuracy/mcnemar_p": Metric("", "", 4, "exact McNemar p-value of the difference"),
+    "accuracy/agreement": Metric("fraction", "higher", 4, "share of images with the same prediction"),
+    "latency/fp32_ms": Metric("ms", "lower", 3, "p50 of the fastest FP32 variant measured"),
+    "latency/int8_ms": Metric("ms", "lower", 3, "p50 of the fastest INT8 variant measured"),
+    "latency/speedup": Metric("ratio", "higher", 2, "fastest FP32 over fastest INT8"),
+    "latency/speedup_low": Metric("ratio", "higher", 2, "lower end of its 95% interval"),
+    "latency/speedup_high": Metric("ratio", "higher", 2, "upper end of its 95% interval"),
+    **{
+        f"latency/{precision}_{variant}{quantile}_ms": Metric(
+            "ms", "lower", 3, f"{quantile[1:] or 'p50'} of {precision.upper()} as {variant.replace('_', ' ')}"
+        )
+        for precision in PRECISIONS
+        for variant in VARIANTS
+        for quantile in ("", "_p90", "_p99")
+    },
+    "size/fp32_mb": Metric("MB", "lower", 3, "saved FP32 artifact, 10^6 bytes"),
+    "size/int8_mb": Metric("MB", "lower", 3, "saved INT8 artifact, 10^6 bytes"),
+    "size/ratio": Metric("ratio", "higher", 2, "FP32 over INT8 size"),
+    "quant/layers_int8": Metric("layers", "", 0, "layers executed in INT8"),
+    "quant/layers_float": Metric("layers", "", 0, "layers left in FP32"),
+    "quant/batchnorm_left": Metric("layers", "lower", 0, "BatchNorms that were not folded into a convolution"),
+    "quant/fusion_difference": Metric("ratio", "lower", 8, "fused against float model, of the largest logit"),
+    "calib/images": Metric("images", "", 0, "images that calibration saw"),
+    "calib/seconds": Metric("s", "lower", 2, "time that calibration took"),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a job gives back: numbers, and paths of what it wrote into its folder.
+
+    metrics: by the names of METRICS; resolved: what was executed where it differs from what was asked; tags: by name;
+    doubts: sentences that the reader of the numbers must know; files: artifact path in the run -> path on disk.
+    """
+
+    metrics: dict[str, float]
+    resolved: dict[str, str]
+    tags: dict[str, str]
+    doubts: tuple[str, ...]
+    files: dict[str, str]
+    dataset: dict[str, str]
