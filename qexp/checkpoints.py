@@ -1,0 +1,380 @@
+"""Weights from a file into a module: read without running code, matched by name, refused where they don't fit.
+
+What a file is shows in its first bytes, not in its extension. The weights may be the file itself or lie in it under
+any key, and their names may carry the prefixes of wrappers (DataParallel, torch.compile, Lightning, FSDP).
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import pathlib
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from qexp.errors import InputError
+from qexp.targets import one_line
+
+# Where several weights in one file fit, the first of these is taken; averaged ones (EMA) come after all others.
+_PREFERRED = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "params", "weights")
+# Where names with several prefixes fit, as with a student and a teacher, one of these is taken, else it is refused.
+_USUAL_PREFIXES = ("model", "net", "network", "backbone", "encoder", "classifier")
+# Components of names that wrappers insert anywhere.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+# Entries without a meaning for inference: counters of thop and of averaged models, auxiliary heads of Inception nets.
+_NEEDLESS = re.compile(r"(^|\.)(total_ops|total_params|n_averaged|num_batches_tracked|aux1\..*|aux2\..*|AuxLogits\..*)$")
+_QUANTIZED = re.compile(r"(^|\.)(_packed_params(\..*)?|zero_point)$")
+_PREPARED = re.compile(r"activation_post_process|fake_quant")
+# What training scripts put beside the weights, and what can be read without running anything.
+_HARMLESS: list[Any] = [
+    argparse.Namespace,
+    pathlib.PosixPath,
+    pathlib.PurePosixPath,
+    np.ndarray,
+    np.dtype,
+    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),  # type: ignore[attr-defined]
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # type: ignore[attr-defined]
+    (np._core.multiarray._reconstruct, "numpy._core.multiarray._reconstruct"),  # type: ignore[attr-defined]
+    (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),  # type: ignore[attr-defined]
+    *(type(np.dtype(code)) for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")),
+]
+_SAVE_INSTEAD = 'save its weights alone, torch.save(model.state_dict(), "weights.pt")'
+
+
+def load_checkpoint(module: nn.Module, path: Path) -> str:
+    """Fills `module` (float32, on the CPU) with the weights in the file at `path`; says in one line what was taken.
+
+    path: `.pt`, `.pth`, `.ckpt`, `.bin` or `.safetensors`, told apart by content; `~` is expanded.
+    Half, bfloat16 and double precision become float32. Missing counters of BatchNorms are fine.
+    Raises InputError if the file can't be read without running code in it, or if its weights are not exactly those of
+    the module: nothing of the module is then changed.
+    """
+    path = Path(path).expanduser()
+    setting = f"model.checkpoint={path}"
+    candidates = list(_candidates(_read(setting, path)))
+    if not candidates:
+        raise InputError(f"{setting} holds no weights: no mapping of names to tensors; {_SAVE_INSTEAD}.")
+    target = module.state_dict(keep_vars=True)
+    fits = [_fit(setting, place, tensors, target) for place, tensors in sorted(candidates, key=_preference)]
+    whole = [fit for fit in fits if fit.complete]
+    fit = whole[0] if whole else max(fits, key=lambda fit: len(fit.names))
+    _check(setting, fit, target)
+    tensors = {name: _convert(fit.tensors[key], target[name]) for name, key in fit.names.items()}
+    broken = [n for n, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    if broken:
+        raise InputError(
+            f"{setting}: {_count(len(broken), 'tensor')} of it {'hold' if len(broken) > 1 else 'holds'} NaN or infinity"
+            f" ({_first(broken)}); the training that wrote it diverged, take an earlier checkpoint."
+        )
+    module.load_state_dict(tensors, strict=False)
+    return _describe(path, fit, [other.place for other in whole[1:]])
+
+
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """How the tensors at one place of a file match the names of a module."""
+
+    place: str  # where in the file, as "state_dict" or "model.ema"; empty for the file itself
+    tensors: Mapping[str, Tensor]
+    names: dict[str, str]  # name in the module -> name in the file
+    prefix: str = ""  # what the file's names carry and the module's don't
+    added: str = ""  # the reverse
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misshapen: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        return not (self.missing or self.unexpected or self.misshapen)
+
+
+# ---- reading ----
+
+
+def _read(setting: str, path: Path) -> object:
+    _check_is_file(setting, path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(1024)
+    except OSError as error:
+        raise InputError(f"{setting} can't be opened: {error.strerror}.") from error
+    if _is_safetensors(head):
+        return _read_safetensors(setting, path)
+    what = _other_than_torch(path, head)
+    if what:
+        raise InputError(f"{setting} {what}.")
+    return _read_torch(setting, path)
+
+
+def _check_is_file(setting: str, path: Path) -> None:
+    if path.is_dir():
+        inside = sorted(p.name for p in path.iterdir() if p.suffix in {".pt", ".pth", ".ckpt", ".bin", ".safetensors"})
+        raise InputError(f"{setting} is a folder; name a file in it{f' ({_first(inside)})' if inside else ''}.")
+    if not path.exists():
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, beside, n=1)
+        raise InputError(f"{setting} does not exist{f' (did you mean {path.with_name(near[0])}?)' if near else ''}.")
+    if not path.is_file():
+        raise InputError(f"{setting} is not a regular file.")
+    if path.stat().st_size == 0:
+        raise InputError(f"{setting} is empty; it was not written or not downloaded to its end.")
+
+
+def _is_safetensors(head: bytes) -> bool:
+    return len(head) > 9 and head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") < 100_000_000
+
+
+def _other_than_torch(path: Path, head: bytes) -> str | None:
+    """What the file is, where its first bytes show that torch.save did not write it; else None."""
+    if head.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer and not the file itself; fetch it with git lfs pull"
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":
+        return "is a web page and not a checkpoint; download the file itself"
+    if head.startswith(b"\x93NUMPY"):
+        return f"is a NumPy array; {_SAVE_INSTEAD}"
+    if head.startswith(b"\x89HDF"):
+        return "is an HDF5 file, as Keras writes it; only PyTorch checkpoints are read"
+    if head.startswith((b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ")) or (
+        head[257:262] == b"ustar"
+    ):
+        return "is a compressed archive; unpack it first"
+    if head.startswith(b"PK"):
+        return _other_than_torch_zip(path)
+    if head[:1] != b"\x80":  # every pickle of protocol 2 or later starts so
+        return "is not a PyTorch checkpoint"
+    return None
+
+
+def _other_than_torch_zip(path: Path) -> str | None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile:
+        return "is damaged: its end is missing, it was not written or not downloaded completely"
+    inner = {name.partition("/")[2] for name in names}
+    if "data.pkl" not in inner:
+        if any(name.endswith(".npy") for name in names):
+            return f"is a NumPy archive; {_SAVE_INSTEAD}"
+        return "is a ZIP archive and not a checkpoint; unpack it first"
+    if "constants.pkl" in inner:
+        return f"is a TorchScript archive, a program and not weights; load it with torch.jit.load and {_SAVE_INSTEAD}"
+    return None
+
+
+def _read_safetensors(setting: str, path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
+    except Exception as error:
+        raise InputError(f"{setting} is a damaged safetensors file ({one_line(error)}).") from error
+
+
+def _read_torch(setting: str, path: Path) -> object:
+    try:
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:
+        raise InputError(f"{setting} {_why_unreadable(path, error)}.") from error
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    text = str(error)
+    classes = _unsafe_globals(path) or re.findall(r"GLOBAL ([\w.]+)", text)
+    if any(name.startswith("torch.nn.modules.") for name in classes):
+        return f"is a whole pickled model, which reading would run code of; {_SAVE_INSTEAD}"
+    if classes:
+        return f"holds pickled objects besides tensors, which reading would run code of ({_first(classes)});" + (
+            f" where you trust it, load it with weights_only=False and {_SAVE_INSTEAD}"
+        )
+    if "Unsupported operand" in text or "magic number" in text.lower() or "unsupported class" in text.lower():
+        return f"is a pickle that torch.save did not write; {_SAVE_INSTEAD}"
+    if isinstance(error, EOFError) or "PytorchStreamReader" in text or "unexpected EOF" in text or "storage" in text:
+        return "is damaged: it was not written or not downloaded completely"
+    return f"can't be read: {one_line(error, 160)}"
+
+
+def _unsafe_globals(path: Path) -> list[str]:
+    try:
+        with torch.serialization.safe_globals(_HARMLESS):
+            return list(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # legacy files have none to list; the caller falls back to the error's own text
+        return []
+
+
+# ---- finding the weights in what was read ----
+
+
+def _candidates(value: object, place: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Every mapping of names to tensors in `value`, down to three levels, with the keys that lead to it."""
+    if not isinstance(value, Mapping):
+        return
+    tensors = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in value.items()}
+    tensors = {k: v for k, v in tensors.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    if tensors:
+        yield place, tensors
+    if depth < 3:
+        for key, inner in value.items():
+            if isinstance(key, str):
+                yield from _candidates(inner, f"{place}.{key}" if place else key, depth + 1)
+
+
+def _preference(candidate: tuple[str, object]) -> tuple[bool, bool, int]:
+    place = candidate[0]
+    last = place.rpartition(".")[2]
+    averaged = bool(re.search("ema|swa|teacher|averag", place.lower()))
+    return place != "", averaged, _PREFERRED.index(last) if last in _PREFERRED else len(_PREFERRED)
+
+
+def _fit(setting: str, place: str, tensors: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> _Fit:
+    plain = _without_wrappers(tensors, target)
+    added = ""
+    prefix, count = _best_prefix(setting, plain, target)
+    # The module may be the wrapper: class Net with the network in self.model, and weights of the network alone.
+    shared = _shared_component(target)
+    if shared and count < len(target):
+        inner = {name.removeprefix(shared): tensor for name, tensor in target.items()}
+        inner_prefix, inner_count = _best_prefix(setting, plain, inner)
+        if inner_count > count:
+            prefix, added = inner_prefix, shared
+    names, unexpected, ignored = {}, [], []
+    for short, key in plain.items():
+        name = added + short.removeprefix(prefix)
+        if not short.startswith(prefix):
+            ignored.append(key)
+        elif name in target:
+            names[name] = key
+        else:
+            (ignored if _NEEDLESS.search(short) else unexpected).append(key)
+    loaded = {_storage(target[name]) for name in names} - {None}
+    missing = [
+        name
+        for name, tensor in target.items()
+        if name not in names and not name.endswith("num_batches_tracked") and _storage(tensor) not in loaded
+    ]
+    misshapen = [name for name, key in names.items() if not _same_shape(tensors[key], target[name])]
+    return _Fit(place, tensors, names, prefix, added, missing, unexpected, misshapen, ignored)
+
+
+def _without_wrappers(tensors: Iterable[str], target: Iterable[str]) -> dict[str, str]:
+    """Names without the components that wrappers insert -> names; components that the module has itself are kept."""
+    own = {part for name in target for part in name.split(".")}
+    drop = _WRAPPERS - own
+    plain = {".".join(p for p in key.split(".") if p not in drop): key for key in tensors}
+    return plain if len(plain) == len(list(tensors)) else {key: key for key in tensors}
+
+
+def _best_prefix(setting: str, keys: Iterable[str], target: Mapping[str, Tensor]) -> tuple[str, int]:
+    """The prefix with which most of the keys are names of the module, and how many."""
+    counts: Counter[str] = Counter()
+    for key in keys:
+        parts = key.split(".")
+        for i in range(len(parts)):
+            if ".".join(parts[i:]) in target:
+                counts["".join(part + "." for part in parts[:i])] += 1
+    if not counts:
+        return "", 0
+    most = max(counts.values())
+    best = [prefix for prefix, count in counts.items() if count == most]
+    usual = ["", *(name + "." for name in _USUAL_PREFIXES)]
+    for prefix in usual:
+        if prefix in best:
+            return prefix, most
+    if len(best) > 1 and most >= len(target) / 2:
+        raise InputError(f"{setting} holds several networks that fit ({_first(best)}); save the one that you mean.")
+    return best[0], most
+
+
+def _shared_component(names: Iterable[str]) -> str:
+    firsts = {name.partition(".")[0] for name in names if "." in name} | {"" for name in names if "." not in name}
+    return f"{firsts.pop()}." if len(firsts) == 1 and "" not in firsts else ""
+
+
+def _storage(tensor: Tensor) -> int | None:
+    """Identity of a tensor's memory, which is the same for tied weights."""
+    return None if is_lazy(tensor) or tensor.numel() == 0 else tensor.data_ptr()
+
+
+def _same_shape(source: Tensor, target: Tensor) -> bool:
+    # Counters of BatchNorms come as [] and as [1].
+    return is_lazy(target) or source.shape == target.shape or (source.numel() == target.numel() == 1)
+
+
+# ---- judging, converting, telling ----
+
+
+def _check(setting: str, fit: _Fit, target: Mapping[str, Tensor]) -> None:
+    of = f"{setting}{f' ({fit.place})' if fit.place else ''}"
+    if any(t.is_quantized for t in fit.tensors.values()) or any(map(_QUANTIZED.search, fit.tensors)):
+        raise InputError(f"{of} holds a model that is quantized already; give the FP32 weights.")
+    if any(map(_PREPARED.search, fit.tensors)):
+        raise InputError(f"{of} holds a model prepared for quantization, with its observers; give the FP32 weights.")
+    if fit.missing or fit.unexpected:
+        parts = []
+        if fit.missing:
+            parts.append(f"lacks {len(fit.missing)} of the model's {_count(len(target), 'tensor')} ({_first(fit.missing)})")
+        if fit.unexpected:
+            parts.append(f"has {len(fit.unexpected)} that the model has not ({_first(fit.unexpected)})")
+        raise InputError(f"{of} is of another architecture: it {' and '.join(parts)}; choose the model that it is of.")
+    if fit.misshapen:
+        raise InputError(f"{of} {_misfit(fit, target)}.")
+    odd = [
+        f"{key} is {str(fit.tensors[key].dtype).removeprefix('torch.')}"
+        for name, key in fit.names.items()
+        if target[name].is_floating_point() and not fit.tensors[key].is_floating_point()
+    ]
+    if odd or any(t.is_meta or t.is_sparse for t in fit.tensors.values()):
+        raise InputError(f"{of} does not hold plain floating-point weights ({_first(odd) or 'meta or sparse tensors'}).")
+
+
+def _misfit(fit: _Fit, target: Mapping[str, Tensor]) -> str:
+    shapes = {name: (list(fit.tensors[fit.names[name]].shape), list(target[name].shape)) for name in fit.misshapen}
+    layers = {name.rpartition(".")[0] for name in shapes}
+    if len(layers) == 1 and all(len(a) == len(b) and a[1:] == b[1:] and a[0] != b[0] for a, b in shapes.values()):
+        got, wanted = next(iter(shapes.values()))
+        return f"has {got[0]} outputs in {layers.pop()} where the model has {wanted[0]}; the number of classes must agree"
+    listed = [f"{name} is {got} and should be {wanted}" for name, (got, wanted) in shapes.items()]
+    return f"does not fit the model: {_count(len(listed), 'tensor')} of another shape ({_first(listed, '; ')})"
+
+
+def _convert(source: Tensor, target: Tensor) -> Tensor:
+    source = source.detach()
+    if not is_lazy(target):
+        source = source.reshape(target.shape)
+    return source.to(torch.float32 if target.is_floating_point() else target.dtype)
+
+
+def _describe(path: Path, fit: _Fit, others: list[str]) -> str:
+    parts = [f"{_count(len(fit.names), 'tensor')}{f' of {fit.place}' if fit.place else ''} from {path}"]
+    kinds = {str(t.dtype).removeprefix("torch.") for k in fit.names.values() if (t := fit.tensors[k]).is_floating_point()}
+    if kinds - {"float32"}:
+        parts.append(f"{', '.join(sorted(kinds - {'float32'}))} converted to float32")
+    if fit.prefix:
+        parts.append(f"prefix {fit.prefix} removed")
+    if fit.added:
+        parts.append(f"prefix {fit.added} added")
+    if fit.ignored:
+        parts.append(f"{len(fit.ignored)} ignored ({_first(fit.ignored)})")
+    if others:
+        parts.append(f"not taken though they fit: {', '.join(other or 'the file itself' for other in others)}")
+    return "; ".join(parts)
+
+
+def _first(names: Iterable[str], separator: str = ", ", n: int = 3) -> str:
+    names = list(names)
+    return separator.join(names[:n]) + (f"{separator}…" if len(names) > n else "")
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
