@@ -416,6 +416,9 @@ def without_effect(config: Config) -> tuple[str, ...]:
     names += [f"observer.{name}" for names_ in OBSERVER_PARAMETERS.values() for name in names_ if name not in has]
     if config.calib.sampling is Sampling.first:
         names.append("calib.seed")
+    if config.calib.batches is None and config.observer.name is ActivationObserver.minmax:
+        # The extremes of all images are the same in whatever order these come.
+        names += ["calib.seed", "calib.sampling"]
     if config.model.get("checkpoint") or config.model.get("weights"):
         names.append("train")
     return tuple(names)

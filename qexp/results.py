@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -129,3 +130,17 @@ class Result:
     doubts: tuple[str, ...]
     files: dict[str, str]
     dataset: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tracked run, as plain values; start and end in seconds since 1970, end None while it runs."""
+
+    run_id: str
+    name: str
+    status: str
+    start: float = 0.0
+    end: float | None = None
+    params: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)

@@ -6,23 +6,25 @@ A single run goes the same way, as an owner of one job (`single`).
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
-import secrets
 import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
+from tqdm import tqdm
 
+from qexp import compose as _registered  # noqa: F401  (resolvers, in a launcher's process)
 from qexp import config as schema
 from qexp.config import Config
 from qexp.errors import ConfigError, QexpError
@@ -144,25 +146,174 @@ def command() -> str:
 
 def run(job: Job) -> float | None:
     """Hydra's task: one run, tracked; by itself, or as one of a sweep's jobs. Returns the objective."""
-    sweep = job.config.tracking.parent is not None
-    if sweep:
-        return tracked(job).get(job.config.objective)
+    if job.config.tracking.parent is not None:
+        result = tracked(job, swept=schema.GROUPS)
+        print(f"#{job.number + 1}  {table.line(result)}", flush=True)
+        return result.metrics.get(job.config.objective)
     with refusals(), stoppable():
         try:
             return single(job)
         except Stop as stop:
-            print(f"Stopped. To start again:\n  {command()}", file=sys.stderr)
+            print(f"Stopped by {stop}. To run it again:\n  {command()}", file=sys.stderr)
             sys.exit(stop.code)
 
 
 def single(job: Job) -> float | None:
-    """One run by itself: the configuration, the inputs and the tracking server are checked before it starts."""
-    from qexp import experiment, table, tracking
+    """One run by itself: configuration, tracking server and inputs are checked before it starts."""
+    from qexp import experiment, tracking
 
     schema.check(job.config)
     store = tracking.connect(job.config.tracking, Path(job.config.outputs))
     experiment.check_inputs(job.config)
-    metrics = tracked(job)
-    rows = [row for row in tracking.rows(store, job.config, folder=job.folder)]
-    print(table.runs(rows))
-    return metrics.get(job.config.objective)
+    row = tracked(job)
+    print(f"\n{table.runs([row])}\n")
+    print(f"Saved model, predictions and timings: {job.folder}")
+    print(tracking.where(store, job.config, job.choices["dataset"], run_id=row.run_id))
+    return row.metrics.get(job.config.objective)
+
+
+def tracked(job: Job, swept: Collection[str] = ()) -> Row:
+    """The job as a run in MLflow, which ends as FINISHED, FAILED or KILLED whatever happens."""
+    from qexp import experiment, tracking
+
+    schema.check(job.config, swept)
+    store = tracking.connect(job.config.tracking, Path(job.config.outputs))
+    handle = tracking.start_run(
+        store,
+        experiment=tracking.experiment_name(job.config.tracking, job.choices["dataset"]),
+        name=job.name,
+        params=job.params,
+        tags=job.tags,
+        parent=job.config.tracking.parent,
+    )
+    try:
+        result = experiment.run_job(job.config, job.folder)
+        return handle.finish(result)
+    except Stop:
+        handle.kill()
+        raise
+    except Exception as error:
+        handle.fail(sentence(error), traceback.format_exc())
+        raise
+
+
+def sentence(error: BaseException) -> str:
+    """What an error says, in one line; an unforeseen one with its type."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, QexpError) else f"{type(error).__name__}: {text}"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A job of a sweep before it is launched: the overrides that compose it, and what they compose to."""
+
+    overrides: list[str]
+    job: Job
+
+
+def own(master: DictConfig, arguments: Sequence[str], loader: Any, launcher: Any, batch_size: int | None) -> Any:
+    """Run a sweep: `arguments` are overrides, some of which list several values; every combination is a job.
+
+    All jobs are composed and checked, and the inputs of each distinct one, before the parent run is opened and the
+    first job launched. Exits with status 1 where a job failed, 128 + signal where it was stopped.
+    """
+    with refusals(), stoppable():
+        try:
+            planned = plan(master, arguments, loader)
+            return launch(master, planned, launcher, batch_size)
+        except Stop as stop:
+            print(f"Stopped by {stop}. To run it again:\n  {command()}", file=sys.stderr)
+            sys.exit(stop.code)
+
+
+def plan(master: DictConfig, arguments: Sequence[str], loader: Any) -> list[Planned]:
+    """Every distinct job, composed and checked. Raises ConfigError for the whole sweep where one can't run."""
+    overrides = OverridesParser.create(config_loader=loader).parse_overrides(list(arguments))
+    for override in overrides:
+        if override.is_sweep_override() and override.get_key_element() == "experiment":
+            raise ConfigError(
+                f"{override.input_line}: an experiment is a sweep by itself, and several can't be swept over; "
+                "start them one after the other."
+            )
+    combinations = BasicSweeper.split_arguments(overrides, None)[0]
+    swept = [override.get_key_element().lstrip("+") for override in overrides if override.is_sweep_override()]
+    planned: dict[str, Planned] = {}
+    refused: dict[str, str] = {}
+    for combination in tqdm(combinations, desc="checking jobs", disable=None, leave=False):
+        composed = loader.load_sweep_config(master, combination)
+        try:
+            job = job_from(composed)
+            schema.check(job.config, swept)
+        except ConfigError as error:
+            refused.setdefault(str(error), " ".join(combination))
+            continue
+        name = " ".join(short(text) for text in combination if _split(text)[0] in swept) or " ".join(map(short, combination))
+        planned.setdefault(schema.config_hash(job.config), Planned([*combination, f"tracking.name={quoted(name)}"], job))
+    if refused:
+        reasons = "\n".join(f"{reason} ({which})" for reason, which in refused.items())
+        raise ConfigError(reasons if len(combinations) == 1 else f"{reasons}\nNo job of this sweep was started.")
+    if len(planned) < len(combinations):
+        same = len(combinations) - len(planned)
+        log.warning("%d of %d jobs would compute the same as another one and are not run twice.", same, len(combinations))
+    return list(planned.values())
+
+
+def short(override: str) -> str:
+    """An override's value as part of a run's name: the last part of a path, `fusion=true` where a bare word says nothing."""
+    key, value = _split(override)
+    value = value.strip("'\"")
+    if value.lower() in ("true", "false", "null") or value.replace(".", "", 1).isdigit() and not key.startswith("calib"):
+        return f"{key.rpartition('.')[2]}={value}"
+    return value.rstrip("/").rpartition("/")[2]
+
+
+def quoted(text: str) -> str:
+    """`text` as a quoted value of Hydra's override grammar."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def launch(master: DictConfig, planned: Sequence[Planned], launcher: Any, batch_size: int | None) -> Any:
+    """Open the parent run, launch the jobs, close the parent with the table, and exit with 1 where a job failed."""
+    from qexp import experiment, tracking
+
+    first = planned[0].job
+    folder = Path(master.hydra.sweep.dir).absolute()
+    writable(folder)
+    store = tracking.connect(first.config.tracking, Path(first.config.outputs))
+    distinct = {experiment.inputs_of(item.job.config): item.job.config for item in planned}
+    for config in tqdm(distinct.values(), desc="checking inputs", disable=None, leave=False):
+        experiment.check_inputs(config)
+    OmegaConf.save(master, folder / "multirun.yaml")
+    experiments = {tracking.experiment_name(item.job.config.tracking, item.job.choices["dataset"]) for item in planned}
+    name = f"{first.choices.get('experiment') or 'sweep'} {folder.name}"
+    parent = tracking.open_parent(store, min(experiments), name, {"command": command(), **first.tags})
+    jobs = f"{len(planned)} job" + ("s" if len(planned) > 1 else "")
+    print(f"{jobs}, in the MLflow experiment {min(experiments)} as children of {name!r}", flush=True)
+    failed: list[Row] = []
+    status, code = "FINISHED", 0
+    returns: list[Any] = []
+    try:
+        for chunk in BasicSweeper.split_overrides_to_chunks([item.overrides for item in planned], batch_size):
+            launched = [[*overrides, f"tracking.parent={parent}"] for overrides in chunk]
+            returns.append(launcher.launch(launched, initial_job_idx=sum(map(len, returns))))
+    except Stop as stop:
+        status, code = "KILLED", stop.code
+    except BaseException:
+        status, code = "FAILED", 1
+        raise
+    finally:
+        failed = [_unstarted(item) for batch in returns for item in batch if item.status is not JobStatus.COMPLETED]
+        rows = tracking.children(store, parent)
+        rows += [row for row in failed if row.name not in {known.name for known in rows}]
+        text = summary(rows)
+        if status == "FINISHED" and any(row.status != "FINISHED" for row in rows):
+            status, code = "FAILED", 1
+        tracking.close_parent(store, parent, status, text, rows)
+        print(f"\n{text}\n")
+        print(tracking.where(store, first.config, first.choices["dataset"], parent=parent))
+    if code > 1:
+        print(f"Stopped; {len(rows)} of {len(planned)} jobs had been started. To go on:\n  {command()}", file=sys.stderr)
+    if code:
+        sys.exit(code)
+    return returns

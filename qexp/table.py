@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import fmean
 
 from tabulate import tabulate
 
 from qexp.config import NOT_APPLICABLE
-
-
-@dataclass(frozen=True)
-class Row:
-    """One run: its params and metrics as tracked, and its doubts or its error as a note."""
-
-    name: str
-    status: str
-    params: Mapping[str, str] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    tags: Mapping[str, str] = field(default_factory=dict)
+from qexp.results import Row
 
 
 HEADERS = ("run", "FP32 → INT8", "points [95%]", "latency, ms", "speedup [95%]", "size, MB", "INT8 layers")

@@ -1,0 +1,50 @@
+# The environment, the main job and the checks; `make help` lists them.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?= qconfig=per_channel calib.batches=32 -m
+PORT ?= 5000
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run ui test test-slow test-all lint bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP) ## make the virtual environment, with pinned packages
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "qexp needs Python 3.11 to 3.13, and $(PYTHON) is $$($(PYTHON) -V 2>&1); name another with: make PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing the pinned packages into $(VENV) (once) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+run: $(STAMP) ## run the main job, or another with ARGS="..."
+	@$(BIN)/python -m qexp $(ARGS)
+
+ui: $(STAMP) ## open the MLflow UI on what is in outputs/, at PORT=5000
+	@$(BIN)/python -m qexp.tracking $(PORT)
+
+test: $(STAMP) ## run the tests that are not marked slow, with coverage
+	@$(BIN)/python -m pytest -q -m "not slow" --cov --cov-report=term
+
+test-slow: $(STAMP) ## run the tests that are marked slow
+	@$(BIN)/python -m pytest -q -m slow
+
+test-all: test test-slow ## run all tests
+
+lint: $(STAMP) ## check style and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: $(STAMP) ## measure what the project promises about speed, as ratios
+	@$(BIN)/python -m benchmarks
+
+clean: ## remove the environment and caches; runs and trained models under outputs/ stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .coverage outputs/cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

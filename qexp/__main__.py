@@ -1,0 +1,23 @@
+"""Hydra's door: `python -m qexp` composes a configuration, runs one job or a sweep, and returns the objective."""
+
+from __future__ import annotations
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, open_dict
+
+from qexp.compose import CONF
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def main(composed: DictConfig) -> float | None:
+    # torch and mlflow are imported only after this point, so that --help and refusals answer at once.
+    from qexp import sweep
+
+    with open_dict(composed):
+        composed.hydra = HydraConfig.get()
+    return sweep.run(sweep.job_from(composed))
+
+
+if __name__ == "__main__":
+    main()
