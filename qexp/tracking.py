@@ -1,0 +1,755 @@
+"""MLflow, and the only place that imports it: where runs are kept, how one is opened, filled, ended and read back.
+
+Everything goes through `MlflowClient` with explicit run ids, never through MLflow's active run, so that many runs can
+live in one process, nothing leaks from one to the next, and no exit hook of MLflow can call a broken run FINISHED.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import logging
+import math
+import os
+import posixpath
+import re
+import shlex
+import shutil
+import socket
+import sqlite3
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import urllib.parse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+# Before mlflow is imported, since it reads them then. Its telemetry starts threads that call home, in a process
+# that measures latency; and it prints two lines for every run that ends on a server.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+
+import requests
+from filelock import FileLock, Timeout
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Run as MlflowRun
+from mlflow.exceptions import MlflowException
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.rest_utils import http_request
+
+from qexp import config
+from qexp.errors import InputError, QexpError, RunError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+PARAM_LENGTH = 6000  # MLflow cuts longer values without a word
+TAG_LENGTH = 5000  # what servers of all versions take
+NAME_LENGTH = 250
+BATCH_ENTRIES = 100  # params and tags in one request; metrics may be 1000
+PAGE = 500
+LOCK_SECONDS = 120.0  # creating the tables takes 3 s, and several times that on a busy machine
+END_SECONDS = 15.0  # how long an ending run waits for its server
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where runs are kept.
+
+    uri: the tracking URI. artifacts: URI of the folder that new experiments keep their artifacts in, None where a
+    server decides. experiment: name asked for by a setting or by the environment, None for the default.
+    """
+
+    uri: str
+    artifacts: str | None
+    experiment: str | None
+    client: MlflowClient = field(repr=False, compare=False)
+
+    def experiment_name(self, dataset: str) -> str:
+        """Name of the experiment for runs on this data set: `qexp/<dataset>` unless another was asked for."""
+        return self.experiment or f"qexp/{dataset}"
+
+
+@dataclass(frozen=True)
+class DatasetUse:
+    """Images that a run used. source: folder, URL or import path; context: what for (`calibration`, `evaluation`)."""
+
+    name: str
+    digest: str
+    source: str
+    context: str
+    profile: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tracked run, as plain values; start and end in seconds since 1970, end None while it runs."""
+
+    run_id: str
+    name: str
+    status: str
+    start: float
+    end: float | None
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Ui:
+    """How to look at runs: `command` starts the UI (None where a server has one already), `url` opens it on them."""
+
+    command: str | None
+    url: str
+
+
+# ---------------------------------------------------------------------------------------------------- where runs go
+
+
+def connect(tracking: config.Tracking, outputs: Path, folder: Path | None = None) -> Store:
+    """The store that the settings, or else MLflow's own environment variables, name; by default one in `outputs`.
+
+    outputs: folder for everything that is written, made if missing. folder: what a relative SQLite path is relative
+    to (the current folder by default). Raises InputError where the store can't be used: nothing has been run then.
+    """
+    outputs = _make_folder(outputs)
+    # An empty variable is one that somebody meant to unset.
+    uri = (tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "").strip()
+    setting = "tracking.uri" if tracking.uri else "MLFLOW_TRACKING_URI"
+    scheme = urllib.parse.urlsplit(uri).scheme
+    artifacts: str | None = (outputs / "artifacts").as_uri()
+    if not uri:
+        uri = _open_sqlite(outputs / "mlflow.db", outputs / "artifacts", f"outputs={outputs}")
+    elif scheme == "sqlite":
+        uri = _open_sqlite(_sqlite_path(uri, folder or Path.cwd(), setting), outputs / "artifacts", f"{setting}={uri}")
+    elif scheme in ("http", "https"):
+        _probe(uri, setting, tracking.timeout)
+        artifacts = None
+    elif scheme in ("", "file") or len(scheme) == 1:  # one letter is a Windows drive
+        raise InputError(
+            f"{setting}={uri} is a folder, and MLflow keeps no runs in plain folders any more; leave it unset for "
+            f"a database in {outputs}, or give sqlite:///path/to/mlflow.db or the http:// address of a server."
+        )
+    elif scheme.startswith("databricks"):
+        artifacts = None
+    try:
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        experiment = tracking.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or _experiment_by_id(client)
+    except (MlflowException, OSError, ImportError) as error:
+        raise InputError(f"{setting}={_without_password(uri)} can't be used: {_first_line(error)}.") from error
+    return Store(uri, artifacts, experiment, client)
+
+
+def _make_folder(folder: Path) -> Path:
+    folder = folder.absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"outputs={folder} can't be written to ({error.strerror}); give a folder that can, outputs=path."
+        ) from error
+    return folder.resolve()
+
+
+def _sqlite_path(uri: str, folder: Path, setting: str) -> Path:
+    path = urllib.parse.unquote(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or path in ("", ":memory:") or path.startswith("file:"):
+        raise InputError(
+            f"{setting}={uri} keeps nothing that could be looked at later; give a file: sqlite:///path/mlflow.db."
+        )
+    return folder / path
+
+
+def _open_sqlite(path: Path, artifacts: Path, setting: str) -> str:
+    """URI of the SQLite store at `path`, made if missing. Raises InputError where it isn't a usable one."""
+    if set("%?") & set(str(path)):
+        raise InputError(f"{setting} has a % or ? in its path, which SQLite's addresses can't hold; choose another.")
+    uri = f"sqlite:///{path}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # MLflow's own first migration is not safe against a second process, whatever it tries.
+        with FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_SECONDS):
+            if not path.exists() or path.stat().st_size == 0:
+                _create_sqlite(path, artifacts)
+            _check_sqlite(path, setting)
+            if path.parent == artifacts.parent:
+                _follow_moved_artifacts(path, artifacts.as_uri())
+    except Timeout as error:
+        raise InputError(
+            f"{setting}: another process has held {error.lock_file} for {LOCK_SECONDS:.0f} s; end it, or choose "
+            f"another folder."
+        ) from error
+    except OSError as error:
+        raise InputError(f"{setting} can't be written to ({error.strerror}); choose another folder.") from error
+    return uri
+
+
+def _create_sqlite(path: Path, artifacts: Path) -> None:
+    # Built beside it and moved into place when whole: a process killed half-way through MLflow's migration would
+    # leave a file that no later one can use.
+    with tempfile.TemporaryDirectory(prefix=".mlflow-", dir=path.parent) as folder, _quiet_migration():
+        new = Path(folder) / path.name
+        SqlAlchemyStore(f"sqlite:///{new}", artifacts.as_uri()).engine.dispose()
+        new.replace(path)
+
+
+@contextmanager
+def _quiet_migration() -> Iterator[None]:
+    """Without the two lines that say that the tables are being made."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return record.msg not in ("Creating initial MLflow database tables...", "Updating database tables")
+
+    source = logging.getLogger("mlflow.store.db.utils")
+    source.addFilter(wanted)
+    try:
+        yield
+    finally:
+        source.removeFilter(wanted)
+
+
+def _check_sqlite(path: Path, setting: str) -> None:
+    """Whether it is a database that can be written to; MLflow itself would retry for 100 s and then raise a page."""
+    try:
+        connection = sqlite3.connect(path, timeout=20.0)
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.rollback()
+        finally:
+            connection.close()
+    except sqlite3.DatabaseError as error:
+        raise InputError(f"{setting}: {path} can't be used as MLflow's database ({error}); move it away.") from error
+
+
+def _follow_moved_artifacts(path: Path, artifacts: str) -> None:
+    """Point the runs of a moved (or copied) outputs folder to the artifacts that lie beside their database.
+
+    MLflow stores artifact locations as absolute paths. Without this, old artifacts would be missing in the UI, and
+    new ones would be written into the old folder, made again for it.
+    """
+    connection = sqlite3.connect(path, timeout=20.0)
+    try:
+        rows = connection.execute("SELECT DISTINCT artifact_location FROM experiments WHERE name LIKE 'qexp/%'")
+        for (old,) in rows.fetchall():
+            if old and old != artifacts and old.startswith("file:") and old.endswith("/artifacts"):
+                logger.info("outputs has moved: artifacts recorded in %s are looked for in %s", old, artifacts)
+                for table, column in (
+                    ("experiments", "artifact_location"),
+                    ("runs", "artifact_uri"),
+                    ("logged_models", "artifact_location"),
+                ):
+                    connection.execute(
+                        f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {column} = ? OR {column} LIKE ?",
+                        (artifacts, len(old) + 1, old, old.replace("_", "\\_") + "/%"),
+                    )
+        connection.commit()
+    finally:
+        connection.close()
+
+
+def _probe(uri: str, setting: str, timeout: float) -> None:
+    """Ask the server one cheap question, once: MLflow's own client would try for minutes.
+
+    In a thread of its own, since time-outs of requests bound neither the name's look-up nor a trickling answer.
+    """
+    shown = _without_password(uri)
+    advice = "start it, mend the address, or leave it unset for a local store"
+    if not urllib.parse.urlsplit(uri).hostname:
+        raise InputError(f"{setting}={shown} is no address of a server; write it as http://host:port.")
+    answer = _in_thread(
+        lambda: http_request(
+            get_default_host_creds(uri),
+            "/api/2.0/mlflow/experiments/search",
+            "POST",
+            json={"max_results": 1},
+            max_retries=0,
+            timeout=timeout,
+            raise_on_status=False,
+        )
+    )
+    try:
+        response = answer.result(timeout=2 * timeout + 1)
+    except TimeoutError as error:
+        raise InputError(f"{setting}={shown} did not answer within {2 * timeout + 1:g} s; {advice}.") from error
+    except (MlflowException, requests.RequestException, OSError, ValueError) as error:
+        raise InputError(f"{setting}={shown} can't be reached ({_root_cause(error)}); {advice}.") from error
+    if response.status_code == 401 or (response.status_code == 403 and "Host" not in response.text[:200]):
+        raise InputError(
+            f"{setting}={shown} refuses the credentials ({response.status_code}); set MLFLOW_TRACKING_USERNAME and "
+            f"MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
+        )
+    try:
+        known = response.status_code == 200 and isinstance(response.json(), dict)
+    except ValueError:
+        known = False
+    if not known:
+        said = " ".join(response.text.split())[:100]
+        raise InputError(
+            f"{setting}={shown} answers, but not as an MLflow server does ({response.status_code}: {said}); {advice}."
+        )
+
+
+def _experiment_by_id(client: MlflowClient) -> str | None:
+    """Name of the experiment that MLFLOW_EXPERIMENT_ID (as `mlflow run` sets it) stands for."""
+    experiment_id = os.environ.get("MLFLOW_EXPERIMENT_ID")
+    if not experiment_id:
+        return None
+    name: str = client.get_experiment(experiment_id).name
+    return name
+
+
+def check_experiment(store: Store, name: str) -> None:
+    """Raise InputError if runs can't go to the experiment of this name; it need not exist yet, and isn't made."""
+    with _refused(store, f"the experiment {name}"):
+        experiment = store.client.get_experiment_by_name(name)
+    if experiment is None:
+        return
+    if experiment.lifecycle_stage == "deleted":
+        raise InputError(
+            f"the MLflow experiment {name} was deleted; bring it back with `MLFLOW_TRACKING_URI="
+            f"{_without_password(store.uri)} mlflow experiments restore --experiment-id {experiment.experiment_id}`, "
+            f"or name another one: tracking.experiment=NAME."
+        )
+    location = urllib.parse.urlsplit(experiment.artifact_location or "")
+    host = urllib.parse.urlsplit(store.uri).hostname
+    # Such a server has clients write to a path of their own machine, where nobody finds the files again.
+    if store.artifacts is None and host and not _is_this_machine(host) and location.scheme in ("", "file"):
+        raise InputError(
+            f"the MLflow experiment {name} keeps its artifacts in {experiment.artifact_location}, a folder of "
+            f"the server {host} that can't be written to from here; start that server with --artifacts-destination "
+            f"and name a new experiment: tracking.experiment=NAME."
+        )
+
+
+def _is_this_machine(host: str) -> bool:
+    return host in ("localhost", "127.0.0.1", "::1", socket.gethostname())
+
+
+def _experiment_id(store: Store, name: str) -> str:
+    """Id of the experiment of this name, which is made if missing (perhaps by another process at this moment)."""
+    check_experiment(store, name)
+    for attempt in (1, 2):
+        experiment = store.client.get_experiment_by_name(name)
+        if experiment is not None:
+            return str(experiment.experiment_id)
+        try:
+            return str(store.client.create_experiment(name, artifact_location=store.artifacts))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS" or attempt == 2:
+                raise
+    raise AssertionError("unreachable")
+
+
+# ------------------------------------------------------------------------------------------------------ one run
+
+
+class Run:
+    """One open run. As a context manager it ends itself: FINISHED, FAILED with what was raised, or KILLED."""
+
+    def __init__(self, store: Store, run: MlflowRun) -> None:
+        self.store = store
+        self.id: str = run.info.run_id
+        self.name: str = run.info.run_name
+        self.experiment_id: str = run.info.experiment_id
+        self.status = "RUNNING"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        if self.status != "RUNNING":
+            return
+        if error is None:
+            self.finish()
+        elif isinstance(error, Exception):
+            self.fail(sentence(error), "".join(traceback.format_exception(error)))
+        else:
+            self.kill()
+
+    def log_result(
+        self,
+        metrics: Mapping[str, float],
+        tags: Mapping[str, str] | None = None,
+        artifacts: Mapping[str, Path | str | Mapping[str, Any] | Sequence[Any]] | None = None,
+        datasets: Sequence[DatasetUse] = (),
+    ) -> None:
+        """Log what came out, in few requests.
+
+        metrics: those that are not finite are left out, and named in the tag `not_finite`.
+        artifacts: by path in the run: a file or folder, or a text, or something to write as JSON.
+        Raises RunError if the store does not take it.
+        """
+        finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+        left_out = {name: value for name, value in metrics.items() if name not in finite}
+        all_tags = dict(tags or {})
+        if left_out:
+            all_tags["not_finite"] = ", ".join(f"{name}={value}" for name, value in left_out.items())
+        now = int(time.time() * 1000)
+        with self._taking("the results"):
+            for part in _parts(_named(finite), 1000):
+                self.store.client.log_batch(self.id, metrics=[Metric(key, value, now, 0) for key, value in part])
+            self._log_tags(all_tags)
+            if datasets:
+                self.store.client.log_inputs(self.id, [_dataset_input(use) for use in datasets])
+        self.log_artifacts(artifacts or {})
+
+    def log_params(self, params: Mapping[str, str]) -> None:
+        """Log params; one too long for MLflow is cut where it says so, and stands whole in `long_params.json`."""
+        long = {name: value for name, value in params.items() if len(value) > PARAM_LENGTH}
+        short = {name: _cut(value, PARAM_LENGTH, "long_params.json") for name, value in params.items()}
+        with self._taking("the params"):
+            for part in _parts(_named(short), BATCH_ENTRIES):
+                self.store.client.log_batch(self.id, params=[Param(key, value) for key, value in part])
+        if long:
+            self.log_artifacts({"long_params.json": long})
+
+    def log_artifacts(self, artifacts: Mapping[str, Path | str | Mapping[str, Any] | Sequence[Any]]) -> None:
+        """Log files, folders, texts and JSON by their path in the run, as one upload."""
+        if not artifacts:
+            return
+        with tempfile.TemporaryDirectory(prefix="qexp-") as folder, self._taking("the artifacts"):
+            for path, content in artifacts.items():
+                _stage(Path(folder) / path, content)
+            self.store.client.log_artifacts(self.id, folder)
+
+    def finish(self) -> None:
+        """End as FINISHED. Raises RunError if the store does not take it."""
+        with self._taking("the end of the run"):
+            self._end("FINISHED")
+
+    def fail(self, error: str, trace: str) -> None:
+        """End as FAILED, with the sentence as tag `error` and the traceback as an artifact. Never raises."""
+        self._end_anyhow("FAILED", lambda: self._log_failure(error, trace))
+
+    def kill(self) -> None:
+        """End as KILLED. Raises nothing of its own, and an interrupt while it works doesn't stop it."""
+        self._end_anyhow("KILLED")
+
+    def _log_failure(self, error: str, trace: str) -> None:
+        self._log_tags({"error": error})
+        self.log_artifacts({"traceback.txt": trace})
+
+    def _log_tags(self, tags: Mapping[str, str]) -> None:
+        short = {name: _cut(value, TAG_LENGTH) for name, value in tags.items()}
+        for part in _parts(_named(short), BATCH_ENTRIES):
+            self.store.client.log_batch(self.id, tags=[RunTag(key, value) for key, value in part])
+
+    def _end(self, status: str) -> None:
+        if self.status == "RUNNING":
+            self.store.client.set_terminated(self.id, status)
+            self.status = status
+
+    def _end_anyhow(self, status: str, first: Callable[[], None] | None = None) -> None:
+        # The status goes first: it matters most, and what follows may fail for the reason that the run did.
+        # In a thread of its own, since signals interrupt the main thread only.
+        def work() -> None:
+            self._end(status)
+            if first is not None:
+                first()
+
+        try:
+            _in_thread(work).result(timeout=END_SECONDS)
+        except Exception as problem:
+            logger.warning(
+                "MLflow at %s did not take that run %s ended as %s: %s",
+                _without_password(self.store.uri),
+                self.name,
+                status,
+                _root_cause(problem) or "no answer",
+            )
+
+    @contextmanager
+    def _taking(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (MlflowException, requests.RequestException, OSError) as error:
+            raise RunError(
+                f"MLflow at {_without_password(self.store.uri)} did not take {what} of run {self.name}: "
+                f"{_first_line(error)}."
+            ) from error
+
+
+def start_run(
+    store: Store,
+    *,
+    experiment: str,
+    name: str,
+    params: Mapping[str, str],
+    tags: Mapping[str, str],
+    parent: str | None = None,
+    description: str | None = None,
+    resume: bool = False,
+) -> Run:
+    """Open a run. parent: id of the sweep's run, if it has one.
+
+    resume: whether to go on with the run that MLFLOW_RUN_ID names, as MLflow's own `start_run` does. That is for
+    single runs only: all jobs of a sweep would end up in one.
+    Raises InputError if the store refuses; no run is left open then, nor after an interrupt.
+    """
+    system = _system_tags(tags, description)
+    if parent:
+        system["mlflow.parentRunId"] = parent
+    resumed = os.environ.get("MLFLOW_RUN_ID") if resume else None
+    with _refused(store, f"the run {name}"):
+        if resumed:
+            opened = _in_thread(lambda: _resume(store, resumed))
+        else:
+            experiment_id = _experiment_id(store, experiment)
+            opened = _in_thread(lambda: store.client.create_run(experiment_id, tags=system, run_name=name))
+        try:
+            run = Run(store, opened.result())
+        except BaseException:
+            # An interrupt while the store was making the run, whose id only the thread will know.
+            if not opened.done() or opened.exception() is None:
+                Run(store, opened.result(timeout=END_SECONDS)).kill()
+            raise
+    try:
+        if resumed:
+            run._log_tags(system)
+        run._log_tags(tags)
+        run.log_params(params)
+    except RunError as error:
+        run.fail(str(error), traceback.format_exc())
+        if resumed:
+            raise InputError(f"MLFLOW_RUN_ID={resumed} can't go on with other settings: {error}") from error
+        raise
+    except BaseException:
+        run.kill()
+        raise
+    return run
+
+
+def _resume(store: Store, run_id: str) -> MlflowRun:
+    run = store.client.get_run(run_id)
+    store.client.update_run(run_id, status="RUNNING")
+    return run
+
+
+def open_parent(
+    store: Store, *, experiment: str, name: str, tags: Mapping[str, str], description: str | None = None
+) -> Run:
+    """Open the run of a whole sweep, whose id the children are given."""
+    return start_run(store, experiment=experiment, name=name, params={}, tags=tags, description=description)
+
+
+def close_parent(
+    parent: Run,
+    status: str,
+    table: str,
+    counts: Mapping[str, int],
+    artifacts: Mapping[str, Path | str | Mapping[str, Any] | Sequence[Any]] | None = None,
+) -> None:
+    """End a sweep's run. status: FINISHED, FAILED or KILLED; counts: `finished`, `failed`, ..., logged as `jobs/...`.
+
+    Never raises: a sweep whose store has gone still has its table to print.
+    """
+
+    def contents() -> None:
+        parent.log_result(
+            {f"jobs/{name}": float(count) for name, count in counts.items()},
+            artifacts={"table.txt": table, **(artifacts or {})},
+        )
+
+    parent._end_anyhow(status, contents)
+
+
+def children(store: Store, parent: str, experiments: Sequence[str] = ()) -> list[Row]:
+    """The runs of a sweep in the order they started, all pages of them.
+
+    experiments: names of the experiments that they are in; by default, the parent's own.
+    """
+    with _refused(store, "a search"):
+        if experiments:
+            found = [store.client.get_experiment_by_name(name) for name in experiments]
+            ids = [experiment.experiment_id for experiment in found if experiment is not None]
+        else:
+            ids = [store.client.get_run(parent).info.experiment_id]
+        rows: list[Row] = []
+        token: str | None = None
+        while True:
+            page = store.client.search_runs(
+                ids,
+                filter_string=f"tags.`mlflow.parentRunId` = '{parent}'",
+                max_results=PAGE,
+                order_by=["attributes.start_time ASC"],
+                page_token=token,
+            )
+            rows.extend(_row(run) for run in page)
+            token = page.token
+            if not token:
+                return rows
+
+
+def _row(run: MlflowRun) -> Row:
+    info, data = run.info, run.data
+    end = info.end_time / 1000 if info.end_time else None
+    start = info.start_time / 1000
+    return Row(info.run_id, info.run_name, info.status, start, end, data.params, data.metrics, data.tags)
+
+
+def ui(store: Store, run: Run) -> Ui:
+    """How to open MLflow's UI on exactly this sweep's runs, or on this single run's page.
+
+    run: a sweep's parent, or a single run.
+    """
+    local = store.artifacts is not None
+    base = "http://127.0.0.1:5000" if local else _without_password(store.uri).rstrip("/")
+    query = urllib.parse.urlencode({"searchFilter": f"tags.`mlflow.parentRunId` = '{run.id}'"})
+    url = f"{base}/#/experiments/{run.experiment_id}/runs?{query}"
+    if not local:
+        return Ui(None, url)
+    beside = Path(sys.executable).with_name("mlflow")
+    program = str(beside) if beside.exists() else "mlflow"
+    options = ["ui", "--backend-store-uri", store.uri, "--host", "127.0.0.1", "--port", "5000"]
+    return Ui(shlex.join([program, *options]), url)
+
+
+# ---------------------------------------------------------------------------------------------- what MLflow takes
+
+
+def _named(values: Mapping[str, T]) -> dict[str, T]:
+    """The same values under names that MLflow takes: one bad character would fail the whole batch."""
+    named: dict[str, T] = {}
+    for name, value in values.items():
+        legal = re.sub(r"[^\w./\- :]", "_", name)
+        legal = posixpath.normpath(legal).strip("/")[:NAME_LENGTH] or "_"
+        legal = re.sub(r"^\.+", "_", legal)
+        unique, number = legal, 2
+        while unique in named:
+            unique, number = f"{legal[: NAME_LENGTH - 5]}_{number}", number + 1
+        named[unique] = value
+    return named
+
+
+def _parts(values: Mapping[str, T], size: int) -> Iterator[list[tuple[str, T]]]:
+    items = list(values.items())
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _cut(value: str, length: int, where: str = "") -> str:
+    if len(value) <= length:
+        return value
+    note = f"... ({len(value)} characters{', all in ' + where if where else ''})"
+    return value[: length - len(note)] + note
+
+
+def _stage(path: Path, content: Path | str | Mapping[str, Any] | Sequence[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, Path):
+        if content.is_dir():
+            shutil.copytree(content, path)
+            return
+        try:
+            os.link(content, path)  # large files need not be copied twice
+        except OSError:
+            shutil.copyfile(content, path)
+    elif isinstance(content, str):
+        path.write_text(content, encoding="utf-8")
+    else:
+        # What is not finite becomes null: browsers refuse NaN in JSON.
+        path.write_text(json.dumps(_plain(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy scalars and arrays
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)
+
+
+def _dataset_input(use: DatasetUse) -> DatasetInput:
+    scheme = urllib.parse.urlsplit(use.source).scheme
+    kind, source = ("http", {"url": use.source}) if scheme in ("http", "https") else ("local", {"uri": use.source})
+    dataset = Dataset(
+        name=use.name[:500],
+        digest=use.digest[:36],
+        source_type=kind,
+        source=json.dumps(source),
+        profile=json.dumps(_plain(use.profile)),
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", use.context)])
+
+
+def _system_tags(tags: Mapping[str, str], description: str | None) -> dict[str, str]:
+    """What MLflow's own front end fills in, and its UI shows."""
+    system = {"mlflow.user": _user(), "mlflow.source.name": "qexp", "mlflow.source.type": "LOCAL"}
+    if tags.get("git_sha"):
+        system["mlflow.source.git.commit"] = tags["git_sha"]
+    if description:
+        system["mlflow.note.content"] = description
+    return system
+
+
+def _user() -> str:
+    try:
+        return os.environ.get("MLFLOW_TRACKING_USERNAME") or getpass.getuser()
+    except (KeyError, OSError, ImportError):  # a container whose user id has no name
+        return "unknown"
+
+
+# -------------------------------------------------------------------------------------------------------- errors
+
+
+def sentence(error: BaseException) -> str:
+    """An error in one line: ours as they are, others with their type before them."""
+    text = _first_line(error)
+    return text if isinstance(error, QexpError) else f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
+@contextmanager
+def _refused(store: Store, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (MlflowException, requests.RequestException) as error:
+        raise InputError(f"MLflow at {_without_password(store.uri)} refuses {what}: {_first_line(error)}.") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")
+
+
+def _root_cause(error: BaseException) -> str:
+    """The last clause of requests' nested messages, as `Connection refused`."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    text = str(getattr(error, "strerror", None) or error)
+    return text.strip().split("\n")[0].rstrip(".")
+
+
+def _without_password(uri: str) -> str:
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
+def _in_thread(call: Callable[[], T]) -> Future[T]:
+    """Start a call in a daemon thread, where no signal interrupts it and where waiting for it can have a limit."""
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="qexp-tracking", daemon=True).start()
+    return future
