@@ -1,0 +1,266 @@
+"""What machine this is, how busy it is, and its lock. Neither torch nor mlflow; "unknown" where it can't be read."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import math
+import os
+import platform
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+UNKNOWN = "unknown"
+
+# From the most to the least capable: the tag of the first whose flags (Linux's names) are all there.
+ISA: tuple[tuple[str, frozenset[str]], ...] = (
+    ("amx", frozenset({"amx_int8"})),
+    ("avx512_vnni", frozenset({"avx512_vnni"})),
+    ("avx_vnni", frozenset({"avx_vnni"})),
+    ("avx512", frozenset({"avx512f", "avx512bw", "avx512vl"})),
+    ("avx2", frozenset({"avx2"})),
+    ("sve", frozenset({"sve"})),
+    ("neon_dotprod", frozenset({"asimddp"})),
+    ("neon", frozenset({"asimd"})),
+    ("neon", frozenset({"neon"})),
+    ("sse4", frozenset({"sse4_1"})),
+)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The machine that a measurement holds for. memory in bytes; load: runnable tasks, mean of the last minute."""
+
+    cpu: str
+    isa: str
+    flags: tuple[str, ...]
+    architecture: str
+    logical_cores: int
+    physical_cores: int | None
+    smt: str
+    governor: str
+    turbo: str
+    memory: int | None
+    memory_limit: int | None
+    cpu_limit: float | None
+    allowed_cores: int
+    load: float | None
+    virtual: str
+    system: str
+    python: str
+
+
+def describe(root: Path = Path("/")) -> Machine:
+    """The machine as it is now. root: where `proc` and `sys` are, for tests."""
+    text = _read(root / "proc/cpuinfo")
+    flags = _flags(text)
+    siblings = core_siblings(root)
+    return Machine(
+        cpu=_cpu(text),
+        isa=isa(flags),
+        flags=tuple(sorted(flag for flag in flags if any(flag in wanted for _, wanted in ISA))),
+        architecture=platform.machine(),
+        logical_cores=os.cpu_count() or 1,
+        physical_cores=len(siblings) or None,
+        smt=_smt(root, siblings),
+        governor=_read(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or UNKNOWN,
+        turbo=_turbo(root),
+        memory=_memory(_read(root / "proc/meminfo")),
+        memory_limit=memory_limit(root),
+        cpu_limit=cpu_limit(root),
+        allowed_cores=allowed_cores(root),
+        load=load(),
+        virtual=UNKNOWN if not text else "yes" if "hypervisor" in flags else "no",
+        system=f"{platform.system()} {platform.release()}",
+        python=platform.python_version(),
+    )
+
+
+def isa(flags: set[str]) -> str:
+    """The tag of the most capable instruction set among the flags of /proc/cpuinfo; "unknown" where none is known."""
+    return next((tag for tag, wanted in ISA if wanted <= flags), UNKNOWN)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _field(text: str, *names: str) -> str:
+    """The first value of `name : value` in a file of /proc."""
+    for name in names:
+        found = re.search(rf"^{re.escape(name)}\s*:\s*(.+)$", text, re.MULTILINE)
+        if found:
+            return found.group(1).strip()
+    return ""
+
+
+def _flags(cpuinfo: str) -> set[str]:
+    # "flags" on x86, "Features" on ARM. macOS has no such file; every 64-bit ARM processor has NEON.
+    flags = set(_field(cpuinfo, "flags", "Features").split())
+    return flags or ({"neon"} if platform.machine() in ("arm64", "aarch64") else set())
+
+
+def _cpu(cpuinfo: str) -> str:
+    name = _field(cpuinfo, "model name", "Model", "Hardware", "cpu model") or platform.processor()
+    family, model = _field(cpuinfo, "cpu family"), _field(cpuinfo, "model")
+    # Virtual machines hide the model's name ("AMD EPYC"); family and model still tell the generation.
+    return f"{name} (family {family}, model {model})" if name and family and model else name or UNKNOWN
+
+
+def core_siblings(root: Path = Path("/")) -> tuple[tuple[int, ...], ...]:
+    """The hardware threads of each physical core, in order; empty where the system doesn't say."""
+    folder = root / "sys/devices/system/cpu"
+    cores: dict[tuple[str, str], list[int]] = {}
+    for path in sorted(folder.glob("cpu[0-9]*"), key=lambda path: int(path.name[3:])):
+        core, package = _read(path / "topology/core_id"), _read(path / "topology/physical_package_id")
+        if core:
+            cores.setdefault((package, core), []).append(int(path.name[3:]))
+    return tuple(tuple(threads) for threads in cores.values())
+
+
+def _smt(root: Path, siblings: tuple[tuple[int, ...], ...]) -> str:
+    control = _read(root / "sys/devices/system/cpu/smt/active")
+    if control in ("0", "1"):
+        return "on" if control == "1" else "off"
+    return UNKNOWN if not siblings else "on" if any(len(threads) > 1 for threads in siblings) else "off"
+
+
+def _turbo(root: Path) -> str:
+    cpu = root / "sys/devices/system/cpu"
+    intel, other = _read(cpu / "intel_pstate/no_turbo"), _read(cpu / "cpufreq/boost")
+    if intel in ("0", "1"):
+        return "off" if intel == "1" else "on"
+    return {"0": "off", "1": "on"}.get(other, UNKNOWN)
+
+
+def _memory(meminfo: str) -> int | None:
+    found = re.search(r"^MemTotal:\s*(\d+) kB", meminfo, re.MULTILINE)
+    return int(found.group(1)) * 1024 if found else None
+
+
+def _cgroups(root: Path, controller: str) -> list[Path]:
+    """The folders of this process's control group and of all above it, for version 2 and for version 1."""
+    folders = []
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, name = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        base = root / "sys/fs/cgroup" / (controller if controllers else "")
+        relative = Path(name.lstrip("/"))
+        # In a container the name is often that of the host, and only the root of the mount is there.
+        folders += [base / part for part in (relative, *relative.parents)]
+    return list(dict.fromkeys(folder for folder in folders if folder.is_dir()))
+
+
+def cpu_limit(root: Path = Path("/")) -> float | None:
+    """Processors' worth of time that the control groups of this process allow; None where they set no limit."""
+    limits = []
+    for folder in _cgroups(root, "cpu"):
+        words = _read(folder / "cpu.max").split() or [
+            _read(folder / "cpu.cfs_quota_us") or "max",
+            _read(folder / "cpu.cfs_period_us") or "100000",
+        ]
+        if words[0] not in ("max", "-1"):
+            limits.append(int(words[0]) / int(words[1]))
+    return min(limits, default=None)
+
+
+def memory_limit(root: Path = Path("/")) -> int | None:
+    """Bytes that the control groups of this process allow; None where they set no limit."""
+    values = [
+        _read(folder / name) for folder in _cgroups(root, "memory") for name in ("memory.max", "memory.limit_in_bytes")
+    ]
+    # Version 1 says "no limit" with the largest page-aligned number of 63 bits.
+    limits = [int(value) for value in values if value.isdigit() and int(value) < 2**62]
+    return min(limits, default=None)
+
+
+def allowed_cpus() -> tuple[int, ...]:
+    """The numbers of the logical processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
+
+
+def allowed_cores(root: Path = Path("/")) -> int:
+    """How many threads can run at the same time here: by affinity, and by the control groups' share of time."""
+    limit = cpu_limit(root)
+    count = len(allowed_cpus())
+    return count if limit is None else max(1, min(count, math.floor(limit)))
+
+
+def load() -> float | None:
+    """Runnable tasks, mean of the last minute; None where the system doesn't say."""
+    try:
+        return os.getloadavg()[0]
+    except OSError:
+        return None
+
+
+def steal_seconds(root: Path = Path("/")) -> float | None:
+    """Seconds since boot, over all processors, in which a hypervisor ran something else; None where unknown."""
+    words = _read(root / "proc/stat").splitlines()[:1]
+    fields = words[0].split() if words else []
+    return int(fields[8]) / os.sysconf("SC_CLK_TCK") if len(fields) > 8 else None
+
+
+@contextmanager
+def lock(path: Path, poll: float = 0.1) -> Iterator[None]:
+    """Hold an exclusive `flock` on the file `path`, which is made where it is missing.
+
+    For whatever only one process of the machine may do at a time, such as timing. Waits as long as it takes and says
+    so once. The system drops the lock of a process that ends, killed or not; the file stays, and means nothing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = _open_lock(path)
+    try:
+        _acquire(descriptor, path, poll)
+        yield
+    finally:
+        # Not by closing alone: a child forked meanwhile holds a copy of the descriptor, and with it the lock.
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+def _open_lock(path: Path) -> int:
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        # Without O_CREAT first: in a sticky folder such as /tmp Linux refuses O_CREAT on another user's file.
+        return os.open(path, os.O_RDWR | flags)
+    except PermissionError:
+        return os.open(path, os.O_RDONLY | flags)
+    except FileNotFoundError:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+        with suppress(PermissionError):  # another process has just made it
+            os.fchmod(descriptor, 0o666)  # for other users, whatever the umask
+        return descriptor
+
+
+def _acquire(descriptor: int, path: Path, poll: float) -> None:
+    started, said = time.monotonic(), False
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not said:
+                holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+                log.info("waiting for %s, held by process %s", path, holder or UNKNOWN)
+                said = True
+            # Polling, since a blocking flock can't be interrupted by a signal handler that only sets a flag.
+            time.sleep(poll)
+            continue
+        with suppress(OSError):  # another user's file, open for reading only
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        if said:
+            log.info("got %s after %.1f s", path, time.monotonic() - started)
+        return

@@ -1,0 +1,139 @@
+"""Paired statistics, intervals and verdicts: numpy and scipy, no torch.
+
+Accuracies are fractions of 1. Of two sets of predictions on the same images, `first_only` counts the images that
+only the first has right, `second_only` those that only the second has; all that is known about the difference is in
+these two and in the number of images. A difference is always second minus first (INT8 minus FP32).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from scipy import special, stats
+
+from qexp.results import Interval, Predictions
+
+def discordant(first: Predictions, second: Predictions) -> tuple[int, int, int]:
+    """(first_only, second_only, images). Raises ValueError where the two are not of the same images."""
+    _check_paired(first, second)
+    a, b = first.correct, second.correct
+    return int(np.sum(a & ~b)), int(np.sum(b & ~a)), len(a)
+
+
+def agreement(first: Predictions, second: Predictions) -> float:
+    """Share of images with the same top-1 class, right or wrong. NaN for no images."""
+    _check_paired(first, second)
+    same = first.logits.argmax(axis=1) == second.logits.argmax(axis=1)
+    return float(same.mean()) if len(same) else math.nan
+
+
+def kl_divergence(reference: Predictions, other: Predictions) -> float:
+    """Mean over images of KL(softmax(reference) || softmax(other)), in nats; 0 where all logits are equal."""
+    _check_paired(reference, other)
+    p = special.log_softmax(reference.logits.astype(np.float64), axis=1)
+    q = special.log_softmax(other.logits.astype(np.float64), axis=1)
+    return float(np.sum(np.exp(p) * (p - q), axis=1).mean()) if len(p) else math.nan
+
+
+def sqnr(reference: np.ndarray, other: np.ndarray) -> float:
+    """Signal to quantization noise in dB: 10 log10(sum(reference^2) / sum((reference - other)^2)).
+
+    Arrays of one shape, such as the logits [N, classes] of FP32 and of INT8. Infinite where they are equal.
+    """
+    if reference.shape != other.shape:
+        raise ValueError(f"shapes differ: {reference.shape} and {other.shape}")
+    signal = reference.astype(np.float64)
+    noise = float(np.sum((signal - other) ** 2))
+    return math.inf if noise == 0 else float(10 * np.log10(np.sum(signal**2) / noise))
+
+
+def _check_paired(first: Predictions, second: Predictions) -> None:
+    if first.image_ids != second.image_ids or not np.array_equal(first.labels, second.labels):
+        raise ValueError("the two predictions are not of the same images in the same order")
+
+
+def wilson(correct: int, n: int, confidence: float = 0.95) -> Interval:
+    """An accuracy of `correct` of `n` images with Wilson's (1927) score interval; [0, 1] for no images."""
+    method = "Wilson score"
+    if n == 0:
+        return Interval(math.nan, 0.0, 1.0, confidence, method)
+    bounds = stats.binomtest(correct, n).proportion_ci(confidence, method="wilson")
+    return Interval(correct / n, float(bounds.low), float(bounds.high), confidence, method)
+
+
+def mcnemar(first_only: int, second_only: int) -> float:
+    """Two-sided exact p-value for equal accuracies: a sign test on the images that exactly one has right."""
+    trials = first_only + second_only
+    return float(stats.binomtest(first_only, trials).pvalue) if trials else 1.0
+
+
+def tango_z(
+    difference: np.ndarray | float, first_only: np.ndarray | int, second_only: np.ndarray | int, n: np.ndarray | int
+) -> np.ndarray:
+    """The score z = (c - b - n d) / sqrt(n (2 q + d (1 - d))) of the hypothesis that the difference is d.
+
+    b, c: images that only the first, only the second has right; q: the maximum likelihood estimate of the share of b
+    under the hypothesis, the larger root of 2n q^2 + ((2n + b - c) d - b - c) q - b d (1 - d) = 0. Broadcasts.
+    Positive where the observed difference is larger than d. It falls as d grows.
+    Tango 1998, "Equivalence test and confidence interval for the difference in proportions for the paired-sample
+    design", Statistics in Medicine 17, equations 8 to 10.
+    """
+    d, b, c, size = (np.asarray(value, dtype=np.float64) for value in (difference, first_only, second_only, n))
+    variance = size * _score_variance(d, b, c, size)
+    numerator = c - b - size * d
+    # 0 / 0 at d = 0 without a disagreement, and at d = 1 or -1 where every image is one; the limit is 0.
+    limit = np.where(numerator == 0, 0.0, np.copysign(np.inf, numerator))
+    return np.divide(numerator, np.sqrt(variance), out=limit, where=variance > 0)
+
+
+def _score_variance(d: np.ndarray, b: np.ndarray, c: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """Variance of one image's contribution under the hypothesis that the difference is d, by maximum likelihood."""
+    quadratic = 2 * n
+    linear = (2 * n + b - c) * d - b - c
+    constant = -b * d * (1 - d)
+    root = np.sqrt(np.maximum(linear**2 - 4 * quadratic * constant, 0))
+    # The larger root without cancellation: where `linear` is positive, root - linear would lose all digits.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.where(linear > 0, -2 * constant / (linear + root), (root - linear) / (2 * quadratic))
+    return np.maximum(2 * share + d * (1 - d), 0)
+
+
+def tango_bounds(
+    first_only: np.ndarray, second_only: np.ndarray, n: np.ndarray | int, confidence: float = 0.95
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tango's score interval for many tables at once: (low, high), float64 of the shape of `first_only`.
+
+    Every d whose two-sided score test is not rejected; each end by bisection to the last bits, in [-1, 1].
+    """
+    z = stats.norm.isf((1 - confidence) / 2)
+
+    def end(level: float) -> np.ndarray:
+        below, above = np.full(np.shape(first_only), -1.0), np.full(np.shape(first_only), 1.0)
+        for _ in range(54):
+            middle = (below + above) / 2
+            under = tango_z(middle, first_only, second_only, n) > level
+            below, above = np.where(under, middle, below), np.where(under, above, middle)
+        return (below + above) / 2
+
+    return end(z), end(-z)
+
+
+def tango(first_only: int, second_only: int, n: int, confidence: float = 0.95) -> Interval:
+    """The difference in accuracy, second minus first, with Tango's (1998) score interval for paired images.
+
+    first_only, second_only: images of `n` that only the first, only the second has right. The interval has a width
+    where no prediction differs, and never leaves [-1, 1]; for n = 0 the value is NaN and the interval all of it.
+    Equal to PropCIs::scoreci.mp(first_only, second_only, n, confidence) in R.
+    Raises ValueError for counts that are negative or sum to more than n.
+    """
+    _check_counts(first_only, second_only, n)
+    if n == 0:
+        return Interval(math.nan, -1.0, 1.0, confidence, "Tango score")
+    low, high = tango_bounds(np.array(first_only), np.array(second_only), n, confidence)
+    return Interval((second_only - first_only) / n, float(low), float(high), confidence, "Tango score")
+
+
+def _check_counts(first_only: int, second_only: int, n: int) -> None:
+    if min(first_only, second_only) < 0 or first_only + second_only > n:
+        raise ValueError(f"{first_only} and {second_only} discordant of {n} images is no paired table")
