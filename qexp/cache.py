@@ -1,0 +1,177 @@
+"""What is the same is computed once: arrays on disk, found by a key, written atomically, verified whenever opened.
+
+An entry is `<sha256 of the key>.npy`: a .npy file followed by the SHA-256 of everything before it. A truncated or
+altered entry is therefore recognised, and rebuilt.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import mmap
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from qexp.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+_SEAL = hashlib.sha256().digest_size
+_CHUNK = 1 << 22
+_DAMAGED = "the cache entry %s is damaged (%s); it is made anew"
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """array: read-only memory map; sha256: hex digest that covers its values, dtype and shape."""
+
+    array: np.ndarray
+    sha256: str
+
+
+def array(folder: Path, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """The array kept in `folder` under `key`, as a read-only memory map; what `make` returns is kept if there is none.
+
+    `key` must name everything that the array depends on. Processes that ask for one entry at the same moment make it
+    once. Raises InputError if the folder can't be written, or is full.
+    """
+
+    def write(path: Path) -> None:
+        value = np.ascontiguousarray(make())
+        _reserve(path, value.nbytes)
+        np.save(path, value, allow_pickle=False)
+
+    return _entry(folder, key, write).array
+
+
+def filled(folder: Path, key: str, shape: tuple[int, ...], dtype: Any, fill: Callable[[np.ndarray], None]) -> Entry:
+    """As `array`, for what need not fit into memory: `fill` writes into a memory map of `shape` and `dtype`."""
+
+    def write(path: Path) -> None:
+        target = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+        # The file is one hole now; writing into a hole when the disk is full kills the process with SIGBUS.
+        _reserve(path, path.stat().st_size)
+        fill(target)
+        target.flush()
+
+    return _entry(folder, key, write)
+
+
+def scratch(folder: Path, shape: tuple[int, ...], dtype: Any, fill: Callable[[np.ndarray], None]) -> Entry:
+    """As `filled`, for what no key can name: kept on disk, but only as long as this process uses it."""
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            _allocate(file.fileno(), size)
+            target = np.memmap(file, dtype=dtype, mode="r+", shape=shape)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    fill(target)
+    target.flags.writeable = False
+    header = f"{np.dtype(dtype).str} {shape} ".encode()
+    return Entry(target, hashlib.sha256(header + hashlib.sha256(target.data).digest()).hexdigest())
+
+
+def _entry(folder: Path, key: str, write: Callable[[Path], None]) -> Entry:
+    path = folder / f"{hashlib.sha256(key.encode('utf-8', 'surrogateescape')).hexdigest()[:40]}.npy"
+    found = _open(path)
+    if found is not None:
+        return found
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_suffix(".lock"))
+        lock.acquire()
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    try:
+        found = _open(path)  # another process may have made it while this one waited
+        return found if found is not None else _make(folder, path, write)
+    finally:
+        lock.release()
+
+
+def _make(folder: Path, path: Path, write: Callable[[Path], None]) -> Entry:
+    # The lock is held, so whatever stands under this name was left by a process that was killed.
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.touch()
+        write(temporary)
+        with temporary.open("r+b") as file:
+            seal = hashlib.file_digest(file, "sha256").digest()
+            file.seek(0, os.SEEK_END)
+            file.write(seal)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        found = _open(path)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    finally:
+        _remove(temporary)
+    if found is None:
+        raise InputError(f"the cache folder {folder} does not keep what is written to it; set outputs to another disk.")
+    return found
+
+
+def _open(path: Path) -> Entry | None:
+    """The entry at `path`, or None where there is none, or none that is whole."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size <= _SEAL:
+                logger.info(_DAMAGED, path, "truncated")
+                return None
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                digest = hashlib.sha256()
+                with memoryview(content) as view:
+                    for start in range(0, size - _SEAL, _CHUNK):
+                        digest.update(view[start : min(start + _CHUNK, size - _SEAL)])
+                seal = content[size - _SEAL :]
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        logger.info(_DAMAGED, path, error.strerror)
+        return None
+    if seal != digest.digest():
+        logger.info(_DAMAGED, path, "its checksum is wrong")
+        return None
+    return Entry(np.load(path, mmap_mode="r", allow_pickle=False), digest.hexdigest())
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.debug("%s stays: %s", path, error)
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Raises OSError at once where `path` can't grow to `size` bytes."""
+    with path.open("r+b") as file:
+        _allocate(file.fileno(), size)
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    if hasattr(os, "posix_fallocate") and size:
+        os.posix_fallocate(descriptor, 0, size)
+
+
+def _unwritable(folder: Path, error: OSError) -> InputError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return InputError(
+            f"the cache folder {folder} has no room for what is to be kept ({error.strerror}); free some, or set"
+            " outputs to a folder on another disk."
+        )
+    return InputError(
+        f"the cache folder {folder} can't be written ({error.strerror or error}); set outputs to a folder that can."
+    )
