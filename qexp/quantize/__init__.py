@@ -1,0 +1,158 @@
+"""From a float model to an INT8 one: the only package that knows torch.ao.quantization.
+
+The steps are `fuse` → `prepare` → `calibrate` → `convert`, the same for every flow; `skeleton` makes the converted
+structure without data, for a saved state_dict to be loaded into.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from qexp.config import ActivationObserver, Engine, Flow, Observer, QConfig
+from qexp.errors import InputError
+from qexp.quantize import dynamic, eager, fx
+from qexp.quantize.calibrate import calibrate
+from qexp.quantize.compare import blame, fusion_difference
+from qexp.quantize.engines import engine, require, supported
+from qexp.quantize.grid import Grid, Side, executed_bits, grid
+from qexp.quantize.layers import layers, read_qparams
+from qexp.quantize.observers import observers, records_range
+from qexp.quantize.quiet import say_once_silently
+
+__all__ = [
+    "Grid",
+    "Side",
+    "blame",
+    "calibrate",
+    "convert",
+    "dry_run",
+    "engine",
+    "executed_bits",
+    "fuse",
+    "fusion_difference",
+    "grid",
+    "layers",
+    "prepare",
+    "read_qparams",
+    "require",
+    "skeleton",
+    "supported",
+]
+
+logger = logging.getLogger(__name__)
+say_once_silently()
+
+DYNAMIC_EFFECTIVE = dynamic.EFFECTIVE
+
+
+def fuse(module: nn.Module, flow: Flow, fusion: bool, example: Tensor) -> nn.Module:
+    """A copy of a float model in the form that `flow` quantizes, in evaluation mode; it computes the same.
+
+    eager: Conv→BN(→ReLU) chains fused unless `fusion` is false; fx: traced, every BatchNorm after a convolution folded;
+    dynamic: as it is. example: float32 [n, 3, H, W]. Raises InputError where the flow can't take the model.
+    """
+    if flow is Flow.eager:
+        return eager.fuse(module, fusion, example)
+    if flow is Flow.fx:
+        return fx.fuse(module, example)
+    return dynamic.copy_of(module)
+
+
+def prepare(
+    fused: nn.Module, flow: Flow, qconfig: QConfig, observer: Observer, engine_name: Engine, example: Tensor
+) -> nn.Module:
+    """A copy of a fused model with torch's observers where `flow` puts them; `qconfig.overflow` must be resolved."""
+    with engine(engine_name):
+        if flow is Flow.eager:
+            return eager.prepare(fused, qconfig, observer, example)
+        if flow is Flow.fx:
+            return fx.prepare(fused, qconfig, observer, engine_name, example)
+        return dynamic.prepare(fused, qconfig)
+
+
+def convert(prepared: nn.Module, flow: Flow, engine_name: Engine) -> nn.Module:
+    """A converted copy, packed for `engine_name`; run it under the same engine only."""
+    with engine(engine_name):
+        if flow is Flow.eager:
+            return eager.convert(prepared)
+        return fx.convert(prepared) if flow is Flow.fx else dynamic.convert(prepared)
+
+
+def skeleton(
+    module: nn.Module, flow: Flow, fusion: bool, qconfig: QConfig, engine_name: Engine, example: Tensor
+) -> nn.Module:
+    """A converted model with the structure that these settings give and meaningless ranges, to load a state_dict into.
+
+    module: the float model (its weights don't matter).
+    """
+    minmax = Observer(ActivationObserver.minmax)
+    # The structure doesn't depend on where ranges are taken.
+    plain = dataclasses.replace(qconfig, range_after_clamp=False)
+    prepared = prepare(fuse(module, flow, fusion, example), flow, plain, minmax, engine_name, example)
+    for watching in observers(prepared).values():
+        if records_range(watching):
+            watching(torch.tensor([0.0, 1.0]))
+    return convert(prepared, flow, engine_name)
+
+
+def dry_run(
+    module: nn.Module,
+    flow: Flow,
+    fusion: bool,
+    qconfig: QConfig,
+    observer: Observer,
+    engine_name: Engine,
+    example: Tensor,
+) -> None:
+    """Take a model through the whole flow with one image, so that what can't work is known before any work.
+
+    example: float32 [n, 3, H, W], n ≥ 1. Raises InputError that names the module where it fails and the flows that work.
+    """
+    try:
+        _through(module, flow, fusion, qconfig, observer, engine_name, example)
+    except InputError as error:
+        working = _working(module, flow, fusion, qconfig, observer, engine_name, example)
+        raise InputError(f"{error}; of the others {working}") from error
+
+
+def _through(
+    module: nn.Module,
+    flow: Flow,
+    fusion: bool,
+    qconfig: QConfig,
+    observer: Observer,
+    engine_name: Engine,
+    example: Tensor,
+) -> None:
+    one = example[:1]
+    prepared = prepare(fuse(module, flow, fusion, one), flow, qconfig, observer, engine_name, one)
+    calibrate(prepared, [one])
+    converted = convert(prepared, flow, engine_name)
+    with engine(engine_name):
+        eager.run_or_refuse(converted, flow, one)
+
+
+def _working(
+    module: nn.Module,
+    flow: Flow,
+    fusion: bool,
+    qconfig: QConfig,
+    observer: Observer,
+    engine_name: Engine,
+    example: Tensor,
+) -> str:
+    tried: list[str] = []
+    for other in Flow:
+        if other is flow:
+            continue
+        try:
+            _through(module, other, fusion, qconfig, observer, engine_name, example)
+        except Exception as error:
+            logger.debug("flow=%s does not take the model either: %s", other.value, error)
+        else:
+            tried.append(f"flow={other.value}")
+    return f"{' and '.join(tried)} work with this model" if tried else "no flow works with this model"

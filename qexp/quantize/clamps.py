@@ -1,0 +1,75 @@
+"""Which tensors feed only a clamp (ReLU, ReLU6, Hardtanh), and so should take their range after it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+_RELU = {F.relu, torch.relu, torch.relu_, F.relu_, "relu", "relu_"}
+_CLAMP = {torch.clamp, torch.clip, "clamp", "clamp_", "clip", "clip_"}
+_HARDTANH = {F.hardtanh, F.hardtanh_}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Values from `low` to `high`, either of which may be infinite."""
+
+    low: float
+    high: float
+
+    def holds(self, other: Interval) -> bool:
+        return self.low <= other.low and other.high <= self.high
+
+    def joined(self, other: Interval) -> Interval:
+        return Interval(min(self.low, other.low), max(self.high, other.high))
+
+
+EVERYTHING = Interval(-math.inf, math.inf)
+
+
+def clamp_of(node: fx.Node, modules: dict[str, nn.Module]) -> Interval | None:
+    """The interval to which `node` clamps its first argument; None where it is no clamp by constants."""
+    if node.op == "call_module":
+        return _clamp_of_module(modules[str(node.target)])
+    if node.op not in ("call_function", "call_method"):
+        return None
+    if node.target in _RELU:
+        return Interval(0.0, math.inf)
+    if node.target is F.relu6:
+        return Interval(0.0, 6.0)
+    if node.target in _HARDTANH:
+        return _constants(node, "min_val", "max_val", (-1.0, 1.0))
+    if node.target in _CLAMP:
+        return _constants(node, "min", "max", (None, None))
+    return None
+
+
+def _clamp_of_module(module: nn.Module) -> Interval | None:
+    # ReLU6 is a Hardtanh with bounds of its own.
+    if isinstance(module, nn.Hardtanh):
+        return Interval(float(module.min_val), float(module.max_val))
+    return Interval(0.0, math.inf) if isinstance(module, nn.ReLU) else None
+
+
+def _constants(node: fx.Node, low: str, high: str, default: tuple[float | None, float | None]) -> Interval | None:
+    bounds: list[Any] = []
+    for position, (name, otherwise) in enumerate(zip((low, high), default, strict=True), start=1):
+        bounds.append(node.args[position] if len(node.args) > position else node.kwargs.get(name, otherwise))
+    if any(isinstance(bound, fx.Node) for bound in bounds):
+        return None
+    return Interval(
+        -math.inf if bounds[0] is None else float(bounds[0]), math.inf if bounds[1] is None else float(bounds[1])
+    )
+
+
+def clamp_after(node: fx.Node, modules: dict[str, nn.Module]) -> Interval | None:
+    """The clamp that is the only consumer of `node`'s value, as an interval; None where there is none."""
+    users = list(node.users)
+    if len(users) != 1 or users[0].args[:1] != (node,):
+        return None
+    return clamp_of(users[0], modules)

@@ -1,0 +1,59 @@
+"""Whether a fused model still computes what the float model does, and where it stops doing so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def fusion_difference(float_module: nn.Module, fused: nn.Module, batch: Tensor) -> float:
+    """Largest difference of two models' logits on a batch, as a share of the largest logit (infinite if not finite)."""
+    with torch.inference_mode():
+        expected, actual = float_module(batch), fused(batch)
+    difference = float((actual - expected).abs().max() / expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny))
+    return difference if difference == difference else float("inf")
+
+
+def blame(float_module: nn.Module, fused: nn.Module, batch: Tensor, tolerance: float = 1e-4) -> str:
+    """The first module of `fused` whose output no module of the float model has, and the block that it is in.
+
+    A fused module computes what the last of its chain did, whichever that was; so it is looked for among all
+    outputs of the float model. Where every module's output is found, what differs is between modules.
+    """
+    expected: list[Tensor] = []
+    _run(float_module, batch, lambda name, output: expected.append(output))
+    found: list[str] = []
+
+    def look(name: str, output: Tensor) -> None:
+        if not found and not any(_close(output, other, tolerance) for other in expected if other.shape == output.shape):
+            found.append(name)
+
+    _run(fused, batch, look)
+    if not found:
+        return "an operation outside of any module"
+    block = found[0].rpartition(".")[0]
+    return f"{block} (at {found[0]})" if block else found[0]
+
+
+def _close(output: Tensor, other: Tensor, tolerance: float) -> bool:
+    return float((output - other).abs().max()) <= tolerance * max(float(other.abs().max()), 1e-30)
+
+
+def _run(module: nn.Module, batch: Tensor, see: Callable[[str, Tensor], None]) -> None:
+    def hook(name: str) -> Callable[..., None]:
+        def forward_hook(m: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if isinstance(output, Tensor) and output.is_floating_point():
+                # A copy, for a ReLU may work in place on it.
+                see(name, output.clone())
+
+        return forward_hook
+
+    handles = [m.register_forward_hook(hook(name)) for name, m in module.named_modules() if name]
+    try:
+        with torch.inference_mode():
+            module(batch)
+    finally:
+        for handle in handles:
+            handle.remove()

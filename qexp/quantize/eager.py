@@ -1,0 +1,252 @@
+"""The tutorial's flow: fuse modules, put stubs around them, and swap each for its INT8 twin.
+
+torch's documentation calls it eager mode quantization: https://docs.pytorch.org/docs/stable/quantization.html
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, fx, nn
+from torch.ao.nn.quantized import FloatFunctional
+from torch.ao.quantization import QuantStub, QuantWrapper, fuse_modules
+from torch.ao.quantization import convert as torch_convert
+from torch.ao.quantization import prepare as torch_prepare
+
+from qexp.config import Flow, Granularity, Observer, QConfig
+from qexp.errors import InputError
+from qexp.quantize.clamps import Interval, clamp_after
+from qexp.quantize.names import public
+from qexp.quantize.observers import ClampFirst, torch_qconfig
+from qexp.quantize.quiet import known_deprecations_silenced
+from qexp.quantize.trace import UntraceableError, trace
+
+logger = logging.getLogger(__name__)
+
+_FUSIBLE = (
+    (nn.Conv2d, nn.BatchNorm2d, nn.ReLU),
+    (nn.Conv2d, nn.BatchNorm2d),
+    (nn.Conv2d, nn.ReLU),
+    (nn.Conv1d, nn.BatchNorm1d, nn.ReLU),
+    (nn.Conv1d, nn.BatchNorm1d),
+    (nn.Conv1d, nn.ReLU),
+    (nn.ConvTranspose2d, nn.BatchNorm2d),
+    (nn.Linear, nn.BatchNorm1d),
+    (nn.Linear, nn.ReLU),
+    (nn.BatchNorm2d, nn.ReLU),
+)
+"""What torch fuses, by exact type, the longest first."""
+
+
+def fuse(module: nn.Module, fusion: bool, example: Tensor) -> nn.Module:
+    """A copy whose Conv→BN(→ReLU) chains are single modules: by the model's own fuse_model, else by tracing.
+
+    Raises InputError where neither is possible.
+    """
+    module = copy.deepcopy(module).eval()
+    if not fusion:
+        return module
+    if callable(getattr(module, "fuse_model", None)):
+        return _fuse_by_own_method(module)
+    try:
+        graph_module = trace(module, example)
+    except UntraceableError as error:
+        raise InputError(
+            f"flow=eager can't find what to fuse in {type(module).__name__}, which has no fuse_model() and whose "
+            f"{_place(error.module, error.kind)} can't be traced ({error.reason}): give the model a fuse_model(), or "
+            "take fusion=false or flow=dynamic"
+        ) from error
+    chains = list(_chains(graph_module))
+    left = _unfused_batchnorm(graph_module, chains)
+    if left:
+        raise InputError(
+            f"flow=eager can't fold the BatchNorm {left} into the convolution before it, since one of them is not a "
+            "plain torch.nn module that is called once: take flow=fx, which folds it, or fusion=false"
+        )
+    for chain in chains:
+        fuse_modules(module, chain, inplace=True)
+    return module
+
+
+def _place(name: str, kind: str) -> str:
+    return f"module {name} ({kind})" if name else f"own forward ({kind})"
+
+
+def _fuse_by_own_method(module: nn.Module) -> nn.Module:
+    method = module.fuse_model
+    # torchvision's takes is_qat since 0.11, and older models written after its example take nothing.
+    arguments = {"is_qat": False} if "is_qat" in inspect.signature(method).parameters else {}
+    try:
+        result = method(**arguments)
+    except Exception as error:
+        raise InputError(
+            f"flow=eager: fuse_model() of {type(module).__name__} raised {type(error).__name__}: {error}; mend it, or "
+            "take flow=fx, which doesn't call it"
+        ) from error
+    return result.eval() if isinstance(result, nn.Module) else module
+
+
+def _calls(graph: fx.Graph) -> dict[str, int]:
+    calls: dict[str, int] = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            calls[node.target] = calls.get(node.target, 0) + 1
+    return calls
+
+
+def _chains(graph_module: fx.GraphModule) -> Iterator[list[str]]:
+    """Names of modules to fuse: each called once, each but the last with the next as its only consumer."""
+    modules = dict(graph_module.named_modules(remove_duplicate=False))
+    calls = _calls(graph_module.graph)
+    names = [id(modules[name]) for name in calls]
+    taken: set[str] = set()
+    for node in graph_module.graph.nodes:
+        for types in _FUSIBLE:
+            chain = _follow(node, len(types))
+            if (
+                len(chain) == len(types)
+                and all(type(modules[name]) is kind for name, kind in zip(chain, types, strict=True))
+                and all(calls[name] == 1 and names.count(id(modules[name])) == 1 for name in chain)
+                and not taken.intersection(chain)
+            ):
+                taken.update(chain)
+                yield chain
+                break
+
+
+def _follow(node: fx.Node, length: int) -> list[str]:
+    chain: list[str] = []
+    while node.op == "call_module" and len(chain) < length:
+        chain.append(str(node.target))
+        if len(chain) == length:
+            break
+        users = list(node.users)
+        if len(users) != 1:
+            break
+        node = users[0]
+    return chain
+
+
+def _unfused_batchnorm(graph_module: fx.GraphModule, chains: list[list[str]]) -> str:
+    """Name of the first BatchNorm that follows a convolution and is in none of the chains; "" if there is none."""
+    fused = {name for chain in chains for name in chain}
+    modules = dict(graph_module.named_modules(remove_duplicate=False))
+    for node in graph_module.graph.nodes:
+        is_module = node.op == "call_module" and isinstance(modules[node.target], nn.BatchNorm2d)
+        is_function = node.op == "call_function" and node.target is nn.functional.batch_norm
+        if not (is_module or is_function) or not node.args or not isinstance(node.args[0], fx.Node):
+            continue
+        before = node.args[0]
+        follows = (
+            isinstance(modules[str(before.target)], nn.Conv2d)
+            if before.op == "call_module"
+            else before.target in (nn.functional.conv2d, torch.conv2d)
+        )
+        if follows and len(before.users) == 1 and (is_function or node.target not in fused):
+            return str(node.target) if is_module else node.name
+    return ""
+
+
+def prepare(fused: nn.Module, qconfig: QConfig, observer: Observer, example: Tensor) -> nn.Module:
+    """A copy with torch's observers; stubs are put around a model that has none."""
+    module = copy.deepcopy(fused).eval()
+    # torchvision's quantizable models bring stubs, and a second pair would quantize twice.
+    if not any(isinstance(m, QuantStub) for m in module.modules()):
+        module = QuantWrapper(module).eval()
+    clamped = _clamped(module, example) if qconfig.range_after_clamp else {}
+    module.qconfig = torch_qconfig(qconfig, observer)
+    _exclude(module, qconfig, observer, example)
+    with known_deprecations_silenced():
+        prepared = torch_prepare(module)
+    for name, interval in clamped.items():
+        owner = prepared.get_submodule(name)
+        target = getattr(owner, "activation_post_process", None) if name.rpartition(".")[2] != _POST else owner
+        if isinstance(target, nn.Module):
+            target.register_forward_pre_hook(ClampFirst(interval.low, interval.high))
+    return prepared
+
+
+_POST = "activation_post_process"
+
+
+def _exclude(module: nn.Module, qconfig: QConfig, observer: Observer, example: Tensor) -> None:
+    """Leave out what never runs in evaluation (GoogLeNet's auxiliary heads), whose observers would stay empty."""
+    ran: set[int] = set()
+    handles = [
+        m.register_forward_hook(lambda m, inputs, output: ran.add(id(m))) for m in module.modules() if m is not module
+    ]
+    with torch.inference_mode():
+        module(example[:1])
+    for handle in handles:
+        handle.remove()
+    for m in module.modules():
+        if isinstance(m, FloatFunctional):
+            m.qconfig = module.qconfig if id(m.activation_post_process) in ran else None
+        elif isinstance(m, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+            # torch has no per-channel weights for these.
+            m.qconfig = torch_qconfig(qconfig, observer, Granularity.per_tensor) if id(m) in ran else None
+        elif m is not module and not list(m.children()) and id(m) not in ran:
+            m.qconfig = None
+
+
+def _clamped(module: nn.Module, example: Tensor) -> dict[str, Interval]:
+    """By name, the modules whose output feeds only a clamp, wherever they are called."""
+    try:
+        graph_module = trace(module, example)
+    except UntraceableError as error:
+        logger.info(
+            "qconfig.range_after_clamp has no effect: %s can't be traced (%s)",
+            _place(error.module, error.kind),
+            error.reason,
+        )
+        return {}
+    modules = dict(graph_module.named_modules(remove_duplicate=False))
+    found: dict[str, Interval | None] = {}
+    for node in graph_module.graph.nodes:
+        if node.op != "call_module":
+            continue
+        after, name = clamp_after(node, modules), str(node.target)
+        before = found.get(name, after)
+        found[name] = after.joined(before) if after is not None and before is not None else None
+    return {name: interval for name, interval in found.items() if interval is not None}
+
+
+def convert(prepared: nn.Module) -> nn.Module:
+    """A converted copy; torch's engine must be set."""
+    with known_deprecations_silenced():
+        return torch_convert(prepared)
+
+
+def run_or_refuse(converted: nn.Module, flow: Flow, example: Tensor) -> None:
+    """Run a converted model once; raises InputError with the innermost module in which an operation is refused."""
+    entered: list[tuple[str, str]] = []
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda m, inputs: entered.append((name, type(m).__name__))
+
+    def leave(m: nn.Module, inputs: object, output: object) -> None:
+        entered.pop()
+
+    handles = [m.register_forward_pre_hook(enter(public(n, converted))) for n, m in converted.named_modules()]
+    handles += [m.register_forward_hook(leave) for m in converted.modules()]
+    try:
+        with torch.inference_mode():
+            converted(example)
+    except (RuntimeError, NotImplementedError, TypeError, AssertionError) as error:
+        name, kind = entered[-1] if entered else ("", type(converted).__name__)
+        raise InputError(
+            f"flow={flow.value} can't run this model: {_place(name, kind)} does something that INT8 tensors don't take "
+            f"({_first_line(error)})"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].split(". This could be")[0].rstrip(".")[:160] if lines else type(error).__name__

@@ -1,0 +1,119 @@
+"""From a qconfig to torch's own observers, and what may be asked of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.ao.quantization import QConfig as TorchQConfig
+from torch.ao.quantization.observer import (
+    FixedQParamsObserver,
+    HistogramObserver,
+    MinMaxObserver,
+    MovingAverageMinMaxObserver,
+    ObserverBase,
+    PerChannelMinMaxObserver,
+)
+
+from qexp.config import ActivationObserver, Granularity, Observer, QConfig, Scheme
+from qexp.quantize.grid import Grid, Side, grid
+from qexp.results import QParams
+
+_ACTIVATION = {
+    ActivationObserver.minmax: MinMaxObserver,
+    ActivationObserver.moving_average: MovingAverageMinMaxObserver,
+    ActivationObserver.histogram: HistogramObserver,
+}
+_TENSOR_SCHEME = {Scheme.symmetric: torch.per_tensor_symmetric, Scheme.asymmetric: torch.per_tensor_affine}
+_CHANNEL_SCHEME = {Scheme.symmetric: torch.per_channel_symmetric, Scheme.asymmetric: torch.per_channel_affine}
+
+
+def _bounds(grid: Grid) -> dict[str, int]:
+    # A full grid is not handed over: told 0…255, torch calls it customised, and symmetric activations then take
+    # (0 + 255) // 2 = 127 as zero point instead of torch's default 128.
+    return {} if grid.full else {"quant_min": grid.qmin, "quant_max": grid.qmax}
+
+
+def activation_observer(qconfig: QConfig, observer: Observer) -> Any:
+    """A constructor of torch's observer for activations (quint8, per tensor)."""
+    parameters: dict[str, Any] = {}
+    if observer.name is ActivationObserver.moving_average and observer.averaging_constant is not None:
+        parameters["averaging_constant"] = observer.averaging_constant
+    if observer.name is ActivationObserver.histogram and observer.bins is not None:
+        parameters["bins"] = observer.bins
+    return _ACTIVATION[observer.name].with_args(
+        dtype=torch.quint8,
+        qscheme=_TENSOR_SCHEME[qconfig.activation.scheme],
+        **_bounds(grid(qconfig, Side.activations)),
+        **parameters,
+    )
+
+
+def weight_observer(qconfig: QConfig, granularity: Granularity) -> Any:
+    """A constructor of torch's observer for weights (qint8, per tensor or along axis 0)."""
+    bounds = _bounds(grid(qconfig, Side.weights))
+    if granularity is Granularity.per_channel:
+        scheme = _CHANNEL_SCHEME[qconfig.weight.scheme]
+        return PerChannelMinMaxObserver.with_args(dtype=torch.qint8, qscheme=scheme, ch_axis=0, **bounds)
+    scheme = _TENSOR_SCHEME[qconfig.weight.scheme]
+    return MinMaxObserver.with_args(dtype=torch.qint8, qscheme=scheme, **bounds)
+
+
+def torch_qconfig(
+    qconfig: QConfig, observer: Observer, weight_granularity: Granularity | None = None
+) -> TorchQConfig:
+    """torch's QConfig for these settings; `weight_granularity` overrides the qconfig's for layers that need it."""
+    return TorchQConfig(
+        activation=activation_observer(qconfig, observer),
+        weight=weight_observer(qconfig, weight_granularity or qconfig.weight.granularity),
+    )
+
+
+@dataclass(frozen=True)
+class ClampFirst:
+    """A forward pre-hook that lets an observer see a tensor as the clamp that follows will leave it.
+
+    The observer hands the clamped tensor on. That changes nothing, for its only consumer is that clamp.
+    """
+
+    low: float
+    high: float
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        return (inputs[0].clamp(self.low, self.high),)
+
+
+def observers(prepared: nn.Module) -> dict[str, ObserverBase]:
+    """Every observer by its module name; one that is shared appears under each of its names."""
+    return {
+        name: module
+        for name, module in prepared.named_modules(remove_duplicate=False)
+        if isinstance(module, ObserverBase)
+    }
+
+
+def records_range(observer: nn.Module) -> bool:
+    """Whether calibration feeds this observer (those of sigmoid and its like have fixed parameters)."""
+    return isinstance(observer, ObserverBase) and not isinstance(observer, FixedQParamsObserver)
+
+
+def seen_range(observer: nn.Module) -> tuple[float, float]:
+    """(lowest, highest) value that the observer keeps; (inf, -inf) before it has seen any."""
+    low, high = observer.min_val, observer.max_val
+    if low.numel() == 0:
+        return float("inf"), float("-inf")
+    return float(low.min()), float(high.max())
+
+
+def to_qparams(observer: Any, axis: int | None = None) -> QParams:
+    """What torch's convert will read from this observer, exactly."""
+    scale, zero_point = observer.calculate_qparams()
+    return QParams(
+        scale=scale.detach().to(torch.float32).reshape(-1).numpy().copy(),
+        zero_point=zero_point.detach().to(torch.int64).reshape(-1).numpy().copy(),
+        qmin=int(observer.quant_min),
+        qmax=int(observer.quant_max),
+        axis=axis,
+    )

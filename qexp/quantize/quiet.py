@@ -1,0 +1,36 @@
+"""torch.ao.quantization and TorchScript announce on every call that they are deprecated: known, and pinned.
+
+Nothing else is silenced, and only while they are being called.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_KNOWN = (
+    # typing_extensions.deprecated on prepare, convert, prepare_fx, convert_fx, quantize_dynamic
+    (r"torch\.ao\.quantization is deprecated and will be removed", DeprecationWarning),
+    # trace, freeze, save, load
+    (r"`torch\.jit\.\w+` is (deprecated|not supported)", DeprecationWarning),
+)
+
+
+@contextmanager
+def known_deprecations_silenced() -> Iterator[None]:
+    """Silence, by message, what torch says about itself at each call of a deprecated function."""
+    with warnings.catch_warnings():
+        for message, category in _KNOWN:
+            warnings.filterwarnings("ignore", message=message, category=category)
+        yield
+
+
+def say_once_silently() -> None:
+    """Let torch announce now, and unheard, that quantized tensors are deprecated: it does so once in a process, at
+    whatever makes the first of them, which may be a user's INT8 model."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"torch\.quantize_per_tensor, torch\.quantize_per_channel and other")
+        torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)

@@ -1,0 +1,29 @@
+"""TorchScript: traced, frozen and saved. Deprecated by torch and unsupported from Python 3.14; only this file uses it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qexp.config import Engine
+from qexp.quantize.quiet import known_deprecations_silenced
+from qexp.runtimes.model import Loaded
+
+
+def export(module: nn.Module, example: Tensor, path: Path) -> Path:
+    """Trace with an example of shape [n, 3, H, W], freeze and save; the saved model takes any n. For INT8, torch's
+    engine must be set."""
+    # Two images: a trace of a single one would let a model that squeezes its output lose the batch dimension.
+    example = torch.cat([example[:1], example[:1]])
+    with known_deprecations_silenced(), torch.no_grad():
+        traced = torch.jit.trace(module.eval(), example, check_trace=False)
+        torch.jit.save(torch.jit.freeze(traced), path)
+    return path
+
+
+def load(path: Path, engine: Engine | None) -> Loaded:
+    """engine: what an INT8 model was converted for, and what must be set while it is loaded; None for FP32."""
+    with known_deprecations_silenced():
+        return Loaded(torch.jit.load(path), engine)
