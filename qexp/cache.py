@@ -47,7 +47,8 @@ def array(folder: Path, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
     def write(path: Path) -> None:
         value = np.ascontiguousarray(make())
         _reserve(path, value.nbytes)
-        np.save(path, value, allow_pickle=False)
+        with path.open("wb") as file:  # given a path, np.save would add .npy to it
+            np.save(file, value, allow_pickle=False)
 
     return _entry(folder, key, write).array
 

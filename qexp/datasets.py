@@ -304,7 +304,7 @@ def _walk(
         elif _is_image(entry.name):
             yield name, _stat(entry)
         else:
-            ignored[f"files {Path(entry.name).suffix.lower() or 'without extension'}"] += 1
+            ignored[f"files {_suffix(entry.name) or 'without extension'}"] += 1
 
 
 def _stat(entry: os.DirEntry[str]) -> os.stat_result:
@@ -333,4 +333,10 @@ def _hidden(name: str) -> bool:
 
 
 def _is_image(name: str) -> bool:
-    return not _hidden(name) and Path(name).suffix.lower() in EXTENSIONS
+    return not _hidden(name) and _suffix(name) in EXTENSIONS
+
+
+def _suffix(name: str) -> str:
+    # pathlib's takes as long as listing the folder
+    dot = name.rfind(".")
+    return name[dot:].lower() if dot > 0 else ""
