@@ -1,5 +1,149 @@
+"""torch's FX flow: any model that can be traced, without stubs or changes.
+
+https://docs.pytorch.org/docs/stable/quantization.html#prototype-fx-graph-mode-quantization
+"""
+
 from __future__ import annotations
-from torch import nn, Tensor
-def fuse(m, e): raise NotImplementedError
-def prepare(*a): raise NotImplementedError
-def convert(*a): raise NotImplementedError
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.ao.quantization import QConfig as TorchQConfig
+from torch.ao.quantization import get_default_qconfig_mapping
+from torch.ao.quantization.observer import default_placeholder_observer
+from torch.ao.quantization.qconfig_mapping import QConfigMapping
+from torch.ao.quantization.quantize_fx import convert_fx, fuse_fx, prepare_fx
+
+from qexp.config import Engine, Granularity, Observer, QConfig
+from qexp.errors import InputError
+from qexp.quantize.clamps import EVERYTHING, Interval, clamp_after, clamp_of
+from qexp.quantize.normalise import normalise
+from qexp.quantize.observers import ClampFirst, activation_observer, observers, torch_qconfig
+from qexp.quantize.quiet import known_deprecations_silenced
+from qexp.quantize.trace import UntraceableError
+
+_TRANSPOSED = (
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    F.conv_transpose3d,
+)
+_LAYER_NORMS = (nn.LayerNorm, F.layer_norm)
+_KEEP_VALUES = (nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.AdaptiveMaxPool2d)
+_KEEP_VALUES_FUNCTIONS = {
+    torch.flatten,
+    torch.mean,
+    torch.squeeze,
+    torch.unsqueeze,
+    torch.transpose,
+    torch.permute,
+    F.adaptive_avg_pool2d,
+    F.max_pool2d,
+    "contiguous",
+    "flatten",
+    "mean",
+    "permute",
+    "reshape",
+    "squeeze",
+    "transpose",
+    "unsqueeze",
+    "view",
+}
+_JOIN_VALUES = {torch.cat, torch.stack, torch.concat}
+
+
+def fuse(module: nn.Module, example: Tensor) -> nn.Module:
+    """A traced copy with every BatchNorm folded that follows a convolution; raises InputError where it can't be traced."""
+    try:
+        graph_module = normalise(module, example)
+    except UntraceableError as error:
+        where = f"module {error.module} ({error.kind})" if error.module else f"the forward of {error.kind}"
+        raise InputError(f"flow=fx can't trace {type(module).__name__}: {where}: {error.reason}") from error
+    return fuse_fx(graph_module)
+
+
+def prepare(
+    fused: nn.Module, qconfig: QConfig, observer: Observer, engine: Engine, example: Tensor
+) -> nn.Module:
+    """A copy with observers at every tensor that torch can quantize."""
+    with known_deprecations_silenced():
+        prepared = prepare_fx(copy.deepcopy(fused).eval(), _mapping(qconfig, observer, engine), (example[:1],))
+    if qconfig.range_after_clamp:
+        _clamp_first(prepared)
+    return prepared
+
+
+def _mapping(qconfig: QConfig, observer: Observer, engine: Engine) -> QConfigMapping:
+    """torch's own mapping (sigmoid and its like have fixed parameters), with this qconfig instead of the default's."""
+    mapping = get_default_qconfig_mapping(engine.value).set_global(torch_qconfig(qconfig, observer))
+    for kind in _TRANSPOSED:
+        # torch has no per-channel weights for these.
+        mapping.set_object_type(kind, torch_qconfig(qconfig, observer, Granularity.per_tensor))
+    for norm in _LAYER_NORMS:
+        unweighted = TorchQConfig(activation_observer(qconfig, observer), default_placeholder_observer)
+        mapping.set_object_type(norm, unweighted)
+    return mapping
+
+
+def convert(prepared: nn.Module) -> nn.Module:
+    """A converted copy; torch's engine must be set."""
+    with known_deprecations_silenced():
+        return convert_fx(copy.deepcopy(prepared))
+
+
+def _clamp_first(prepared: fx.GraphModule) -> None:
+    """Observers of tensors that feed only a clamp see them as the clamp leaves them.
+
+    FX shares one observer among tensors with the same parameters (around pooling, concatenation, a clamp itself): it
+    may clamp only if that changes none of the others.
+    """
+    modules = dict(prepared.named_modules(remove_duplicate=False))
+    watching = observers(prepared)
+    bounds = _bounds(prepared.graph, modules)
+    sites: dict[int, list[fx.Node]] = {}
+    for node in prepared.graph.nodes:
+        if node.op == "call_module" and node.target in watching:
+            sites.setdefault(id(watching[node.target]), []).append(node)
+    for nodes in sites.values():
+        clamps = [clamp_after(node, modules) if len(node.args[0].users) == 1 else None for node in nodes]
+        found = [clamp for clamp in clamps if clamp is not None]
+        if not found:
+            continue
+        hull = found[0]
+        for clamp in found[1:]:
+            hull = hull.joined(clamp)
+        if all(clamp is not None or hull.holds(bounds[node]) for node, clamp in zip(nodes, clamps, strict=True)):
+            watching[nodes[0].target].register_forward_pre_hook(ClampFirst(hull.low, hull.high))
+
+
+def _bounds(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[fx.Node, Interval]:
+    """For each node, an interval that holds its values whatever the input."""
+    bounds: dict[fx.Node, Interval] = {}
+    for node in graph.nodes:
+        sources = [bounds.get(source, EVERYTHING) for source in node.all_input_nodes]
+        clamp = clamp_of(node, modules)
+        if clamp is not None:
+            bounds[node] = clamp
+        elif sources and _keeps_values(node, modules):
+            bounds[node] = sources[0]
+        elif sources and node.target in _JOIN_VALUES:
+            joined = sources[0]
+            for source in sources[1:]:
+                joined = joined.joined(source)
+            bounds[node] = joined
+        else:
+            bounds[node] = EVERYTHING
+    return bounds
+
+
+def _keeps_values(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return isinstance(module, _KEEP_VALUES) or "activation_post_process" in str(node.target)
+    return node.op in ("call_function", "call_method") and node.target in _KEEP_VALUES_FUNCTIONS
+
+

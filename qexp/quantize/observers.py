@@ -15,6 +15,7 @@ from torch.ao.quantization.observer import (
     MovingAverageMinMaxObserver,
     ObserverBase,
     PerChannelMinMaxObserver,
+    UniformQuantizationObserverBase,
 )
 
 from qexp.config import ActivationObserver, Granularity, Observer, QConfig, Scheme
@@ -90,13 +91,14 @@ def observers(prepared: nn.Module) -> dict[str, ObserverBase]:
     return {
         name: module
         for name, module in prepared.named_modules(remove_duplicate=False)
-        if isinstance(module, ObserverBase)
+        # Others (of torch's `reshape`, for one) only pass on what their input's observer says.
+        if isinstance(module, UniformQuantizationObserverBase | FixedQParamsObserver)
     }
 
 
 def records_range(observer: nn.Module) -> bool:
     """Whether calibration feeds this observer (those of sigmoid and its like have fixed parameters)."""
-    return isinstance(observer, ObserverBase) and not isinstance(observer, FixedQParamsObserver)
+    return isinstance(observer, UniformQuantizationObserverBase)
 
 
 def seen_range(observer: nn.Module) -> tuple[float, float]:

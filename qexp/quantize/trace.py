@@ -122,7 +122,10 @@ class _ShapeTracer(fx.Tracer):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Proxy:
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
-        proxy.concrete = self._compute(kind, target, args, kwargs)  # type: ignore[attr-defined]
+        concrete = self._compute(kind, target, args, kwargs)
+        proxy.concrete = concrete  # type: ignore[attr-defined]
+        if isinstance(concrete, Tensor):
+            proxy.node.meta["ndim"] = concrete.ndim
         return proxy
 
     def _compute(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:

@@ -1,0 +1,323 @@
+"""Brings a traced graph into the form that torch.ao fuses: plain modules, nothing between a convolution and its norm.
+
+FX folds and fuses by exact type. A convolution in a subclass with its own padding, or a functional one, would keep its
+BatchNorm as a layer of its own, and without its padding it misses FBGEMM's fast depthwise kernel.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.ao.quantization import DeQuantStub, QuantStub
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from qexp.quantize.clamps import Interval, clamp_of
+from qexp.quantize.trace import standard_type, trace
+
+_NOTHING_IN_EVALUATION = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, QuantStub, DeQuantStub)
+_DROPOUTS = (F.dropout, F.dropout2d, F.alpha_dropout)
+_RELU = Interval(0.0, float("inf"))
+
+
+def normalise(module: nn.Module, example: Tensor) -> fx.GraphModule:
+    """A traced copy that computes the same; raises trace.UntraceableError.
+
+    example: float32 [n, 3, H, W]; the graph holds for this H and W.
+    """
+    graph_module = trace(copy.deepcopy(module).eval(), example)
+    for step in (
+        _make_plain,
+        _drop_idle,
+        _make_modules,
+        _make_relus,
+        _number_padding,
+        _unshare,
+        _move_padding,
+    ):
+        step(graph_module)
+        graph_module.graph.lint()
+    graph_module.delete_all_unused_submodules()
+    graph_module.recompile()
+    return graph_module
+
+
+def _nodes(graph_module: fx.GraphModule, operation: str) -> Iterator[fx.Node]:
+    return iter([node for node in graph_module.graph.nodes if node.op == operation])
+
+
+def _module(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module:
+    return graph_module.get_submodule(str(node.target))
+
+
+def _make_plain(graph_module: fx.GraphModule) -> None:
+    """Subclasses that compute what torch.nn's layer does become that layer."""
+    done: dict[int, nn.Module] = {}
+    for node in _nodes(graph_module, "call_module"):
+        module = _module(graph_module, node)
+        kind = standard_type(module)
+        if kind is None or kind is type(module) or _has_hooks(module):
+            continue
+        if id(module) not in done:
+            done[id(module)] = _as_plain(module, kind)
+        graph_module.set_submodule(str(node.target), done[id(module)])
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+def _as_plain(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    plain = kind.__new__(kind)
+    plain.__dict__.update(module.__dict__)
+    plain._parameters, plain._modules = dict(module._parameters), {}
+    # A parametrised layer (weight or spectral norm) computes its weight; in evaluation it is a constant.
+    for name in ("weight", "bias"):
+        value = getattr(module, name, None)
+        if name not in plain._parameters and isinstance(value, Tensor):
+            plain._parameters[name] = _frozen(value)
+    return plain
+
+
+def _frozen(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value.detach().clone(), requires_grad=False)
+
+
+def _drop_idle(graph_module: fx.GraphModule) -> None:
+    for node in list(graph_module.graph.nodes):
+        idle = (
+            isinstance(_module(graph_module, node), _NOTHING_IN_EVALUATION)
+            if node.op == "call_module"
+            else node.op == "call_function" and node.target in _DROPOUTS and not _argument(node, 2, "training", True)
+        )
+        if idle:
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            graph_module.graph.erase_node(node)
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _constant(graph_module: fx.GraphModule, value: Any) -> Any:
+    """What an argument is whatever the input: itself, or the value of a node that hangs on no placeholder.
+
+    Raises LookupError where it depends on the input.
+    """
+    if not isinstance(value, fx.Node):
+        return value
+    if value.op == "placeholder":
+        raise LookupError(value.name)
+    if value.op == "get_attr":
+        return operator.attrgetter(str(value.target))(graph_module)
+    if value.op == "call_module":
+        function: Callable[..., Any] = _module(graph_module, value)
+    elif value.op == "call_method":
+        function = operator.methodcaller(str(value.target), *_constants(graph_module, value.args[1:]))
+        return function(_constant(graph_module, value.args[0]))
+    else:
+        function = value.target  # type: ignore[assignment]
+    named = {key: _constant(graph_module, v) for key, v in value.kwargs.items()}
+    return function(*_constants(graph_module, value.args), **named)
+
+
+def _constants(graph_module: fx.GraphModule, values: Any) -> list[Any]:
+    return [
+        type(v)(_constants(graph_module, v)) if isinstance(v, tuple | list) else _constant(graph_module, v) for v in values
+    ]
+
+
+def _make_modules(graph_module: fx.GraphModule) -> None:
+    """Functional convolutions, linear layers and BatchNorms with constant weights become modules."""
+    makers: dict[Any, Callable[..., nn.Module | None]] = {
+        F.conv1d: _conv_maker(nn.Conv1d),
+        torch.conv1d: _conv_maker(nn.Conv1d),
+        F.conv2d: _conv_maker(nn.Conv2d),
+        torch.conv2d: _conv_maker(nn.Conv2d),
+        F.linear: _linear,
+        F.batch_norm: _batch_norm,
+    }
+    for node in _nodes(graph_module, "call_function"):
+        maker = makers.get(node.target)
+        if maker is None:
+            continue
+        try:
+            arguments = _constants(graph_module, node.args[1:])
+            named = {key: _constant(graph_module, v) for key, v in node.kwargs.items() if key != "input"}
+        except LookupError:
+            continue
+        source = _argument(node, 0, "input")
+        module = maker(*arguments, ndim=_ndim(node), **named)
+        if module is None or not isinstance(source, fx.Node):
+            continue
+        name = _name_for(graph_module, node)
+        graph_module.set_submodule(name, module.eval())
+        with graph_module.graph.inserting_before(node):
+            call = graph_module.graph.call_module(name, (source,))
+        node.replace_all_uses_with(call)
+        graph_module.graph.erase_node(node)
+
+
+def _ndim(node: fx.Node) -> int:
+    return int(node.meta.get("ndim", 4))
+
+
+def _conv_maker(kind: type[_ConvNd]) -> Callable[..., nn.Module | None]:
+    def make(
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        ndim: int = 4,
+    ) -> nn.Module:
+        channels_out, per_group, *size = weight.shape
+        conv: nn.Module = kind(
+            per_group * groups,
+            channels_out,
+            tuple(size),  # type: ignore[arg-type]
+            stride=_numbers(stride),
+            padding=padding if isinstance(padding, str) else _numbers(padding),
+            dilation=_numbers(dilation),
+            groups=groups,
+            bias=bias is not None,
+            device="meta",
+        )
+        return _filled(conv, weight, bias)
+
+    return make
+
+
+def _numbers(value: Any) -> Any:
+    """An int, or a tuple of ints: models also give lists, and lists of one."""
+    if isinstance(value, int):
+        return value
+    return tuple(int(v) for v in value) if len(value) > 1 else int(value[0])
+
+
+def _filled(module: nn.Module, weight: Tensor | None, bias: Tensor | None) -> nn.Module:
+    module.weight = None if weight is None else _frozen(weight)  # type: ignore[assignment]
+    module.bias = None if bias is None else _frozen(bias)  # type: ignore[assignment]
+    return module
+
+
+def _linear(weight: Tensor, bias: Tensor | None = None, ndim: int = 2) -> nn.Module:
+    return _filled(nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta"), weight, bias)
+
+
+def _batch_norm(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    ndim: int = 4,
+) -> nn.Module | None:
+    if training or running_mean is None or running_var is None:
+        return None
+    kind = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}.get(ndim, nn.BatchNorm1d)
+    features = len(running_mean)
+    module = kind(features, eps=eps)
+    module.running_mean, module.running_var = running_mean.detach().clone(), running_var.detach().clone()
+    # Folding needs both, and a BatchNorm without them has a weight of 1 and a bias of 0.
+    _filled(
+        module,
+        torch.ones(features) if weight is None else weight,
+        torch.zeros(features) if bias is None else bias,
+    )
+    return module
+
+
+def _name_for(graph_module: fx.GraphModule, node: fx.Node) -> str:
+    """The user's name of the layer: that of the module whose weight it is, if this name is free to take."""
+    weights = [str(n.target) for n in node.all_input_nodes[1:] if n.op == "get_attr"]
+    owner, _, attribute = weights[0].rpartition(".") if weights else ("", "", "")
+    name = owner if attribute in ("weight", "running_mean") and owner else f"{owner}.{node.name}".lstrip(".")
+    used = {str(n.target) for n in graph_module.graph.nodes if n.op == "call_module"}
+    if name in used or any(target.startswith(f"{name}.") for target in used) or hasattr(graph_module, node.name):
+        name = f"{node.name}_module"
+    return name
+
+
+def _make_relus(graph_module: fx.GraphModule) -> None:
+    """Every spelling of ReLU becomes the one function that torch fuses with what comes before it."""
+    modules = dict(graph_module.named_modules(remove_duplicate=False))
+    for node in list(graph_module.graph.nodes):
+        if node.op in ("call_function", "call_method") and clamp_of(node, modules) == _RELU:
+            node.op, node.target, node.args, node.kwargs = "call_function", F.relu, node.args[:1], {}
+
+
+def _number_padding(graph_module: fx.GraphModule) -> None:
+    """padding="same" and "valid", which quantized convolutions don't take, become numbers."""
+    for node in _nodes(graph_module, "call_module"):
+        module = _module(graph_module, node)
+        if not isinstance(module, _ConvNd) or not isinstance(module.padding, str):
+            continue
+        # Twice for each dimension, the last first, as F.pad takes it.
+        pads = list(module._reversed_padding_repeated_twice)
+        module.padding = (0,) * len(module.kernel_size)
+        if any(pads):
+            with graph_module.graph.inserting_before(node):
+                padded = graph_module.graph.call_function(F.pad, (node.args[0], pads))
+            node.args = (padded,)
+
+
+def _unshare(graph_module: fx.GraphModule) -> None:
+    """A convolution or BatchNorm that is called twice gets a copy for each call: each has its own neighbours to fuse."""
+    seen: set[int] = set()
+    for node in _nodes(graph_module, "call_module"):
+        module = _module(graph_module, node)
+        if not isinstance(module, _ConvNd | _BatchNorm):
+            continue
+        if id(module) in seen:
+            name = f"{node.target}_{node.name}"
+            graph_module.set_submodule(name, copy.deepcopy(module))
+            node.target = name
+        seen.add(id(module))
+
+
+def _move_padding(graph_module: fx.GraphModule) -> None:
+    """Symmetric zero padding that only a convolution reads moves inside that convolution."""
+    for node in list(graph_module.graph.nodes):
+        pads = _zero_padding(graph_module, node)
+        if pads is None:
+            continue
+        source = node.all_input_nodes[0]
+        users = list(node.users)
+        conv = _module(graph_module, users[0]) if len(users) == 1 and users[0].op == "call_module" else None
+        symmetric = all(before == after for before, after in zip(pads[::2], pads[1::2], strict=True))
+        inside = isinstance(conv, nn.Conv1d | nn.Conv2d) and conv.padding_mode == "zeros"
+        if any(pads) and not (symmetric and inside and len(pads) // 2 <= len(conv.kernel_size)):  # type: ignore[union-attr]
+            continue
+        if any(pads):
+            assert isinstance(conv, _ConvNd)
+            # F.pad begins with the last dimension.
+            extra = (pads[::2] + [0] * len(conv.kernel_size))[: len(conv.kernel_size)][::-1]
+            conv.padding = tuple(int(old) + new for old, new in zip(conv.padding, extra, strict=True))
+            conv._reversed_padding_repeated_twice = [p for p in reversed(conv.padding) for _ in range(2)]  # type: ignore[assignment,arg-type]
+        node.replace_all_uses_with(source)
+        graph_module.graph.erase_node(node)
+
+
+def _zero_padding(graph_module: fx.GraphModule, node: fx.Node) -> list[int] | None:
+    """The pads of a padding with zeros, two for each dimension from the last on; None where it is something else."""
+    pads: Any = None
+    if node.op == "call_module":
+        module = _module(graph_module, node)
+        if isinstance(module, nn.ZeroPad2d) or isinstance(module, nn.ConstantPad2d) and module.value == 0:
+            pads = module.padding
+    elif node.op == "call_function" and node.target is F.pad:
+        is_zero = _argument(node, 2, "mode", "constant") == "constant" and not _argument(node, 3, "value", None)
+        pads = _argument(node, 1, "pad") if is_zero else None
+    if pads is None or any(not isinstance(p, int) for p in pads):
+        return None
+    return list(pads)
