@@ -32,7 +32,9 @@ _USUAL_PREFIXES = ("model", "net", "network", "backbone", "encoder", "classifier
 # Components of names that wrappers insert anywhere.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 # Entries without a meaning for inference: counters of thop and of averaged models, auxiliary heads of Inception nets.
-_NEEDLESS = re.compile(r"(^|\.)(total_ops|total_params|n_averaged|num_batches_tracked|aux1\..*|aux2\..*|AuxLogits\..*)$")
+_NEEDLESS = re.compile(
+    r"(^|\.)(total_ops|total_params|n_averaged|num_batches_tracked|aux1\..*|aux2\..*|AuxLogits\..*)$"
+)
 _QUANTIZED = re.compile(r"(^|\.)(_packed_params(\..*)?|zero_point)$")
 _PREPARED = re.compile(r"activation_post_process|fake_quant")
 # What training scripts put beside the weights, and what can be read without running anything.
@@ -248,7 +250,9 @@ def _fit(setting: str, place: str, tensors: Mapping[str, Tensor], target: Mappin
         inner_prefix, inner_count = _best_prefix(setting, plain, inner)
         if inner_count > count:
             prefix, added = inner_prefix, shared
-    names, unexpected, ignored = {}, [], []
+    names: dict[str, str] = {}
+    unexpected: list[str] = []
+    ignored: list[str] = []
     for short, key in plain.items():
         name = added + short.removeprefix(prefix)
         if not short.startswith(prefix):
@@ -323,7 +327,9 @@ def _check(setting: str, fit: _Fit, target: Mapping[str, Tensor]) -> None:
     if fit.missing or fit.unexpected:
         parts = []
         if fit.missing:
-            parts.append(f"lacks {len(fit.missing)} of the model's {_count(len(target), 'tensor')} ({_first(fit.missing)})")
+            parts.append(
+                f"lacks {len(fit.missing)} of the model's {_count(len(target), 'tensor')} ({_first(fit.missing)})"
+            )
         if fit.unexpected:
             parts.append(f"has {len(fit.unexpected)} that the model has not ({_first(fit.unexpected)})")
         raise InputError(f"{of} is of another architecture: it {' and '.join(parts)}; choose the model that it is of.")
@@ -335,7 +341,9 @@ def _check(setting: str, fit: _Fit, target: Mapping[str, Tensor]) -> None:
         if target[name].is_floating_point() and not fit.tensors[key].is_floating_point()
     ]
     if odd or any(t.is_meta or t.is_sparse for t in fit.tensors.values()):
-        raise InputError(f"{of} does not hold plain floating-point weights ({_first(odd) or 'meta or sparse tensors'}).")
+        raise InputError(
+            f"{of} does not hold plain floating-point weights ({_first(odd) or 'meta or sparse tensors'})."
+        )
 
 
 def _misfit(fit: _Fit, target: Mapping[str, Tensor]) -> str:
@@ -343,7 +351,9 @@ def _misfit(fit: _Fit, target: Mapping[str, Tensor]) -> str:
     layers = {name.rpartition(".")[0] for name in shapes}
     if len(layers) == 1 and all(len(a) == len(b) and a[1:] == b[1:] and a[0] != b[0] for a, b in shapes.values()):
         got, wanted = next(iter(shapes.values()))
-        return f"has {got[0]} outputs in {layers.pop()} where the model has {wanted[0]}; the number of classes must agree"
+        return (
+            f"has {got[0]} outputs in {layers.pop()} where the model has {wanted[0]}; the number of classes must agree"
+        )
     listed = [f"{name} is {got} and should be {wanted}" for name, (got, wanted) in shapes.items()]
     return f"does not fit the model: {_count(len(listed), 'tensor')} of another shape ({_first(listed, '; ')})"
 
@@ -357,7 +367,9 @@ def _convert(source: Tensor, target: Tensor) -> Tensor:
 
 def _describe(path: Path, fit: _Fit, others: list[str]) -> str:
     parts = [f"{_count(len(fit.names), 'tensor')}{f' of {fit.place}' if fit.place else ''} from {path}"]
-    kinds = {str(t.dtype).removeprefix("torch.") for k in fit.names.values() if (t := fit.tensors[k]).is_floating_point()}
+    kinds = {
+        str(t.dtype).removeprefix("torch.") for k in fit.names.values() if (t := fit.tensors[k]).is_floating_point()
+    }
     if kinds - {"float32"}:
         parts.append(f"{', '.join(sorted(kinds - {'float32'}))} converted to float32")
     if fit.prefix:

@@ -9,9 +9,9 @@ import difflib
 import functools
 import importlib
 import inspect
-import os
 import sys
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -95,7 +95,7 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 
 def _start_folder() -> str:
     """The folder in which the command was started, which `hydra.job.chdir=true` leaves."""
-    return str(HydraConfig.get().runtime.cwd) if HydraConfig.initialized() else os.getcwd()
+    return str(HydraConfig.get().runtime.cwd) if HydraConfig.initialized() else str(Path.cwd())
 
 
 def _current_folder_first() -> None:

@@ -54,7 +54,8 @@ def train(module: nn.Module, settings: config.Train, data: Data, threads: int) -
                 f"train.batch_size={settings.batch_size} does not fit into the memory of {device}; use a smaller one."
             ) from error
         finally:
-            module.to(device="cpu", memory_format=torch.contiguous_format)
+            module.to("cpu")
+            module.to(memory_format=torch.contiguous_format)
             module.eval()
     result = Trained(loss, accuracy, time.perf_counter() - start, device.type)
     log.info(
@@ -108,7 +109,9 @@ def augmented(images: Tensor, augment: config.Augment, generator: torch.Generato
 def _train(module: nn.Module, settings: config.Train, data: Data, device: torch.device) -> tuple[float, float]:
     """Mean loss and accuracy of the last epoch."""
     on_gpu = device.type == "cuda"
-    module.to(device=device, memory_format=torch.channels_last if on_gpu else torch.preserve_format)
+    module.to(device)
+    if on_gpu:
+        module.to(memory_format=torch.channels_last)
     module.requires_grad_(True).train()
     optimizer = _optimizer(module, settings)
     generator = torch.Generator().manual_seed(settings.seed)

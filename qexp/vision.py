@@ -1,8 +1,9 @@
 """torchvision, imported in the one place that copes with a build of it for another torch.
 
-A torchvision built for CUDA torch can't load its compiled operators beside a CPU build of torch of the same version, and
-its import then fails with `operator torchvision::nms does not exist`. Nothing that is used here is compiled, so the
-two operators are declared, without an implementation, and the import is tried again. On a matched pair nothing happens.
+A torchvision built for CUDA torch can't load its compiled operators beside a CPU build of torch of the same version,
+and its import then fails with `operator torchvision::nms does not exist`. Nothing that is used here is compiled, so
+the two operators are declared, without an implementation, and the import is tried again. On a matched pair nothing
+happens.
 """
 
 from __future__ import annotations
