@@ -1,9 +1,8 @@
 """The sweeper that Hydra finds under `hydra/sweeper: qexp`; what it does lives in qexp/sweep.py.
 
-Hydra imports every plugin at each start, so nothing heavy is imported here.
+Hydra imports every plugin at each start, so nothing heavy is imported here. It does so without an entry in
+sys.modules, which a dataclass with postponed annotations needs: hence no `from __future__ import annotations`.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +27,6 @@ class QexpSweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> Any:
         from qexp.sweep import own
 
-        assert self.config is not None and self.launcher is not None and self.hydra_context is not None
+        assert self.hydra_context is not None
         loader = self.hydra_context.config_loader
         return own(self.config, self._parse_config() + arguments, loader, self.launcher, self.max_batch_size)

@@ -253,8 +253,8 @@ FIELDS = (
     "seed",
 )
 
-# What has no effect in a flow. torch's dynamic quantization computes activation ranges as it runs, on 7 bits
-# (its kernels reduce the range themselves), and always takes 8-bit symmetric weights.
+# What has no effect in a flow. torch's dynamic quantization computes activation ranges as it runs, and reduces them
+# to 7 bits by itself where kernels could saturate.
 NO_EFFECT: dict[Flow, tuple[str, ...]] = {
     Flow.eager: (),
     Flow.fx: ("fusion",),
@@ -263,9 +263,6 @@ NO_EFFECT: dict[Flow, tuple[str, ...]] = {
         "observer",
         "calib",
         "target",
-        "qconfig.weight.scheme",
-        "qconfig.weight.bits",
-        "qconfig.weight.observer",
         "qconfig.activation.scheme",
         "qconfig.activation.bits",
         "qconfig.overflow",
@@ -286,7 +283,8 @@ def from_hydra(composed: Any, cwd: str) -> Config:
     if missing:
         raise ConfigError(f"{missing[0]} has no value: give one, as in {missing[0]}=...")
     try:
-        config: Config = OmegaConf.to_object(composed)  # type: ignore[assignment]
+        typed = OmegaConf.merge(OmegaConf.structured(Config), composed)
+        config: Config = OmegaConf.to_object(typed)  # type: ignore[assignment]
     except (MissingMandatoryValue, OmegaConfBaseException) as error:
         raise ConfigError(f"the configuration can't be resolved: {str(error).splitlines()[0]}") from error
     config.outputs = absolute(config.outputs, cwd)
@@ -345,12 +343,10 @@ def _check_ranges(config: Config) -> None:
 
 
 def _check_qconfig(config: Config) -> None:
-    qconfig, engine, flow = config.qconfig, config.engine, config.flow
+    qconfig, engine = config.qconfig, config.engine
     for name, bits in (("weight", qconfig.weight.bits), ("activation", qconfig.activation.bits)):
         if not 2 <= bits <= 8:
             raise ConfigError(f"qconfig.{name}.bits={bits}: must be in 2..8; INT8 kernels hold no more than 8 bits.")
-    if flow is Flow.dynamic:
-        return
     if engine is Engine.onednn and qconfig.weight.scheme is Scheme.asymmetric:
         raise ConfigError(
             "engine=onednn takes symmetric weights only, got qconfig.weight.scheme=asymmetric; "
@@ -377,9 +373,8 @@ def _check_mappings(config: Config) -> None:
         if not isinstance(mapping.get("_target_"), str) or not mapping["_target_"]:
             raise ConfigError(f"{name}._target_={mapping.get('_target_')}: must be the dotted name of a callable.")
     if config.model.get("checkpoint") and config.model.get("weights"):
-        raise ConfigError(
-            f"model.checkpoint={config.model['checkpoint']} and model.weights={config.model['weights']}: give one of them."
-        )
+        given = f"model.checkpoint={config.model['checkpoint']} and model.weights={config.model['weights']}"
+        raise ConfigError(f"{given}: give one of them.")
     margin = config.dataset.get("margin")
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 < margin < 1:
         raise ConfigError(f"dataset.margin={margin}: must be an accuracy loss in (0, 1), such as 0.005.")
@@ -435,9 +430,8 @@ def params(config: Config, choices: Mapping[str, str], overrides: Mapping[str, A
     for group in GROUPS:
         changed = any(key.lstrip("+~").startswith(f"{group}.") for key in overrides)
         result[group] = f"{choices.get(group, NOT_APPLICABLE)}{'*' if changed else ''}"
-    names = list(FIELDS) + sorted(
-        key.lstrip("+~") for key in overrides if key.lstrip("+~") in values and not key.lstrip("+").startswith("tracking.")
-    )
+    typed = sorted(key.lstrip("+~") for key in overrides)
+    names = [*FIELDS, *(name for name in typed if name in values and not name.startswith("tracking."))]
     result |= {name: _text(values[name]) for name in names}
     idle = without_effect(config)
     return {name: NOT_APPLICABLE if _covered(name, idle) else value for name, value in result.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -121,7 +122,8 @@ class Result:
     """What a job gives back: numbers, and paths of what it wrote into its folder.
 
     metrics: by the names of METRICS; resolved: what was executed where it differs from what was asked; tags: by name;
-    doubts: sentences that the reader of the numbers must know; files: artifact path in the run -> path on disk.
+    doubts: sentences that the reader of the numbers must know; files: artifact path in the run -> path on disk;
+    datasets: name, digest, source, context and profile of the images that were used.
     """
 
     metrics: dict[str, float]
@@ -129,7 +131,7 @@ class Result:
     tags: dict[str, str]
     doubts: tuple[str, ...]
     files: dict[str, str]
-    dataset: dict[str, str]
+    datasets: tuple[dict[str, Any], ...]
 
 
 @dataclass(frozen=True)

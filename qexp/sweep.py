@@ -12,10 +12,11 @@ import shlex
 import signal
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -26,8 +27,10 @@ from tqdm import tqdm
 
 from qexp import compose as _registered  # noqa: F401  (resolvers, in a launcher's process)
 from qexp import config as schema
+from qexp import table
 from qexp.config import Config
 from qexp.errors import ConfigError, QexpError
+from qexp.results import Row
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +68,7 @@ class Job:
     choices: dict[str, str]
     overrides: dict[str, str]
     folder: Path
+    number: int = 0
 
     @property
     def params(self) -> dict[str, str]:
@@ -86,7 +90,9 @@ def job_from(composed: DictConfig) -> Job:
         task = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
     config = schema.from_hydra(task, hydra.runtime.cwd)
     choices = {group: str(choice) for group, choice in hydra.runtime.choices.items() if "/" not in group}
-    return Job(config, choices, dict(_split(text) for text in hydra.overrides.task), Path(hydra.runtime.output_dir or ""))
+    number = OmegaConf.select(hydra, "job.num", throw_on_missing=False) or 0
+    overrides = dict(_split(text) for text in hydra.overrides.task)
+    return Job(config, choices, overrides, Path(OmegaConf.select(hydra, "runtime.output_dir") or ""), number)
 
 
 def _split(override: str) -> tuple[str, str]:
@@ -123,13 +129,14 @@ def writable(folder: Path) -> None:
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
     except OSError as error:
-        raise ConfigError(f"the output folder {folder} can't be made: {error.strerror}; set outputs=another/folder.") from error
+        reason = f"the output folder {folder} can't be made: {error.strerror}"
+        raise ConfigError(f"{reason}; set outputs=another/folder.") from error
 
 
 class Once(logging.Filter):
     """Lets each sentence through once: what all jobs of a sweep share is said by the first."""
 
-    said: set[str] = set()
+    said: ClassVar[set[str]] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
         message = record.getMessage()
@@ -147,9 +154,9 @@ def command() -> str:
 def run(job: Job) -> float | None:
     """Hydra's task: one run, tracked; by itself, or as one of a sweep's jobs. Returns the objective."""
     if job.config.tracking.parent is not None:
-        result = tracked(job, swept=schema.GROUPS)
-        print(f"#{job.number + 1}  {table.line(result)}", flush=True)
-        return result.metrics.get(job.config.objective)
+        row, _ = tracked(job, swept=schema.GROUPS)
+        print(f"#{job.number + 1}  {table.line(row)}", flush=True)
+        return row.metrics.get(job.config.objective)
     with refusals(), stoppable():
         try:
             return single(job)
@@ -165,42 +172,40 @@ def single(job: Job) -> float | None:
     schema.check(job.config)
     store = tracking.connect(job.config.tracking, Path(job.config.outputs))
     experiment.check_inputs(job.config)
-    row = tracked(job)
-    print(f"\n{table.runs([row])}\n")
-    print(f"Saved model, predictions and timings: {job.folder}")
-    print(tracking.where(store, job.config, job.choices["dataset"], run_id=row.run_id))
+    row, handle = tracked(job)
+    print(f"\n{summary([row])}\n")
+    say_where(job.folder, tracking.ui(store, handle))
     return row.metrics.get(job.config.objective)
 
 
-def tracked(job: Job, swept: Collection[str] = ()) -> Row:
-    """The job as a run in MLflow, which ends as FINISHED, FAILED or KILLED whatever happens."""
+def tags(job: Job) -> dict[str, str]:
+    """What a run is known by before it has computed anything."""
+    given = {"study": job.config.study, "experiment": job.choices.get("experiment"), "command": command()}
+    return {name: value for name, value in given.items() if value not in (None, "None", "null")}
+
+
+def tracked(job: Job, swept: Collection[str] = ()) -> tuple[Row, Any]:
+    """The job as a run in MLflow, which ends as FINISHED, FAILED or KILLED whatever happens; its row and its handle."""
     from qexp import experiment, tracking
 
     schema.check(job.config, swept)
     store = tracking.connect(job.config.tracking, Path(job.config.outputs))
-    handle = tracking.start_run(
+    with tracking.start_run(
         store,
-        experiment=tracking.experiment_name(job.config.tracking, job.choices["dataset"]),
+        experiment=store.experiment_name(job.choices["dataset"]),
         name=job.name,
         params=job.params,
-        tags=job.tags,
+        tags=tags(job),
         parent=job.config.tracking.parent,
-    )
-    try:
+    ) as handle:
         result = experiment.run_job(job.config, job.folder)
-        return handle.finish(result)
-    except Stop:
-        handle.kill()
-        raise
-    except Exception as error:
-        handle.fail(sentence(error), traceback.format_exc())
-        raise
-
-
-def sentence(error: BaseException) -> str:
-    """What an error says, in one line; an unforeseen one with its type."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, QexpError) else f"{type(error).__name__}: {text}"
+        found = {**result.tags, "doubts": "\n".join(result.doubts)}
+        handle.log_params(result.resolved)
+        files = {name: Path(path) for name, path in result.files.items()}
+        handle.log_result(result.metrics, found, files, [tracking.DatasetUse(**use) for use in result.datasets])
+    params = {**job.params, **result.resolved}
+    row = Row(handle.id, job.name, "FINISHED", params=params, metrics=result.metrics, tags={**tags(job), **found})
+    return row, handle
 
 
 @dataclass(frozen=True)
@@ -247,22 +252,24 @@ def plan(master: DictConfig, arguments: Sequence[str], loader: Any) -> list[Plan
         except ConfigError as error:
             refused.setdefault(str(error), " ".join(combination))
             continue
-        name = " ".join(short(text) for text in combination if _split(text)[0] in swept) or " ".join(map(short, combination))
-        planned.setdefault(schema.config_hash(job.config), Planned([*combination, f"tracking.name={quoted(name)}"], job))
+        telling = [text for text in combination if _split(text)[0] in swept] or combination
+        name = " ".join(map(short, telling))
+        item = Planned([*combination, f"tracking.name={quoted(name)}"], job)
+        planned.setdefault(schema.config_hash(job.config), item)
     if refused:
         reasons = "\n".join(f"{reason} ({which})" for reason, which in refused.items())
         raise ConfigError(reasons if len(combinations) == 1 else f"{reasons}\nNo job of this sweep was started.")
     if len(planned) < len(combinations):
         same = len(combinations) - len(planned)
-        log.warning("%d of %d jobs would compute the same as another one and are not run twice.", same, len(combinations))
+        log.warning("%d of %d jobs would compute the same as another and are not run twice.", same, len(combinations))
     return list(planned.values())
 
 
 def short(override: str) -> str:
-    """An override's value as part of a run's name: the last part of a path, `fusion=true` where a bare word says nothing."""
+    """An override's value as part of a run's name: a path's last part; `fusion=true` where a bare word says nothing."""
     key, value = _split(override)
     value = value.strip("'\"")
-    if value.lower() in ("true", "false", "null") or value.replace(".", "", 1).isdigit() and not key.startswith("calib"):
+    if value.lower() in ("true", "false", "null") or value.replace(".", "", 1).isdigit():
         return f"{key.rpartition('.')[2]}={value}"
     return value.rstrip("/").rpartition("/")[2]
 
@@ -281,39 +288,71 @@ def launch(master: DictConfig, planned: Sequence[Planned], launcher: Any, batch_
     folder = Path(master.hydra.sweep.dir).absolute()
     writable(folder)
     store = tracking.connect(first.config.tracking, Path(first.config.outputs))
+    experiments = sorted({store.experiment_name(item.job.choices["dataset"]) for item in planned})
+    for name in experiments:
+        tracking.check_experiment(store, name)
     distinct = {experiment.inputs_of(item.job.config): item.job.config for item in planned}
     for config in tqdm(distinct.values(), desc="checking inputs", disable=None, leave=False):
         experiment.check_inputs(config)
     OmegaConf.save(master, folder / "multirun.yaml")
-    experiments = {tracking.experiment_name(item.job.config.tracking, item.job.choices["dataset"]) for item in planned}
-    name = f"{first.choices.get('experiment') or 'sweep'} {folder.name}"
-    parent = tracking.open_parent(store, min(experiments), name, {"command": command(), **first.tags})
-    jobs = f"{len(planned)} job" + ("s" if len(planned) > 1 else "")
-    print(f"{jobs}, in the MLflow experiment {min(experiments)} as children of {name!r}", flush=True)
-    failed: list[Row] = []
-    status, code = "FINISHED", 0
+
+    title = f"{tags(first).get('experiment', 'sweep')} {folder.name}"
+    parent = tracking.open_parent(store, experiment=experiments[0], name=title, tags=tags(first))
+    jobs = f"{len(planned)} job{'s' if len(planned) > 1 else ''}"
+    print(f"{jobs}; runs go to the MLflow experiment {experiments[0]}, under {title!r}.", flush=True)
     returns: list[Any] = []
+    status, code = "FINISHED", 0
     try:
         for chunk in BasicSweeper.split_overrides_to_chunks([item.overrides for item in planned], batch_size):
-            launched = [[*overrides, f"tracking.parent={parent}"] for overrides in chunk]
+            launched = [[*overrides, f"tracking.parent={parent.id}"] for overrides in chunk]
             returns.append(launcher.launch(launched, initial_job_idx=sum(map(len, returns))))
     except Stop as stop:
         status, code = "KILLED", stop.code
     except BaseException:
-        status, code = "FAILED", 1
+        status = "FAILED"
         raise
     finally:
-        failed = [_unstarted(item) for batch in returns for item in batch if item.status is not JobStatus.COMPLETED]
-        rows = tracking.children(store, parent)
-        rows += [row for row in failed if row.name not in {known.name for known in rows}]
-        text = summary(rows)
+        rows = tracking.children(store, parent.id, experiments)
+        known = {row.name for row in rows}
+        rows += [row for batch in returns for row in map(unstarted, batch) if row and row.name not in known]
         if status == "FINISHED" and any(row.status != "FINISHED" for row in rows):
             status, code = "FAILED", 1
-        tracking.close_parent(store, parent, status, text, rows)
+        text = summary(rows)
+        counts = Counter(row.status.lower() for row in rows)
+        tracking.close_parent(parent, status, text, {name: counts[name] for name in ("finished", "failed", "killed")})
         print(f"\n{text}\n")
-        print(tracking.where(store, first.config, first.choices["dataset"], parent=parent))
-    if code > 1:
-        print(f"Stopped; {len(rows)} of {len(planned)} jobs had been started. To go on:\n  {command()}", file=sys.stderr)
+        say_where(folder, tracking.ui(store, parent))
+    if status == "KILLED":
+        print(f"Stopped after {len(rows)} of {jobs}. To run it again:\n  {command()}", file=sys.stderr)
     if code:
         sys.exit(code)
     return returns
+
+
+def unstarted(returned: Any) -> Row | None:
+    """A failed job as a row, in case it failed before it had a run; None where it did not fail."""
+    if returned.status is JobStatus.COMPLETED:
+        return None
+    name = dict(_split(text) for text in returned.overrides).get("tracking.name", "job").strip("'")
+    error = returned._return_value
+    return Row("", name, "FAILED", tags={"error": f"{error}" if isinstance(error, QexpError) else repr(error)})
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """What a sweep prints in the end: what all runs share, the runs, the effects, and every job that failed."""
+    parts = [shared(rows), table.runs(rows), table.effects_text(rows), table.failures(rows)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def shared(rows: Sequence[Row]) -> str:
+    """The machine and the model, once above the table."""
+    tags = next((row.tags for row in rows if row.status == "FINISHED"), {})
+    return f"{tags['cpu']} ({tags['isa']}), torch {tags['torch']}; {tags['float_model']}" if "cpu" in tags else ""
+
+
+def say_where(folder: Path, ui: Any) -> None:
+    print(f"Files: {folder}")
+    if ui.command:
+        print(f"Compare in MLflow:\n  {ui.command}\nand open {ui.url}")
+    else:
+        print(f"Compare in MLflow: {ui.url}")

@@ -11,7 +11,6 @@ from tabulate import tabulate
 from qexp.config import NOT_APPLICABLE
 from qexp.results import Row
 
-
 HEADERS = ("run", "FP32 → INT8", "points [95%]", "latency, ms", "speedup [95%]", "size, MB", "INT8 layers")
 
 
@@ -32,6 +31,11 @@ def runs(rows: Sequence[Row]) -> str:
     return "\n".join([table, *(f"({index}) {doubt}" for doubt, index in marks.items())])
 
 
+def line(row: Row) -> str:
+    """One finished run in one line, without headings."""
+    return "  ".join(cell for cell in _line(row, "") if cell)
+
+
 def doubts(row: Row) -> list[str]:
     """The sentences kept in the tag `doubts`, one a line."""
     return [line for line in row.tags.get("doubts", "").splitlines() if line]
@@ -39,7 +43,8 @@ def doubts(row: Row) -> list[str]:
 
 def failures(rows: Sequence[Row]) -> str:
     """A line for each run that did not finish, with its sentence."""
-    return "\n".join(f"{row.status}  {row.name}: {row.tags.get('error', '')}" for row in rows if row.status != "FINISHED")
+    ended = [row for row in rows if row.status != "FINISHED"]
+    return "\n".join(f"{row.status}  {row.name}: {row.tags.get('error', '')}" for row in ended)
 
 
 def _line(row: Row, marks: str) -> list[str]:
@@ -53,7 +58,9 @@ def _line(row: Row, marks: str) -> list[str]:
     if has("accuracy/delta", "accuracy/delta_low", "accuracy/delta_high"):
         low, high = 100 * m["accuracy/delta_low"], 100 * m["accuracy/delta_high"]
         delta = f"{100 * m['accuracy/delta']:+.2f} [{low:+.2f}, {high:+.2f}]"
-    latency = f"{m['latency/fp32_ms']:.2f} → {m['latency/int8_ms']:.2f}" if has("latency/fp32_ms", "latency/int8_ms") else ""
+    latency = ""
+    if has("latency/fp32_ms", "latency/int8_ms"):
+        latency = f"{m['latency/fp32_ms']:.2f} → {m['latency/int8_ms']:.2f}"
     speedup = f"{m['latency/speedup']:.2f}×" if has("latency/speedup") else ""
     if speedup and has("latency/speedup_low", "latency/speedup_high"):
         speedup += f" [{m['latency/speedup_low']:.2f}, {m['latency/speedup_high']:.2f}]"

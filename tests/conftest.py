@@ -1,0 +1,53 @@
+"""What the tests share: configurations composed from the real conf/, and the command line as a user types it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from qexp import config as schema
+from qexp.compose import CONF
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def no_tracking_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A developer's own MLflow settings must not reach a test."""
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def composed(tmp_path: Path) -> Iterator[Callable[..., schema.Config]]:
+    """composed(*overrides) -> the typed configuration that Hydra would hand to a job."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        yield lambda *overrides: schema.from_hydra(
+            compose("config", [f"outputs={tmp_path / 'outputs'}", *overrides]), str(tmp_path)
+        )
+
+
+@pytest.fixture
+def qexp(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """qexp(*arguments) -> `python -m qexp` with them, in an empty folder, on the smallest model, trained for a moment."""
+
+    def run(*arguments: str, small: bool = True, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        defaults = ["model=tiny", "train=fast", "latency=quick", "latency.seconds=0.2"] if small else []
+        given = {argument.partition("=")[0] for argument in arguments}
+        kept = [default for default in defaults if default.partition("=")[0] not in given]
+        return subprocess.run(
+            [sys.executable, "-m", "qexp", *kept, *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run

@@ -1,0 +1,132 @@
+"""The schema, the groups, and what is refused from the configuration alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from qexp import config as schema
+from qexp.compose import CONF
+from qexp.config import Config
+from qexp.errors import ConfigError
+
+Composed = Callable[..., Config]
+CHOICES = dict.fromkeys(schema.GROUPS, "chosen")
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("group", ["model", "dataset", "train", "qconfig", "observer", "calib", "latency"])
+def test_every_choice_of_every_group_composes_and_is_legal(composed: Composed, group: str) -> None:
+    assert choices(group)
+    for choice in choices(group):
+        needed = [f"{group}._target_=os.path.join"] if choice == "custom" else []
+        needed += ["dataset.root=here"] if choice == "imagefolder" else []
+        config = composed(f"{group}={choice}", *needed)
+        if choice != "custom":
+            schema.check(config)
+
+
+def test_every_experiment_composes_and_starts_with_its_own_command(composed: Composed) -> None:
+    for choice in choices("experiment"):
+        composed(f"experiment={choice}")
+        lines = (CONF / "experiment" / f"{choice}.yaml").read_text().splitlines()
+        assert lines[1] == f"# python -m qexp experiment={choice}"
+
+
+def test_neither_torch_nor_mlflow_is_imported_for_the_configuration() -> None:
+    code = "import sys, qexp.compose, qexp.sweep, hydra_plugins.qexp_sweeper; print({'torch', 'mlflow'} & set(sys.modules))"
+    root = str(Path(schema.__file__).parent.parent)
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
+
+
+def test_every_observer_has_an_entry_in_the_table_of_parameters() -> None:
+    assert set(schema.OBSERVER_PARAMETERS) == set(schema.ActivationObserver)
+    assert set(schema.NO_EFFECT) == set(schema.Flow)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["calib.batches=0"], r"calib\.batches=0: must be a positive number, or null for all"),
+        (["calib.batch_size=-1"], r"calib\.batch_size=-1: must be positive"),
+        (["qconfig.weight.bits=1"], r"qconfig\.weight\.bits=1: must be in 2\.\.8"),
+        (["qconfig.activation.bits=9"], r"qconfig\.activation\.bits=9: must be in 2\.\.8"),
+        (["latency.threads=[0]"], r"latency\.threads=\[0\]: must be a list of positive numbers"),
+        (["latency.batch_sizes=[]"], r"latency\.batch_sizes=\[\]: must be a list of positive numbers"),
+        (["latency.runtimes=[]"], r"latency\.runtimes=\[\]: must be one or more of eager"),
+        (
+            ["engine=onednn", "qconfig.weight.scheme=asymmetric"],
+            r"engine=onednn takes symmetric weights only.*use engine=",
+        ),
+        (["observer.bins=100"], r"observer\.bins=100: observer=minmax has no such parameter, observer=histogram does"),
+        (["observer=histogram", "observer.bins=null"], r"observer\.bins=null: observer=histogram needs a value"),
+        (["observer=moving_average", "observer.averaging_constant=2"], r"averaging_constant=2\.0: must be in \(0, 1\]"),
+        (["model.checkpoint=a.pt", "model.weights=DEFAULT"], r"model\.checkpoint=.*model\.weights=.*give one"),
+        (["dataset.margin=0"], r"dataset\.margin=0: must be an accuracy loss"),
+        (["objective=accuracy"], r"objective=accuracy: must be one of accuracy/int8"),
+        (["seed=-1"], r"seed=-1: must be in 0"),
+        (["train.epochs=0"], r"train\.epochs=0: must be positive"),
+    ],
+)
+def test_what_cannot_work_is_refused_and_its_neighbour_is_not(
+    composed: Composed, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        schema.check(composed(*overrides))
+    schema.check(composed())
+
+
+@pytest.mark.parametrize(
+    "override", ["qconfig=per_chanel", "qconfig.weight.granularity=row", "calib.batches=abc", "foo=1", "model.stemm=x"]
+)
+def test_what_hydra_finds_is_refused_by_hydra(composed: Composed, override: str) -> None:
+    with pytest.raises((HydraException, OmegaConfBaseException), match=r"per_chanel|row|abc|foo|stemm"):
+        composed(override)
+
+
+def test_a_missing_value_is_named(composed: Composed) -> None:
+    with pytest.raises(ConfigError, match=r"dataset\.root has no value"):
+        composed("dataset=imagefolder")
+
+
+def test_a_parameter_of_another_observer_is_ignored_where_observers_are_swept(composed: Composed) -> None:
+    schema.check(composed("observer=minmax", "observer.bins=100"), swept=["observer"])
+
+
+def test_params_hold_what_was_asked_and_na_where_it_has_no_effect(composed: Composed) -> None:
+    config = composed("flow=dynamic", "qconfig.weight.bits=7")
+    params = schema.params(config, CHOICES, {"qconfig.weight.bits": "7", "flow": "dynamic"})
+    assert params["qconfig"] == "chosen*"
+    assert params["qconfig.weight.granularity"] == "per_channel"
+    assert {params[name] for name in ("observer", "calib", "calib.batches", "qconfig.weight.bits", "fusion")} == {"n/a"}
+    assert schema.params(composed(), CHOICES, {})["qconfig.overflow"] == "auto"
+
+
+def test_what_would_compute_the_same_has_the_same_hash(composed: Composed) -> None:
+    assert schema.config_hash(composed("flow=fx", "fusion=true")) == schema.config_hash(
+        composed("flow=fx", "fusion=false")
+    )
+    assert schema.config_hash(composed("fusion=true")) != schema.config_hash(composed("fusion=false"))
+    assert schema.config_hash(composed("study=a", "tracking.name=b")) == schema.config_hash(composed())
+    every = ("calib.batches=null", "observer=minmax")
+    assert schema.config_hash(composed(*every, "calib.seed=1")) == schema.config_hash(composed(*every, "calib.seed=2"))
+    moving = ("calib.batches=null", "observer=moving_average")
+    assert schema.config_hash(composed(*moving, "calib.seed=1")) != schema.config_hash(
+        composed(*moving, "calib.seed=2")
+    )
+
+
+def test_relative_paths_are_taken_against_the_folder_where_the_user_typed(composed: Composed, tmp_path: Path) -> None:
+    config = composed("dataset=imagefolder", "dataset.root=pictures", "model.checkpoint=~/net.pt")
+    assert config.dataset["root"] == str(tmp_path / "pictures")
+    assert config.model["checkpoint"] == str(Path("~/net.pt").expanduser())
