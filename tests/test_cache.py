@@ -1,0 +1,155 @@
+"""cache.py: entries are whole or made anew, whatever happened to the folder."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qexp import cache
+from qexp.errors import InputError
+
+VALUES = np.arange(5000, dtype=np.int32).reshape(50, 100)
+
+
+def refuse() -> np.ndarray:
+    raise AssertionError("made although it is there")
+
+
+def entry_file(folder: Path) -> Path:
+    (file,) = folder.glob("*.npy")
+    return file
+
+
+def test_an_array_is_made_once_and_comes_back_read_only_and_memory_mapped(tmp_path: Path) -> None:
+    cache.array(tmp_path, "key", lambda: VALUES)
+    again = cache.array(tmp_path, "key", refuse)
+    assert isinstance(again, np.memmap) and again.dtype == np.int32
+    np.testing.assert_array_equal(again, VALUES)
+    with pytest.raises(ValueError, match="read-only"):
+        again[0] = 1
+
+
+def test_another_key_is_another_entry(tmp_path: Path) -> None:
+    cache.array(tmp_path, "a", lambda: VALUES)
+    np.testing.assert_array_equal(cache.array(tmp_path, "b", lambda: VALUES + 1), VALUES + 1)
+    np.testing.assert_array_equal(cache.array(tmp_path, "a", refuse), VALUES)
+
+
+@pytest.mark.parametrize("where", [0, 200, -40, -1])
+def test_one_changed_byte_anywhere_is_found_and_the_entry_rebuilt(tmp_path: Path, where: int) -> None:
+    cache.array(tmp_path, "key", lambda: VALUES)
+    content = bytearray(entry_file(tmp_path).read_bytes())
+    content[where] ^= 1
+    entry_file(tmp_path).write_bytes(content)
+    np.testing.assert_array_equal(cache.array(tmp_path, "key", lambda: VALUES + 7), VALUES + 7)
+
+
+@pytest.mark.parametrize("size", [0, 1, 32, 100, 20000])
+def test_a_truncated_entry_is_rebuilt(tmp_path: Path, size: int) -> None:
+    cache.array(tmp_path, "key", lambda: VALUES)
+    whole = entry_file(tmp_path).read_bytes()
+    assert len(whole) > size
+    entry_file(tmp_path).write_bytes(whole[:size])
+    np.testing.assert_array_equal(cache.array(tmp_path, "key", lambda: VALUES + 7), VALUES + 7)
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
+    cache.array(tmp_path, "key", lambda: VALUES)
+    left = entry_file(tmp_path).with_suffix(".tmp")
+    entry_file(tmp_path).rename(left)
+    np.testing.assert_array_equal(cache.array(tmp_path, "key", lambda: VALUES + 7), VALUES + 7)
+    assert not left.exists()
+
+
+def test_a_failing_make_leaves_nothing_that_looks_like_an_entry(tmp_path: Path) -> None:
+    def fail() -> np.ndarray:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        cache.array(tmp_path, "key", fail)
+    assert [file.suffix for file in tmp_path.iterdir()] == [".lock"]
+
+
+def _slow(folder: Path, made: Path, queue: multiprocessing.Queue[int]) -> None:
+    def make() -> np.ndarray:
+        with made.open("a") as file:
+            file.write("x")
+        time.sleep(0.3)
+        return VALUES
+
+    queue.put(int(cache.array(folder, "key", make).sum()))
+
+
+def test_two_processes_that_ask_at_once_make_an_entry_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    queue: multiprocessing.Queue[int] = context.Queue()
+    made = tmp_path / "made.txt"
+    workers = [context.Process(target=_slow, args=(tmp_path / "cache", made, queue)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    sums = [queue.get(timeout=30) for _ in workers]
+    for worker in workers:
+        worker.join()
+    assert sums == [VALUES.sum()] * 2 and made.read_text() == "x"
+
+
+def test_a_folder_that_cannot_be_written_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cache folder .*file/cache can't be written \(.*\); set outputs"):
+        cache.array(tmp_path / "file" / "cache", "key", lambda: VALUES)
+
+
+def test_an_entry_is_read_from_a_folder_in_which_nothing_can_be_written(tmp_path: Path) -> None:
+    cache.array(tmp_path, "key", lambda: VALUES)
+    for lock in tmp_path.glob("*.lock"):
+        lock.unlink()
+        lock.mkdir()  # a lock that can't be opened, for the superuser too
+    np.testing.assert_array_equal(cache.array(tmp_path, "key", refuse), VALUES)
+
+
+@pytest.mark.parametrize("kind", ["array", "filled", "scratch"])
+def test_a_full_disk_is_refused_in_a_sentence_and_leaves_no_entry(tmp_path: Path, kind: str) -> None:
+    def fill(out: np.ndarray) -> None:
+        out[...] = 1
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"has no room for what is to be kept \(File too large\); free some, or set"):
+            if kind == "array":
+                cache.array(tmp_path, "key", lambda: np.zeros(1_000_000, np.uint8))
+            elif kind == "filled":
+                cache.filled(tmp_path, "key", (1_000_000,), np.uint8, fill)
+            else:
+                cache.scratch(tmp_path, (1_000_000,), np.uint8, fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not [file for file in tmp_path.iterdir() if file.suffix != ".lock"]
+
+
+def test_filled_and_array_agree_and_equal_content_has_an_equal_checksum(tmp_path: Path) -> None:
+    def fill(out: np.ndarray) -> None:
+        out[...] = VALUES
+
+    first = cache.filled(tmp_path, "a", VALUES.shape, VALUES.dtype, fill)
+    second = cache.filled(tmp_path, "b", VALUES.shape, VALUES.dtype, fill)
+    np.testing.assert_array_equal(first.array, VALUES)
+    assert first.sha256 == second.sha256
+    np.testing.assert_array_equal(cache.array(tmp_path, "a", refuse), VALUES)
+
+
+def test_scratch_is_read_only_leaves_no_file_and_its_checksum_follows_the_content(tmp_path: Path) -> None:
+    def fill(out: np.ndarray) -> None:
+        out[...] = VALUES
+
+    entry = cache.scratch(tmp_path, VALUES.shape, VALUES.dtype, fill)
+    np.testing.assert_array_equal(entry.array, VALUES)
+    assert not entry.array.flags.writeable and not list(tmp_path.iterdir())
+    assert entry.sha256 == cache.scratch(tmp_path, VALUES.shape, VALUES.dtype, fill).sha256
+    flat = cache.scratch(tmp_path, (5000,), VALUES.dtype, lambda out: np.copyto(out, VALUES.reshape(-1)))
+    assert flat.sha256 != entry.sha256
