@@ -65,7 +65,7 @@ def float_model(
     """
     _check_one_source(model)
     classes = len(data.classes)
-    shape = data.train.pixels(np.array([0])).shape[1:]
+    shape = data.train.shape
     if model.get("weights") is not None:
         module, source = _pretrained(model, classes, seed)
     else:
@@ -331,7 +331,7 @@ def _training_key(model: Mapping[str, Any], settings: config.Train, data: Data, 
     parts = {
         "model": {key: value for key, value in model.items() if key not in RESERVED},
         "train": {**asdict(settings), "device": choose_device(settings.device).type},
-        "data": [data.digest, data.classes, data.mean, data.std],
+        "data": [data.train.digest, data.classes, data.mean, data.std],
         "seed": seed,
         "code": [_code("model._target_", model), Path(inspect.getfile(train)).read_text()],
         "torch": torch.__version__,

@@ -149,7 +149,7 @@ def _checked_callable(setting: str, path: str, value: Any) -> Callable[..., Any]
     # An nn.Module or a data set made at import can be called or indexed, but nothing can be built from it.
     if not inspect.isclass(value) and (hasattr(value, "state_dict") or hasattr(value, "__getitem__")):
         raise ConfigError(f"{setting}={path} is an object, made already; name the class or a function that makes it.")
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _parameters(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:

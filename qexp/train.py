@@ -55,7 +55,7 @@ def train(module: nn.Module, settings: config.Train, data: Data, threads: int) -
             ) from error
         finally:
             module.to("cpu")
-            module.to(memory_format=torch.contiguous_format)
+            module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
             module.eval()
     result = Trained(loss, accuracy, time.perf_counter() - start, device.type)
     log.info(
@@ -111,11 +111,12 @@ def _train(module: nn.Module, settings: config.Train, data: Data, device: torch.
     on_gpu = device.type == "cuda"
     module.to(device)
     if on_gpu:
-        module.to(memory_format=torch.channels_last)
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     module.requires_grad_(True).train()
     optimizer = _optimizer(module, settings)
     generator = torch.Generator().manual_seed(settings.seed)
     n = len(data.train.labels)
+    data.train.pixels()  # decoded and kept as a whole; each epoch needs all of it
     steps = settings.epochs * math.ceil(n / settings.batch_size)
     done = 0
     loss = accuracy = math.nan
