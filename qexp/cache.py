@@ -1,6 +1,6 @@
 """What is the same is computed once: arrays on disk, found by a key, written atomically, verified whenever opened.
 
-An entry is `<sha256 of the key>.npy`: a .npy file followed by the SHA-256 of everything before it. A truncated or
+An entry is `<sha256 of the key>.npy`: a .npy file followed by a SHA-256 over everything before it. A truncated or
 altered entry is therefore recognised, and rebuilt.
 """
 
@@ -9,13 +9,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
+import math
 import mmap
 import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from filelock import FileLock
@@ -78,8 +79,7 @@ def scratch(folder: Path, shape: tuple[int, ...], dtype: Any, fill: Callable[[np
         raise _unwritable(folder, error) from error
     fill(target)
     target.flags.writeable = False
-    header = f"{np.dtype(dtype).str} {shape} ".encode()
-    return Entry(target, hashlib.sha256(header + hashlib.sha256(target.data).digest()).hexdigest())
+    return Entry(target, _checksum(shape, np.dtype(dtype), hashlib.sha256(target.data).digest()))
 
 
 def _entry(folder: Path, key: str, write: Callable[[Path], None]) -> Entry:
@@ -108,7 +108,7 @@ def _make(folder: Path, path: Path, write: Callable[[Path], None]) -> Entry:
         temporary.touch()
         write(temporary)
         with temporary.open("r+b") as file:
-            seal = hashlib.file_digest(file, "sha256").digest()
+            seal = _Content.of(file, sealed=False).seal()
             file.seek(0, os.SEEK_END)
             file.write(seal)
             file.flush()
@@ -128,25 +128,58 @@ def _open(path: Path) -> Entry | None:
     """The entry at `path`, or None where there is none, or none that is whole."""
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size <= _SEAL:
-                logger.info(_DAMAGED, path, "truncated")
-                return None
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                digest = hashlib.sha256()
-                with memoryview(content) as view:
-                    for start in range(0, size - _SEAL, _CHUNK):
-                        digest.update(view[start : min(start + _CHUNK, size - _SEAL)])
-                seal = content[size - _SEAL :]
+            found = _Content.of(file, sealed=True)
+            file.seek(-_SEAL, os.SEEK_END)
+            seal = file.read(_SEAL)
     except FileNotFoundError:
         return None
-    except OSError as error:
-        logger.info(_DAMAGED, path, error.strerror)
+    except (OSError, ValueError, EOFError) as error:
+        logger.info(_DAMAGED, path, error)
         return None
-    if seal != digest.digest():
+    if seal != found.seal():
         logger.info(_DAMAGED, path, "its checksum is wrong")
         return None
-    return Entry(np.load(path, mmap_mode="r", allow_pickle=False), digest.hexdigest())
+    return Entry(np.load(path, mmap_mode="r", allow_pickle=False), found.sha256())
+
+
+@dataclass(frozen=True)
+class _Content:
+    """The bytes of a .npy file in two digests, so that one pass gives the checksum of the file and of the values."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    header: bytes
+    values: bytes
+
+    @staticmethod
+    def of(file: BinaryIO, sealed: bool) -> _Content:
+        """Raises ValueError, EOFError or OSError for what is no whole .npy file."""
+        size = os.fstat(file.fileno()).st_size - (_SEAL if sealed else 0)
+        if size <= 0 or np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("it is truncated")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        offset = file.tell()
+        if size != offset + math.prod(shape) * dtype.itemsize:
+            raise ValueError("its size is wrong")
+        file.seek(0)
+        header = hashlib.sha256(file.read(offset))
+        values = hashlib.sha256()
+        if size > offset:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
+                for start in range(offset, size, _CHUNK):
+                    values.update(view[start : min(start + _CHUNK, size)])
+        return _Content(shape, dtype, header.digest(), values.digest())
+
+    def seal(self) -> bytes:
+        return hashlib.sha256(self.header + self.values).digest()
+
+    def sha256(self) -> str:
+        return _checksum(self.shape, self.dtype, self.values)
+
+
+def _checksum(shape: tuple[int, ...], dtype: np.dtype[Any], values: bytes) -> str:
+    # without the header, whose text is numpy's own affair
+    return hashlib.sha256(f"{dtype.str} {tuple(shape)} ".encode() + values).hexdigest()
 
 
 def _remove(path: Path) -> None:

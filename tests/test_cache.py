@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,8 @@ def entry_file(folder: Path) -> Path:
 def test_an_array_is_made_once_and_comes_back_read_only_and_memory_mapped(tmp_path: Path) -> None:
     cache.array(tmp_path, "key", lambda: VALUES)
     again = cache.array(tmp_path, "key", refuse)
-    assert isinstance(again, np.memmap) and again.dtype == np.int32
+    assert isinstance(again, np.memmap)
+    assert again.dtype == np.int32
     np.testing.assert_array_equal(again, VALUES)
     with pytest.raises(ValueError, match="read-only"):
         again[0] = 1
@@ -95,7 +97,8 @@ def test_two_processes_that_ask_at_once_make_an_entry_once(tmp_path: Path) -> No
     sums = [queue.get(timeout=30) for _ in workers]
     for worker in workers:
         worker.join()
-    assert sums == [VALUES.sum()] * 2 and made.read_text() == "x"
+    assert sums == [VALUES.sum()] * 2
+    assert made.read_text() == "x"
 
 
 def test_a_folder_that_cannot_be_written_is_refused_in_a_sentence(tmp_path: Path) -> None:
@@ -112,21 +115,29 @@ def test_an_entry_is_read_from_a_folder_in_which_nothing_can_be_written(tmp_path
     np.testing.assert_array_equal(cache.array(tmp_path, "key", refuse), VALUES)
 
 
-@pytest.mark.parametrize("kind", ["array", "filled", "scratch"])
-def test_a_full_disk_is_refused_in_a_sentence_and_leaves_no_entry(tmp_path: Path, kind: str) -> None:
-    def fill(out: np.ndarray) -> None:
-        out[...] = 1
+def _ones(out: np.ndarray) -> None:
+    out[...] = 1
 
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        lambda folder: cache.array(folder, "key", lambda: np.ones(1_000_000, np.uint8)),
+        lambda folder: cache.filled(folder, "key", (1_000_000,), np.uint8, _ones),
+        lambda folder: cache.scratch(folder, (1_000_000,), np.uint8, _ones),
+    ],
+    ids=["array", "filled", "scratch"],
+)
+def test_a_full_disk_is_refused_in_a_sentence_and_leaves_no_entry(
+    tmp_path: Path, keep: Callable[[Path], object]
+) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(InputError, match=r"has no room for what is to be kept \(File too large\); free some, or set"):
-            if kind == "array":
-                cache.array(tmp_path, "key", lambda: np.zeros(1_000_000, np.uint8))
-            elif kind == "filled":
-                cache.filled(tmp_path, "key", (1_000_000,), np.uint8, fill)
-            else:
-                cache.scratch(tmp_path, (1_000_000,), np.uint8, fill)
+        with pytest.raises(
+            InputError, match=r"has no room for what is to be kept \(File too large\); free some, or set"
+        ):
+            keep(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not [file for file in tmp_path.iterdir() if file.suffix != ".lock"]
@@ -149,7 +160,8 @@ def test_scratch_is_read_only_leaves_no_file_and_its_checksum_follows_the_conten
 
     entry = cache.scratch(tmp_path, VALUES.shape, VALUES.dtype, fill)
     np.testing.assert_array_equal(entry.array, VALUES)
-    assert not entry.array.flags.writeable and not list(tmp_path.iterdir())
-    assert entry.sha256 == cache.scratch(tmp_path, VALUES.shape, VALUES.dtype, fill).sha256
+    assert not entry.array.flags.writeable
+    assert not list(tmp_path.iterdir())
+    assert entry.sha256 == cache.filled(tmp_path / "kept", "key", VALUES.shape, VALUES.dtype, fill).sha256
     flat = cache.scratch(tmp_path, (5000,), VALUES.dtype, lambda out: np.copyto(out, VALUES.reshape(-1)))
     assert flat.sha256 != entry.sha256
