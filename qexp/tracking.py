@@ -27,27 +27,34 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 # Before mlflow is imported, since it reads them then. Its telemetry starts threads that call home, in a process
-# that measures latency; and it prints two lines for every run that ends on a server.
+# that measures latency; it prints two lines for every run that ends on a server, and bars for files that it copies.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
+import numpy as np
 import requests
 from filelock import FileLock, Timeout
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, RunTag
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.pyfunc import save_model
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from mlflow.types.schema import Schema, TensorSpec
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
 from qexp import config
 from qexp.errors import InputError, QexpError, RunError
+from qexp.results import Row
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -88,20 +95,6 @@ class DatasetUse:
     source: str
     context: str
     profile: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One tracked run, as plain values; start and end in seconds since 1970, end None while it runs."""
-
-    run_id: str
-    name: str
-    status: str
-    start: float
-    end: float | None
-    params: Mapping[str, str]
-    metrics: Mapping[str, float]
-    tags: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -344,7 +337,9 @@ def _experiment_id(store: Store, name: str) -> str:
         if experiment is not None:
             return str(experiment.experiment_id)
         try:
-            return str(store.client.create_experiment(name, artifact_location=store.artifacts))
+            # The kind makes the UI open on training runs rather than on traces of language models.
+            tags = {"mlflow.experimentKind": "custom_model_development"}
+            return str(store.client.create_experiment(name, artifact_location=store.artifacts, tags=tags))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS" or attempt == 2:
                 raise
@@ -424,6 +419,51 @@ class Run:
             for path, content in artifacts.items():
                 _stage(Path(folder) / path, content)
             self.store.client.log_artifacts(self.id, folder)
+
+    def log_model(
+        self,
+        torchscript: Path,
+        engine: str,
+        *,
+        name: str,
+        image: Sequence[int],
+        classes: int,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Log a TorchScript INT8 model as an MLflow model, for `mlflow models serve` and the registry.
+
+        image: (channels, height, width) of its float32 input [N, ...]; the output is float32 logits [N, classes].
+        metadata: what a user of the model must know, as mean, std and class names. Returns its URI, `models:/...`.
+        Raises RunError if it can't be logged.
+        """
+        signature = ModelSignature(
+            Schema([TensorSpec(np.dtype(np.float32), (-1, *image), "images")]),
+            Schema([TensorSpec(np.dtype(np.float32), (-1, classes))]),
+        )
+        client = self.store.client
+        with tempfile.TemporaryDirectory(prefix="qexp-") as folder, self._taking("the model"):
+            model = client.create_logged_model(
+                self.experiment_id, name=name, source_run_id=self.id, params={"engine": engine}
+            )
+            try:
+                save_model(
+                    Path(folder) / "model",
+                    python_model=str(Path(__file__).with_name("served_model.py")),
+                    artifacts={"model": str(torchscript)},
+                    model_config={"engine": engine},
+                    signature=signature,
+                    # Given, since MLflow would find them out by running the model for 5 s in another process.
+                    pip_requirements=[_requirement(package) for package in ("mlflow", "torch", "numpy")],
+                    metadata=_plain(metadata or {}),
+                    mlflow_model=Model(artifact_path=model.artifact_location, run_id=self.id, model_id=model.model_id),
+                )
+                client.log_model_artifacts(model.model_id, str(Path(folder) / "model"))
+                client.finalize_logged_model(model.model_id, "READY")
+            except BaseException:
+                client.finalize_logged_model(model.model_id, "FAILED")
+                raise
+            client.log_outputs(self.id, [LoggedModelOutput(model.model_id, step=0)])
+        return f"models:/{model.model_id}"
 
     def finish(self) -> None:
         """End as FINISHED. Raises RunError if the store does not take it."""
@@ -600,21 +640,28 @@ def _row(run: MlflowRun) -> Row:
     return Row(info.run_id, info.run_name, info.status, start, end, data.params, data.metrics, data.tags)
 
 
-def ui(store: Store, run: Run) -> Ui:
-    """How to open MLflow's UI on exactly this sweep's runs, or on this single run's page.
+def ui(store: Store, run: Run, sort_by: str | None = None) -> Ui:
+    """How to open MLflow's UI on exactly a sweep's runs, or on the page of a single run.
 
-    run: a sweep's parent, or a single run.
+    run: a sweep's parent, with `sort_by`, a metric that its children have; or a single run, without.
     """
     local = store.artifacts is not None
     base = "http://127.0.0.1:5000" if local else _without_password(store.uri).rstrip("/")
-    query = urllib.parse.urlencode({"searchFilter": f"tags.`mlflow.parentRunId` = '{run.id}'"})
-    url = f"{base}/#/experiments/{run.experiment_id}/runs?{query}"
+    where = f"{base}/#/experiments/{run.experiment_id}/runs"
+    query = {"workflowType": "machine_learning"}
+    if sort_by is None:
+        where += f"/{run.id}"
+    else:
+        # Sorted by time, as it is by default, the UI folds all children away under their parent.
+        query["searchFilter"] = f"tags.`mlflow.parentRunId` = '{run.id}'"
+        query["orderByKey"], query["orderByAsc"] = f"metrics.`{sort_by}`", "false"
+    url = f"{where}?{urllib.parse.urlencode(query, quote_via=urllib.parse.quote)}"
     if not local:
         return Ui(None, url)
     beside = Path(sys.executable).with_name("mlflow")
     program = str(beside) if beside.exists() else "mlflow"
-    options = ["ui", "--backend-store-uri", store.uri, "--host", "127.0.0.1", "--port", "5000"]
-    return Ui(shlex.join([program, *options]), url)
+    options = ["--backend-store-uri", store.uri, "--host", "127.0.0.1", "--port", "5000", "--workers", "1"]
+    return Ui(shlex.join([program, "ui", *options]), url)
 
 
 # ---------------------------------------------------------------------------------------------- what MLflow takes
@@ -701,6 +748,10 @@ def _system_tags(tags: Mapping[str, str], description: str | None) -> dict[str, 
     return system
 
 
+def _requirement(package: str) -> str:
+    return f"{package}=={version(package).split('+')[0]}"  # 2.13.0+cpu is on no index
+
+
 def _user() -> str:
     try:
         return os.environ.get("MLFLOW_TRACKING_USERNAME") or getpass.getuser()
@@ -713,7 +764,7 @@ def _user() -> str:
 
 def sentence(error: BaseException) -> str:
     """An error in one line: ours as they are, others with their type before them."""
-    text = _first_line(error)
+    text = " ".join(str(error).split())
     return text if isinstance(error, QexpError) else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
