@@ -10,14 +10,11 @@ import copy
 import hashlib
 import json
 import logging
-import math
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from qexp import config as schema
-from qexp import evaluate, latency, machine, models, quantize, stats
-from qexp.config import Config, Flow, Overflow, QConfig, Runtime, Target
+from qexp import evaluate, latency, machine, metrics, models, quantize, record
+from qexp.config import Config, Overflow, QConfig, Runtime, Target
 from qexp.data import Data, count_shared, draw, load_data, normalise
 from qexp.errors import RunError
 from qexp.quantize import saturation
-from qexp.results import METRICS, Artifact, Layer, Predictions, QParams, Result
+from qexp.results import Artifact, Layer, Predictions, Result
 from qexp.runtimes import eager as eager_runtime
 from qexp.runtimes import torchscript
 from qexp.runtimes.model import Loaded, agree
@@ -94,22 +91,27 @@ def run_job(config: Config, folder: Path) -> Result:
             raise RunError("the INT8 logits equal the FP32 logits bit for bit: nothing was quantized.")
         timings = timed(config, variants, data) if config.latency.enabled else []
 
-    metrics = {
-        **accuracy_metrics(predictions["fp32"], predictions["int8"]),
-        **latency_metrics(config, timings),
-        **size_metrics(artifacts),
-        **layer_metrics(layers),
+    numbers = {
+        **metrics.of_accuracy(predictions["fp32"], predictions["int8"]),
+        **metrics.of_latency(timings),
+        **metrics.of_size(artifacts),
+        **metrics.of_layers(layers),
         "quant/fusion_difference": difference,
         "calib/images": float(images),
         "calib/seconds": seconds,
     }
     return Result(
-        metrics={name: value for name, value in metrics.items() if name in METRICS},
+        metrics=numbers,
         resolved=resolved_params(qconfig, config),
-        tags={**machine_tags(), **code_tags(config), **fastest_tags(timings), "float_model": fp32.source},
-        doubts=tuple(doubts(config, qconfig, data, layers, metrics)),
-        files=written(folder, config, predictions, qparams, layers, timings, artifacts),
-        datasets=datasets_used(config, data, images),
+        tags={
+            **record.machine_tags(),
+            **record.code_tags(config),
+            **metrics.fastest_tags(timings),
+            "float_model": fp32.source,
+        },
+        doubts=tuple(metrics.doubts(config, qconfig, data, layers, numbers)),
+        files=record.written(folder, config, predictions, qparams, layers, timings, artifacts),
+        datasets=record.datasets_used(config, data, images),
     )
 
 
@@ -150,6 +152,17 @@ def why_guarded(config: Config, overflow: Overflow) -> str:
     if min(config.qconfig.weight.bits, config.qconfig.activation.bits) < 8:
         return "7 bits or fewer on one side can't saturate"
     return f"engine={config.engine} does not saturate on {where}"
+
+
+def resolved_params(qconfig: QConfig, config: Config) -> dict[str, str]:
+    """What was executed, beside what was asked."""
+    if config.flow is Flow.dynamic:
+        return {"resolved.weight_bits": str(qconfig.weight.bits)}
+    return {
+        "resolved.overflow": str(qconfig.overflow),
+        "resolved.weight_bits": str(quantize.executed_bits(qconfig, quantize.Side.weights)),
+        "resolved.activation_bits": str(quantize.executed_bits(qconfig, quantize.Side.activations)),
+    }
 
 
 def checked_fusion(float_module: nn.Module, fused: nn.Module, images: Tensor) -> float:
@@ -262,221 +275,3 @@ def _on_cuda(model: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
     assert isinstance(model, Loaded)
     module = copy.deepcopy(model.module).cuda()
     return lambda images: module(images.cuda()).cpu()
-
-
-# ------------------------------------------------------------------------------------------------ the numbers
-
-
-def accuracy_metrics(fp32: Predictions, int8: Predictions) -> dict[str, float]:
-    """Both accuracies on the same images, and their paired difference with what is known of it."""
-    fp32_only, int8_only, n = stats.discordant(fp32, int8)
-    delta = stats.tango(fp32_only, int8_only, n)
-    return {
-        "accuracy/fp32": float(fp32.correct.mean()),
-        "accuracy/int8": float(int8.correct.mean()),
-        "accuracy/delta": delta.value,
-        "accuracy/delta_low": delta.low,
-        "accuracy/delta_high": delta.high,
-        "accuracy/mcnemar_p": stats.mcnemar(fp32_only, int8_only),
-        "accuracy/agreement": stats.agreement(fp32, int8),
-    }
-
-
-def latency_metrics(config: Config, timings: list[latency.Timing]) -> dict[str, float]:
-    """p50, p90 and p99 of each variant at the first batch size and number of threads, and fastest over fastest."""
-    first = headline(timings)
-    if not first:
-        return {}
-    metrics: dict[str, float] = {}
-    for timing in first:
-        summary = timing.summary
-        metrics[f"latency/{timing.variant}_ms"] = summary.p50
-        metrics[f"latency/{timing.variant}_p90_ms"] = summary.p90
-        metrics[f"latency/{timing.variant}_p99_ms"] = math.nan if summary.p99 is None else summary.p99
-    fp32, int8 = fastest(first)
-    ratio = latency.speedup(fp32, int8)
-    return metrics | {
-        "latency/fp32_ms": fp32.summary.p50,
-        "latency/int8_ms": int8.summary.p50,
-        "latency/speedup": ratio.value,
-        "latency/speedup_low": ratio.low,
-        "latency/speedup_high": ratio.high,
-    }
-
-
-def headline(timings: list[latency.Timing]) -> list[latency.Timing]:
-    """The timings at the first batch size and the first number of threads: those that metrics hold."""
-    return [t for t in timings if (t.batch_size, t.threads) == (timings[0].batch_size, timings[0].threads)]
-
-
-def fastest(timings: list[latency.Timing]) -> tuple[latency.Timing, latency.Timing]:
-    """The fastest FP32 and the fastest INT8 variant on the CPU."""
-    on_cpu = [timing for timing in timings if timing.variant != "fp32_cuda"]
-    by = {precision: [t for t in on_cpu if t.variant.startswith(precision)] for precision in ("fp32", "int8")}
-    return latency.fastest(by["fp32"]), latency.fastest(by["int8"])
-
-
-def fastest_tags(timings: list[latency.Timing]) -> dict[str, str]:
-    if not timings:
-        return {}
-    fp32, int8 = fastest(headline(timings))
-    return {"fastest.fp32": fp32.variant.removeprefix("fp32_"), "fastest.int8": int8.variant.removeprefix("int8_")}
-
-
-def size_metrics(artifacts: list[Artifact]) -> dict[str, float]:
-    """Megabytes of the first artifact of each precision."""
-    fp32, int8 = (next(a.bytes for a in artifacts if a.precision == precision) for precision in ("fp32", "int8"))
-    return {"size/fp32_mb": fp32 / 1e6, "size/int8_mb": int8 / 1e6, "size/ratio": fp32 / int8}
-
-
-def layer_metrics(layers: tuple[Layer, ...]) -> dict[str, float]:
-    weighted = [layer for layer in layers if layer.kind != "batchnorm"]
-    return {
-        "quant/layers_int8": float(sum(layer.int8 for layer in weighted)),
-        "quant/layers_float": float(sum(not layer.int8 for layer in weighted)),
-        "quant/batchnorm_left": float(len(layers) - len(weighted)),
-    }
-
-
-def resolved_params(qconfig: QConfig, config: Config) -> dict[str, str]:
-    """What was executed, beside what was asked."""
-    if config.flow is Flow.dynamic:
-        return {"resolved.weight_bits": str(qconfig.weight.bits)}
-    return {
-        "resolved.overflow": str(qconfig.overflow),
-        "resolved.weight_bits": str(quantize.executed_bits(qconfig, quantize.Side.weights)),
-        "resolved.activation_bits": str(quantize.executed_bits(qconfig, quantize.Side.activations)),
-    }
-
-
-def doubts(
-    config: Config, qconfig: QConfig, data: Data, layers: tuple[Layer, ...], metrics: Mapping[str, float]
-) -> Iterator[str]:
-    """What the reader of the table must know, a sentence each."""
-    if config.dataset["_target_"] == "qexp.datasets.digits":
-        yield f"digits, with {len(data.test)} images of 8x8 pixels, is for trying the tool and not for deciding."
-    unguarded = qconfig.overflow is Overflow.none and min(qconfig.weight.bits, qconfig.activation.bits) == 8
-    if unguarded and saturation.can_saturate(qconfig, config.engine, config.flow, Target.native, saturation.probe()):
-        yield (
-            f"16-bit sums can saturate in the kernels of engine={config.engine}, and the guard is off: this accuracy "
-            "holds for this CPU only; qconfig.overflow=auto avoids it."
-        )
-    low, high = metrics.get("latency/speedup_low"), metrics.get("latency/speedup_high")
-    if low is not None and high is not None:
-        if high < 1:
-            yield f"INT8 is slower than FP32 with flow={config.flow} engine={config.engine} on this CPU."
-        elif low <= 1:
-            yield "INT8 and FP32 are as fast as each other, as far as the noise lets one tell."
-    left = [layer for layer in layers if not layer.int8 and layer.kind != "batchnorm"]
-    if left:
-        reasons = ", ".join(dict.fromkeys(layer.reason for layer in left if layer.reason))
-        named = ", ".join(layer.name for layer in left[:3]) + (", ..." if len(left) > 3 else "")
-        yield f"{len(left)} layers stay in FP32 ({named}){f': {reasons}' if reasons else ''}."
-    norms = sum(layer.kind == "batchnorm" for layer in layers)
-    if norms and config.flow is not Flow.dynamic:
-        yield f"{norms} BatchNorms were not folded into a convolution."
-
-
-# ------------------------------------------------------------------------------------------------ what is kept
-
-
-@cache
-def machine_tags() -> dict[str, str]:
-    here = machine.describe()
-    return {
-        "cpu": here.cpu,
-        "isa": here.isa,
-        "torch": torch.__version__,
-        "kernel_signature": saturation.probe().id,
-    }
-
-
-def datasets_used(config: Config, data: Data, calibrated_on: int) -> tuple[dict[str, Any], ...]:
-    """What was calibrated on and what was evaluated on, for MLflow's record of inputs."""
-    common = {"name": data.name, "source": str(config.dataset.get("root") or config.dataset["_target_"])}
-    shape = list(data.test.shape)
-    evaluation = {**common, "digest": data.digest[:32], "context": "evaluation"}
-    used = [{**evaluation, "profile": {"images": len(data.test), "shape": shape, "classes": len(data.classes)}}]
-    if calibrated_on:
-        drawn = hashlib.sha256(json.dumps([data.digest, asdict(config.calib)]).encode()).hexdigest()[:32]
-        profile = {"images": calibrated_on, "shape": shape}
-        used.append({**common, "digest": drawn, "context": "calibration", "profile": profile})
-    return tuple(used)
-
-
-def code_tags(config: Config) -> dict[str, str]:
-    return {"config_hash": schema.config_hash(config), "code_hash": code_hash(), "git_sha": git_sha()}
-
-
-@cache
-def code_hash() -> str:
-    """16 hex digits over the sources of qexp."""
-    here = Path(__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(here.rglob("*.py")):
-        digest.update(str(path.relative_to(here)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-@cache
-def git_sha() -> str:
-    """The commit of the current folder's checkout, `+` where it was changed; `none` outside of one."""
-    try:
-        sha = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
-        dirty = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return "none"
-    return sha.stdout.strip() + ("+" if dirty.stdout.strip() else "")
-
-
-def written(
-    folder: Path,
-    config: Config,
-    predictions: Mapping[str, Predictions],
-    qparams: Mapping[str, QParams],
-    layers: tuple[Layer, ...],
-    timings: list[latency.Timing],
-    artifacts: list[Artifact],
-) -> dict[str, str]:
-    """Write what is kept of a run into its folder; the paths by their place in the run's artifacts."""
-    fp32, int8 = predictions["fp32"], predictions["int8"]
-    np.savez_compressed(
-        folder / "predictions.npz",
-        fp32=fp32.logits, int8=int8.logits, labels=fp32.labels, image_ids=np.array(fp32.image_ids),
-    )  # fmt: skip
-    _json(folder / "config.json", schema.plain(config))
-    _json(folder / "qparams.json", {name: _qparams(value) for name, value in qparams.items()})
-    _json(folder / "layers.json", [asdict(layer) for layer in layers])
-    _json(folder / "model" / "artifacts.json", [{**asdict(a), "path": Path(a.path).name} for a in artifacts])
-    names = ["predictions.npz", "config.json", "qparams.json", "layers.json", "model"]
-    if timings:
-        _json(folder / "latency.json", {"machine": asdict(machine.describe()), "rows": [_timing(t) for t in timings]})
-        samples = {f"{t.variant}.batch{t.batch_size}.threads{t.threads}": t.samples for t in timings}
-        np.savez_compressed(folder / "latency_samples.npz", **samples)  # type: ignore[arg-type]
-        names += ["latency.json", "latency_samples.npz"]
-    files = {name: str(folder / name) for name in names}
-    return {**files, "hydra": str(folder / ".hydra")} if (folder / ".hydra").is_dir() else files
-
-
-def _json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, allow_nan=False, default=str) + "\n")
-
-
-def _qparams(value: QParams) -> dict[str, Any]:
-    plain = {"scale": value.scale.tolist(), "zero_point": value.zero_point.tolist()}
-    return {**plain, "qmin": value.qmin, "qmax": value.qmax, "axis": value.axis}
-
-
-def _timing(timing: latency.Timing) -> dict[str, Any]:
-    summary = asdict(timing.summary)
-    return {
-        "variant": timing.variant,
-        "batch_size": timing.batch_size,
-        "threads": timing.threads,
-        **summary,
-        "images_per_second": 1000 * timing.batch_size / summary["p50"],
-        "first_ms": timing.first_ms,
-        "rounds": int(timing.round.max()) + 1,
-        "started": timing.started,
-        "ended": timing.ended,
-    }

@@ -87,7 +87,7 @@ def job_from(composed: DictConfig) -> Job:
     """The job that a composition with its `hydra` node describes. Raises ConfigError."""
     hydra = composed.hydra
     with open_dict(composed):
-        task = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+        task = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
     config = schema.from_hydra(task, hydra.runtime.cwd)
     choices = {group: str(choice) for group, choice in hydra.runtime.choices.items() if "/" not in group}
     number = OmegaConf.select(hydra, "job.num", throw_on_missing=False) or 0

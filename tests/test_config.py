@@ -104,11 +104,13 @@ def test_a_parameter_of_another_observer_is_ignored_where_observers_are_swept(co
 
 
 def test_params_hold_what_was_asked_and_na_where_it_has_no_effect(composed: Composed) -> None:
-    config = composed("flow=dynamic", "qconfig.weight.bits=7")
-    params = schema.params(config, CHOICES, {"qconfig.weight.bits": "7", "flow": "dynamic"})
+    config = composed("flow=dynamic", "qconfig.activation.bits=7")
+    params = schema.params(config, CHOICES, {"qconfig.activation.bits": "7", "flow": "dynamic"})
     assert params["qconfig"] == "chosen*"
     assert params["qconfig.weight.granularity"] == "per_channel"
-    assert {params[name] for name in ("observer", "calib", "calib.batches", "qconfig.weight.bits", "fusion")} == {"n/a"}
+    assert {params[name] for name in ("observer", "calib", "calib.batches", "qconfig.activation.bits", "fusion")} == {
+        "n/a"
+    }
     assert schema.params(composed(), CHOICES, {})["qconfig.overflow"] == "auto"
 
 

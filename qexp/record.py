@@ -1,0 +1,123 @@
+"""What a run leaves behind: the files in its folder, and the tags that say which code and machine made it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qexp import config as schema
+from qexp import latency, machine
+from qexp.config import Config
+from qexp.data import Data
+from qexp.quantize import saturation
+from qexp.results import Artifact, Layer, Predictions, QParams
+
+
+def tags(config: Config) -> dict[str, str]:
+    """Which machine and which code a result holds for."""
+    here = machine.describe()
+    return {
+        "cpu": here.cpu,
+        "isa": here.isa,
+        "torch": torch.__version__,
+        "kernel_signature": saturation.probe().id,
+        "config_hash": schema.config_hash(config),
+        "code_hash": code_hash(),
+        "git_sha": git_sha(),
+    }
+
+
+def datasets_used(config: Config, data: Data, calibrated_on: int) -> tuple[dict[str, Any], ...]:
+    """What was calibrated on and what was evaluated on, for MLflow's record of inputs."""
+    common = {"name": data.name, "source": str(config.dataset.get("root") or config.dataset["_target_"])}
+    shape = list(data.test.shape)
+    evaluation = {**common, "digest": data.digest[:32], "context": "evaluation"}
+    used = [{**evaluation, "profile": {"images": len(data.test), "shape": shape, "classes": len(data.classes)}}]
+    if calibrated_on:
+        drawn = hashlib.sha256(json.dumps([data.digest, asdict(config.calib)]).encode()).hexdigest()[:32]
+        profile = {"images": calibrated_on, "shape": shape}
+        used.append({**common, "digest": drawn, "context": "calibration", "profile": profile})
+    return tuple(used)
+
+
+@cache
+def code_hash() -> str:
+    """16 hex digits over the sources of qexp."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(here.rglob("*.py")):
+        digest.update(str(path.relative_to(here)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def git_sha() -> str:
+    """The commit of the current folder's checkout, `+` where it was changed; `none` outside of one."""
+    try:
+        sha = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+        dirty = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "none"
+    return sha.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+def written(
+    folder: Path,
+    config: Config,
+    predictions: Mapping[str, Predictions],
+    qparams: Mapping[str, QParams],
+    layers: tuple[Layer, ...],
+    timings: list[latency.Timing],
+    artifacts: list[Artifact],
+) -> dict[str, str]:
+    """Write what is kept of a run into its folder; the paths by their place in the run's artifacts."""
+    fp32, int8 = predictions["fp32"], predictions["int8"]
+    np.savez_compressed(
+        folder / "predictions.npz",
+        fp32=fp32.logits, int8=int8.logits, labels=fp32.labels, image_ids=np.array(fp32.image_ids),
+    )  # fmt: skip
+    _json(folder / "config.json", schema.plain(config))
+    _json(folder / "qparams.json", {name: _qparams(value) for name, value in qparams.items()})
+    _json(folder / "layers.json", [asdict(layer) for layer in layers])
+    _json(folder / "model" / "artifacts.json", [{**asdict(a), "path": Path(a.path).name} for a in artifacts])
+    names = ["predictions.npz", "config.json", "qparams.json", "layers.json", "model"]
+    if timings:
+        _json(folder / "latency.json", {"machine": asdict(machine.describe()), "rows": [_timing(t) for t in timings]})
+        samples = {f"{t.variant}.batch{t.batch_size}.threads{t.threads}": t.samples for t in timings}
+        np.savez_compressed(folder / "latency_samples.npz", **samples)  # type: ignore[arg-type]
+        names += ["latency.json", "latency_samples.npz"]
+    files = {name: str(folder / name) for name in names}
+    return {**files, "hydra": str(folder / ".hydra")} if (folder / ".hydra").is_dir() else files
+
+
+def _json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, allow_nan=False, default=str) + "\n")
+
+
+def _qparams(value: QParams) -> dict[str, Any]:
+    plain = {"scale": value.scale.tolist(), "zero_point": value.zero_point.tolist()}
+    return {**plain, "qmin": value.qmin, "qmax": value.qmax, "axis": value.axis}
+
+
+def _timing(timing: latency.Timing) -> dict[str, Any]:
+    summary = asdict(timing.summary)
+    return {
+        "variant": timing.variant,
+        "batch_size": timing.batch_size,
+        "threads": timing.threads,
+        **summary,
+        "images_per_second": 1000 * timing.batch_size / summary["p50"],
+        "first_ms": timing.first_ms,
+        "rounds": int(timing.round.max()) + 1,
+        "started": timing.started,
+        "ended": timing.ended,
+    }
