@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import special, stats
+from scipy import optimize, special, stats
 
 from qexp.results import Interval, Predictions
 
@@ -21,6 +21,9 @@ WORKERS_TO_RESAMPLE = 5
 
 # A 99th percentile of fewer calls rests on fewer than ten of them.
 CALLS_FOR_P99 = 1000
+
+# The chance with which a difference is meant to be found: what "M images would do" and `detectable` assume.
+POWER = 0.8
 
 
 def discordant(first: Predictions, second: Predictions) -> tuple[int, int, int]:
@@ -78,7 +81,10 @@ def mcnemar(first_only: int, second_only: int) -> float:
 
 
 def tango_z(
-    difference: np.ndarray | float, first_only: np.ndarray | int, second_only: np.ndarray | int, n: np.ndarray | int
+    difference: np.ndarray | float,
+    first_only: np.ndarray | float,
+    second_only: np.ndarray | float,
+    n: np.ndarray | float,
 ) -> np.ndarray:
     """The score z = (c - b - n d) / sqrt(n (2 q + d (1 - d))) of the hypothesis that the difference is d.
 
@@ -115,7 +121,7 @@ def tango_bounds(
 
     Every d whose two-sided score test is not rejected; each end by bisection to the last bits, in [-1, 1].
     """
-    z = stats.norm.isf((1 - confidence) / 2)
+    z = _alpha(confidence)
 
     def end(level: float) -> np.ndarray:
         below, above = np.full(np.shape(first_only), -1.0), np.full(np.shape(first_only), 1.0)
@@ -148,6 +154,91 @@ def _check_counts(first_only: int, second_only: int, n: int) -> None:
         raise ValueError(f"{first_only} and {second_only} discordant of {n} images is no paired table")
 
 
+def non_inferiority(first_only: int, second_only: int, n: int, margin: float) -> float:
+    """One-sided p-value of Tango's (1998) score test that the second loses `margin` or more against the first.
+
+    margin: an accuracy loss in (0, 1). Small where the loss is shown to be less than that; below (1 - confidence) / 2
+    exactly where the lower end of `tango` lies above -margin. 1 for no images.
+    """
+    _check_counts(first_only, second_only, n)
+    return float(stats.norm.sf(tango_z(-margin, first_only, second_only, n))) if n else 1.0
+
+
+def verdict(first_only: int, second_only: int, n: int, margin: float, confidence: float = 0.95) -> str:
+    """What the images say about the second against the first, in words.
+
+    `no loss beyond 0.5 points`: non-inferior by the margin, at a one-sided level of (1 - confidence) / 2. `loss`: a
+    loss is shown (the interval lies below 0), and that it is within the margin is not. Else `can't tell with N
+    images; M would do`, M by `images_needed`.
+    """
+    if non_inferiority(first_only, second_only, n, margin) < (1 - confidence) / 2:
+        return f"no loss beyond {100 * margin:g} points"
+    if tango(first_only, second_only, n, confidence).high < 0:
+        return "loss"
+    needed = images_needed(first_only, second_only, n, margin, confidence)
+    return f"can't tell with {n:,} images; {needed:,} would do"
+
+
+def images_needed(first_only: int, second_only: int, n: int, margin: float, confidence: float = 0.95) -> int:
+    """How many images would settle it in four cases of five, if the predictions go on to disagree as they do here.
+
+    Settled is either non-inferiority by the margin or a loss. The observed difference of M images is taken as normal,
+    with the standard deviation that goes with the difference seen; it must lie beyond z_alpha standard errors, under
+    the hypothesis tested, of -margin from above or of 0 from below. Without a single disagreement one is assumed,
+    since none would mean that nothing is left to chance. Rounded up to two digits, and more than n. Raises ValueError
+    for n = 0.
+    """
+    _check_counts(first_only, second_only, n)
+    if n == 0:
+        raise ValueError("no images, no estimate")
+    share, difference = max(first_only + second_only, 1) / n, (second_only - first_only) / n
+    b, c = np.asarray((share - difference) / 2 * n), np.asarray((share + difference) / 2 * n)
+    spread = max(math.sqrt(max(share - difference**2, 0)), 1e-9)
+    spread_at_margin, spread_at_zero = (
+        math.sqrt(_score_variance(np.asarray(d), b, c, np.asarray(n))) for d in (-margin, 0.0)
+    )
+
+    def lacking(log_images: float) -> float:
+        root = math.exp(log_images / 2)
+        non_inferior = ((difference + margin) * root - _alpha(confidence) * spread_at_margin) / spread
+        loss = (-difference * root - _alpha(confidence) * spread_at_zero) / spread
+        return POWER - float(stats.norm.cdf(non_inferior) + stats.norm.cdf(loss))
+
+    # One of the two grows with every image, since the difference is not both 0 and -margin.
+    start = math.log(n + 1)
+    if lacking(start) <= 0:
+        return n + 1
+    return _round_up(math.exp(optimize.brentq(lacking, start, start + 60)))
+
+
+def detectable(first_only: int, second_only: int, n: int, confidence: float = 0.95) -> float:
+    """The smallest true difference that n images show in four cases of five (two-sided, at 1 - confidence).
+
+    At the rate of disagreement seen, or at the difference itself where that is larger: solves
+    d sqrt(n) = z_alpha sqrt(s) + z_beta sqrt(s - d^2), s = max((first_only + second_only) / n, d).
+    Connor 1987, "Sample size for testing differences in proportions for the paired-sample design", Biometrics 43.
+    """
+    _check_counts(first_only, second_only, n)
+    share = (first_only + second_only) / n if n else 1.0
+
+    def excess(d: float) -> float:
+        s = max(share, d)
+        return d * math.sqrt(n) - _alpha(confidence) * math.sqrt(s) - stats.norm.isf(1 - POWER) * math.sqrt(s - d * d)
+
+    # Not from 0, which is a root where no prediction differs.
+    return float(optimize.brentq(excess, 1e-12, 1)) if excess(1) > 0 else 1.0
+
+
+def _alpha(confidence: float) -> float:
+    return float(stats.norm.isf((1 - confidence) / 2))
+
+
+def _round_up(value: float) -> int:
+    """To two significant digits, never down."""
+    unit = 10 ** max(math.floor(math.log10(value)) - 1, 0)
+    return math.ceil(value / unit - 1e-9) * unit
+
+
 @dataclass(frozen=True)
 class Summary:
     """Durations of calls in the unit of the samples; iqr: 75th minus 25th percentile; p99: None under 1,000 calls."""
@@ -176,7 +267,7 @@ def summarise(samples: np.ndarray) -> Summary:
 
 
 def median_ratio(
-    ratios: Sequence[np.ndarray], confidence: float = 0.95, resamples: int = 4000, seed: int = 0
+    ratios: Sequence[np.ndarray], confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> Interval:
     """The median of paired ratios with a percentile bootstrap interval that resamples workers, then blocks.
 
@@ -190,13 +281,27 @@ def median_ratio(
         raise ValueError("every worker must have at least one pair of blocks")
     rng = np.random.default_rng(seed)
     hierarchical = len(workers) >= WORKERS_TO_RESAMPLE
-    medians = np.empty(resamples)
-    for index in range(resamples):
-        chosen = rng.integers(len(workers), size=len(workers)) if hierarchical else range(len(workers))
-        drawn = [workers[which][rng.integers(len(workers[which]), size=len(workers[which]))] for which in chosen]
-        medians[index] = np.median(np.concatenate(drawn))
+    sizes = np.array([len(worker) for worker in workers])
+    padded = np.full((len(workers), sizes.max()), np.nan)
+    for row, worker in zip(padded, workers, strict=True):
+        row[: len(worker)] = worker
+    shape = (resamples, len(workers))
+    chosen = rng.integers(len(workers), size=shape) if hierarchical else np.broadcast_to(np.arange(len(workers)), shape)
+    blocks = (rng.random((*shape, sizes.max())) * sizes[chosen][..., None]).astype(np.intp)
+    drawn = padded[chosen[..., None], blocks]
+    # Each worker gives as many blocks as it has.
+    drawn[np.arange(sizes.max()) >= sizes[chosen][..., None]] = np.nan
+    medians = _medians(drawn.reshape(resamples, -1))
     low, high = np.percentile(medians, [50 * (1 - confidence), 50 * (1 + confidence)])
     scope = "workers, then blocks" if hierarchical else f"blocks within {len(workers)} worker{'s' * (len(workers) > 1)}"
     return Interval(
         float(np.median(np.concatenate(workers))), float(low), float(high), confidence, f"bootstrap of {scope}"
     )
+
+
+def _medians(rows: np.ndarray) -> np.ndarray:
+    """Medians of rows [rows, values] without their NaNs, of which no row is full; many times as fast as nanmedian."""
+    ordered = np.sort(rows, axis=1)  # NaNs last
+    counts = np.sum(~np.isnan(rows), axis=1)
+    index = np.arange(len(rows))
+    return np.asarray((ordered[index, (counts - 1) // 2] + ordered[index, counts // 2]) / 2)

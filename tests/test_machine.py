@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from qexp import machine
+
+HOLD = """
+import sys
+from pathlib import Path
+from qexp import machine
+with machine.lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def held_by_another_process(path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that holds the lock until its input is closed."""
+    command = [sys.executable, "-c", HOLD, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        try:
+            yield holder
+        finally:
+            holder.kill()
+
+
+class OnWaiting(logging.Handler):
+    """Ends the holder as soon as the log says that it is waited for."""
+
+    def __init__(self, holder: subprocess.Popen[str]) -> None:
+        super().__init__()
+        self.holder = holder
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+        if self.holder.stdin is not None and not self.holder.stdin.closed:
+            self.holder.stdin.close()
+
+
+def tree(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("flags", "tag"),
+    [
+        ("avx2 avx512f avx512bw avx512vl avx512_vnni amx_int8", "amx"),
+        ("avx2 avx512f avx512bw avx512vl avx512_vnni avx_vnni", "avx512_vnni"),
+        ("avx2 avx_vnni", "avx_vnni"),
+        ("avx2 avx512f avx512bw avx512vl", "avx512"),
+        ("sse4_1 avx2", "avx2"),
+        ("sse4_1 avx", "sse4"),
+        ("fp asimd asimddp", "neon_dotprod"),
+        ("fp asimd", "neon"),
+        ("rv64imafdc", "unknown"),
+        ("", "unknown"),
+    ],
+)
+def test_isa_is_the_most_capable_instruction_set(flags: str, tag: str) -> None:
+    assert machine.isa(set(flags.split())) == tag
+
+
+def test_a_machine_is_described_from_proc_and_sys(tmp_path: Path) -> None:
+    cpu = "sys/devices/system/cpu"
+    files = {
+        "proc/cpuinfo": "processor\t: 0\ncpu family\t: 6\nmodel\t\t: 143\nmodel name\t: Intel Xeon 8481C\n"
+        "flags\t\t: fpu avx2 avx512f avx512bw avx512vl avx512_vnni amx_int8 hypervisor\n",
+        "proc/meminfo": "MemTotal:       16384 kB\n",
+        "proc/self/cgroup": "0::/job\n",
+        "sys/fs/cgroup/job/cpu.max": "150000 100000\n",
+        "sys/fs/cgroup/job/memory.max": "1073741824\n",
+        "sys/fs/cgroup/memory.max": "max\n",
+        f"{cpu}/smt/active": "1\n",
+        f"{cpu}/intel_pstate/no_turbo": "1\n",
+        f"{cpu}/cpu0/cpufreq/scaling_governor": "performance\n",
+    } | {
+        f"{cpu}/cpu{thread}/topology/{name}": value
+        for thread in range(4)
+        for name, value in (("core_id", str(thread % 2)), ("physical_package_id", "0"))
+    }
+    found = machine.describe(tree(tmp_path, files))
+    assert found.cpu == "Intel Xeon 8481C (family 6, model 143)"
+    assert (found.isa, found.virtual, found.smt, found.turbo, found.governor) == (
+        "amx",
+        "yes",
+        "on",
+        "off",
+        "performance",
+    )
+    assert (found.physical_cores, found.memory, found.memory_limit, found.cpu_limit) == (2, 16384 * 1024, 1 << 30, 1.5)
+    assert found.allowed_cores == 1
+    assert machine.core_siblings(tmp_path) == ((0, 2), (1, 3))
+
+
+def test_what_cannot_be_read_is_unknown_and_not_an_error(tmp_path: Path) -> None:
+    found = machine.describe(tmp_path)
+    assert (found.smt, found.governor, found.turbo, found.virtual) == ("unknown",) * 4
+    assert (found.physical_cores, found.memory, found.memory_limit, found.cpu_limit) == (None,) * 4
+    assert machine.steal_seconds(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, None),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "50000 100000\n"}, 0.5),
+        # A child can't have more than its parent.
+        (
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                "sys/fs/cgroup/a/cpu.max": "200000 100000\n",
+                "sys/fs/cgroup/a/b/cpu.max": "400000 100000\n",
+            },
+            2.0,
+        ),
+        # In a container the name is the host's.
+        ({"proc/self/cgroup": "0::/docker/3f\n", "sys/fs/cgroup/cpu.max": "300000 100000\n"}, 3.0),
+        # Version 1.
+        (
+            {
+                "proc/self/cgroup": "4:cpu,cpuacct:/x\n3:memory:/y\n",
+                "sys/fs/cgroup/cpu/x/cpu.cfs_quota_us": "250000\n",
+                "sys/fs/cgroup/cpu/x/cpu.cfs_period_us": "100000\n",
+            },
+            2.5,
+        ),
+        ({"proc/self/cgroup": "4:cpu:/x\n", "sys/fs/cgroup/cpu/x/cpu.cfs_quota_us": "-1\n"}, None),
+        ({}, None),
+    ],
+)
+def test_the_cpu_limit_is_the_tightest_of_all_control_groups(
+    tmp_path: Path, files: dict[str, str], limit: float | None
+) -> None:
+    assert machine.cpu_limit(tree(tmp_path, files)) == limit
+
+
+def test_allowed_cores_are_those_of_the_affinity_mask() -> None:
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("this system has no affinity masks")
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        assert machine.allowed_cpus() == (min(before),)
+        assert machine.allowed_cores() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def test_this_machine_has_a_cpu_and_memory() -> None:
+    found = machine.describe()
+    assert found.cpu
+    assert 1 <= found.allowed_cores <= found.logical_cores
+    assert found.memory is None or found.memory > 2**28
+
+
+def is_locked(path: Path) -> bool:
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+def test_a_lock_is_held_by_one_process_at_a_time_and_waiting_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "folder" / "lock"
+    with held_by_another_process(path) as holder:
+        assert is_locked(path)
+        handler = OnWaiting(holder)
+        caplog.set_level(logging.INFO, logger=machine.log.name)
+        machine.log.addHandler(handler)
+        try:
+            with machine.lock(path, poll=0.01):
+                assert is_locked(path)
+        finally:
+            machine.log.removeHandler(handler)
+    assert [message for message in handler.messages if "waiting" in message] == [
+        f"waiting for {path}, held by process {holder.pid}"
+    ]
+    assert not is_locked(path)
+
+
+def test_a_lock_survives_its_killed_holder(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with held_by_another_process(path) as holder:
+        holder.send_signal(signal.SIGKILL)
+        assert holder.wait(timeout=60) == -signal.SIGKILL
+        assert path.exists()
+        with machine.lock(path):
+            assert is_locked(path)
+
+
+def test_a_lock_is_free_again_after_an_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "lock"
+    with pytest.raises(KeyError), machine.lock(path):
+        raise KeyError
+    with caplog.at_level(logging.INFO), machine.lock(path):
+        assert not caplog.records
+
+
+def test_a_lock_file_that_cannot_be_written_locks_all_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    path.touch()
+    path.chmod(0o444)
+    with machine.lock(path):
+        assert is_locked(path)
+    assert not is_locked(path)
+
+
+def test_a_child_that_was_forked_meanwhile_does_not_keep_the_lock(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with machine.lock(path):
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+    try:
+        assert not is_locked(path)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)

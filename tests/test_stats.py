@@ -1,0 +1,368 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import optimize
+from scipy import stats as distributions
+
+from qexp import stats
+from qexp.results import Predictions
+
+Z95 = distributions.norm.isf(0.025)
+
+
+def predictions(logits: np.ndarray, labels: np.ndarray | None = None) -> Predictions:
+    labels = np.zeros(len(logits), dtype=np.int64) if labels is None else labels
+    return Predictions(logits.astype(np.float32), labels, tuple(str(index) for index in range(len(logits))))
+
+
+def one_hot(classes: list[int]) -> np.ndarray:
+    return np.eye(4)[classes] * 5
+
+
+# ---- Tango's interval and test
+
+
+@pytest.mark.parametrize(
+    ("first_only", "second_only", "n", "confidence", "low", "high", "digits"),
+    [
+        # R: PropCIs::scoreci.mp(25, 28, 618, 0.90), version 0.3-0.
+        (25, 28, 618, 0.90, -0.0148, 0.0247, 4),
+        # R: contingencytables::Tango_asymptotic_score_CI_paired_2x2(cavo_2012), version 3.0.0, whose table is
+        # (59, 6; 16, 80) and whose difference is first minus second: -0.1240 to -0.0054.
+        (6, 16, 161, 0.95, 0.0054, 0.1240, 4),
+        # R: ratesci::scorepair on c(1, 1, 7, 12), first minus second: -0.517 to -0.026. Bentur et al. 2009.
+        (1, 7, 21, 0.95, 0.026, 0.517, 3),
+    ],
+)
+def test_tango_equals_published_intervals(
+    first_only: int, second_only: int, n: int, confidence: float, low: float, high: float, digits: int
+) -> None:
+    interval = stats.tango(first_only, second_only, n, confidence)
+    assert (round(interval.low, digits), round(interval.high, digits)) == (low, high)
+    assert interval.value == (second_only - first_only) / n
+    assert interval.confidence == confidence
+
+
+def profile_z(d: float, b: int, c: int, n: int) -> float:
+    """The score test from first principles: Pearson's chi-square of the trinomial, its nuisance parameter by search."""
+
+    def negative_log_likelihood(share: float) -> float:
+        counts, chances = np.array([b, c, n - b - c]), np.array([share, share + d, 1 - 2 * share - d])
+        if (chances < 0).any() or (chances[counts > 0] <= 0).any():
+            return np.inf
+        return -float(counts[counts > 0] @ np.log(chances[counts > 0]))
+
+    low, high = max(0.0, -d), (1 - d) / 2
+    share = optimize.minimize_scalar(
+        negative_log_likelihood, bounds=(low, high), method="bounded", options={"xatol": 1e-12}
+    ).x
+    return (c - b - n * d) / math.sqrt(n * (2 * share + d - d**2))
+
+
+def test_the_score_equals_a_numerical_maximum_of_the_likelihood_for_every_small_table() -> None:
+    for n in (1, 3, 6):
+        for b in range(n + 1):
+            for c in range(n + 1 - b):
+                for d in (-0.9, -0.4, -0.05, 0.02, 0.3, 0.8):
+                    found = float(stats.tango_z(d, b, c, n))
+                    assert found == pytest.approx(profile_z(d, b, c, n), rel=2e-4, abs=1e-5), (b, c, n, d)
+
+
+def test_the_interval_is_all_differences_that_the_score_test_does_not_reject() -> None:
+    grid = np.linspace(-1, 1, 20001)
+    for b, c, n in ((0, 0, 30), (1, 0, 30), (4, 9, 30), (0, 12, 30), (30, 0, 30), (7, 7, 14)):
+        kept = grid[np.abs(stats.tango_z(grid, b, c, n)) <= Z95]
+        interval = stats.tango(b, c, n)
+        assert interval.low == pytest.approx(kept[0], abs=1.01e-4)
+        assert interval.high == pytest.approx(kept[-1], abs=1.01e-4)
+
+
+def test_swapping_the_two_models_mirrors_the_interval() -> None:
+    for b, c, n in ((3, 11, 200), (0, 4, 50), (17, 0, 17), (0, 0, 10)):
+        one, other = stats.tango(b, c, n), stats.tango(c, b, n)
+        assert (one.low, one.high) == pytest.approx((-other.high, -other.low), abs=1e-12)
+
+
+def test_the_score_falls_as_the_hypothesis_grows() -> None:
+    grid = np.linspace(-1, 1, 4001)
+    for b, c, n in ((0, 0, 10), (1, 0, 1), (3, 11, 200), (40, 2, 10000)):
+        assert (np.diff(stats.tango_z(grid, b, c, n)) < 1e-9).all()
+
+
+def test_the_interval_has_width_when_no_prediction_differs() -> None:
+    interval = stats.tango(0, 0, 899)
+    # Without a disagreement the ends solve n d^2 = z^2 d (1 - d): d = z^2 / (n + z^2).
+    assert interval.high == pytest.approx(Z95**2 / (899 + Z95**2), rel=1e-9)
+    assert interval.low == pytest.approx(-interval.high, rel=1e-9)
+
+
+def test_all_images_discordant_and_no_images_have_intervals() -> None:
+    assert stats.tango(20, 0, 20).low == pytest.approx(-1)
+    assert -1 < stats.tango(20, 0, 20).high < -0.5
+    nothing = stats.tango(0, 0, 0)
+    assert math.isnan(nothing.value)
+    assert (nothing.low, nothing.high) == (-1, 1)
+
+
+@pytest.mark.parametrize(("b", "c", "n"), [(-1, 0, 5), (3, 3, 5)])
+def test_counts_that_are_no_table_are_refused(b: int, c: int, n: int) -> None:
+    with pytest.raises(ValueError, match="no paired table"):
+        stats.tango(b, c, n)
+
+
+def test_non_inferiority_and_the_lower_end_of_the_interval_agree() -> None:
+    for b, c, n, confidence in ((12, 9, 899, 0.95), (60, 20, 10000, 0.9), (0, 0, 400, 0.95)):
+        low = stats.tango(b, c, n, confidence).low
+        assert stats.non_inferiority(b, c, n, -low) == pytest.approx((1 - confidence) / 2, rel=1e-6)
+
+
+def test_a_margin_of_nothing_makes_the_score_test_mcnemars() -> None:
+    # At d = 0 the score is (c - b) / sqrt(b + c), McNemar's. contingencytables gives Z = -2.132 for cavo_2012.
+    assert float(stats.tango_z(0, 6, 16, 161)) == pytest.approx(2.132, abs=5e-4)
+
+
+def exact_coverage(n: int, expected: float, share_of_second: float) -> float:
+    """The probability that the 95% interval holds the true difference, summed over all tables."""
+    chance_b, chance_c = expected / n * (1 - share_of_second), expected / n * share_of_second
+    b, c = (
+        np.arange(min(n, int(mean + 12 * math.sqrt(mean) + 25)) + 1)
+        for mean in (expected * (1 - share_of_second), expected * share_of_second)
+    )
+    table = distributions.binom.pmf(b, n, chance_b)[:, None] * distributions.binom.pmf(
+        c[None, :], np.maximum(n - b, 0)[:, None], chance_c / (1 - chance_b)
+    )
+    assert table.sum() == pytest.approx(1, abs=1e-9)
+    return float(table[np.abs(stats.tango_z(chance_c - chance_b, b[:, None], c[None, :], n)) <= Z95].sum())
+
+
+@pytest.mark.parametrize("n", [500, 10_000])
+def test_exact_coverage_never_falls_below_what_discreteness_costs(n: int) -> None:
+    expected = (1, 1.5, 2, 3, 4.4, 5, 6.2, 7.4, 10, 13, 20, 22, 28, 50, 100, 150)
+    coverage = {(e, share): exact_coverage(n, e, share) for e in expected for share in (0, 0.04, 0.12, 0.2, 0.3, 0.5)}
+    # 0.9292 at n = 500, 6.2 and 12% is the worst of a grid of 0.1 disagreements by 2%, which these points are from.
+    assert min(coverage.values()) >= 0.929
+    assert max(value for (e, _), value in coverage.items() if e >= 20) <= 0.97
+
+
+@pytest.mark.slow
+def test_simulated_coverage_of_tangos_interval(capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(1998)
+    coverage = {}
+    for n in (500, 10_000):
+        for expected in (1, 2, 3, 5, 10, 20, 35, 50, 75, 100, 150):
+            for share in (0.5, 0.25, 0.0):
+                chances = np.array([1 - share, share]) * expected / n
+                tables = rng.multinomial(n, [*chances, 1 - chances.sum()], 2000)
+                low, high = stats.tango_bounds(tables[:, 0], tables[:, 1], n)
+                truth = chances[1] - chances[0]
+                coverage[n, expected, share] = float(np.mean((low <= truth) & (truth <= high)))
+    worst = min(coverage, key=lambda key: coverage[key])
+    with capsys.disabled():
+        print(f"\nworst coverage {coverage[worst]:.4f} at n, expected disagreements, share of the second = {worst}")
+    assert coverage[worst] >= 0.93
+    assert max(value for (_, expected, _), value in coverage.items() if expected >= 20) <= 0.97
+
+
+# ---- Wilson, McNemar
+
+
+@pytest.mark.parametrize(
+    ("correct", "n", "low", "high"),
+    # Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I, method 3.
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_equals_newcombes_table(correct: int, n: int, low: float, high: float) -> None:
+    interval = stats.wilson(correct, n)
+    assert (round(interval.low, 4), round(interval.high, 4)) == (low, high)
+    assert interval.value == correct / n
+
+
+def test_wilson_of_no_images_is_everything() -> None:
+    interval = stats.wilson(0, 0)
+    assert math.isnan(interval.value)
+    assert (interval.low, interval.high) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("b", "c", "p"),
+    [
+        (6, 16, 0.052479),  # R: contingencytables::McNemar_exact_cond_test_paired_2x2(cavo_2012)
+        (121, 59, 4.434e-06),  # statsmodels: mcnemar([[101, 121], [59, 33]], exact=True)
+        (0, 0, 1.0),
+        (5, 5, 1.0),
+    ],
+)
+def test_mcnemar_equals_published_values(b: int, c: int, p: float) -> None:
+    assert stats.mcnemar(b, c) == pytest.approx(p, rel=2e-4)
+    assert stats.mcnemar(c, b) == stats.mcnemar(b, c)
+
+
+def test_mcnemar_equals_the_enumeration_of_all_signs() -> None:
+    for b, c in ((0, 1), (1, 7), (2, 3), (0, 9), (4, 8)):
+        n = b + c
+        ways = [math.comb(n, k) for k in range(n + 1)]
+        brute = sum(way for way in ways if way <= ways[b]) / 2**n
+        assert stats.mcnemar(b, c) == pytest.approx(brute, rel=1e-12)
+
+
+# ---- Predictions
+
+
+def test_discordant_counts_and_agreement_of_a_small_example() -> None:
+    labels = np.array([0, 1, 2, 3, 0])
+    first = predictions(one_hot([0, 1, 2, 0, 1]), labels)  # right, right, right, wrong, wrong
+    second = predictions(one_hot([0, 1, 0, 3, 2]), labels)  # right, right, wrong, right, wrong otherwise
+    assert stats.discordant(first, second) == (1, 1, 5)
+    assert stats.agreement(first, second) == 2 / 5
+    assert stats.agreement(first, first) == 1
+
+
+def test_predictions_of_other_images_are_refused() -> None:
+    first = predictions(one_hot([0, 1]))
+    other = Predictions(first.logits, first.labels, ("0", "7"))
+    for function in (stats.agreement, stats.discordant, stats.kl_divergence):
+        with pytest.raises(ValueError, match="same images"):
+            function(first, other)
+
+
+def test_kl_divergence_equals_the_sum_written_out() -> None:
+    rng = np.random.default_rng(0)
+    p, q = rng.normal(size=(2, 6, 4)).astype(np.float32)
+    soft = [np.exp(logits.astype(float)) / np.exp(logits.astype(float)).sum(1, keepdims=True) for logits in (p, q)]
+    brute = np.mean([sum(a * math.log(a / b) for a, b in zip(*rows, strict=True)) for rows in zip(*soft, strict=True)])
+    assert stats.kl_divergence(predictions(p), predictions(q)) == pytest.approx(brute, rel=1e-9)
+    # A constant added to all logits of an image changes no probability.
+    assert stats.kl_divergence(predictions(p), predictions(p + 3)) == pytest.approx(0, abs=1e-6)
+    assert stats.kl_divergence(predictions(p), predictions(p)) == 0
+
+
+def test_kl_divergence_is_finite_for_extreme_logits() -> None:
+    sure = np.array([[2000.0, 0, 0, 0]])
+    assert stats.kl_divergence(predictions(sure), predictions(sure[:, ::-1])) == pytest.approx(2000)
+
+
+def test_sqnr_of_a_tenth_of_noise_is_twenty_decibels() -> None:
+    signal = np.random.default_rng(0).normal(size=(50, 10)).astype(np.float32)
+    assert stats.sqnr(signal, signal * 1.1) == pytest.approx(20, abs=1e-4)
+    assert stats.sqnr(signal, signal * 0.99) == pytest.approx(40, abs=1e-3)
+    assert stats.sqnr(signal, signal) == math.inf
+    with pytest.raises(ValueError, match="shapes differ"):
+        stats.sqnr(signal, signal[:1])
+
+
+# ---- Verdicts
+
+
+@pytest.mark.parametrize(
+    ("first_only", "second_only", "n", "margin", "words"),
+    [
+        (60, 47, 10_000, 0.005, "no loss beyond 0.5 points"),  # -0.13 [-0.34, +0.07]
+        (80, 45, 10_000, 0.01, "no loss beyond 1 points"),  # a loss is shown, and that it is within the margin
+        (400, 50, 10_000, 0.005, "loss"),
+        (60, 20, 10_000, 0.005, "loss"),  # -0.4 [-0.59, -0.23]
+        (0, 0, 899, 0.02, "no loss beyond 2 points"),
+        (0, 40, 744, 0.005, "no loss beyond 0.5 points"),
+    ],
+)
+def test_verdicts(first_only: int, second_only: int, n: int, margin: float, words: str) -> None:
+    assert stats.verdict(first_only, second_only, n, margin) == words
+
+
+def test_a_verdict_that_cannot_be_given_says_how_many_images_would_do() -> None:
+    assert stats.verdict(200, 170, 10_000, 0.005) == "can't tell with 10,000 images; 17,000 would do"
+    assert stats.verdict(0, 0, 100, 0.005) == "can't tell with 100 images; 3,600 would do"
+    assert stats.images_needed(1, 0, 1, 0.005) > 1
+
+
+@pytest.mark.parametrize(("b", "c", "n", "margin"), [(20, 17, 1000, 0.005), (9, 5, 744, 0.005), (5, 1, 300, 0.02)])
+def test_the_images_that_would_do_give_a_verdict_in_about_four_cases_of_five(
+    b: int, c: int, n: int, margin: float
+) -> None:
+    assert stats.verdict(b, c, n, margin).startswith("can't tell")
+    needed = stats.images_needed(b, c, n, margin)
+    tables = np.random.default_rng(0).multinomial(needed, [b / n, c / n, 1 - (b + c) / n], 4000)
+    low, high = stats.tango_bounds(tables[:, 0], tables[:, 1], needed)
+    assert 0.76 < np.mean((low > -margin) | (high < 0)) < 0.90
+
+
+@pytest.mark.parametrize(("b", "c", "n"), [(60, 47, 10_000), (12, 9, 899), (30, 30, 744)])
+def test_the_detectable_difference_is_found_in_about_four_cases_of_five(b: int, c: int, n: int) -> None:
+    difference, share = stats.detectable(b, c, n), (b + c) / n
+    chances = [(share + difference) / 2, (share - difference) / 2, 1 - share]
+    tables = np.random.default_rng(0).multinomial(n, chances, 4000)
+    low, high = stats.tango_bounds(tables[:, 0], tables[:, 1], n)
+    assert 0.76 < np.mean((low > 0) | (high < 0)) < 0.86
+
+
+def test_the_detectable_difference_shrinks_with_images_and_is_not_zero_without_disagreement() -> None:
+    found = [stats.detectable(0, 0, n) for n in (2, 100, 899, 10_000)]
+    assert found[0] == 1
+    assert found == sorted(found, reverse=True)
+    # Without a disagreement: d n is about (z_alpha + z_beta)^2 = 7.85.
+    assert found[-1] * 10_000 == pytest.approx(7.85, abs=0.02)
+    assert stats.detectable(0, 0, 0) == 1
+
+
+# ---- Durations
+
+
+def test_p99_is_given_from_a_thousand_calls_on() -> None:
+    samples = np.arange(1, 1001, dtype=np.float32)
+    full, short = stats.summarise(samples), stats.summarise(samples[:999])
+    assert (full.p50, full.p90, full.p99) == pytest.approx((500.5, 900.1, 990.01))
+    assert (full.calls, full.minimum, full.iqr) == (1000, 1, pytest.approx(499.5))
+    assert short.p99 is None
+    with pytest.raises(ValueError, match="no samples"):
+        stats.summarise(samples[:0])
+
+
+def test_the_median_ratio_is_the_median_of_all_pairs_and_its_interval_repeats() -> None:
+    ratios = [np.array([1.9, 2.0, 2.2]), np.array([2.1, 2.4])]
+    interval = stats.median_ratio(ratios)
+    assert interval.value == 2.1
+    assert interval.low <= 2.1 <= interval.high
+    assert interval == stats.median_ratio(ratios)
+    assert interval.method == "bootstrap of blocks within 2 workers"
+    assert stats.median_ratio(ratios[:1]).method == "bootstrap of blocks within 1 worker"
+
+
+def test_the_bootstrap_of_one_worker_equals_the_exact_distribution_of_resampled_medians() -> None:
+    # Of 3 pairs the resampled median is the lowest with probability 7/27, the middle 13/27, the highest 7/27, so the
+    # interval at 40% (30th to 70th percentile) is the middle one alone, and at 60% (20th to 80th) all three.
+    pairs = [np.array([1.0, 2.0, 3.0])]
+    narrow, wide = stats.median_ratio(pairs, 0.40), stats.median_ratio(pairs, 0.60)
+    assert (narrow.low, narrow.high) == (2, 2)
+    assert (wide.low, wide.high) == (1, 3)
+
+
+def test_workers_of_different_lengths_give_as_many_blocks_as_they_have() -> None:
+    # 9 of 10 pairs are from the first worker, so its value is the median of every resample.
+    interval = stats.median_ratio([np.full(9, 2.0), np.array([5.0])])
+    assert (interval.low, interval.value, interval.high) == (2, 2, 2)
+
+
+def test_from_five_workers_on_workers_are_resampled() -> None:
+    # Workers that each repeat one number exactly: blocks within workers say nothing, workers say everything.
+    workers = [np.full(20, value) for value in (1.8, 1.9, 2.0, 2.1, 2.2)]
+    of_workers, of_blocks = stats.median_ratio(workers), stats.median_ratio(workers[1:])
+    assert of_workers.method == "bootstrap of workers, then blocks"
+    assert (of_workers.low, of_workers.high) == pytest.approx((1.8, 2.2))
+    assert "4 workers" in of_blocks.method
+    assert of_blocks.low == pytest.approx(of_blocks.high)
+
+
+@pytest.mark.slow
+def test_the_bootstrap_of_workers_covers_where_workers_differ() -> None:
+    rng = np.random.default_rng(0)
+    covered = {"workers": 0, "blocks": 0}
+    for _ in range(200):
+        workers = [2 * np.exp(rng.normal(0, 0.03) + rng.normal(0, 0.01, 40)) for _ in range(8)]
+        for name, groups in (("workers", workers), ("blocks", [np.concatenate(workers)])):
+            interval = stats.median_ratio(groups, resamples=400)
+            covered[name] += interval.low <= 2 <= interval.high
+    # What the hierarchy is for: pooled blocks would claim far too much.
+    assert covered["workers"] >= 170
+    assert covered["blocks"] < 130
