@@ -273,7 +273,7 @@ def test_verdicts(first_only: int, second_only: int, n: int, margin: float, word
 
 def test_a_verdict_that_cannot_be_given_says_how_many_images_would_do() -> None:
     assert stats.verdict(200, 170, 10_000, 0.005) == "can't tell with 10,000 images; 17,000 would do"
-    assert stats.verdict(0, 0, 100, 0.005) == "can't tell with 100 images; 3,600 would do"
+    assert stats.verdict(0, 0, 100, 0.005) == "can't tell with 100 images; 3,400 would do"
     assert stats.images_needed(1, 0, 1, 0.005) > 1
 
 
