@@ -10,6 +10,7 @@ import argparse
 import difflib
 import pathlib
 import re
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -185,7 +186,12 @@ def _read_safetensors(setting: str, path: Path) -> dict[str, Tensor]:
 
 def _read_torch(setting: str, path: Path) -> object:
     try:
-        with torch.serialization.safe_globals(_HARMLESS):
+        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # it is read, or refused below
+            if path.suffix == ".safetensors":
+                # torch.load goes by this name: an open file has none.
+                with path.open("rb") as file:
+                    return torch.load(file, map_location="cpu", weights_only=True)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
         raise InputError(f"{setting} {_why_unreadable(path, error)}.") from error
