@@ -67,7 +67,8 @@ def refusal(root: Path, tmp_path: Path, kind: type[Exception] = InputError, **ov
     with pytest.raises(kind) as caught:
         load(root, tmp_path, **overrides)
     message = str(caught.value)
-    assert "\n" not in message and message.endswith("."), message
+    assert "\n" not in message
+    assert message.endswith(".")
     return message
 
 
