@@ -4,30 +4,73 @@ All variants are timed side by side. A round holds two blocks of each, in random
 (A B C C B A), so that a machine that slows down or speeds up steadily during a round does so for all variants alike.
 A block is some calls of one variant in a row, at least `block_ms` long. Every call's duration is kept.
 
+Beside the durations, a block records what else happened meanwhile, from which `validity` says whether to trust it;
+and the fastest of the variants named can be timed twice, as its own control.
+
 torch is imported only where threads are set and models are called.
 """
 
 from __future__ import annotations
 
 import gc
+import os
+import resource
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qexp import config, stats
+from qexp import config, machine, stats
 from qexp.errors import ConfigError
 from qexp.results import Interval
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+# What the fastest FP32 variant is called where it is timed once more, against itself.
+CONTROL = "control"
+
 # torch.utils.benchmark.Timer finds a block's size in the same way, but keeps only the mean of each block, from which
 # no percentile of calls follows.
 MAX_CALLS_PER_BLOCK = 1 << 20
+
+# How long to sleep before a measurement, to see what else is running.
+SECONDS_ASLEEP = 0.2
+
+# From where on a measurement is not to be trusted. The control, against itself: its interval, and how far that may
+# reach to either side of 1.
+CONTROL_CONFIDENCE = 0.99
+CONTROL_WIDTH = 0.05
+# A block whose wall time exceeds its thread's processor time by more than this is late; a few blocks in a hundred are
+# everywhere, and move no median.
+WALL_OVER_CPU = 0.05
+LATE_BLOCKS = 0.05
+SWITCHES_A_SECOND = 25
+# The share of all processors that may be at work for others, and the processors that a hypervisor may take.
+BUSY_SHARE = 0.25
+STOLEN = 0.02
+# Of the first quarter of a variant's blocks against the rest.
+DRIFT = 0.1
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the machine did besides, during the measurement of all variants.
+
+    started, ended: seconds since the epoch, warm-up included. Processors on average, None where unknown: busy_before,
+    at work just before while this process slept; others, at work for other processes meanwhile; stolen, taken by a
+    hypervisor meanwhile. processors: how many there are.
+    """
+
+    started: float
+    ended: float
+    processors: int
+    busy_before: float
+    others: float
+    stolen: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +78,11 @@ class Timing:
     """What was measured of one variant at one batch size and number of threads.
 
     samples: float32 [calls], milliseconds of each call, in the order of the calls; block: int32 [calls], which block
-    a call belongs to, from 0. Of each block: round: int32 [blocks]; position: int32 [blocks], its place among the
-    blocks of all variants. first_ms: the very first call, which may compile; like all of the warm-up it is no sample.
-    started, ended: seconds since the epoch, of the measurement of all variants with its warm-up.
+    a call belongs to, from 0. Of each block [blocks]: round: int32; position: int32, its place among the blocks of all
+    variants; wall_ms, cpu_ms: float64, its duration and the processor time of the calling thread in it; switches:
+    int32, how often the system took the processor away (of all threads where there are several). first_ms: the very
+    first call, which may compile; like all of the warm-up it is no sample. control_of: of a control, the variant that
+    it is, timed a second time.
     """
 
     variant: str
@@ -47,9 +92,22 @@ class Timing:
     block: np.ndarray
     round: np.ndarray
     position: np.ndarray
+    wall_ms: np.ndarray
+    cpu_ms: np.ndarray
+    switches: np.ndarray
     first_ms: float
-    started: float
-    ended: float
+    conditions: Conditions
+    control_of: str | None = None
+
+    @property
+    def started(self) -> float:
+        """Seconds since the epoch at which the measurement of all variants began."""
+        return self.conditions.started
+
+    @property
+    def ended(self) -> float:
+        """Seconds since the epoch at which it ended."""
+        return self.conditions.ended
 
     @property
     def block_ms(self) -> np.ndarray:
@@ -74,19 +132,27 @@ def time_side_by_side(
     *,
     batch_size: int = 1,
     seed: int = 0,
+    control_among: Collection[str] = (),
 ) -> list[Timing]:
     """Time the variants interleaved, in this process, with as many threads as torch has now (see `threads`).
 
     variants: callables by name, each taking float32 [batch_size, 3, H, W]; whatever one does to its input (another
     memory format, another device) is timed with it. inputs: float32 [images, 3, H, W]; calls cycle through all of
-    them, as images or as batches. One Timing for each variant, in the order of `variants`.
+    them, as images or as batches. control_among: the fastest of these is timed twice, the second time as CONTROL.
+    One Timing for each variant, in the order of `variants`; the control, if any, comes last.
     """
     import torch
 
     batches = make_batches(inputs, batch_size)
     with torch.inference_mode():
         return time_blocks(
-            variants, batches, protocol, seed=seed, batch_size=batch_size, threads=torch.get_num_threads()
+            variants,
+            batches,
+            protocol,
+            batch_size=batch_size,
+            threads=torch.get_num_threads(),
+            seed=seed,
+            control_among=control_among,
         )
 
 
@@ -103,50 +169,85 @@ def time_blocks(
     batches: Sequence[Any],
     protocol: config.Latency,
     *,
-    seed: int,
     batch_size: int,
     threads: int,
+    seed: int = 0,
+    control_among: Collection[str] = (),
+    clock: Callable[[], int] = time.perf_counter_ns,
 ) -> list[Timing]:
     """The protocol itself, for any callables: warm-up, block sizes, then rounds of blocks.
 
-    Rounds go on until `protocol.seconds` are over and every variant has `protocol.min_blocks` blocks.
+    Rounds go on until `protocol.seconds` are over and every variant has `protocol.min_blocks` blocks. clock: gives
+    nanoseconds.
     """
-    started = time.time()
     with no_gc():
-        runners = [_Runner(call, batches) for call in variants.values()]
+        asleep = machine.work()
+        time.sleep(SECONDS_ASLEEP)
+        awake, started = machine.work(), time.time()
+        runners = [_Runner(variant, call, batches, threads, clock) for variant, call in variants.items()]
         for runner in runners:
             runner.warm_up(protocol)
-        rng = np.random.default_rng(seed)
-        deadline = time.monotonic() + protocol.seconds
-        rounds = 0
-        while time.monotonic() < deadline or 2 * rounds < protocol.min_blocks:
-            order = list(rng.permutation(len(runners)))
-            for place, index in enumerate(order + order[::-1]):
-                runners[index].measure(rounds, 2 * rounds * len(runners) + place)
-            rounds += 1
-    ended = time.time()
-    return [
-        runner.timing(variant, batch_size, threads, started, ended)
-        for variant, runner in zip(variants, runners, strict=True)
-    ]
+        if control_among:
+            fastest_ = min((r for r in runners if r.variant in control_among), key=lambda runner: runner.estimate_ms)
+            runners.append(fastest_.control())
+        _rounds(runners, protocol, np.random.default_rng(seed), clock)
+        ended, end = time.time(), machine.work()
+    conditions = Conditions(
+        started=started,
+        ended=ended,
+        processors=os.cpu_count() or 1,
+        busy_before=machine.others(asleep, awake),
+        others=machine.others(awake, end),
+        stolen=machine.stolen(awake, end),
+    )
+    return [runner.timing(batch_size, conditions) for runner in runners]
+
+
+def _rounds(
+    runners: Sequence[_Runner], protocol: config.Latency, rng: np.random.Generator, clock: Callable[[], int]
+) -> None:
+    deadline = clock() + protocol.seconds * 1e9
+    rounds = 0
+    while clock() < deadline or 2 * rounds < protocol.min_blocks:
+        order = rng.permutation(len(runners)).tolist()
+        for place, index in enumerate(order + order[::-1]):
+            runners[index].measure(rounds, 2 * rounds * len(runners) + place)
+        rounds += 1
 
 
 class _Runner:
     """One variant while it is timed: what it is called with next, how many calls are a block, what was measured."""
 
-    def __init__(self, call: Callable[[Any], Any], batches: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        variant: str,
+        call: Callable[[Any], Any],
+        batches: Sequence[Any],
+        threads: int,
+        clock: Callable[[], int],
+    ) -> None:
+        self.variant = variant
         self.call = call
         self.batches = batches
+        self.threads = threads
+        self.clock = clock
         self.next = 0
         self.calls = 1
         self.first_ms = 0.0
+        self.estimate_ms = 0.0
+        self.control_of: str | None = None
         self.durations: list[np.ndarray] = []
-        self.rounds: list[int] = []
-        self.positions: list[int] = []
+        self.blocks: list[tuple[int, int, float, float, int]] = []
+
+    def control(self) -> _Runner:
+        """A second runner of the same warm callable, with blocks of the same size."""
+        twin = _Runner(CONTROL, self.call, self.batches, self.threads, self.clock)
+        twin.calls, twin.first_ms, twin.control_of = self.calls, self.first_ms, self.variant
+        return twin
 
     def run(self, calls: int) -> np.ndarray:
         """float64 [calls]: milliseconds of each of `calls` calls in a row."""
-        call, clock = self.call, time.perf_counter_ns
+        call, clock = self.call, self.clock
         batches = [self.batches[index % len(self.batches)] for index in range(self.next, self.next + calls)]
         self.next += calls
         ticks = [0] * calls
@@ -158,34 +259,49 @@ class _Runner:
 
     def warm_up(self, protocol: config.Latency) -> None:
         """Call it for `warmup_calls` calls and `warmup_seconds` at least, then find a block's size by doubling."""
-        deadline = time.monotonic() + protocol.warmup_seconds
+        deadline = self.clock() + protocol.warmup_seconds * 1e9
         self.first_ms = float(self.run(1)[0])
         done = 1
-        while done < protocol.warmup_calls or time.monotonic() < deadline:
+        while done < protocol.warmup_calls or self.clock() < deadline:
             self.run(1)
             done += 1
         # By the fastest call: one that was interrupted would make the block too short.
-        while self.run(self.calls).min() * self.calls < protocol.block_ms and self.calls < MAX_CALLS_PER_BLOCK:
+        self.estimate_ms = float(self.run(1).min())
+        while self.estimate_ms * self.calls < protocol.block_ms and self.calls < MAX_CALLS_PER_BLOCK:
             self.calls *= 2
+            self.estimate_ms = float(self.run(self.calls).min())
 
     def measure(self, round_: int, position: int) -> None:
-        self.durations.append(self.run(self.calls))
-        self.rounds.append(round_)
-        self.positions.append(position)
+        """One block."""
+        switches, cpu, wall = self._switches(), time.thread_time_ns(), self.clock()
+        durations = self.run(self.calls)
+        wall, cpu = self.clock() - wall, time.thread_time_ns() - cpu
+        self.durations.append(durations)
+        self.blocks.append((round_, position, wall / 1e6, cpu / 1e6, self._switches() - switches))
 
-    def timing(self, variant: str, batch_size: int, threads: int, started: float, ended: float) -> Timing:
+    def _switches(self) -> int:
+        # Linux only; elsewhere all threads count.
+        who = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF) if self.threads == 1 else resource.RUSAGE_SELF
+        return resource.getrusage(who).ru_nivcsw
+
+    def timing(self, batch_size: int, conditions: Conditions) -> Timing:
+        """What was measured, as a record."""
         block = np.repeat(np.arange(len(self.durations)), [len(durations) for durations in self.durations])
+        round_, position, wall, cpu, switches = (np.array(column) for column in zip(*self.blocks, strict=True))
         return Timing(
-            variant=variant,
+            variant=self.variant,
             batch_size=batch_size,
-            threads=threads,
+            threads=self.threads,
             samples=_read_only(np.concatenate(self.durations), np.float32),
             block=_read_only(block, np.int32),
-            round=_read_only(np.array(self.rounds), np.int32),
-            position=_read_only(np.array(self.positions), np.int32),
+            round=_read_only(round_, np.int32),
+            position=_read_only(position, np.int32),
+            wall_ms=_read_only(wall, np.float64),
+            cpu_ms=_read_only(cpu, np.float64),
+            switches=_read_only(switches, np.int32),
             first_ms=self.first_ms,
-            started=started,
-            ended=ended,
+            conditions=conditions,
+            control_of=self.control_of,
         )
 
 
@@ -205,9 +321,66 @@ def speedup(fp32: Timing, int8: Timing, confidence: float = 0.95) -> Interval:
 
     Raises ValueError where the two were not timed side by side.
     """
-    if fp32.started != int8.started or not np.array_equal(fp32.round, int8.round):
+    if fp32.conditions != int8.conditions or not np.array_equal(fp32.round, int8.round):
         raise ValueError(f"{fp32.variant} and {int8.variant} were not timed side by side")
     return stats.median_ratio([fp32.round_ms / int8.round_ms], confidence)
+
+
+def validity(timings: Sequence[Timing]) -> tuple[bool, tuple[str, ...]]:
+    """Whether a measurement can be trusted, and if not, every reason against it, a sentence each.
+
+    timings: all of one measurement, its control among them; what other processes do shows in different ways, since a
+    steady disturbance hits both sides of every pair, and the control alone can't see it.
+    """
+    reasons = [*_of_control(timings), *_of_blocks(timings), *_of_machine(timings[0].conditions)]
+    return not reasons, tuple(reasons)
+
+
+def _of_control(timings: Sequence[Timing]) -> Iterator[str]:
+    for control in (timing for timing in timings if timing.control_of):
+        itself = next(timing for timing in timings if timing.variant == control.control_of)
+        ratio = speedup(itself, control, CONTROL_CONFIDENCE)
+        stated = f"{control.control_of} against itself gives {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
+        if not ratio.low <= 1 <= ratio.high:
+            yield f"{stated}, which leaves out 1"
+        if ratio.low < 1 - CONTROL_WIDTH or ratio.high > 1 + CONTROL_WIDTH:
+            yield f"{stated}, which is wider than {1 - CONTROL_WIDTH:.2f} to {1 + CONTROL_WIDTH:.2f}"
+
+
+def _of_blocks(timings: Sequence[Timing]) -> Iterator[str]:
+    wall, cpu = (np.concatenate([getattr(timing, name) for timing in timings]) for name in ("wall_ms", "cpu_ms"))
+    # With several threads the calling one waits for the others, now and then asleep.
+    if timings[0].threads == 1:
+        late = int(np.sum(wall > (1 + WALL_OVER_CPU) * cpu))
+        if late > LATE_BLOCKS * len(wall):
+            yield (
+                f"in {late} of {len(wall)} blocks the wall time exceeds the thread's processor time by more than "
+                f"{WALL_OVER_CPU:.0%}: something else ran on its core"
+            )
+    rate = sum(int(timing.switches.sum()) for timing in timings) / (wall.sum() / 1000)
+    if rate > SWITCHES_A_SECOND:
+        yield f"{rate:.0f} involuntary context switches a second: another process wanted the same core"
+    for timing in timings:
+        drift = _drift(timing.block_ms)
+        if abs(drift) > DRIFT:
+            yield f"{timing.variant} was {abs(drift):.0%} {'slower' if drift > 0 else 'faster'} at first than later"
+
+
+def _drift(block_ms: np.ndarray) -> float:
+    """How much slower the first quarter of the blocks is than the rest, by medians."""
+    first = max(len(block_ms) // 4, 1)
+    return float(np.median(block_ms[:first]) / np.median(block_ms[first:]) - 1) if len(block_ms) > first else 0.0
+
+
+def _of_machine(conditions: Conditions) -> Iterator[str]:
+    limit = BUSY_SHARE * conditions.processors
+    of_all = f"of {conditions.processors} processors"
+    if conditions.busy_before > limit:
+        yield f"{conditions.busy_before:.1f} {of_all} were busy before it began"
+    if conditions.others > limit:
+        yield f"{conditions.others:.1f} {of_all} were busy with other processes meanwhile"
+    if conditions.stolen is not None and conditions.stolen > STOLEN:
+        yield f"the hypervisor took {conditions.stolen:.2f} {of_all} away"
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 log = logging.getLogger(__name__)
 
 UNKNOWN = "unknown"
@@ -206,11 +208,40 @@ def load() -> float | None:
         return None
 
 
-def steal_seconds(root: Path = Path("/")) -> float | None:
-    """Seconds since boot, over all processors, in which a hypervisor ran something else; None where unknown."""
-    words = _read(root / "proc/stat").splitlines()[:1]
-    fields = words[0].split() if words else []
-    return int(fields[8]) / os.sysconf("SC_CLK_TCK") if len(fields) > 8 else None
+@dataclass(frozen=True)
+class Work:
+    """Seconds of processor time since boot, over all processors, and of this process (all its threads) since its start.
+
+    busy: by whatever process; steal: in which a hypervisor ran something else although work was there; None where
+    the system doesn't say. clock: seconds, of a monotonic clock.
+    """
+
+    clock: float
+    busy: float
+    steal: float | None
+    own: float
+
+
+def work() -> Work:
+    """The counters now; two of them and their difference say what happened between."""
+    times = psutil.cpu_times()._asdict()
+    idle = ("idle", "iowait", "steal", "guest", "guest_nice")  # guests' time is in user time already
+    busy = sum(seconds for name, seconds in times.items() if name not in idle)
+    return Work(time.monotonic(), busy, times.get("steal"), time.process_time())
+
+
+def others(before: Work, after: Work) -> float:
+    """How many processors, on average, were busy with anything but this process between two counters."""
+    elapsed = after.clock - before.clock
+    # The system counts in ticks of 10 ms, and this process's own time is exact: the difference may fall below 0.
+    return max(0.0, (after.busy - before.busy - (after.own - before.own)) / elapsed) if elapsed > 0 else 0.0
+
+
+def stolen(before: Work, after: Work) -> float | None:
+    """How many processors, on average, a hypervisor gave to something else although this machine had work for them."""
+    if before.steal is None or after.steal is None or after.clock <= before.clock:
+        return None
+    return (after.steal - before.steal) / (after.clock - before.clock)
 
 
 @contextmanager

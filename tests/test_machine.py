@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from qexp import machine
 
 HOLD = """
 import sys
+import time
 from pathlib import Path
 from qexp import machine
 with machine.lock(Path(sys.argv[1])):
@@ -114,7 +116,6 @@ def test_what_cannot_be_read_is_unknown_and_not_an_error(tmp_path: Path) -> None
     found = machine.describe(tmp_path)
     assert (found.smt, found.governor, found.turbo, found.virtual) == ("unknown",) * 4
     assert (found.physical_cores, found.memory, found.memory_limit, found.cpu_limit) == (None,) * 4
-    assert machine.steal_seconds(tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -169,6 +170,34 @@ def test_this_machine_has_a_cpu_and_memory() -> None:
     assert found.cpu
     assert 1 <= found.allowed_cores <= found.logical_cores
     assert found.memory is None or found.memory > 2**28
+
+
+def test_work_by_others_is_what_the_machine_did_less_what_this_process_did() -> None:
+    before = machine.Work(clock=10.0, busy=100.0, steal=5.0, own=2.0)
+    after = machine.Work(clock=14.0, busy=107.0, steal=5.4, own=5.0)
+    assert machine.others(before, after) == 1.0
+    assert machine.stolen(before, after) == pytest.approx(0.1)
+    # Own time is finer than the system's ticks.
+    assert machine.others(before, machine.Work(14.0, 102.99, None, 5.0)) == 0
+    assert machine.stolen(before, machine.Work(14.0, 107.0, None, 5.0)) is None
+
+
+def test_a_busy_process_beside_this_one_is_seen_and_this_one_is_not() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE
+    ) as loop:
+        assert loop.stdout is not None
+        loop.stdout.readline()
+        before = machine.work()
+        time.sleep(0.5)
+        after = machine.work()
+        loop.kill()
+    assert machine.others(before, after) > 0.1
+    assert after.busy > before.busy
+    own = machine.work()
+    while time.process_time() < own.own + 0.2:
+        pass
+    assert machine.work().own >= own.own + 0.2
 
 
 def is_locked(path: Path) -> bool:

@@ -1,0 +1,416 @@
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from qexp import config, latency
+from qexp.errors import ConfigError
+
+PROTOCOL = config.Latency(
+    enabled=True,
+    runtimes=[config.Runtime.eager],
+    threads=[1],
+    batch_sizes=[1],
+    seconds=2.0,
+    block_ms=50.0,
+    warmup_calls=5,
+    warmup_seconds=0.05,
+    min_blocks=4,
+)
+
+
+class Simulated:
+    """A machine whose clock moves only while a model is called: what is measured on it is exact, however busy this
+    one is. slowdown: by what a call's duration is multiplied, given the seconds since the beginning."""
+
+    def __init__(self, slowdown: Callable[[float], float] = lambda seconds: 1.0) -> None:
+        self.now = 0
+        self.slowdown = slowdown
+        self.seen: dict[str, list[Any]] = {}
+
+    def clock(self) -> int:
+        return self.now
+
+    def model(self, name: str, ms: float, first: tuple[float, ...] = ()) -> Callable[[Any], None]:
+        seen = self.seen.setdefault(name, [])
+
+        def call(batch: Any) -> None:
+            duration = first[len(seen)] if len(seen) < len(first) else ms
+            seen.append(batch)
+            self.now += round(duration * self.slowdown(self.now / 1e9) * 1e6)
+
+        return call
+
+    def time(
+        self,
+        variants: dict[str, Callable[[Any], None]],
+        protocol: config.Latency = PROTOCOL,
+        seed: int = 0,
+        control_among: Collection[str] = (),
+        batches: int = 7,
+    ) -> list[latency.Timing]:
+        return latency.time_blocks(
+            variants,
+            list(range(batches)),
+            protocol,
+            batch_size=1,
+            threads=1,
+            seed=seed,
+            control_among=control_among,
+            clock=self.clock,
+        )
+
+
+def pair(machine: Simulated, **kwargs: Any) -> list[latency.Timing]:
+    return machine.time({"fp32": machine.model("fp32", 5), "int8": machine.model("int8", 10)}, **kwargs)
+
+
+# ---- The protocol, on a simulated machine
+
+
+def test_slow_first_calls_are_no_samples() -> None:
+    machine = Simulated()
+    (timing,) = machine.time({"fp32": machine.model("fp32", 5, first=(200, 200, 200))})
+    assert timing.first_ms == 200
+    assert timing.samples.dtype == np.float32
+    assert timing.summary.p50 == 5
+    assert timing.samples.max() == 5
+
+
+def test_int8_of_twice_the_time_is_a_speedup_of_a_half() -> None:
+    fp32, int8 = pair(Simulated())
+    ratio = latency.speedup(fp32, int8)
+    assert (ratio.low, ratio.value, ratio.high) == (0.5, 0.5, 0.5)
+    assert latency.speedup(int8, fp32).value == 2
+    assert latency.fastest([int8, fp32]) is fp32
+
+
+def test_a_machine_that_slows_down_steadily_changes_no_ratio() -> None:
+    machine = Simulated(slowdown=lambda seconds: 1 + seconds / 4)
+    fp32, int8 = pair(machine)
+    assert fp32.block_ms[-1] > 1.4 * fp32.block_ms[0]
+    # Within a round the slowdown is a straight line but for the second order.
+    assert latency.speedup(fp32, int8).value == pytest.approx(0.5, rel=0.003)
+
+
+def test_every_round_is_a_random_order_and_its_mirror() -> None:
+    machine = Simulated()
+    variants = {name: machine.model(name, ms) for name, ms in (("a", 3), ("b", 5), ("c", 7))}
+    timings = machine.time(variants)
+    order = {
+        int(position): (t.variant, int(r)) for t in timings for position, r in zip(t.position, t.round, strict=True)
+    }
+    rounds = int(timings[0].round.max()) + 1
+    assert sorted(order) == list(range(6 * rounds))
+    names = [[order[6 * r + place][0] for place in range(6)] for r in range(rounds)]
+    assert all(order[6 * r + place][1] == r for r in range(rounds) for place in range(6))
+    assert all(row == row[::-1] and set(row[:3]) == {"a", "b", "c"} for row in names)
+    assert len({tuple(row) for row in names}) > 1
+
+
+def test_the_order_is_that_of_the_seed() -> None:
+    first, again, other = (pair(Simulated(), seed=seed)[0].position.tolist() for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_a_block_is_found_by_doubling_and_is_as_long_as_asked_for() -> None:
+    machine = Simulated()
+    timings = machine.time(
+        {str(ms): machine.model(str(ms), ms) for ms in (0.01, 3, 49, 51, 700)}, replace(PROTOCOL, seconds=0)
+    )
+    for timing in timings:
+        calls = np.bincount(timing.block)
+        assert len(set(calls)) == 1
+        assert int(calls[0]).bit_count() == 1
+        assert timing.wall_ms.min() >= 50
+        assert calls[0] == 1 or timing.wall_ms.max() < 100
+    assert [int(np.bincount(timing.block)[0]) for timing in timings] == [8192, 32, 2, 1, 1]
+
+
+def test_an_interrupted_call_does_not_make_the_blocks_shorter() -> None:
+    machine = Simulated()
+    # The warm-up's five calls and one, then blocks of 2, 4 and so on; one of them is interrupted for 40 ms.
+    (timing,) = machine.time({"fp32": machine.model("fp32", 5, first=(5,) * 7 + (45,))})
+    assert np.bincount(timing.block)[0] == 16
+
+
+def test_every_call_of_every_block_is_kept() -> None:
+    machine = Simulated()
+    fp32, int8 = pair(machine)
+    for timing, ms in ((fp32, 5), (int8, 10)):
+        assert timing.samples.sum() == pytest.approx(timing.wall_ms.sum())
+        assert (timing.samples == ms).all()
+        assert len(timing.samples) == len(timing.block)
+        assert len(timing.round) == len(timing.position) == len(timing.wall_ms) == timing.block[-1] + 1
+        assert len(machine.seen[timing.variant]) > len(timing.samples)
+        with pytest.raises(ValueError, match="read-only"):
+            timing.samples[0] = 0
+
+
+def test_calls_cycle_through_all_inputs() -> None:
+    machine = Simulated()
+    pair(machine, batches=7)
+    for seen in machine.seen.values():
+        assert seen == [index % 7 for index in range(len(seen))]
+
+
+def test_rounds_go_on_for_the_seconds_and_the_blocks_asked_for() -> None:
+    machine = Simulated()
+    fp32, _ = pair(machine)
+    assert fp32.round.max() + 1 >= 2.0 / (2 * (0.08 + 0.08))
+    assert len(pair(Simulated(), protocol=replace(PROTOCOL, seconds=0))[0].round) == 4
+    assert len(pair(Simulated(), protocol=replace(PROTOCOL, seconds=0, min_blocks=9))[0].round) == 10
+
+
+def test_the_warm_up_is_of_calls_and_of_seconds() -> None:
+    by_calls, by_seconds = Simulated(), Simulated()
+    by_calls.time({"fp32": by_calls.model("fp32", 100)}, replace(PROTOCOL, seconds=0, min_blocks=2))
+    assert len(by_calls.seen["fp32"]) == 5 + 1 + 2
+    by_seconds.time(
+        {"fp32": by_seconds.model("fp32", 100)}, replace(PROTOCOL, seconds=0, min_blocks=2, warmup_seconds=2)
+    )
+    assert len(by_seconds.seen["fp32"]) == 20 + 1 + 2
+
+
+def test_the_control_is_the_fastest_of_those_named_and_as_fast_as_itself() -> None:
+    machine = Simulated()
+    variants = {name: machine.model(name, ms) for name, ms in (("fp32_eager", 7), ("fp32_ts", 5), ("int8_ts", 1))}
+    *timings, control = machine.time(variants, control_among=("fp32_eager", "fp32_ts"))
+    assert [timing.variant for timing in timings] == list(variants)
+    assert (control.variant, control.control_of) == (latency.CONTROL, "fp32_ts")
+    assert latency.speedup(timings[1], control) == replace(latency.speedup(timings[1], timings[1]), value=1.0)
+    assert all(timing.control_of is None for timing in timings)
+
+
+def test_timings_of_two_measurements_have_no_speedup() -> None:
+    fp32, _ = pair(Simulated())
+    _, int8 = pair(Simulated())
+    with pytest.raises(ValueError, match="fp32 and int8 were not timed side by side"):
+        latency.speedup(fp32, int8)
+
+
+# ---- Whether to trust it
+
+
+def quiet(timings: list[latency.Timing]) -> list[latency.Timing]:
+    """The timings as a machine with nothing else to do would give them."""
+    conditions = replace(timings[0].conditions, processors=8, busy_before=0.1, others=0.2, stolen=0.0)
+    return [
+        replace(t, cpu_ms=t.wall_ms * 0.999, switches=np.zeros_like(t.switches), conditions=conditions) for t in timings
+    ]
+
+
+@pytest.fixture
+def trusted() -> list[latency.Timing]:
+    machine = Simulated()
+    variants = {"fp32_ts": machine.model("fp32_ts", 5), "int8_ts": machine.model("int8_ts", 1)}
+    return quiet(machine.time(variants, control_among=["fp32_ts"]))
+
+
+def reasons(timings: list[latency.Timing]) -> str:
+    valid, found = latency.validity(timings)
+    assert valid == (not found)
+    return "; ".join(found)
+
+
+def test_a_quiet_machine_is_trusted(trusted: list[latency.Timing]) -> None:
+    assert latency.validity(trusted) == (True, ())
+
+
+def test_a_control_that_is_not_as_fast_as_itself_is_not_trusted(trusted: list[latency.Timing]) -> None:
+    fp32, int8, control = trusted
+    slower = replace(control, samples=control.samples * 1.02)
+    assert reasons([fp32, int8, slower]) == "fp32_ts against itself gives 0.980 [0.980, 0.980], which leaves out 1"
+
+
+def test_a_control_with_a_wide_interval_is_not_trusted(trusted: list[latency.Timing]) -> None:
+    fp32, int8, control = trusted
+    noise = np.where(np.arange(len(control.round)) % 4 < 2, 0.85, 1.2)
+    noisy = replace(control, samples=control.samples * noise[control.block].astype(np.float32))
+    assert "which is wider than 0.95 to 1.05" in reasons([fp32, int8, noisy])
+    assert "leaves out 1" not in reasons([fp32, int8, noisy])
+
+
+def test_late_blocks_are_not_trusted_where_they_are_more_than_a_few(trusted: list[latency.Timing]) -> None:
+    fp32, *rest = trusted
+    blocks = sum(len(timing.round) for timing in trusted)
+    some = fp32.cpu_ms.copy()
+    some[0] /= 1.5
+    assert reasons([replace(fp32, cpu_ms=some), *rest]) == ""
+    late = reasons([replace(fp32, cpu_ms=fp32.wall_ms / 1.06), *rest])
+    assert late.startswith(f"in {len(fp32.round)} of {blocks} blocks the wall time exceeds")
+    assert reasons([replace(fp32, cpu_ms=fp32.wall_ms / 1.04), *rest]) == ""
+
+
+def test_context_switches_are_not_trusted(trusted: list[latency.Timing]) -> None:
+    fp32, *rest = trusted
+    preempted = replace(fp32, switches=np.full_like(fp32.switches, 30))
+    assert "involuntary context switches a second" in reasons([preempted, *rest])
+
+
+@pytest.mark.parametrize(
+    ("field", "reason"),
+    [
+        ("busy_before", "3.0 of 8 processors were busy before it began"),
+        ("others", "3.0 of 8 processors were busy with other processes meanwhile"),
+        ("stolen", "the hypervisor took 3.00 of 8 processors away"),
+    ],
+)
+def test_a_busy_machine_is_not_trusted(trusted: list[latency.Timing], field: str, reason: str) -> None:
+    conditions = replace(trusted[0].conditions, **{field: 3.0})
+    assert reasons([replace(timing, conditions=conditions) for timing in trusted]) == reason
+
+
+def test_a_machine_that_does_not_tell_about_steal_is_not_accused(trusted: list[latency.Timing]) -> None:
+    conditions = replace(trusted[0].conditions, stolen=None)
+    assert reasons([replace(timing, conditions=conditions) for timing in trusted]) == ""
+
+
+def test_a_warm_up_that_was_too_short_is_seen() -> None:
+    machine = Simulated(slowdown=lambda seconds: 1.3 if seconds < 1 else 1.0)
+    variants = {"fp32": machine.model("fp32", 5), "int8": machine.model("int8", 1)}
+    found = reasons(quiet(machine.time(variants, control_among=["fp32"])))
+    assert "fp32 was 30% slower at first than later" in found
+    assert "int8 was 30% slower at first than later" in found
+
+
+@pytest.mark.slow
+def test_a_busy_loop_on_the_same_core_makes_a_measurement_invalid() -> None:
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("this system can't pin a process to a core")
+    before = os.sched_getaffinity(0)
+    core = min(before)
+    loop = "import os, sys\nos.sched_setaffinity(0, {int(sys.argv[1])})\nprint(flush=True)\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-c", loop, str(core)], stdout=subprocess.PIPE) as neighbour:
+        assert neighbour.stdout is not None
+        neighbour.stdout.readline()
+        os.sched_setaffinity(0, {core})
+        try:
+            timings = latency.time_blocks(
+                {"fp32": busy_ms(4), "int8": busy_ms(1)}, [0], PROTOCOL, batch_size=1, threads=1, control_among=["fp32"]
+            )
+        finally:
+            os.sched_setaffinity(0, before)
+            neighbour.kill()
+    found = reasons(timings)
+    assert "something else ran on its core" in found
+    assert "involuntary context switches" in found
+
+
+def busy_ms(ms: float) -> Callable[[Any], None]:
+    """A model that takes `ms` of processor time."""
+
+    def call(batch: Any) -> None:
+        end = time.thread_time_ns() + ms * 1e6
+        while time.thread_time_ns() < end:
+            pass
+
+    return call
+
+
+# ---- On this machine, with torch
+
+
+def test_on_the_real_clock_slow_first_calls_are_left_out_and_the_ratio_is_found() -> None:
+    calls = {"fp32": 0, "int8": 0}
+
+    def model(name: str, ms: float) -> Callable[[torch.Tensor], None]:
+        def call(images: torch.Tensor) -> None:
+            calls[name] += 1
+            # Asleep and not at work: a process that wakes up is served at once, so this holds on a busy machine too.
+            time.sleep(0.2 if calls[name] <= 3 else ms / 1000)
+
+        return call
+
+    fp32, int8 = latency.time_side_by_side(
+        {"fp32": model("fp32", 5), "int8": model("int8", 10)}, torch.zeros(3, 3, 4, 4), replace(PROTOCOL, block_ms=20)
+    )
+    assert fp32.first_ms >= 200
+    assert 5 <= fp32.summary.p50 < 8
+    assert latency.speedup(fp32, int8).value == pytest.approx(0.5, abs=0.1)
+    assert fp32.started < fp32.ended
+
+
+@pytest.mark.parametrize(("batch_size", "shapes"), [(1, 5), (2, 2), (5, 1), (8, 1)])
+def test_models_are_called_with_batches_of_real_images_without_gradients(batch_size: int, shapes: int) -> None:
+    images = torch.arange(5 * 3 * 2 * 2, dtype=torch.float32).reshape(5, 3, 2, 2)
+    seen: set[tuple[float, ...]] = set()
+
+    def model(batch: torch.Tensor) -> torch.Tensor:
+        assert batch.shape == (batch_size, 3, 2, 2)
+        assert batch.is_contiguous()
+        assert torch.is_inference_mode_enabled()
+        seen.add(tuple(batch[:, 0, 0, 0].tolist()))
+        return batch * 2
+
+    (timing,) = latency.time_side_by_side(
+        {"fp32": model}, images, replace(PROTOCOL, seconds=0, block_ms=1), batch_size=batch_size
+    )
+    assert (timing.batch_size, timing.threads) == (batch_size, torch.get_num_threads())
+    assert len(seen) == shapes
+    expected = [float(12 * (index % 5)) for index in range(batch_size * shapes)]
+    assert sorted(value for batch in seen for value in batch) == sorted(expected)
+
+
+def test_no_garbage_is_collected_meanwhile_and_the_setting_comes_back() -> None:
+    enabled: list[bool] = []
+    machine = Simulated()
+    model = machine.model("fp32", 5)
+
+    def call(batch: Any) -> None:
+        enabled.append(gc.isenabled())
+        model(batch)
+
+    machine.time({"fp32": call})
+    assert set(enabled) == {False}
+    assert gc.isenabled()
+    with pytest.raises(ZeroDivisionError):
+        machine.time({"fp32": lambda batch: 1 / 0})
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        machine.time({"fp32": model})
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_the_number_of_threads_is_set_and_set_back() -> None:
+    before = torch.get_num_threads()
+    with latency.threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+    with pytest.raises(KeyError), latency.threads(before + 1):
+        raise KeyError
+    assert torch.get_num_threads() == before
+
+
+def test_more_threads_than_cores_are_refused() -> None:
+    message = r"latency\.threads=\[1, 8\]: this process may use 2 cores; use numbers from 1 to 2\."
+    with pytest.raises(ConfigError, match=message):
+        latency.check_threads([1, 8], 2)
+    latency.check_threads([1, 2], 2)
+
+
+def test_reading_timings_needs_no_torch() -> None:
+    code = "import sys; import qexp.latency, qexp.stats, qexp.machine; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_protocols_are_complete_and_off_is_off(composed: Callable[..., config.Config]) -> None:
+    quick, standard, off = (composed(f"latency={name}").latency for name in ("quick", "standard", "off"))
+    assert (quick.enabled, standard.enabled, off.enabled) == (True, True, False)
+    assert quick.seconds < standard.seconds
+    assert quick.runtimes == standard.runtimes
+    assert composed().latency == standard
