@@ -125,7 +125,7 @@ def _build(model: Mapping[str, Any], classes: int, seed: int, more: Mapping[str,
         raise InputError(f"model._target_={path} makes a TorchScript module, which can't be quantized; use its source.")
     if any(p.is_meta for p in module.parameters()):
         raise InputError(f"model._target_={path} makes its weights on the meta device, without values; leave that out.")
-    module.to("cpu").float().requires_grad_(False)
+    module.to("cpu").float()
     module.eval()  # its result is not used: some classes override train() without returning self
     return module
 
@@ -196,7 +196,7 @@ def _check_forward(module: nn.Module, path: str, classes: int, shape: tuple[int,
         raise InputError(f"model._target_={path} can't take images of {size}: {one_line(error)}.") from error
     if not isinstance(output, Tensor):
         raise InputError(
-            f"model._target_={path} returns a {type(output).__name__}; it must return the logits alone, a tensor of"
+            f"model._target_={path} returns {type(output).__name__}; it must return the logits alone, a tensor of"
             " [N, classes] (wrap it in a module that picks them)."
         )
     if output.ndim == 2 and output.shape[0] == 2 and output.shape[1] != classes:
@@ -228,6 +228,8 @@ def _pretrained(model: Mapping[str, Any], classes: int, seed: int) -> tuple[nn.M
     home = str(getattr(target, "__module__", ""))
     if not home.startswith(("torchvision.models.", "qexp.nets")) or builder not in torchvision.models.list_models():
         raise ConfigError(f"{setting}: torchvision has no weights for {path}; give a file as model.checkpoint.")
+    if model.get("stem", "imagenet") != "imagenet":
+        raise ConfigError(f"{setting}: torchvision has none for model.stem={model['stem']}; use model.stem=imagenet.")
     legal = torchvision.models.get_model_weights(builder)
     short = name.rpartition(".")[2]
     if short not in legal.__members__:

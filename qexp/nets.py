@@ -24,10 +24,6 @@ def resnet18(stem: str = "imagenet", num_classes: int = 1000, weights: str | Non
     """
     if stem not in ("imagenet", "cifar"):
         raise ConfigError(f"model.stem={stem}: qexp.nets.resnet18 has the stems imagenet and cifar.")
-    if stem == "cifar" and weights is not None:
-        raise ConfigError(
-            f"model.weights={weights}: torchvision has no weights for model.stem=cifar; use model.stem=imagenet."
-        )
     net: nn.Module = torchvision.models.quantization.resnet18(weights=weights, num_classes=num_classes, quantize=False)
     if stem == "cifar":
         net.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
