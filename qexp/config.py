@@ -14,6 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from qexp import images
 from qexp.errors import ConfigError
 
 
@@ -310,6 +311,7 @@ def check(config: Config, swept: Collection[str] = ()) -> None:
     if "observer" not in swept:
         _check_observer(config.observer)
     _check_mappings(config)
+    images.check(config.dataset)
 
 
 def _check_ranges(config: Config) -> None:

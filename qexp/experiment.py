@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from qexp import config as schema
 from qexp import evaluate, latency, machine, metrics, models, quantize, record
-from qexp.config import Config, Overflow, QConfig, Runtime, Target
+from qexp.config import Config, Flow, Overflow, QConfig, Runtime, Target
 from qexp.data import Data, count_shared, draw, load_data, normalise
 from qexp.errors import RunError
 from qexp.quantize import saturation
@@ -104,8 +104,7 @@ def run_job(config: Config, folder: Path) -> Result:
         metrics=numbers,
         resolved=resolved_params(qconfig, config),
         tags={
-            **record.machine_tags(),
-            **record.code_tags(config),
+            **record.tags(config),
             **metrics.fastest_tags(timings),
             "float_model": fp32.source,
         },
