@@ -23,6 +23,7 @@ import threading
 import time
 import traceback
 import urllib.parse
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -64,6 +65,7 @@ TAG_LENGTH = 5000  # what servers of all versions take
 NAME_LENGTH = 250
 BATCH_ENTRIES = 100  # params and tags in one request; metrics may be 1000
 PAGE = 500
+BESIDE_TAG = "qexp.artifacts_beside_database"
 LOCK_SECONDS = 120.0  # creating the tables takes 3 s, and several times that on a busy machine
 END_SECONDS = 15.0  # how long an ending run waits for its server
 
@@ -73,11 +75,12 @@ class Store:
     """Where runs are kept.
 
     uri: the tracking URI. artifacts: URI of the folder that new experiments keep their artifacts in, None where a
-    server decides. experiment: name asked for by a setting or by the environment, None for the default.
+    server decides; beside: whether that is the database's own neighbour, and so moves with it. experiment: name asked for by a setting or by the environment, None for the default.
     """
 
     uri: str
     artifacts: str | None
+    beside: bool
     experiment: str | None
     client: MlflowClient = field(repr=False, compare=False)
 
@@ -139,7 +142,8 @@ def connect(tracking: config.Tracking, outputs: Path, folder: Path | None = None
         experiment = tracking.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or _experiment_by_id(client)
     except (MlflowException, OSError, ImportError) as error:
         raise InputError(f"{setting}={_without_password(uri)} can't be used: {_first_line(error)}.") from error
-    return Store(uri, artifacts, experiment, client)
+    beside = uri == f"sqlite:///{outputs / 'mlflow.db'}"
+    return Store(uri, artifacts, beside, experiment, client)
 
 
 def _make_folder(folder: Path) -> Path:
@@ -176,7 +180,7 @@ def _open_sqlite(path: Path, artifacts: Path, setting: str) -> str:
             if not path.exists() or path.stat().st_size == 0:
                 _create_sqlite(path, artifacts)
             _check_sqlite(path, setting)
-            if path.parent == artifacts.parent:
+            if path == artifacts.with_name("mlflow.db"):
                 _follow_moved_artifacts(path, artifacts.as_uri())
     except Timeout as error:
         raise InputError(
@@ -233,9 +237,15 @@ def _follow_moved_artifacts(path: Path, artifacts: str) -> None:
     """
     connection = sqlite3.connect(path, timeout=20.0)
     try:
-        rows = connection.execute("SELECT DISTINCT artifact_location FROM experiments WHERE name LIKE 'qexp/%'")
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+        if "logged_models" not in tables:  # of an older MLflow, which its own check refuses
+            return
+        rows = connection.execute(
+            "SELECT DISTINCT artifact_location FROM experiments JOIN experiment_tags USING (experiment_id) WHERE key = ?",
+            (BESIDE_TAG,),
+        )
         for (old,) in rows.fetchall():
-            if old and old != artifacts and old.startswith("file:") and old.endswith("/artifacts"):
+            if old != artifacts:
                 logger.info("outputs has moved: artifacts recorded in %s are looked for in %s", old, artifacts)
                 for table, column in (
                     ("experiments", "artifact_location"),
@@ -243,8 +253,8 @@ def _follow_moved_artifacts(path: Path, artifacts: str) -> None:
                     ("logged_models", "artifact_location"),
                 ):
                     connection.execute(
-                        f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {column} = ? OR {column} LIKE ?",
-                        (artifacts, len(old) + 1, old, old.replace("_", "\\_") + "/%"),
+                        f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column} || '/', 1, ?) = ?",
+                        (artifacts, len(old) + 1, len(old) + 1, old + "/"),
                     )
         connection.commit()
     finally:
@@ -339,6 +349,8 @@ def _experiment_id(store: Store, name: str) -> str:
         try:
             # The kind makes the UI open on training runs rather than on traces of language models.
             tags = {"mlflow.experimentKind": "custom_model_development"}
+            if store.beside:
+                tags[BESIDE_TAG] = "true"
             return str(store.client.create_experiment(name, artifact_location=store.artifacts, tags=tags))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS" or attempt == 2:
@@ -437,7 +449,7 @@ class Run:
         Raises RunError if it can't be logged.
         """
         signature = ModelSignature(
-            Schema([TensorSpec(np.dtype(np.float32), (-1, *image), "images")]),
+            Schema([TensorSpec(np.dtype(np.float32), (-1, *image))]),
             Schema([TensorSpec(np.dtype(np.float32), (-1, classes))]),
         )
         client = self.store.client
@@ -446,17 +458,22 @@ class Run:
                 self.experiment_id, name=name, source_run_id=self.id, params={"engine": engine}
             )
             try:
-                save_model(
-                    Path(folder) / "model",
-                    python_model=str(Path(__file__).with_name("served_model.py")),
-                    artifacts={"model": str(torchscript)},
-                    model_config={"engine": engine},
-                    signature=signature,
-                    # Given, since MLflow would find them out by running the model for 5 s in another process.
-                    pip_requirements=[_requirement(package) for package in ("mlflow", "torch", "numpy")],
-                    metadata=_plain(metadata or {}),
-                    mlflow_model=Model(artifact_path=model.artifact_location, run_id=self.id, model_id=model.model_id),
-                )
+                with warnings.catch_warnings():
+                    # The signature is exact; an example would only be run to infer one.
+                    warnings.filterwarnings("ignore", ".*An input example was not provided")
+                    save_model(
+                        Path(folder) / "model",
+                        python_model=str(Path(__file__).with_name("served_model.py")),
+                        artifacts={"model": str(torchscript)},
+                        model_config={"engine": engine},
+                        signature=signature,
+                        # Given, since MLflow would find them out by running the model for 5 s in another process.
+                        pip_requirements=[_requirement(package) for package in ("mlflow", "torch", "numpy")],
+                        metadata=_plain(metadata or {}),
+                        mlflow_model=Model(
+                            artifact_path=model.artifact_location, run_id=self.id, model_id=model.model_id
+                        ),
+                    )
                 client.log_model_artifacts(model.model_id, str(Path(folder) / "model"))
                 client.finalize_logged_model(model.model_id, "READY")
             except BaseException:
