@@ -208,7 +208,7 @@ def _rounds(
 ) -> None:
     deadline = clock() + protocol.seconds * 1e9
     rounds = 0
-    while clock() < deadline or 2 * rounds < protocol.min_blocks:
+    while clock() < deadline or 2 * rounds < max(protocol.min_blocks, 1):
         order = rng.permutation(len(runners)).tolist()
         for place, index in enumerate(order + order[::-1]):
             runners[index].measure(rounds, 2 * rounds * len(runners) + place)

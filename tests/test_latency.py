@@ -171,6 +171,7 @@ def test_rounds_go_on_for_the_seconds_and_the_blocks_asked_for() -> None:
     assert fp32.round.max() + 1 >= 2.0 / (2 * (0.08 + 0.08))
     assert len(pair(Simulated(), protocol=replace(PROTOCOL, seconds=0))[0].round) == 4
     assert len(pair(Simulated(), protocol=replace(PROTOCOL, seconds=0, min_blocks=9))[0].round) == 10
+    assert len(pair(Simulated(), protocol=replace(PROTOCOL, seconds=0, min_blocks=0))[0].round) == 2
 
 
 def test_the_warm_up_is_of_calls_and_of_seconds() -> None:
