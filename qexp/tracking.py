@@ -75,7 +75,8 @@ class Store:
     """Where runs are kept.
 
     uri: the tracking URI. artifacts: URI of the folder that new experiments keep their artifacts in, None where a
-    server decides; beside: whether that is the database's own neighbour, and so moves with it. experiment: name asked for by a setting or by the environment, None for the default.
+    server decides; beside: whether that is the database's own neighbour, and so moves with it. experiment: the name
+    asked for by a setting or by the environment, None for the default.
     """
 
     uri: str
@@ -241,7 +242,8 @@ def _follow_moved_artifacts(path: Path, artifacts: str) -> None:
         if "logged_models" not in tables:  # of an older MLflow, which its own check refuses
             return
         rows = connection.execute(
-            "SELECT DISTINCT artifact_location FROM experiments JOIN experiment_tags USING (experiment_id) WHERE key = ?",
+            "SELECT DISTINCT artifact_location FROM experiments JOIN experiment_tags USING (experiment_id) "
+            "WHERE key = ?",
             (BESIDE_TAG,),
         )
         for (old,) in rows.fetchall():
@@ -253,7 +255,8 @@ def _follow_moved_artifacts(path: Path, artifacts: str) -> None:
                     ("logged_models", "artifact_location"),
                 ):
                     connection.execute(
-                        f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column} || '/', 1, ?) = ?",
+                        f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
+                        f"WHERE substr({column} || '/', 1, ?) = ?",
                         (artifacts, len(old) + 1, len(old) + 1, old + "/"),
                     )
         connection.commit()
@@ -457,6 +460,7 @@ class Run:
             model = client.create_logged_model(
                 self.experiment_id, name=name, source_run_id=self.id, params={"engine": engine}
             )
+            card = Model(artifact_path=model.artifact_location, run_id=self.id, model_id=model.model_id)
             try:
                 with warnings.catch_warnings():
                     # The signature is exact; an example would only be run to infer one.
@@ -470,9 +474,7 @@ class Run:
                         # Given, since MLflow would find them out by running the model for 5 s in another process.
                         pip_requirements=[_requirement(package) for package in ("mlflow", "torch", "numpy")],
                         metadata=_plain(metadata or {}),
-                        mlflow_model=Model(
-                            artifact_path=model.artifact_location, run_id=self.id, model_id=model.model_id
-                        ),
+                        mlflow_model=card,
                     )
                 client.log_model_artifacts(model.model_id, str(Path(folder) / "model"))
                 client.finalize_logged_model(model.model_id, "READY")
@@ -481,6 +483,10 @@ class Run:
                 raise
             client.log_outputs(self.id, [LoggedModelOutput(model.model_id, step=0)])
         return f"models:/{model.model_id}"
+
+    def row(self) -> Row:
+        """The run as the store has it now."""
+        return _row(self.store.client.get_run(self.id))
 
     def finish(self) -> None:
         """End as FINISHED. Raises RunError if the store does not take it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mlflow import MlflowClient
 
 from qexp import config, tracking
 from qexp.errors import InputError, RunError
@@ -199,6 +201,19 @@ def test_an_interrupt_while_the_store_makes_the_run_leaves_none_running(
     assert [store.client.get_run(run_id).info.status for run_id in made] == ["KILLED"]
 
 
+def test_an_end_that_a_lost_server_does_not_take_is_said_and_not_waited_for(
+    store: tracking.Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = begin(store, "lost")
+    address = f"http://127.0.0.1:{free_port()}"
+    run.store = dataclasses.replace(store, uri=address, client=MlflowClient(address))
+    monkeypatch.setattr(tracking, "END_SECONDS", 0.5)
+    start = time.monotonic()
+    run.kill()
+    assert time.monotonic() - start < 10
+    assert f"MLflow at {address} did not take that run lost ended as KILLED" in caplog.text
+
+
 def test_a_process_that_leaves_without_ending_its_run_does_not_make_it_finished(outputs: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from tests.test_tracking import begin, settings;"
@@ -343,11 +358,9 @@ def test_outputs_whose_parent_is_a_file_are_refused(tmp_path: Path) -> None:
         tracking.connect(settings(), tmp_path / "file" / "outputs")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
-def test_a_read_only_outputs_is_refused(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(InputError, match="can't be written to"):
-        tracking.connect(settings(), tmp_path)
+def test_outputs_that_nobody_may_write_to_are_refused() -> None:
+    with pytest.raises(InputError, match="outputs=/proc/qexp can't be written to"):
+        tracking.connect(settings(), Path("/proc/qexp"))
 
 
 def test_a_file_that_is_no_database_is_refused_at_once(tmp_path: Path) -> None:
@@ -565,6 +578,12 @@ def test_a_server_gets_runs_and_artifacts(
     assert [path.read_text() for path in kept.rglob("b.txt")] == ["text"]
     assert remote.client.get_experiment(run.experiment_id).artifact_location.startswith("mlflow-artifacts:")
     assert list((tmp_path / "outputs").iterdir()) == []
+    # A server whose experiments keep artifacts in its own folders has clients write to theirs.
+    remote.client.create_experiment("unproxied", artifact_location="file:///srv/mlruns")
+    tracking.check_experiment(remote, "unproxied")
+    elsewhere = dataclasses.replace(remote, uri="http://mlflow.example.com")
+    with pytest.raises(InputError, match=r"unproxied keeps its artifacts in .*/srv/mlruns, a folder of the server"):
+        tracking.check_experiment(elsewhere, "unproxied")
     assert tracking.ui(remote, parent).command is None
     assert tracking.ui(remote, parent).url.startswith(f"{address}/#/experiments/")
 
@@ -572,6 +591,7 @@ def test_a_server_gets_runs_and_artifacts(
 # ---------------------------------------------------------------------------------------------------- models
 
 
+@pytest.mark.slow
 def test_a_logged_model_answers_in_a_fresh_process_on_its_own_engine(store: tracking.Store, tmp_path: Path) -> None:
     """Loaded on torch's default engine, the weights of this model would be packed for it, and saturate without VNNI."""
     import torch
