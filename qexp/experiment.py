@@ -91,6 +91,7 @@ def run_job(config: Config, folder: Path) -> Result:
             raise RunError("the INT8 logits equal the FP32 logits bit for bit: nothing was quantized.")
         timings = timed(config, variants, data) if config.latency.enabled else []
 
+    measured = metrics.latency_tags(timings)
     numbers = {
         **metrics.of_accuracy(predictions["fp32"], predictions["int8"]),
         **metrics.of_latency(timings),
@@ -105,10 +106,10 @@ def run_job(config: Config, folder: Path) -> Result:
         resolved=resolved_params(qconfig, config),
         tags={
             **record.tags(config),
-            **metrics.fastest_tags(timings),
+            **measured,
             "float_model": fp32.source,
         },
-        doubts=tuple(metrics.doubts(config, qconfig, data, layers, numbers)),
+        doubts=tuple(metrics.doubts(config, qconfig, data, layers, {**numbers, **measured})),
         files=record.written(folder, config, predictions, qparams, layers, timings, artifacts),
         datasets=record.datasets_used(config, data, images),
     )
@@ -264,7 +265,12 @@ def timed(config: Config, variants: Mapping[str, Callable[[Tensor], Any]], data:
             for batch_size in config.latency.batch_sizes:
                 with latency.threads(threads):
                     timings += latency.time_side_by_side(
-                        variants, inputs, config.latency, batch_size=batch_size, seed=config.seed
+                        variants,
+                        inputs,
+                        config.latency,
+                        batch_size=batch_size,
+                        seed=config.seed,
+                        control_among=[name for name in variants if name.startswith("fp32") and name != "fp32_cuda"],
                     )
     return timings
 

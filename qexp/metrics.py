@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from qexp import latency, stats
 from qexp.config import Config, Flow, Overflow, QConfig, Target
@@ -29,7 +29,7 @@ def of_accuracy(fp32: Predictions, int8: Predictions) -> dict[str, float]:
 
 def of_latency(timings: list[latency.Timing]) -> dict[str, float]:
     """p50, p90 and p99 of each variant at the first batch size and number of threads, and fastest over fastest."""
-    first = headline(timings)
+    first = [timing for timing in headline(timings) if timing.control_of is None]
     if not first:
         return {}
     metrics: dict[str, float] = {}
@@ -37,7 +37,8 @@ def of_latency(timings: list[latency.Timing]) -> dict[str, float]:
         summary = timing.summary
         metrics[f"latency/{timing.variant}_ms"] = summary.p50
         metrics[f"latency/{timing.variant}_p90_ms"] = summary.p90
-        metrics[f"latency/{timing.variant}_p99_ms"] = math.nan if summary.p99 is None else summary.p99
+        if summary.p99 is not None:
+            metrics[f"latency/{timing.variant}_p99_ms"] = summary.p99
     fp32, int8 = fastest(first)
     ratio = latency.speedup(fp32, int8)
     return metrics | {
@@ -56,16 +57,24 @@ def headline(timings: list[latency.Timing]) -> list[latency.Timing]:
 
 def fastest(timings: list[latency.Timing]) -> tuple[latency.Timing, latency.Timing]:
     """The fastest FP32 and the fastest INT8 variant on the CPU."""
-    on_cpu = [timing for timing in timings if timing.variant != "fp32_cuda"]
+    on_cpu = [t for t in timings if t.control_of is None and t.variant != "fp32_cuda"]
     by = {precision: [t for t in on_cpu if t.variant.startswith(precision)] for precision in ("fp32", "int8")}
     return latency.fastest(by["fp32"]), latency.fastest(by["int8"])
 
 
-def fastest_tags(timings: list[latency.Timing]) -> dict[str, str]:
+def latency_tags(timings: list[latency.Timing]) -> dict[str, str]:
+    """Which variants the speedup compares, and whether the measurement can be trusted, with every reason if not."""
     if not timings:
         return {}
-    fp32, int8 = fastest(headline(timings))
-    return {"fastest.fp32": fp32.variant.removeprefix("fp32_"), "fastest.int8": int8.variant.removeprefix("int8_")}
+    first = headline(timings)
+    fp32, int8 = fastest(first)
+    valid, reasons = latency.validity(first)
+    return {
+        "fastest.fp32": fp32.variant.removeprefix("fp32_"),
+        "fastest.int8": int8.variant.removeprefix("int8_"),
+        "latency_valid": str(valid).lower(),
+        **({} if valid else {"latency_reason": "; ".join(reasons)}),
+    }
 
 
 def of_size(artifacts: list[Artifact]) -> dict[str, float]:
@@ -84,7 +93,7 @@ def of_layers(layers: tuple[Layer, ...]) -> dict[str, float]:
 
 
 def doubts(
-    config: Config, qconfig: QConfig, data: Data, layers: tuple[Layer, ...], metrics: Mapping[str, float]
+    config: Config, qconfig: QConfig, data: Data, layers: tuple[Layer, ...], found: Mapping[str, Any]
 ) -> Iterator[str]:
     """What the reader of the table must know, a sentence each."""
     if config.dataset["_target_"] == "qexp.datasets.digits":
@@ -95,7 +104,9 @@ def doubts(
             f"16-bit sums can saturate in the kernels of engine={config.engine}, and the guard is off: this accuracy "
             "holds for this CPU only; qconfig.overflow=auto avoids it."
         )
-    low, high = metrics.get("latency/speedup_low"), metrics.get("latency/speedup_high")
+    if found.get("latency_valid") == "false":
+        yield "the timing can't be trusted (the tag latency_reason says why): repeat it on a quiet machine."
+    low, high = found.get("latency/speedup_low"), found.get("latency/speedup_high")
     if low is not None and high is not None:
         if high < 1:
             yield f"INT8 is slower than FP32 with flow={config.flow} engine={config.engine} on this CPU."
