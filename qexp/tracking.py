@@ -373,6 +373,7 @@ class Run:
         self.name: str = run.info.run_name
         self.experiment_id: str = run.info.experiment_id
         self.status = "RUNNING"
+        self.is_sweep = False
 
     def __enter__(self) -> Self:
         return self
@@ -605,7 +606,9 @@ def open_parent(
     store: Store, *, experiment: str, name: str, tags: Mapping[str, str], description: str | None = None
 ) -> Run:
     """Open the run of a whole sweep, whose id the children are given."""
-    return start_run(store, experiment=experiment, name=name, params={}, tags=tags, description=description)
+    parent = start_run(store, experiment=experiment, name=name, params={}, tags=tags, description=description)
+    parent.is_sweep = True
+    return parent
 
 
 def close_parent(
@@ -663,16 +666,16 @@ def _row(run: MlflowRun) -> Row:
     return Row(info.run_id, info.run_name, info.status, start, end, data.params, data.metrics, data.tags)
 
 
-def ui(store: Store, run: Run, sort_by: str | None = None) -> Ui:
-    """How to open MLflow's UI on exactly a sweep's runs, or on the page of a single run.
+def ui(store: Store, run: Run, sort_by: str = "accuracy/int8") -> Ui:
+    """How to open MLflow's UI on exactly a sweep's runs, given its parent, or on the page of a single run.
 
-    run: a sweep's parent, with `sort_by`, a metric that its children have; or a single run, without.
+    sort_by: the metric that a sweep's runs are listed by.
     """
     local = store.artifacts is not None
     base = "http://127.0.0.1:5000" if local else _without_password(store.uri).rstrip("/")
     where = f"{base}/#/experiments/{run.experiment_id}/runs"
     query = {"workflowType": "machine_learning"}
-    if sort_by is None:
+    if not run.is_sweep:
         where += f"/{run.id}"
     else:
         # Sorted by time, as it is by default, the UI folds all children away under their parent.

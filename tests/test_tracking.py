@@ -265,15 +265,18 @@ def test_children_of_several_experiments_are_found(store: tracking.Store) -> Non
 
 
 def test_the_ui_command_quotes_its_store_and_filters_on_the_sweep(store: tracking.Store) -> None:
-    parent = begin(store)
+    parent = tracking.open_parent(store, experiment="qexp/digits", name="sweep", tags={})
     parent.finish()
-    ui = tracking.ui(store, parent, sort_by="accuracy/int8")
+    ui = tracking.ui(store, parent)
     assert ui.command is not None
     assert store.uri in ui.command
     query = urllib.parse.parse_qs(urllib.parse.urlsplit(ui.url.replace("#", "")).query)
     assert query["searchFilter"] == [f"tags.`mlflow.parentRunId` = '{parent.id}'"]
     assert query["orderByKey"] == ["metrics.`accuracy/int8`"]
-    assert tracking.ui(store, parent).url.split("?")[0].endswith(parent.id)
+
+    single = begin(store)
+    single.finish()
+    assert tracking.ui(store, single).url.split("?")[0].endswith(f"/runs/{single.id}")
 
 
 # ------------------------------------------------------------------------------------- which store, and which not
