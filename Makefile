@@ -27,7 +27,8 @@ run: $(STAMP) ## run the main job, or another with ARGS="..."
 	@$(BIN)/python -m qexp $(ARGS)
 
 ui: $(STAMP) ## open the MLflow UI on what is in outputs/, at PORT=5000
-	@$(BIN)/python -m qexp.tracking $(PORT)
+	@echo "Runs at http://127.0.0.1:$(PORT)  (Ctrl-C ends it)"
+	@$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/outputs/mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1
 
 test: $(STAMP) ## run the tests that are not marked slow, with coverage
 	@$(BIN)/python -m pytest -q -m "not slow" --cov --cov-report=term

@@ -321,7 +321,7 @@ def launch(master: DictConfig, planned: Sequence[Planned], launcher: Any, batch_
         counts = Counter(row.status.lower() for row in rows)
         tracking.close_parent(parent, status, text, {name: counts[name] for name in ("finished", "failed", "killed")})
         print(f"\n{text}\n")
-        say_where(folder, tracking.ui(store, parent))
+        say_where(folder, tracking.ui(store, parent, sort_by="accuracy/int8"))
     if status == "KILLED":
         print(f"Stopped after {len(rows)} of {jobs}. To run it again:\n  {command()}", file=sys.stderr)
     if code:

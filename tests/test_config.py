@@ -129,6 +129,6 @@ def test_what_would_compute_the_same_has_the_same_hash(composed: Composed) -> No
 
 
 def test_relative_paths_are_taken_against_the_folder_where_the_user_typed(composed: Composed, tmp_path: Path) -> None:
-    config = composed("dataset=imagefolder", "dataset.root=pictures", "model.checkpoint=~/net.pt")
+    config = composed("dataset=imagefolder", "dataset.root=pictures", "model.checkpoint='~/net.pt'")
     assert config.dataset["root"] == str(tmp_path / "pictures")
     assert config.model["checkpoint"] == str(Path("~/net.pt").expanduser())
