@@ -22,6 +22,7 @@ from qexp.quantize.grid import Grid, Side, executed_bits, grid
 from qexp.quantize.layers import layers, read_qparams
 from qexp.quantize.observers import observers, records_range
 from qexp.quantize.quiet import say_once_silently
+from qexp.quantize.strided import without_strides
 
 __all__ = [
     "Grid",
@@ -70,16 +71,17 @@ def prepare(
         if flow is Flow.eager:
             return eager.prepare(fused, qconfig, observer, example)
         if flow is Flow.fx:
-            return fx.prepare(fused, qconfig, observer, engine_name, example)
+            return fx.prepare(fused, qconfig, observer, example)
         return dynamic.prepare(fused, qconfig)
 
 
 def convert(prepared: nn.Module, flow: Flow, engine_name: Engine) -> nn.Module:
     """A converted copy, packed for `engine_name`; run it under the same engine only."""
     with engine(engine_name):
-        if flow is Flow.eager:
-            return eager.convert(prepared)
-        return fx.convert(prepared) if flow is Flow.fx else dynamic.convert(prepared)
+        if flow is Flow.dynamic:
+            return dynamic.convert(prepared)
+        converted = eager.convert(prepared) if flow is Flow.eager else fx.convert(prepared)
+        return without_strides(converted, engine_name)
 
 
 def skeleton(

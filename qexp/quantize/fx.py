@@ -66,20 +66,19 @@ def fuse(module: nn.Module, example: Tensor) -> nn.Module:
     return fuse_fx(graph_module)
 
 
-def prepare(
-    fused: nn.Module, qconfig: QConfig, observer: Observer, engine: Engine, example: Tensor
-) -> nn.Module:
+def prepare(fused: nn.Module, qconfig: QConfig, observer: Observer, example: Tensor) -> nn.Module:
     """A copy with observers at every tensor that torch can quantize."""
     with known_deprecations_silenced():
-        prepared = prepare_fx(copy.deepcopy(fused).eval(), _mapping(qconfig, observer, engine), (example[:1],))
+        prepared = prepare_fx(copy.deepcopy(fused).eval(), _mapping(qconfig, observer), (example[:1],))
     if qconfig.range_after_clamp:
         _clamp_first(prepared)
     return prepared
 
 
-def _mapping(qconfig: QConfig, observer: Observer, engine: Engine) -> QConfigMapping:
+def _mapping(qconfig: QConfig, observer: Observer) -> QConfigMapping:
     """torch's own mapping (sigmoid and its like have fixed parameters), with this qconfig instead of the default's."""
-    mapping = get_default_qconfig_mapping(engine.value).set_global(torch_qconfig(qconfig, observer))
+    # x86's for every engine: what differs between them is all replaced here, and onednn's comes with a warning.
+    mapping = get_default_qconfig_mapping(Engine.x86.value).set_global(torch_qconfig(qconfig, observer))
     for kind in _TRANSPOSED:
         # torch has no per-channel weights for these.
         mapping.set_object_type(kind, torch_qconfig(qconfig, observer, Granularity.per_tensor))

@@ -43,6 +43,10 @@ def normalise(module: nn.Module, example: Tensor) -> fx.GraphModule:
     ):
         step(graph_module)
         graph_module.graph.lint()
+    # Weights that modules hold now, and sizes that only padding read.
+    graph_module.graph.eliminate_dead_code(
+        lambda node: node.op != "get_attr" and not (node.op == "call_method" and node.target == "size")
+    )
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
     return graph_module

@@ -1,0 +1,56 @@
+"""A way around oneDNN's pointwise convolutions with a stride, whose answers are wrong at random.
+
+Measured with torch 2.13 on AVX2: a 1x1 INT8 convolution with stride 2, 8, 24, 40, 56 or 72 input channels (not a
+multiple of 16) and two threads gives up to three quarters of its calls wrong by as much as 49 steps of 255. The threads
+share a workspace that is too small, as in https://github.com/uxlfoundation/oneDNN/issues/6035. Taking every second
+pixel first and convolving without a stride is the same sum of the same products, and needs no workspace.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.ao.nn.quantized as nnq
+from torch import Tensor, nn
+
+from qexp.config import Engine
+
+# x86 hands convolutions to oneDNN where the CPU has VNNI.
+_ONEDNN_INSIDE = (Engine.onednn, Engine.x86)
+_SAFE_CHANNELS = 16
+
+
+@dataclass(frozen=True)
+class TakeEvery:
+    """A forward pre-hook that does a 1x1 convolution's stride for it."""
+
+    rows: int
+    columns: int
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        return (inputs[0][:, :, :: self.rows, :: self.columns],)
+
+
+def affected(module: nn.Module, engine: Engine) -> bool:
+    """Whether this is an INT8 convolution that oneDNN would compute with the workspace that is too small."""
+    return (
+        engine in _ONEDNN_INSIDE
+        and isinstance(module, nnq.Conv2d)
+        and tuple(module.kernel_size) == (1, 1)
+        and max(module.stride) > 1
+        and not any(module.padding)
+        and module.groups == 1
+        and module.in_channels % _SAFE_CHANNELS != 0
+    )
+
+
+def without_strides(converted: nn.Module, engine: Engine) -> nn.Module:
+    """The converted model, in place, with the strides of such convolutions taken before them."""
+    for module in converted.modules():
+        if affected(module, engine):
+            rows, columns = module.stride
+            weight, bias = module._weight_bias()
+            module.stride = (1, 1)
+            module.set_weight_bias(weight, bias)
+            module.register_forward_pre_hook(TakeEvery(rows, columns))
+    return converted

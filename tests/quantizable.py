@@ -1,0 +1,99 @@
+"""Small networks and settings that the tests of quantization share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qexp.config import (
+    Activation,
+    ActivationObserver,
+    Granularity,
+    Observer,
+    Overflow,
+    QConfig,
+    Scheme,
+    Weight,
+    WeightObserver,
+)
+
+MINMAX = Observer(ActivationObserver.minmax)
+
+
+def settings(
+    granularity: str = "per_channel",
+    weight_scheme: str = "symmetric",
+    activation_scheme: str = "asymmetric",
+    overflow: str = "none",
+    weight_bits: int = 8,
+    activation_bits: int = 8,
+    range_after_clamp: bool = True,
+) -> QConfig:
+    return QConfig(
+        weight=Weight(Granularity(granularity), Scheme(weight_scheme), weight_bits, WeightObserver.minmax),
+        activation=Activation(Scheme(activation_scheme), activation_bits),
+        overflow=Overflow(overflow),
+        range_after_clamp=range_after_clamp,
+    )
+
+
+def images(count: int = 8, seed: int = 0, size: int = 16) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def trained(module: nn.Module, seed: int = 0) -> nn.Module:
+    """In evaluation mode, with weights and BatchNorm statistics as if it had been trained: none of them 0 or 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for m in module.modules():
+            if isinstance(m, nn.Conv2d | nn.Linear):
+                fan_in = m.weight[0].numel()
+                m.weight.copy_(torch.randn(m.weight.shape, generator=generator) * (2 / fan_in) ** 0.5)
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                m.running_mean.copy_(torch.randn(m.num_features, generator=generator) * 0.3)
+                m.running_var.copy_(torch.rand(m.num_features, generator=generator) + 0.5)
+                m.weight.copy_(torch.rand(m.num_features, generator=generator) + 0.5)
+                m.bias.copy_(torch.randn(m.num_features, generator=generator) * 0.3)
+    return module.eval().requires_grad_(False)
+
+
+class Plain(nn.Module):
+    """A residual network as people write them: a bare `+`, a functional ReLU, no stubs, no fuse_model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False)
+        self.bn2 = nn.BatchNorm2d(16)
+        self.pointwise = nn.Conv2d(16, 16, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(16)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.relu(self.bn1(self.conv1(x)))
+        y = nn.functional.relu(self.bn2(self.depthwise(x)))
+        x = nn.functional.relu(x + self.bn3(self.pointwise(y)))
+        return self.fc(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class Chain(nn.Module):
+    """Modules one after the other, each used once: the eager flow takes it without its help."""
+
+    def __init__(self, clamp: type[nn.Module] = nn.ReLU) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1, bias=False),
+            nn.BatchNorm2d(16),
+            clamp(),
+            nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False),
+            nn.BatchNorm2d(16),
+            clamp(),
+            nn.Conv2d(16, 16, 1),
+            clamp(),
+        )
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.pool(self.features(x)).flatten(1))
