@@ -295,6 +295,14 @@ def from_hydra(composed: Any, cwd: str) -> Config:
     return config
 
 
+def from_plain(values: Mapping[str, Any]) -> Config:
+    """The configuration that `plain` gave, back from its nested plain values."""
+    from omegaconf import OmegaConf
+
+    config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), dict(values)))  # type: ignore[assignment]
+    return config
+
+
 def absolute(path: str, cwd: str) -> str:
     """`path` with `~` expanded, against `cwd` where it is relative."""
     return str(Path(cwd, Path(path).expanduser()).absolute())
@@ -336,6 +344,11 @@ def _check_ranges(config: Config) -> None:
     for name, values in (("latency.threads", latency.threads), ("latency.batch_sizes", latency.batch_sizes)):
         if not values or any(value < 1 for value in values):
             raise ConfigError(f"{name}={values}: must be a list of positive numbers, such as [1] or [1,2].")
+    if config.tracking.log_model is LogModel.flavor and Runtime.torchscript not in latency.runtimes:
+        raise ConfigError(
+            "tracking.log_model=flavor logs the TorchScript model, which is not among latency.runtimes="
+            f"{[str(runtime) for runtime in latency.runtimes]}; add torchscript, or use tracking.log_model=artifact."
+        )
     if not latency.runtimes or len(set(latency.runtimes)) < len(latency.runtimes):
         listed = [str(runtime) for runtime in latency.runtimes]
         raise ConfigError(f"latency.runtimes={listed}: must be one or more of {', '.join(Runtime)}, each once.")

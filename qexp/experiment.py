@@ -110,9 +110,24 @@ def run_job(config: Config, folder: Path) -> Result:
             "float_model": fp32.source,
         },
         doubts=tuple(metrics.doubts(config, qconfig, data, layers, {**numbers, **measured})),
-        files=record.written(folder, config, predictions, qparams, layers, timings, artifacts),
+        files=record.written(folder, config, data, predictions, qparams, layers, timings, artifacts),
         datasets=record.datasets_used(config, data, images),
+        flavor=record.flavor(config, data, artifacts),
     )
+
+
+def load_int8(folder: Path) -> Loaded:
+    """The INT8 model that a run saved as a state_dict, from that run's folder (or its artifacts, downloaded).
+
+    Call it within `quantize.engine` of the engine that it was converted for.
+    """
+    config = schema.from_plain(json.loads((folder / "config.json").read_text()))
+    images = json.loads((folder / "model" / "images.json").read_text())
+    with _globals(config), quantize.engine(config.engine):
+        module = models.build(config.model, images["classes"], config.seed)
+        example = torch.zeros(2, *images["shape"])
+        structure = quantize.skeleton(module, config.flow, config.fusion, resolved(config), config.engine, example)
+        return eager_runtime.load(folder / "model" / "int8_eager.pt", structure, config.engine)
 
 
 # ------------------------------------------------------------------------------------------------ the steps

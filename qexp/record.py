@@ -36,6 +36,50 @@ def tags(config: Config) -> dict[str, str]:
     }
 
 
+def images_expected(data: Data) -> dict[str, Any]:
+    """What a model takes: images of this shape, scaled to 0 to 1 and normalised so, for these classes."""
+    mean, std = list(data.mean), list(data.std)
+    return {
+        "shape": list(data.test.shape),
+        "classes": len(data.classes),
+        "names": list(data.classes),
+        "mean": mean,
+        "std": std,
+    }
+
+
+def flavor(config: Config, data: Data, artifacts: list[Artifact]) -> dict[str, Any]:
+    """Arguments of `tracking.Run.log_model`; empty where the INT8 model was not saved as TorchScript."""
+    saved = [a for a in artifacts if a.precision == "int8" and a.runtime == "torchscript"]
+    if not saved:
+        return {}
+    return {
+        "torchscript": Path(saved[0].path),
+        "engine": str(config.engine),
+        "name": "int8",
+        "image": data.test.shape,
+        "classes": len(data.classes),
+        "metadata": images_expected(data),
+    }
+
+
+def loading_code(config: Config, artifacts: list[Artifact]) -> str:
+    """A script that loads the INT8 model beside it."""
+    scripted = any(a.precision == "int8" and a.runtime == "torchscript" for a in artifacts)
+    head = (
+        '"""Loads the INT8 model beside it: float32 [n, 3, height, width], normalised as images.json says, to logits."""'
+        "\n\nfrom pathlib import Path\n\nimport torch\n"
+    )
+    engine = (
+        "# Weights are packed for the engine that is set when the model is loaded, and run under that engine only.\n"
+        f'torch.backends.quantized.engine = "{config.engine}"\n'
+    )
+    here = "Path(__file__).resolve().parent"
+    if scripted:
+        return f'{head}\n{engine}model = torch.jit.load({here} / "int8_torchscript.pt").eval()\n'
+    return f"{head}\nfrom qexp.experiment import load_int8\n\n{engine}model = load_int8({here}.parent)\n"
+
+
 def datasets_used(config: Config, data: Data, calibrated_on: int) -> tuple[dict[str, Any], ...]:
     """What was calibrated on and what was evaluated on, for MLflow's record of inputs."""
     common = {"name": data.name, "source": str(config.dataset.get("root") or config.dataset["_target_"])}
@@ -73,6 +117,7 @@ def git_sha() -> str:
 def written(
     folder: Path,
     config: Config,
+    data: Data,
     predictions: Mapping[str, Predictions],
     qparams: Mapping[str, QParams],
     layers: tuple[Layer, ...],
@@ -89,6 +134,8 @@ def written(
     _json(folder / "qparams.json", {name: _qparams(value) for name, value in qparams.items()})
     _json(folder / "layers.json", [asdict(layer) for layer in layers])
     _json(folder / "model" / "artifacts.json", [{**asdict(a), "path": Path(a.path).name} for a in artifacts])
+    _json(folder / "model" / "images.json", images_expected(data))
+    (folder / "model" / "load.py").write_text(loading_code(config, artifacts))
     names = ["predictions.npz", "config.json", "qparams.json", "layers.json", "model"]
     if timings:
         _json(folder / "latency.json", {"machine": asdict(machine.describe()), "rows": [_timing(t) for t in timings]})

@@ -123,7 +123,8 @@ class Result:
 
     metrics: by the names of METRICS; resolved: what was executed where it differs from what was asked; tags: by name;
     doubts: sentences that the reader of the numbers must know; files: artifact path in the run -> path on disk;
-    datasets: name, digest, source, context and profile of the images that were used.
+    datasets: name, digest, source, context and profile of the images that were used; flavor: what MLflow needs to
+    keep the INT8 model as one that it can serve, empty where there is no TorchScript.
     """
 
     metrics: dict[str, float]
@@ -132,6 +133,7 @@ class Result:
     doubts: tuple[str, ...]
     files: dict[str, str]
     datasets: tuple[dict[str, Any], ...]
+    flavor: dict[str, Any]
 
 
 @dataclass(frozen=True)

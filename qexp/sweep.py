@@ -22,13 +22,14 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobStatus
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
 from qexp import compose as _registered  # noqa: F401  (resolvers, in a launcher's process)
 from qexp import config as schema
 from qexp import table
-from qexp.config import Config
+from qexp.config import Config, LogModel
 from qexp.errors import ConfigError, QexpError
 from qexp.results import Row
 
@@ -69,6 +70,7 @@ class Job:
     overrides: dict[str, str]
     folder: Path
     number: int = 0
+    alone: bool = True
 
     @property
     def params(self) -> dict[str, str]:
@@ -92,7 +94,8 @@ def job_from(composed: DictConfig) -> Job:
     choices = {group: str(choice) for group, choice in hydra.runtime.choices.items() if "/" not in group}
     number = OmegaConf.select(hydra, "job.num", throw_on_missing=False) or 0
     overrides = dict(_split(text) for text in hydra.overrides.task)
-    return Job(config, choices, overrides, Path(OmegaConf.select(hydra, "runtime.output_dir") or ""), number)
+    alone = hydra.mode is not RunMode.MULTIRUN
+    return Job(config, choices, overrides, Path(OmegaConf.select(hydra, "runtime.output_dir") or ""), number, alone)
 
 
 def _split(override: str) -> tuple[str, str]:
@@ -197,11 +200,18 @@ def tracked(job: Job, swept: Collection[str] = ()) -> tuple[Row, Any]:
         params=job.params,
         tags=tags(job),
         parent=job.config.tracking.parent,
+        # Hydra's own count tells a single run from a job of another sweeper than ours.
+        resume=job.alone,
     ) as handle:
         result = experiment.run_job(job.config, job.folder)
         found = {**result.tags, "doubts": "\n".join(result.doubts)}
         handle.log_params(result.resolved)
         files = {name: Path(path) for name, path in result.files.items()}
+        kept = job.config.tracking.log_model
+        if kept is LogModel.none or (kept is LogModel.auto and not job.alone):
+            files.pop("model")
+        if kept is LogModel.flavor:
+            handle.log_model(**result.flavor)
         handle.log_result(result.metrics, found, files, [tracking.DatasetUse(**use) for use in result.datasets])
     params = {**job.params, **result.resolved}
     row = Row(handle.id, job.name, "FINISHED", params=params, metrics=result.metrics, tags={**tags(job), **found})
