@@ -67,7 +67,7 @@ def loading_code(config: Config, artifacts: list[Artifact]) -> str:
     """A script that loads the INT8 model beside it."""
     scripted = any(a.precision == "int8" and a.runtime == "torchscript" for a in artifacts)
     head = (
-        '"""Loads the INT8 model beside it: float32 [n, 3, height, width], normalised as images.json says, to logits."""'
+        '"""Loads the INT8 model beside it: float32 [n, 3, H, W], normalised as images.json says, to logits."""'
         "\n\nfrom pathlib import Path\n\nimport torch\n"
     )
     engine = (
