@@ -334,6 +334,9 @@ def _check_ranges(config: Config) -> None:
         "compute.threads": config.compute.threads,
         "tracking.timeout": config.tracking.timeout,
         "observer.bins": config.observer.bins,
+        "latency.seconds": latency.seconds,
+        "latency.block_ms": latency.block_ms,
+        "latency.min_blocks": latency.min_blocks,
     }
     for name, value in positive.items():
         if value is not None and not value > 0:
@@ -344,6 +347,9 @@ def _check_ranges(config: Config) -> None:
     for name, values in (("latency.threads", latency.threads), ("latency.batch_sizes", latency.batch_sizes)):
         if not values or any(value < 1 for value in values):
             raise ConfigError(f"{name}={values}: must be a list of positive numbers, such as [1] or [1,2].")
+    for name, least in (("warmup_calls", latency.warmup_calls), ("warmup_seconds", latency.warmup_seconds)):
+        if not least >= 0:
+            raise ConfigError(f"latency.{name}={least}: must not be negative.")
     if config.tracking.log_model is LogModel.flavor and Runtime.torchscript not in latency.runtimes:
         raise ConfigError(
             "tracking.log_model=flavor logs the TorchScript model, which is not among latency.runtimes="
