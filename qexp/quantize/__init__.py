@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from qexp.config import ActivationObserver, Engine, Flow, Observer, QConfig
-from qexp.errors import InputError
+from qexp.errors import InputError, QexpError
 from qexp.quantize import dynamic, eager, fx
-from qexp.quantize.calibrate import calibrate
+from qexp.quantize.calibrate import calibrate, run_or_refuse
 from qexp.quantize.compare import blame, fusion_difference
 from qexp.quantize.engines import engine, require, supported
 from qexp.quantize.grid import Grid, Side, executed_bits, grid
@@ -112,49 +112,45 @@ def dry_run(
 ) -> None:
     """Take a model through the whole flow with one image, so that what can't work is known before any work.
 
-    example: float32 [n, 3, H, W], n ≥ 1. Raises InputError that names the module where it fails and the flows that work.
+    example: float32 [n, 3, H, W], n ≥ 1. Raises InputError that names the module where it fails and what would work.
     """
-    try:
-        _through(module, flow, fusion, qconfig, observer, engine_name, example)
-    except InputError as error:
-        working = _working(module, flow, fusion, qconfig, observer, engine_name, example)
-        raise InputError(f"{error}; of the others {working}") from error
 
+    def through(flow: Flow, fusion: bool) -> None:
+        one = example[:1]
+        prepared = prepare(fuse(module, flow, fusion, one), flow, qconfig, observer, engine_name, one)
+        if flow is not Flow.dynamic:
+            calibrate(prepared, [one])
+        converted = convert(prepared, flow, engine_name)
+        with engine(engine_name):
+            run_or_refuse(converted, flow, one)
+        if not any(layer.int8 for layer in layers(converted, flow, engine_name)):
+            raise InputError(f"flow={flow.value} finds no layer in {type(module).__name__} that it could quantize")
 
-def _through(
-    module: nn.Module,
-    flow: Flow,
-    fusion: bool,
-    qconfig: QConfig,
-    observer: Observer,
-    engine_name: Engine,
-    example: Tensor,
-) -> None:
-    one = example[:1]
-    prepared = prepare(fuse(module, flow, fusion, one), flow, qconfig, observer, engine_name, one)
-    calibrate(prepared, [one])
-    converted = convert(prepared, flow, engine_name)
-    with engine(engine_name):
-        eager.run_or_refuse(converted, flow, one)
-
-
-def _working(
-    module: nn.Module,
-    flow: Flow,
-    fusion: bool,
-    qconfig: QConfig,
-    observer: Observer,
-    engine_name: Engine,
-    example: Tensor,
-) -> str:
-    tried: list[str] = []
-    for other in Flow:
-        if other is flow:
-            continue
+    def takes(flow: Flow, fusion: bool) -> bool:
         try:
-            _through(module, other, fusion, qconfig, observer, engine_name, example)
-        except Exception as error:
-            logger.debug("flow=%s does not take the model either: %s", other.value, error)
-        else:
-            tried.append(f"flow={other.value}")
-    return f"{' and '.join(tried)} work with this model" if tried else "no flow works with this model"
+            through(flow, fusion)
+        except Exception as error:  # whatever stops it, it is not to be recommended
+            logger.debug("flow=%s fusion=%s does not take the model either: %s", flow.value, fusion, error)
+            return False
+        return True
+
+    try:
+        through(flow, fusion)
+    except Exception as error:
+        # What torch raises on a model that it can't quantize is of many classes.
+        sentence = str(error) if isinstance(error, QexpError) else _of_torch(error, module, flow)
+        others = {
+            "flow=eager": (Flow.eager, True),
+            "fusion=false" if flow is Flow.eager else "flow=eager fusion=false": (Flow.eager, False),
+            "flow=fx": (Flow.fx, True),
+            "flow=dynamic": (Flow.dynamic, True),
+        }
+        tried = (flow, fusion or flow is not Flow.eager)
+        working = [name for name, other in others.items() if other != tried and takes(*other)]
+        advice = f"this model works with {' or with '.join(working)}" if working else "no flow takes this model"
+        raise InputError(f"{sentence}; {advice}.") from error
+
+
+def _of_torch(error: Exception, module: nn.Module, flow: Flow) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return f"flow={flow.value} can't quantize {type(module).__name__}: {reason.rstrip('.')}"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from qexp.errors import RunError
-from qexp.quantize.names import tensor_names
+from qexp.config import Flow
+from qexp.errors import InputError, RunError
+from qexp.quantize.names import place, public, tensor_names
 from qexp.quantize.observers import observers, records_range, seen_range
 
 
@@ -52,7 +53,7 @@ def _batchnorm_state(module: nn.Module) -> dict[str, Tensor]:
 
 def _finite(prepared: nn.Module) -> bool:
     ranges = [seen_range(o) for o in observers(prepared).values() if records_range(o)]
-    return all(low == math.inf or math.isfinite(low) and math.isfinite(high) for low, high in ranges)
+    return all(low == math.inf or (math.isfinite(low) and math.isfinite(high)) for low, high in ranges)
 
 
 def _refuse_not_finite(prepared: nn.Module, batch: Tensor, error: Exception | None) -> None:
@@ -62,12 +63,15 @@ def _refuse_not_finite(prepared: nn.Module, batch: Tensor, error: Exception | No
     if not batch.isfinite().all():
         raise RunError("calibration: a calibration image holds NaN or infinity after normalisation: check dataset.std")
 
-    def look(name: str, inputs: tuple[Tensor, ...]) -> None:
-        if not found and not inputs[0].isfinite().all():
-            found.append(name)
+    def look(name: str) -> Callable[..., None]:
+        def hook(observer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if not found and not inputs[0].isfinite().all():
+                found.append(name)
+
+        return hook
 
     handles = [
-        observer.register_forward_pre_hook(lambda m, inputs, name=names.get(name, name): look(name, inputs))
+        observer.register_forward_pre_hook(look(names.get(name, name)))
         for name, observer in observers(prepared).items()
     ]
     try:
@@ -87,9 +91,42 @@ def _refuse_not_finite(prepared: nn.Module, batch: Tensor, error: Exception | No
 
 def _refuse_unfed(prepared: nn.Module) -> None:
     names = tensor_names(prepared)
-    empty = [names.get(n, n) for n, o in observers(prepared).items() if records_range(o) and seen_range(o)[0] == math.inf]
+    recording = {name: observer for name, observer in observers(prepared).items() if records_range(observer)}
+    empty = [names.get(name, name) for name, observer in recording.items() if seen_range(observer)[0] == math.inf]
     if empty:
         raise RunError(
             f"calibration fed no data to {len(empty)} observers, the first of them {', '.join(empty[:3])}: "
             "the model takes another path there than with the example"
         )
+
+
+def run_or_refuse(converted: nn.Module, flow: Flow, example: Tensor) -> None:
+    """Run a converted model once; raises InputError with the innermost module in which an operation is refused."""
+    entered: list[tuple[str, str]] = []
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda m, inputs: entered.append((name, type(m).__name__))
+
+    def leave(m: nn.Module, inputs: object, output: object) -> None:
+        entered.pop()
+
+    modules = dict(converted.named_modules())
+    handles = [m.register_forward_pre_hook(enter(public(name, converted))) for name, m in modules.items()]
+    handles += [m.register_forward_hook(leave) for m in converted.modules()]
+    try:
+        with torch.inference_mode():
+            converted(example)
+    except (RuntimeError, NotImplementedError, TypeError, AssertionError) as error:
+        name, kind = entered[-1] if entered else ("", type(converted).__name__)
+        raise InputError(
+            f"flow={flow.value} can't run this model: {place(name, kind)} does something that INT8 tensors don't take "
+            f"({_first_line(error)})"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].split(". This could be")[0].rstrip(".")[:160] if lines else type(error).__name__

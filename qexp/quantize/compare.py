@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -12,8 +13,9 @@ def fusion_difference(float_module: nn.Module, fused: nn.Module, batch: Tensor) 
     """Largest difference of two models' logits on a batch, as a share of the largest logit (infinite if not finite)."""
     with torch.inference_mode():
         expected, actual = float_module(batch), fused(batch)
-    difference = float((actual - expected).abs().max() / expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny))
-    return difference if difference == difference else float("inf")
+    largest = max(float(expected.abs().max()), torch.finfo(torch.float32).tiny)
+    difference = float((actual - expected).abs().max()) / largest
+    return math.inf if math.isnan(difference) else difference
 
 
 def blame(float_module: nn.Module, fused: nn.Module, batch: Tensor, tolerance: float = 1e-4) -> str:

@@ -6,6 +6,7 @@ torch has it for linear layers (and recurrent ones), not for convolutions.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,7 +33,8 @@ def prepare(module: nn.Module, qconfig: QConfig) -> nn.Module:
     """A copy that carries its qconfig, ready for convert: there is nothing to observe."""
     module = copy_of(module)
     weight = weight_observer(qconfig, qconfig.weight.granularity)
-    module.qexp_dynamic = TorchQConfig(activation=default_dynamic_quant_observer, weight=weight)
+    carried: Any = TorchQConfig(activation=default_dynamic_quant_observer, weight=weight)
+    module.qexp_dynamic = carried
     return module
 
 

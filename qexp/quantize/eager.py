@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,10 +18,10 @@ from torch.ao.quantization import QuantStub, QuantWrapper, fuse_modules
 from torch.ao.quantization import convert as torch_convert
 from torch.ao.quantization import prepare as torch_prepare
 
-from qexp.config import Flow, Granularity, Observer, QConfig
+from qexp.config import Granularity, Observer, QConfig
 from qexp.errors import InputError
 from qexp.quantize.clamps import Interval, clamp_after
-from qexp.quantize.names import public
+from qexp.quantize.names import place
 from qexp.quantize.observers import ClampFirst, torch_qconfig
 from qexp.quantize.quiet import known_deprecations_silenced
 from qexp.quantize.trace import UntraceableError, trace
@@ -57,35 +58,30 @@ def fuse(module: nn.Module, fusion: bool, example: Tensor) -> nn.Module:
     except UntraceableError as error:
         raise InputError(
             f"flow=eager can't find what to fuse in {type(module).__name__}, which has no fuse_model() and whose "
-            f"{_place(error.module, error.kind)} can't be traced ({error.reason}): give the model a fuse_model(), or "
-            "take fusion=false or flow=dynamic"
+            f"{place(error.module, error.kind)} can't be traced ({error.reason})"
         ) from error
     chains = list(_chains(graph_module))
     left = _unfused_batchnorm(graph_module, chains)
     if left:
         raise InputError(
             f"flow=eager can't fold the BatchNorm {left} into the convolution before it, since one of them is not a "
-            "plain torch.nn module that is called once: take flow=fx, which folds it, or fusion=false"
+            "plain torch.nn module that is called once, as flow=fx can"
         )
     for chain in chains:
         fuse_modules(module, chain, inplace=True)
     return module
 
 
-def _place(name: str, kind: str) -> str:
-    return f"module {name} ({kind})" if name else f"own forward ({kind})"
-
-
 def _fuse_by_own_method(module: nn.Module) -> nn.Module:
-    method = module.fuse_model
+    method: Any = module.fuse_model
     # torchvision's takes is_qat since 0.11, and older models written after its example take nothing.
     arguments = {"is_qat": False} if "is_qat" in inspect.signature(method).parameters else {}
     try:
         result = method(**arguments)
     except Exception as error:
         raise InputError(
-            f"flow=eager: fuse_model() of {type(module).__name__} raised {type(error).__name__}: {error}; mend it, or "
-            "take flow=fx, which doesn't call it"
+            f"flow=eager: fuse_model() of {type(module).__name__} raised {type(error).__name__}: {error}; flow=fx "
+            "doesn't call it"
         ) from error
     return result.eval() if isinstance(result, nn.Module) else module
 
@@ -158,8 +154,7 @@ def prepare(fused: nn.Module, qconfig: QConfig, observer: Observer, example: Ten
     if not any(isinstance(m, QuantStub) for m in module.modules()):
         module = QuantWrapper(module).eval()
     clamped = _clamped(module, example) if qconfig.range_after_clamp else {}
-    module.qconfig = torch_qconfig(qconfig, observer)
-    _exclude(module, qconfig, observer, example)
+    _choose(module, qconfig, observer, example)
     with known_deprecations_silenced():
         prepared = torch_prepare(module)
     for name, interval in clamped.items():
@@ -173,8 +168,13 @@ def prepare(fused: nn.Module, qconfig: QConfig, observer: Observer, example: Ten
 _POST = "activation_post_process"
 
 
-def _exclude(module: nn.Module, qconfig: QConfig, observer: Observer, example: Tensor) -> None:
-    """Leave out what never runs in evaluation (GoogLeNet's auxiliary heads), whose observers would stay empty."""
+def _choose(module: nn.Module, qconfig: QConfig, observer: Observer, example: Tensor) -> None:
+    """Give every module its qconfig, in place; None to what never runs in evaluation (GoogLeNet's auxiliary heads),
+    whose observers would stay empty."""
+    everywhere: Any = torch_qconfig(qconfig, observer)
+    # torch has no per-channel weights for transposed convolutions.
+    transposed: Any = torch_qconfig(qconfig, observer, Granularity.per_tensor)
+    nowhere: Any = None
     ran: set[int] = set()
     handles = [
         m.register_forward_hook(lambda m, inputs, output: ran.add(id(m))) for m in module.modules() if m is not module
@@ -183,14 +183,14 @@ def _exclude(module: nn.Module, qconfig: QConfig, observer: Observer, example: T
         module(example[:1])
     for handle in handles:
         handle.remove()
+    module.qconfig = everywhere
     for m in module.modules():
         if isinstance(m, FloatFunctional):
-            m.qconfig = module.qconfig if id(m.activation_post_process) in ran else None
+            m.qconfig = everywhere if id(m.activation_post_process) in ran else nowhere
         elif isinstance(m, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-            # torch has no per-channel weights for these.
-            m.qconfig = torch_qconfig(qconfig, observer, Granularity.per_tensor) if id(m) in ran else None
+            m.qconfig = transposed if id(m) in ran else nowhere
         elif m is not module and not list(m.children()) and id(m) not in ran:
-            m.qconfig = None
+            m.qconfig = nowhere
 
 
 def _clamped(module: nn.Module, example: Tensor) -> dict[str, Interval]:
@@ -200,7 +200,7 @@ def _clamped(module: nn.Module, example: Tensor) -> dict[str, Interval]:
     except UntraceableError as error:
         logger.info(
             "qconfig.range_after_clamp has no effect: %s can't be traced (%s)",
-            _place(error.module, error.kind),
+            place(error.module, error.kind),
             error.reason,
         )
         return {}
@@ -219,34 +219,3 @@ def convert(prepared: nn.Module) -> nn.Module:
     """A converted copy; torch's engine must be set."""
     with known_deprecations_silenced():
         return torch_convert(prepared)
-
-
-def run_or_refuse(converted: nn.Module, flow: Flow, example: Tensor) -> None:
-    """Run a converted model once; raises InputError with the innermost module in which an operation is refused."""
-    entered: list[tuple[str, str]] = []
-
-    def enter(name: str) -> Callable[..., None]:
-        return lambda m, inputs: entered.append((name, type(m).__name__))
-
-    def leave(m: nn.Module, inputs: object, output: object) -> None:
-        entered.pop()
-
-    handles = [m.register_forward_pre_hook(enter(public(n, converted))) for n, m in converted.named_modules()]
-    handles += [m.register_forward_hook(leave) for m in converted.modules()]
-    try:
-        with torch.inference_mode():
-            converted(example)
-    except (RuntimeError, NotImplementedError, TypeError, AssertionError) as error:
-        name, kind = entered[-1] if entered else ("", type(converted).__name__)
-        raise InputError(
-            f"flow={flow.value} can't run this model: {_place(name, kind)} does something that INT8 tensors don't take "
-            f"({_first_line(error)})"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].split(". This could be")[0].rstrip(".")[:160] if lines else type(error).__name__

@@ -23,9 +23,7 @@ def engine(name: Engine) -> Iterator[None]:
     Raises InputError where this build of torch lacks it.
     """
     if name not in supported():
-        raise InputError(
-            f"engine={name.value} is not in this build of torch, which has {', '.join(supported())}: choose one of these"
-        )
+        raise InputError(f"engine={name.value} is not in this build of torch: choose one of {', '.join(supported())}")
     before = torch.backends.quantized.engine
     torch.backends.quantized.engine = name.value
     try:

@@ -6,6 +6,7 @@ https://docs.pytorch.org/docs/stable/quantization.html#prototype-fx-graph-mode-q
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch.ao.quantization.quantize_fx import convert_fx, fuse_fx, prepare_fx
 from qexp.config import Engine, Granularity, Observer, QConfig
 from qexp.errors import InputError
 from qexp.quantize.clamps import EVERYTHING, Interval, clamp_after, clamp_of
+from qexp.quantize.names import place
 from qexp.quantize.normalise import normalise
 from qexp.quantize.observers import ClampFirst, activation_observer, observers, torch_qconfig
 from qexp.quantize.quiet import known_deprecations_silenced
@@ -57,12 +59,12 @@ _JOIN_VALUES = {torch.cat, torch.stack, torch.concat}
 
 
 def fuse(module: nn.Module, example: Tensor) -> nn.Module:
-    """A traced copy with every BatchNorm folded that follows a convolution; raises InputError where it can't be traced."""
+    """A traced copy with every BatchNorm folded that follows a convolution; InputError where it can't be traced."""
     try:
         graph_module = normalise(module, example)
     except UntraceableError as error:
-        where = f"module {error.module} ({error.kind})" if error.module else f"the forward of {error.kind}"
-        raise InputError(f"flow=fx can't trace {type(module).__name__}: {where}: {error.reason}") from error
+        what = f"{place(error.module, error.kind)} {_explained(error.reason)}"
+        raise InputError(f"flow=fx can't trace {type(module).__name__}: its {what}") from error
     return fuse_fx(graph_module)
 
 
@@ -73,6 +75,13 @@ def prepare(fused: nn.Module, qconfig: QConfig, observer: Observer, example: Ten
     if qconfig.range_after_clamp:
         _clamp_first(prepared)
     return prepared
+
+
+def _explained(reason: str) -> str:
+    """torch's reason in words of a model's author, where it is the usual one."""
+    if "control flow" in reason:
+        return "decides by the values of a tensor"
+    return f"does what can't be followed symbolically ({reason.rstrip('.')})"
 
 
 def _mapping(qconfig: QConfig, observer: Observer) -> QConfigMapping:
@@ -91,7 +100,7 @@ def _mapping(qconfig: QConfig, observer: Observer) -> QConfigMapping:
 def convert(prepared: nn.Module) -> nn.Module:
     """A converted copy; torch's engine must be set."""
     with known_deprecations_silenced():
-        return convert_fx(copy.deepcopy(prepared))
+        return convert_fx(cast(fx.GraphModule, copy.deepcopy(prepared)))
 
 
 def _clamp_first(prepared: fx.GraphModule) -> None:
@@ -108,7 +117,7 @@ def _clamp_first(prepared: fx.GraphModule) -> None:
         if node.op == "call_module" and node.target in watching:
             sites.setdefault(id(watching[node.target]), []).append(node)
     for nodes in sites.values():
-        clamps = [clamp_after(node, modules) if len(node.args[0].users) == 1 else None for node in nodes]
+        clamps = [clamp_after(node, modules) if _alone(node) else None for node in nodes]
         found = [clamp for clamp in clamps if clamp is not None]
         if not found:
             continue
@@ -116,7 +125,12 @@ def _clamp_first(prepared: fx.GraphModule) -> None:
         for clamp in found[1:]:
             hull = hull.joined(clamp)
         if all(clamp is not None or hull.holds(bounds[node]) for node, clamp in zip(nodes, clamps, strict=True)):
-            watching[nodes[0].target].register_forward_pre_hook(ClampFirst(hull.low, hull.high))
+            watching[str(nodes[0].target)].register_forward_pre_hook(ClampFirst(hull.low, hull.high))
+
+
+def _alone(observer_call: fx.Node) -> bool:
+    """Whether everything that reads the observed tensor reads it behind this observer."""
+    return all(len(source.users) == 1 for source in observer_call.all_input_nodes)
 
 
 def _bounds(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[fx.Node, Interval]:
@@ -144,5 +158,3 @@ def _keeps_values(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         module = modules[str(node.target)]
         return isinstance(module, _KEEP_VALUES) or "activation_post_process" in str(node.target)
     return node.op in ("call_function", "call_method") and node.target in _KEEP_VALUES_FUNCTIONS
-
-

@@ -27,3 +27,8 @@ def tensor_names(prepared: nn.Module) -> dict[str, str]:
         for name, _ in prepared.named_modules(remove_duplicate=False)
         if name.endswith(f".{_POST}")
     }
+
+
+def place(name: str, kind: str) -> str:
+    """Where in a model something happened, for a sentence: `module layer1.0 (BasicBlock)`."""
+    return f"module {name} ({kind})" if name else f"own forward ({kind})"

@@ -133,7 +133,10 @@ def _constant(graph_module: fx.GraphModule, value: Any) -> Any:
 
 def _constants(graph_module: fx.GraphModule, values: Any) -> list[Any]:
     return [
-        type(v)(_constants(graph_module, v)) if isinstance(v, tuple | list) else _constant(graph_module, v) for v in values
+        type(value)(_constants(graph_module, value))
+        if isinstance(value, tuple | list)
+        else _constant(graph_module, value)
+        for value in values
     ]
 
 
@@ -172,7 +175,7 @@ def _ndim(node: fx.Node) -> int:
     return int(node.meta.get("ndim", 4))
 
 
-def _conv_maker(kind: type[_ConvNd]) -> Callable[..., nn.Module | None]:
+def _conv_maker(kind: type[nn.Conv1d] | type[nn.Conv2d]) -> Callable[..., nn.Module | None]:
     def make(
         weight: Tensor,
         bias: Tensor | None = None,
@@ -186,7 +189,7 @@ def _conv_maker(kind: type[_ConvNd]) -> Callable[..., nn.Module | None]:
         conv: nn.Module = kind(
             per_group * groups,
             channels_out,
-            tuple(size),  # type: ignore[arg-type]
+            _numbers(size),
             stride=_numbers(stride),
             padding=padding if isinstance(padding, str) else _numbers(padding),
             dilation=_numbers(dilation),
@@ -276,7 +279,7 @@ def _number_padding(graph_module: fx.GraphModule) -> None:
 
 
 def _unshare(graph_module: fx.GraphModule) -> None:
-    """A convolution or BatchNorm that is called twice gets a copy for each call: each has its own neighbours to fuse."""
+    """A convolution or BatchNorm that is called twice gets a copy for each call, which has neighbours of its own."""
     seen: set[int] = set()
     for node in _nodes(graph_module, "call_module"):
         module = _module(graph_module, node)
@@ -295,21 +298,31 @@ def _move_padding(graph_module: fx.GraphModule) -> None:
         pads = _zero_padding(graph_module, node)
         if pads is None:
             continue
-        source = node.all_input_nodes[0]
-        users = list(node.users)
-        conv = _module(graph_module, users[0]) if len(users) == 1 and users[0].op == "call_module" else None
-        symmetric = all(before == after for before, after in zip(pads[::2], pads[1::2], strict=True))
-        inside = isinstance(conv, nn.Conv1d | nn.Conv2d) and conv.padding_mode == "zeros"
-        if any(pads) and not (symmetric and inside and len(pads) // 2 <= len(conv.kernel_size)):  # type: ignore[union-attr]
+        if any(pads) and not _absorbed(graph_module, node, pads):
             continue
-        if any(pads):
-            assert isinstance(conv, _ConvNd)
-            # F.pad begins with the last dimension.
-            extra = (pads[::2] + [0] * len(conv.kernel_size))[: len(conv.kernel_size)][::-1]
-            conv.padding = tuple(int(old) + new for old, new in zip(conv.padding, extra, strict=True))
-            conv._reversed_padding_repeated_twice = [p for p in reversed(conv.padding) for _ in range(2)]  # type: ignore[assignment,arg-type]
-        node.replace_all_uses_with(source)
+        node.replace_all_uses_with(node.all_input_nodes[0])
         graph_module.graph.erase_node(node)
+
+
+def _absorbed(graph_module: fx.GraphModule, node: fx.Node, pads: list[int]) -> bool:
+    """Whether the one reader of this padding is a convolution that could take it over, and now has."""
+    users = list(node.users)
+    if len(users) != 1 or users[0].op != "call_module":
+        return False
+    conv = _module(graph_module, users[0])
+    if not isinstance(conv, nn.Conv1d | nn.Conv2d) or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return False
+    dimensions = len(conv.kernel_size)
+    before, after = pads[::2], pads[1::2]
+    if before != after or min(before) < 0 or len(before) > dimensions:
+        return False
+    # F.pad begins with the last dimension.
+    extra = [*before, *[0] * (dimensions - len(before))][::-1]
+    padding: Any = tuple(old + new for old, new in zip(conv.padding, extra, strict=True))
+    conv.padding = padding
+    # What F.pad would be given if padding_mode were not zeros; kept in step.
+    conv._reversed_padding_repeated_twice = [p for p in reversed(padding) for _ in range(2)]
+    return True
 
 
 def _zero_padding(graph_module: fx.GraphModule, node: fx.Node) -> list[int] | None:
@@ -317,7 +330,7 @@ def _zero_padding(graph_module: fx.GraphModule, node: fx.Node) -> list[int] | No
     pads: Any = None
     if node.op == "call_module":
         module = _module(graph_module, node)
-        if isinstance(module, nn.ZeroPad2d) or isinstance(module, nn.ConstantPad2d) and module.value == 0:
+        if isinstance(module, nn.ZeroPad2d) or (isinstance(module, nn.ConstantPad2d) and module.value == 0):
             pads = module.padding
     elif node.op == "call_function" and node.target is F.pad:
         is_zero = _argument(node, 2, "mode", "constant") == "constant" and not _argument(node, 3, "value", None)

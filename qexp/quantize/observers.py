@@ -13,7 +13,6 @@ from torch.ao.quantization.observer import (
     HistogramObserver,
     MinMaxObserver,
     MovingAverageMinMaxObserver,
-    ObserverBase,
     PerChannelMinMaxObserver,
     UniformQuantizationObserverBase,
 )
@@ -22,7 +21,7 @@ from qexp.config import ActivationObserver, Granularity, Observer, QConfig, Sche
 from qexp.quantize.grid import Grid, Side, grid
 from qexp.results import QParams
 
-_ACTIVATION = {
+_ACTIVATION: dict[ActivationObserver, Any] = {
     ActivationObserver.minmax: MinMaxObserver,
     ActivationObserver.moving_average: MovingAverageMinMaxObserver,
     ActivationObserver.histogram: HistogramObserver,
@@ -62,9 +61,7 @@ def weight_observer(qconfig: QConfig, granularity: Granularity) -> Any:
     return MinMaxObserver.with_args(dtype=torch.qint8, qscheme=scheme, **bounds)
 
 
-def torch_qconfig(
-    qconfig: QConfig, observer: Observer, weight_granularity: Granularity | None = None
-) -> TorchQConfig:
+def torch_qconfig(qconfig: QConfig, observer: Observer, weight_granularity: Granularity | None = None) -> TorchQConfig:
     """torch's QConfig for these settings; `weight_granularity` overrides the qconfig's for layers that need it."""
     return TorchQConfig(
         activation=activation_observer(qconfig, observer),
@@ -86,7 +83,7 @@ class ClampFirst:
         return (inputs[0].clamp(self.low, self.high),)
 
 
-def observers(prepared: nn.Module) -> dict[str, ObserverBase]:
+def observers(prepared: nn.Module) -> dict[str, Any]:
     """Every observer by its module name; one that is shared appears under each of its names."""
     return {
         name: module
@@ -101,7 +98,7 @@ def records_range(observer: nn.Module) -> bool:
     return isinstance(observer, UniformQuantizationObserverBase)
 
 
-def seen_range(observer: nn.Module) -> tuple[float, float]:
+def seen_range(observer: Any) -> tuple[float, float]:
     """(lowest, highest) value that the observer keeps; (inf, -inf) before it has seen any."""
     low, high = observer.min_val, observer.max_val
     if low.numel() == 0:

@@ -90,9 +90,7 @@ def _conv(kind: str, zero_point: int) -> int:
     images = torch.quantize_per_tensor(torch.full((1, channels_in, 8, 8), 255.0), 1.0, 0, torch.quint8)
     shape = (channels_out, channels_in // groups, size, size)
     weight, terms = _weight(shape, zero_point), channels_in // groups * size * size
-    packed = torch.ops.quantized.conv2d_prepack(
-        weight, torch.zeros(channels_out), [1, 1], [0, 0], [1, 1], groups
-    )
+    packed = torch.ops.quantized.conv2d_prepack(weight, torch.zeros(channels_out), [1, 1], [0, 0], [1, 1], groups)
     return _lowest(torch.ops.quantized.conv2d(images, packed, _scale(terms, zero_point), 0))
 
 

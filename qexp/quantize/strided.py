@@ -31,11 +31,10 @@ class TakeEvery:
         return (inputs[0][:, :, :: self.rows, :: self.columns],)
 
 
-def affected(module: nn.Module, engine: Engine) -> bool:
-    """Whether this is an INT8 convolution that oneDNN would compute with the workspace that is too small."""
+def affected(module: nnq.Conv2d, engine: Engine) -> bool:
+    """Whether oneDNN would compute this INT8 convolution with the workspace that is too small."""
     return (
         engine in _ONEDNN_INSIDE
-        and isinstance(module, nnq.Conv2d)
         and tuple(module.kernel_size) == (1, 1)
         and max(module.stride) > 1
         and not any(module.padding)
@@ -47,7 +46,7 @@ def affected(module: nn.Module, engine: Engine) -> bool:
 def without_strides(converted: nn.Module, engine: Engine) -> nn.Module:
     """The converted model, in place, with the strides of such convolutions taken before them."""
     for module in converted.modules():
-        if affected(module, engine):
+        if isinstance(module, nnq.Conv2d) and affected(module, engine):
             rows, columns = module.stride
             weight, bias = module._weight_bias()
             module.stride = (1, 1)

@@ -6,6 +6,7 @@ model then, so that padding computed from them (TensorFlow's "same") can be trac
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -150,7 +151,7 @@ class _ShapeTracer(fx.Tracer):
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         concrete = getattr(obj, "concrete", None)
         if isinstance(concrete, tuple | list):
-            return iter([obj[i] for i in range(len(concrete))])
+            return iter([operator.getitem(obj, i) for i in range(len(concrete))])
         return super().iter(obj)
 
 

@@ -34,8 +34,9 @@ def load(path: Path, structure: nn.Module, engine: Engine | None, channels_last:
     try:
         structure.load_state_dict(state)
     except (RuntimeError, KeyError) as error:
-        raise RunError(f"{path} doesn't hold the model that these settings make: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise RunError(f"{path} doesn't hold the model that these settings make: {reason}") from error
     structure.eval().requires_grad_(False)
     if channels_last:
-        structure.to(memory_format=torch.channels_last)
+        structure.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
     return Loaded(structure, engine, channels_last)

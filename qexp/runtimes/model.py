@@ -38,7 +38,11 @@ class Loaded:
 
 
 def agree(
-    first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor], images: Tensor, batch_size: int, precision: str
+    first: Callable[[Tensor], Tensor],
+    second: Callable[[Tensor], Tensor],
+    images: Tensor,
+    batch_size: int,
+    precision: str,
 ) -> float:
     """Largest difference of two variants' logits, as a share of the largest; INT8's must be equal bit for bit.
 
@@ -53,7 +57,9 @@ def agree(
         difference = max(difference, float((expected - actual).abs().max()))
     relative = difference / largest if largest else difference
     if precision == "int8" and not equal:
-        raise RunError(f"two runtimes of the same INT8 model differ by {relative:.2g} of the largest logit, not by nothing")
+        raise RunError(
+            f"two runtimes of the same INT8 model differ by {relative:.2g} of the largest logit: they must be equal"
+        )
     if not relative <= FP32_TOLERANCE:
         raise RunError(
             f"two runtimes of the same FP32 model differ by {relative:.2g} of the largest logit: {FP32_TOLERANCE:g} is "

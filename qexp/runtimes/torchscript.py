@@ -1,4 +1,4 @@
-"""TorchScript: traced, frozen and saved. Deprecated by torch and unsupported from Python 3.14; only this file uses it."""
+"""TorchScript: traced, frozen and saved. Deprecated, unsupported from Python 3.14, and used here only."""
 
 from __future__ import annotations
 
