@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qexp import cache, evaluate, latency, machine, metrics, models, quantize, record
 from qexp import config as schema
-from qexp import evaluate, latency, machine, metrics, models, quantize, record
 from qexp.config import Config, Flow, Overflow, QConfig, Runtime, Target
 from qexp.data import Data, count_shared, draw, load_data, normalise
 from qexp.errors import RunError
@@ -86,7 +87,8 @@ def run_job(config: Config, folder: Path) -> Result:
 
         skeleton = quantize.skeleton(fp32.module, config.flow, config.fusion, qconfig, config.engine, few[:2])
         artifacts, variants = saved_and_loaded(config, fused, int8, skeleton, few, folder)
-        predictions = {precision: predicted(config, data, variants, precision) for precision in ("fp32", "int8")}
+        in_memory = {"fp32": fused, "int8": int8}
+        predictions = predicted(config, data, fp32.digest, artifacts, variants, in_memory)
         if np.array_equal(predictions["fp32"].logits, predictions["int8"].logits):
             raise RunError("the INT8 logits equal the FP32 logits bit for bit: nothing was quantized.")
         timings = timed(config, variants, data) if config.latency.enabled else []
@@ -223,8 +225,7 @@ def saved_and_loaded(
 ) -> tuple[list[Artifact], dict[str, Loaded]]:
     """Save both precisions for every runtime and load them back: what is evaluated and timed is what was saved.
 
-    Returns the artifacts, and the loaded models by `<precision>_<runtime>`. Raises RunError where a loaded model
-    gives other logits than the model in memory did.
+    Returns the artifacts, and the loaded models by `<precision>_<runtime>`.
     """
     where = folder / "model"
     where.mkdir(exist_ok=True)
@@ -244,7 +245,6 @@ def saved_and_loaded(
                     eager_runtime.export(module, path)
                     blank = copy.deepcopy(structure)
                     loaded = eager_runtime.load(path, blank, engine, runtime is Runtime.eager_channels_last)
-                agree(module, loaded, images, config.evaluate.batch_size, precision)
                 variants[f"{precision}_{runtime}"] = loaded
                 artifacts.append(_artifact(precision, str(runtime), path, str(engine or "")))
     return artifacts, variants
@@ -260,13 +260,50 @@ def _artifact(precision: str, runtime: str, path: Path, engine: str) -> Artifact
     return Artifact(precision, runtime, str(path), hashlib.sha256(content).hexdigest(), len(content), engine)
 
 
-def predicted(config: Config, data: Data, variants: Mapping[str, Loaded], precision: str) -> Predictions:
-    """Predictions on all evaluation images, with the first of the runtimes that execute this precision."""
-    model = next(loaded for name, loaded in variants.items() if name.startswith(precision))
-    with quantize.engine(config.engine):
+def predicted(
+    config: Config,
+    data: Data,
+    float_digest: str,
+    artifacts: list[Artifact],
+    variants: Mapping[str, Loaded],
+    in_memory: Mapping[str, nn.Module],
+) -> dict[str, Predictions]:
+    """Predictions on all evaluation images by precision, with the first of the runtimes that execute it.
+
+    FP32's are kept: they are the same for every way to quantize. Raises RunError where another runtime, or the model
+    that was saved, gives other logits on the first images.
+    """
+    few = np.arange(min(len(data.test), AGREEMENT_IMAGES))
+
+    def predict(model: Callable[[Tensor], Tensor], precision: str, indices: np.ndarray | None = None) -> np.ndarray:
+        title = f"evaluating {precision.upper()}"
         return evaluate.predict(
-            model, data.test, data.mean, data.std, config.evaluate.batch_size, f"evaluating {precision.upper()}"
-        )
+            model, data.test, data.mean, data.std, config.evaluate.batch_size, title, indices
+        ).logits
+
+    found = {}
+    with quantize.engine(config.engine):
+        for precision, saved in in_memory.items():
+            first, *others = [name for name in variants if name.startswith(precision)]
+            whole = partial(predict, variants[first], precision)
+            if precision == "fp32":
+                key = _fp32_key(config, data, float_digest, artifacts[0])
+                logits = cache.array(_folder(config, "cache"), key, whole)
+            else:
+                logits = whole()
+            twins: list[Callable[[Tensor], Tensor]] = [saved, *(variants[name] for name in others)]
+            for twin in twins:
+                agree(logits[few], predict(twin, precision, few), precision)
+            found[precision] = Predictions(logits, data.test.labels, data.test.ids)
+    return found
+
+
+def _fp32_key(config: Config, data: Data, float_digest: str, artifact: Artifact) -> str:
+    """All that the FP32 logits depend on, in their last bit too."""
+    executed = [artifact.sha256, artifact.runtime, config.flow, config.fusion, float_digest]
+    images = [data.test.digest, data.mean, data.std, config.evaluate.batch_size]
+    where = [config.compute.threads, torch.__version__, machine.describe().cpu, machine.describe().isa]
+    return json.dumps(["fp32 logits", executed, images, where, record.code_hash()])
 
 
 def timed(config: Config, variants: Mapping[str, Callable[[Tensor], Any]], data: Data) -> list[latency.Timing]:

@@ -8,8 +8,6 @@ pixel first and convolving without a stride is the same sum of the same products
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch.ao.nn.quantized as nnq
 from torch import Tensor, nn
 
@@ -20,15 +18,20 @@ _ONEDNN_INSIDE = (Engine.onednn, Engine.x86)
 _SAFE_CHANNELS = 16
 
 
-@dataclass(frozen=True)
-class TakeEvery:
-    """A forward pre-hook that does a 1x1 convolution's stride for it."""
+class AfterStride(nn.Module):
+    """An INT8 1x1 convolution whose stride is taken before it."""
 
-    rows: int
-    columns: int
+    def __init__(self, conv: nnq.Conv2d) -> None:
+        super().__init__()
+        self.rows, self.columns = conv.stride
+        weight, bias = conv._weight_bias()
+        conv.stride = (1, 1)
+        conv.set_weight_bias(weight, bias)
+        self.conv = conv
 
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        return (inputs[0][:, :, :: self.rows, :: self.columns],)
+    def forward(self, images: Tensor) -> Tensor:
+        answer: Tensor = self.conv(images[:, :, :: self.rows, :: self.columns])
+        return answer
 
 
 def affected(module: nnq.Conv2d, engine: Engine) -> bool:
@@ -45,11 +48,8 @@ def affected(module: nnq.Conv2d, engine: Engine) -> bool:
 
 def without_strides(converted: nn.Module, engine: Engine) -> nn.Module:
     """The converted model, in place, with the strides of such convolutions taken before them."""
-    for module in converted.modules():
-        if isinstance(module, nnq.Conv2d) and affected(module, engine):
-            rows, columns = module.stride
-            weight, bias = module._weight_bias()
-            module.stride = (1, 1)
-            module.set_weight_bias(weight, bias)
-            module.register_forward_pre_hook(TakeEvery(rows, columns))
+    for module in list(converted.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nnq.Conv2d) and affected(child, engine):
+                setattr(module, name, AfterStride(child))
     return converted

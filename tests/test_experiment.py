@@ -1,0 +1,195 @@
+"""The pipeline from end to end, on the smallest model: one contract for every flow, engine and runtime."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qexp import experiment
+from qexp.config import Config, Engine, Flow
+from qexp.errors import InputError, RunError
+from qexp.results import METRICS, Result
+
+Composed = Callable[..., Config]
+SMALL = ("model=tiny", "train=fast", "latency=quick", "latency.seconds=0.1", "latency.warmup_seconds=0")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained `tiny`, so that no test trains one again."""
+    from hydra import compose, initialize_config_dir
+
+    from qexp import config as schema
+    from qexp import models
+    from qexp.compose import CONF
+    from qexp.data import load_data
+
+    folder = tmp_path_factory.mktemp("float")
+    overrides = ["model=tiny", "train=fast", "train.epochs=6", "train.lr=0.05", f"outputs={folder}"]
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        config = schema.from_hydra(compose("config", overrides), str(folder))
+    data = load_data(config.dataset, folder / "cache")
+    made = models.float_model(config.model, config.train, data, 0, folder / "checkpoints", 2)
+    torch.save(made.module.state_dict(), folder / "tiny.pt")
+    return folder / "tiny.pt"
+
+
+@pytest.fixture
+def run(composed: Composed, checkpoint: Path, tmp_path: Path) -> Callable[..., Result]:
+    """run(*overrides) -> the Result of one job, whose folder is tmp_path/run."""
+
+    def job(*overrides: str) -> Result:
+        config = composed(*SMALL, f"model.checkpoint={checkpoint}", *overrides)
+        folder = tmp_path / "run"
+        folder.mkdir(exist_ok=True)
+        experiment.check_inputs(config)
+        return experiment.run_job(config, folder)
+
+    return job
+
+
+@pytest.mark.parametrize("engine", list(Engine))
+@pytest.mark.parametrize("flow", list(Flow))
+def test_every_flow_on_every_engine_gives_a_whole_result(
+    run: Callable[..., Result], tmp_path: Path, flow: Flow, engine: Engine
+) -> None:
+    result = run(f"flow={flow}", f"engine={engine}")
+    assert set(result.metrics) <= set(METRICS)  # nothing else is logged
+    expected = {name for name, metric in METRICS.items() if "cuda" not in name and "p99" not in name}
+    expected -= {name for name in expected if name.startswith("latency/int8_eager_channels_last")}
+    assert expected <= set(result.metrics)
+    assert all(np.isfinite(value) for value in result.metrics.values())
+    assert result.metrics["accuracy/fp32"] > 0.6
+    assert result.metrics["quant/layers_int8"] == (1 if flow is Flow.dynamic else 7)
+    assert abs(result.metrics["accuracy/delta"]) < 0.1
+    assert {"cpu", "isa", "kernel_signature", "torch", "fastest.int8", "latency_valid"} <= set(result.tags)
+    kept = np.load(tmp_path / "run" / "predictions.npz")
+    accuracy = (kept["int8"].argmax(1) == kept["labels"]).mean()
+    assert accuracy == pytest.approx(result.metrics["accuracy/int8"])
+    assert not np.array_equal(kept["int8"], kept["fp32"])
+
+
+def test_what_was_saved_gives_the_same_logits_in_a_fresh_process(run: Callable[..., Result], tmp_path: Path) -> None:
+    run("latency=off")
+    code = """
+import json, runpy, sys, torch
+from pathlib import Path
+from qexp import quantize
+from qexp.config import Engine
+from qexp.experiment import load_int8
+folder = Path(sys.argv[1])
+images = torch.load(folder / "images.pt", weights_only=True)
+script = runpy.run_path(str(folder / "model" / "load.py"))["model"]
+with quantize.engine(Engine.x86), torch.inference_mode():
+    torch.save([script(images), load_int8(folder)(images)], folder / "logits.pt")
+"""
+    from qexp.data import load_data, normalise
+
+    folder = tmp_path / "run"
+    config = json.loads((folder / "config.json").read_text())
+    data = load_data(config["dataset"], tmp_path / "cache")
+    size = config["evaluate"]["batch_size"]
+    torch.save(normalise(data.test.pixels(np.arange(size)), data.mean, data.std), folder / "images.pt")
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, cwd=Path(experiment.__file__).parent.parent)
+    expected = torch.from_numpy(np.load(folder / "predictions.npz")["int8"][:size])
+    for logits in torch.load(folder / "logits.pt", weights_only=True):
+        assert torch.equal(logits, expected)
+
+
+def test_a_job_leaks_no_global(run: Callable[..., Result]) -> None:
+    threads, engine, state = torch.get_num_threads(), torch.backends.quantized.engine, torch.get_rng_state()
+    run("engine=qnnpack", "compute.threads=1", "latency=off")
+    assert (torch.get_num_threads(), torch.backends.quantized.engine) == (threads, engine)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_same_job_gives_the_same_logits(run: Callable[..., Result], tmp_path: Path) -> None:
+    logits = []
+    for _ in range(2):
+        run("latency=off")
+        logits.append(np.load(tmp_path / "run" / "predictions.npz")["int8"])
+    assert np.array_equal(*logits)
+
+
+def test_what_overflow_became_is_recorded_beside_what_was_asked(run: Callable[..., Result]) -> None:
+    assert run("qconfig.overflow=weights", "latency=off").resolved == {
+        "resolved.overflow": "weights", "resolved.weight_bits": "7", "resolved.activation_bits": "8",
+    }  # fmt: skip
+    assert run("target=vnni", "latency=off").resolved["resolved.overflow"] == "none"
+    assert run("target=avx2", "latency=off").resolved["resolved.overflow"] == "activations"
+    symmetric = run("target=avx2", "qconfig=per_channel_symmetric", "latency=off")
+    assert symmetric.resolved["resolved.overflow"] == "weights"
+
+
+def test_an_unguarded_engine_that_can_saturate_is_doubted(run: Callable[..., Result]) -> None:
+    from qexp.quantize import saturation
+
+    result = run("qconfig.overflow=none", "engine=fbgemm", "latency=off")
+    doubted = any("holds for this CPU only" in doubt for doubt in result.doubts)
+    assert doubted == saturation.probe().saturates(Engine.fbgemm)
+    assert not any("this CPU only" in doubt for doubt in run("engine=fbgemm", "latency=off").doubts)
+
+
+def test_a_relu_used_twice_fails_the_run_and_names_the_block(composed: Composed, tmp_path: Path) -> None:
+    sys.modules["twice"] = type(sys)("twice")
+    exec(TWICE, sys.modules["twice"].__dict__)
+    config = composed(
+        "model=custom", "model._target_=twice.Net", "train=fast", "latency=off", f"outputs={tmp_path}/outputs"
+    )
+    (tmp_path / "run").mkdir()
+    with pytest.raises(RunError, match=r"the fused model differs from the float model .* flow=fx"):
+        experiment.run_job(config, tmp_path / "run")
+
+
+def test_an_eager_model_with_a_bare_plus_is_refused_before_any_work(composed: Composed, tmp_path: Path) -> None:
+    sys.modules["plus"] = type(sys)("plus")
+    exec(PLUS, sys.modules["plus"].__dict__)
+    overrides = ("model=custom", "model._target_=plus.Net", "train=fast", "latency=off")
+    with pytest.raises(InputError, match="flow=fx"):
+        experiment.check_inputs(composed(*overrides, "flow=eager"))
+    experiment.check_inputs(composed(*overrides, "flow=fx"))
+
+
+TWICE = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+        self.relu = nn.ReLU()
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        return self.fc(x.mean((2, 3)))
+
+    def fuse_model(self, is_qat=False):
+        names = [["conv1", "bn1", "relu"], ["conv2", "bn2"]]
+        torch.ao.quantization.fuse_modules(self, names, inplace=True)
+"""
+
+PLUS = """
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.fc((self.conv1(x) + self.conv2(x)).mean((2, 3)))
+"""
