@@ -72,7 +72,9 @@ def steps_from_exact(net: nn.Module, converted: nn.Module, images: Tensor, engin
     with quantize.engine(engine), torch.inference_mode():
         inputs = converted.quant(images)
         output = layer(inputs).int_repr().to(torch.float64)
-        weight = layer.weight()
+    # The convolution itself, inside what takes its stride first where oneDNN can't be trusted with that.
+    layer = getattr(layer, "conv", layer)
+    weight = layer.weight()
     assert output.std() > 5
     values = inputs.int_repr().to(torch.float64) - inputs.q_zero_point()
     factors = weight.int_repr().to(torch.float64)
@@ -191,4 +193,4 @@ def test_strided_pointwise_convolutions_answer_the_same_on_every_call(channels: 
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(answer, answers[0]) for answer in answers)
-    assert ((answers[0] - exact) / converted.module[0].scale).abs().max() <= 1.01
+    assert ((answers[0] - exact) / converted.module[0].conv.scale).abs().max() <= 1.01
