@@ -52,8 +52,9 @@ def trained(module: nn.Module, seed: int = 0) -> nn.Module:
             if isinstance(m, nn.modules.batchnorm._BatchNorm):
                 m.running_mean.copy_(torch.randn(m.num_features, generator=generator) * 0.3)
                 m.running_var.copy_(torch.rand(m.num_features, generator=generator) + 0.5)
-                m.weight.copy_(torch.rand(m.num_features, generator=generator) + 0.5)
-                m.bias.copy_(torch.randn(m.num_features, generator=generator) * 0.3)
+                if m.affine:
+                    m.weight.copy_(torch.rand(m.num_features, generator=generator) + 0.5)
+                    m.bias.copy_(torch.randn(m.num_features, generator=generator) * 0.3)
     return module.eval().requires_grad_(False)
 
 

@@ -17,6 +17,7 @@ from qexp.errors import InputError, QexpError
 from qexp.quantize import dynamic, eager, fx
 from qexp.quantize.calibrate import calibrate, run_or_refuse
 from qexp.quantize.compare import blame, fusion_difference
+from qexp.quantize.copies import evaluation_copy
 from qexp.quantize.engines import engine, require, supported
 from qexp.quantize.grid import Grid, Side, executed_bits, grid
 from qexp.quantize.layers import layers, read_qparams
@@ -60,7 +61,7 @@ def fuse(module: nn.Module, flow: Flow, fusion: bool, example: Tensor) -> nn.Mod
         return eager.fuse(module, fusion, example)
     if flow is Flow.fx:
         return fx.fuse(module, example)
-    return dynamic.copy_of(module)
+    return evaluation_copy(module)
 
 
 def prepare(

@@ -24,14 +24,9 @@ torch gives the activations 7 bits itself on x86, fbgemm and onednn (`reduce_ran
 nothing overflows."""
 
 
-def copy_of(module: nn.Module) -> nn.Module:
-    """The float model as it is, in evaluation mode: nothing is fused for dynamic quantization."""
-    return copy.deepcopy(module).eval()
-
-
 def prepare(module: nn.Module, qconfig: QConfig) -> nn.Module:
     """A copy that carries its qconfig, ready for convert: there is nothing to observe."""
-    module = copy_of(module)
+    module = copy.deepcopy(module)
     weight = weight_observer(qconfig, qconfig.weight.granularity)
     carried: Any = TorchQConfig(activation=default_dynamic_quant_observer, weight=weight)
     module.qexp_dynamic = carried

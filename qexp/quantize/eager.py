@@ -21,6 +21,7 @@ from torch.ao.quantization import prepare as torch_prepare
 from qexp.config import Granularity, Observer, QConfig
 from qexp.errors import InputError
 from qexp.quantize.clamps import Interval, clamp_after
+from qexp.quantize.copies import evaluation_copy
 from qexp.quantize.names import place
 from qexp.quantize.observers import ClampFirst, torch_qconfig
 from qexp.quantize.quiet import known_deprecations_silenced
@@ -48,7 +49,7 @@ def fuse(module: nn.Module, fusion: bool, example: Tensor) -> nn.Module:
 
     Raises InputError where neither is possible.
     """
-    module = copy.deepcopy(module).eval()
+    module = evaluation_copy(module)
     if not fusion:
         return module
     if callable(getattr(module, "fuse_model", None)):
@@ -175,6 +176,7 @@ def _choose(module: nn.Module, qconfig: QConfig, observer: Observer, example: Te
     # torch has no per-channel weights for transposed convolutions.
     transposed: Any = torch_qconfig(qconfig, observer, Granularity.per_tensor)
     nowhere: Any = None
+    never: Any = True
     ran: set[int] = set()
     handles = [
         m.register_forward_hook(lambda m, inputs, output: ran.add(id(m))) for m in module.modules() if m is not module
@@ -189,8 +191,9 @@ def _choose(module: nn.Module, qconfig: QConfig, observer: Observer, example: Te
             m.qconfig = everywhere if id(m.activation_post_process) in ran else nowhere
         elif isinstance(m, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
             m.qconfig = transposed if id(m) in ran else nowhere
-        elif m is not module and not list(m.children()) and id(m) not in ran:
+        elif m is not module and not any(id(part) in ran for part in m.modules()):
             m.qconfig = nowhere
+            m.never_runs = never  # read by layers.py: convert takes the qconfig away
 
 
 def _clamped(module: nn.Module, example: Tensor) -> dict[str, Interval]:

@@ -79,7 +79,7 @@ def _why_float(module: nn.Module, flow: Flow) -> str:
         return "this engine has no INT8 kernel for it: it runs in FP32 between a dequantize and a quantize"
     if flow is Flow.dynamic:
         return "flow=dynamic quantizes linear layers only"
-    if flow is Flow.eager and getattr(module, "qconfig", module) is None:
+    if getattr(module, "never_runs", False):
         return "never runs in evaluation"
     return f"flow={flow.value} has no INT8 module for {type(module).__name__}"
 

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from qexp.quantize.clamps import Interval, clamp_of
+from qexp.quantize.copies import evaluation_copy
 from qexp.quantize.trace import standard_type, trace
 
 _NOTHING_IN_EVALUATION = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, QuantStub, DeQuantStub)
@@ -31,10 +32,11 @@ def normalise(module: nn.Module, example: Tensor) -> fx.GraphModule:
 
     example: float32 [n, 3, H, W]; the graph holds for this H and W.
     """
-    graph_module = trace(copy.deepcopy(module).eval(), example)
+    graph_module = trace(evaluation_copy(module), example)
     for step in (
         _make_plain,
         _drop_idle,
+        _make_pads,
         _make_modules,
         _make_relus,
         _number_padding,
@@ -81,11 +83,6 @@ def _as_plain(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
     plain = kind.__new__(kind)
     plain.__dict__.update(module.__dict__)
     plain._parameters, plain._modules = dict(module._parameters), {}
-    # A parametrised layer (weight or spectral norm) computes its weight; in evaluation it is a constant.
-    for name in ("weight", "bias"):
-        value = getattr(module, name, None)
-        if name not in plain._parameters and isinstance(value, Tensor):
-            plain._parameters[name] = _frozen(value)
     return plain
 
 
@@ -123,8 +120,7 @@ def _constant(graph_module: fx.GraphModule, value: Any) -> Any:
     if value.op == "call_module":
         function: Callable[..., Any] = _module(graph_module, value)
     elif value.op == "call_method":
-        function = operator.methodcaller(str(value.target), *_constants(graph_module, value.args[1:]))
-        return function(_constant(graph_module, value.args[0]))
+        function = getattr(Tensor, str(value.target))
     else:
         function = value.target  # type: ignore[assignment]
     named = {key: _constant(graph_module, v) for key, v in value.kwargs.items()}
@@ -138,6 +134,14 @@ def _constants(graph_module: fx.GraphModule, values: Any) -> list[Any]:
         else _constant(graph_module, value)
         for value in values
     ]
+
+
+def _make_pads(graph_module: fx.GraphModule) -> None:
+    """Modules that pad with zeros become functions, so that a convolution they are part of can be replaced."""
+    for node in _nodes(graph_module, "call_module"):
+        module = _module(graph_module, node)
+        if isinstance(module, nn.ZeroPad2d) or (isinstance(module, nn.ConstantPad2d) and module.value == 0):
+            node.op, node.target, node.args, node.kwargs = "call_function", F.pad, (node.args[0], [*module.padding]), {}
 
 
 def _make_modules(graph_module: fx.GraphModule) -> None:
@@ -279,15 +283,19 @@ def _number_padding(graph_module: fx.GraphModule) -> None:
 
 
 def _unshare(graph_module: fx.GraphModule) -> None:
-    """A convolution or BatchNorm that is called twice gets a copy for each call, which has neighbours of its own."""
+    """A layer that is called twice gets a copy for each call, which has neighbours of its own to be fused with.
+
+    ReLU too: fused with one of its neighbours it would be found inside that, also by its other calls.
+    """
     seen: set[int] = set()
     for node in _nodes(graph_module, "call_module"):
         module = _module(graph_module, node)
-        if not isinstance(module, _ConvNd | _BatchNorm):
+        if not isinstance(module, _ConvNd | _BatchNorm | nn.Linear | nn.ReLU):
             continue
         if id(module) in seen:
+            module = copy.deepcopy(module)
             name = f"{node.target}_{node.name}"
-            graph_module.set_submodule(name, copy.deepcopy(module))
+            graph_module.set_submodule(name, module)
             node.target = name
         seen.add(id(module))
 
@@ -327,14 +335,9 @@ def _absorbed(graph_module: fx.GraphModule, node: fx.Node, pads: list[int]) -> b
 
 def _zero_padding(graph_module: fx.GraphModule, node: fx.Node) -> list[int] | None:
     """The pads of a padding with zeros, two for each dimension from the last on; None where it is something else."""
-    pads: Any = None
-    if node.op == "call_module":
-        module = _module(graph_module, node)
-        if isinstance(module, nn.ZeroPad2d) or (isinstance(module, nn.ConstantPad2d) and module.value == 0):
-            pads = module.padding
-    elif node.op == "call_function" and node.target is F.pad:
-        is_zero = _argument(node, 2, "mode", "constant") == "constant" and not _argument(node, 3, "value", None)
-        pads = _argument(node, 1, "pad") if is_zero else None
-    if pads is None or any(not isinstance(p, int) for p in pads):
+    if node.op != "call_function" or node.target is not F.pad:
         return None
-    return list(pads)
+    if _argument(node, 2, "mode", "constant") != "constant" or _argument(node, 3, "value", None):
+        return None
+    pads: Any = _argument(node, 1, "pad")
+    return list(pads) if all(isinstance(p, int) for p in pads) else None

@@ -1,0 +1,42 @@
+"""The copy that each flow begins with: in evaluation mode, its weights as they are then."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+
+def evaluation_copy(module: nn.Module) -> nn.Module:
+    """A deep copy in evaluation mode whose weights are constants.
+
+    Weight and spectral norm compute a layer's weight anew at each call, by a hook or by a class of their own, and
+    torch.ao neither fuses nor quantizes such layers.
+    """
+    module = copy.deepcopy(module).eval()
+    for part in list(module.modules()):
+        for hook in list(part._forward_pre_hooks.values()):
+            if isinstance(hook, WeightNorm):
+                remove_weight_norm(part, hook.name)
+            elif isinstance(hook, SpectralNorm):
+                remove_spectral_norm(part, hook.name)
+        if parametrize.is_parametrized(part):
+            _settle(part)
+    return module.requires_grad_(False)
+
+
+def _settle(part: nn.Module) -> None:
+    """Give a parametrised module back its own class, with the values that it computed.
+
+    torch's remove_parametrizations takes the property off the class, which the copy shares with the model.
+    """
+    parametrizations = part._modules["parametrizations"]
+    assert isinstance(parametrizations, nn.ModuleDict)
+    values = {name: getattr(part, name).detach().clone() for name in parametrizations}
+    part.__class__ = parametrize.type_before_parametrizations(part)
+    del part._modules["parametrizations"]
+    for name, value in values.items():
+        part.register_parameter(name, nn.Parameter(value))
