@@ -88,7 +88,8 @@ def run_job(config: Config, folder: Path) -> Result:
         skeleton = quantize.skeleton(fp32.module, config.flow, config.fusion, qconfig, config.engine, few[:2])
         artifacts, variants = saved_and_loaded(config, fused, int8, skeleton, few, folder)
         in_memory = {"fp32": fused, "int8": int8}
-        predictions = predicted(config, data, fp32.digest, artifacts, variants, in_memory)
+        all_int8 = all(layer.int8 for layer in layers)
+        predictions = predicted(config, data, fp32.digest, artifacts, variants, in_memory, all_int8)
         if np.array_equal(predictions["fp32"].logits, predictions["int8"].logits):
             raise RunError("the INT8 logits equal the FP32 logits bit for bit: nothing was quantized.")
         timings = timed(config, variants, data) if config.latency.enabled else []
@@ -267,6 +268,7 @@ def predicted(
     artifacts: list[Artifact],
     variants: Mapping[str, Loaded],
     in_memory: Mapping[str, nn.Module],
+    all_int8: bool,
 ) -> dict[str, Predictions]:
     """Predictions on all evaluation images by precision, with the first of the runtimes that execute it.
 
@@ -293,7 +295,8 @@ def predicted(
                 logits = whole()
             twins: list[Callable[[Tensor], Tensor]] = [saved, *(variants[name] for name in others)]
             for twin in twins:
-                agree(logits[few], predict(twin, precision, few), precision)
+                allowed = "mixed" if precision == "int8" and not all_int8 else precision
+                agree(logits[few], predict(twin, precision, few), allowed)
             found[precision] = Predictions(logits, data.test.labels, data.test.ids)
     return found
 

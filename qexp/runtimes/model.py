@@ -12,8 +12,9 @@ from qexp.config import Engine
 from qexp.errors import RunError
 from qexp.quantize import require
 
-FP32_TOLERANCE = 1e-4
-"""How far two runtimes' FP32 logits may be apart, as a share of the largest logit."""
+TOLERANCE = {"fp32": 1e-4, "int8": 0.0, "mixed": 1e-2}
+"""How far two runtimes may be apart, as a share of the largest logit. mixed: INT8 with layers left in FP32, whose
+last bits may move an activation to the next step of its grid."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,20 +39,16 @@ class Loaded:
 
 
 def agree(expected: np.ndarray, actual: np.ndarray, precision: str) -> float:
-    """Largest difference of the same images' logits, as a share of the largest; INT8's must be equal bit for bit.
+    """Largest difference of the same images' logits, as a share of the largest.
 
-    expected, actual: float32 [n, classes] of two variants of one model, computed in batches of one size; precision:
-    "fp32" or "int8". Raises RunError where the two don't agree.
+    expected, actual: float32 [n, classes] of two variants of one model, computed in batches of one size; precision: a
+    key of TOLERANCE. Raises RunError where the two differ by more than that allows.
     """
     largest, difference = float(np.abs(expected).max()), float(np.abs(expected - actual).max())
     relative = difference / largest if largest else difference
-    if precision == "int8" and not np.array_equal(expected, actual):
+    if not relative <= TOLERANCE[precision]:
         raise RunError(
-            f"two runtimes of the same INT8 model differ by {relative:.2g} of the largest logit: they must be equal."
-        )
-    if not relative <= FP32_TOLERANCE:
-        raise RunError(
-            f"two runtimes of the same FP32 model differ by {relative:.2g} of the largest logit: {FP32_TOLERANCE:g} is "
-            "allowed."
+            f"two runtimes of the same {precision.upper()} model differ by {relative:.2g} of the largest logit: "
+            f"{TOLERANCE[precision]:g} is allowed."
         )
     return relative
