@@ -72,4 +72,7 @@ def clamp_after(node: fx.Node, modules: dict[str, nn.Module]) -> Interval | None
     users = list(node.users)
     if len(users) != 1 or users[0].args[:1] != (node,):
         return None
+    # Where eager fusion took a BatchNorm or a ReLU out, it left an Identity.
+    if users[0].op == "call_module" and isinstance(modules[str(users[0].target)], nn.Identity):
+        return clamp_after(users[0], modules)
     return clamp_of(users[0], modules)

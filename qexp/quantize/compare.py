@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.ao.nn.intrinsic.modules.fused import _FusedModule
 
 
 def fusion_difference(float_module: nn.Module, fused: nn.Module, batch: Tensor) -> float:
@@ -19,24 +20,24 @@ def fusion_difference(float_module: nn.Module, fused: nn.Module, batch: Tensor) 
 
 
 def blame(float_module: nn.Module, fused: nn.Module, batch: Tensor, tolerance: float = 1e-4) -> str:
-    """The first module of `fused` whose output no module of the float model has, and the block that it is in.
+    """The first block of `fused` (or the first module, where a flow has dissolved the blocks) that computes another
+    output than in the float model.
 
-    A fused module computes what the last of its chain did, whichever that was; so it is looked for among all
-    outputs of the float model. Where every module's output is found, what differs is between modules.
+    A block must give what the block of its name does. A fused module gives what the last of its chain did, whichever
+    that was, so it is looked for among all outputs of the float model.
     """
-    expected: list[Tensor] = []
-    _run(float_module, batch, lambda name, output: expected.append(output))
+    expected: list[tuple[str, Tensor]] = []
+    _run(float_module, batch, lambda name, output: expected.append((name, output)))
+    blocks = {name for name, m in fused.named_modules() if list(m.children()) and not isinstance(m, _FusedModule)}
     found: list[str] = []
 
     def look(name: str, output: Tensor) -> None:
-        if not found and not any(_close(output, other, tolerance) for other in expected if other.shape == output.shape):
+        others = [other for known, other in expected if name not in blocks or known == name]
+        if not found and not any(_close(output, other, tolerance) for other in others if other.shape == output.shape):
             found.append(name)
 
     _run(fused, batch, look)
-    if not found:
-        return "an operation outside of any module"
-    block = found[0].rpartition(".")[0]
-    return f"{block} (at {found[0]})" if block else found[0]
+    return found[0] if found else "its own forward"
 
 
 def _close(output: Tensor, other: Tensor, tolerance: float) -> bool:

@@ -5,11 +5,16 @@ from __future__ import annotations
 from torch import fx, nn
 from torch.ao.quantization import QuantWrapper
 
+from qexp.quantize.strided import AfterStride
+
 _POST = "activation_post_process"
 
 
 def public(name: str, module: nn.Module) -> str:
-    """A submodule's name in the user's model, without the wrapper that qexp put around one without stubs."""
+    """A submodule's name in the user's model, without the wrappers that qexp put around models and convolutions."""
+    owner, _, last = name.rpartition(".")
+    if last == "conv" and isinstance(module.get_submodule(owner), AfterStride):
+        name = owner
     return name.removeprefix("module.") if isinstance(module, QuantWrapper) else name
 
 
