@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
@@ -10,13 +12,19 @@ from qexp.compose import CONF
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def main(composed: DictConfig) -> float | None:
+def compose_and_run(composed: DictConfig) -> float | None:
     # torch and mlflow are imported only after this point, so that --help and refusals answer at once.
     from qexp import sweep
 
     with open_dict(composed):
         composed.hydra = HydraConfig.get()
     return sweep.run(sweep.job_from(composed))
+
+
+def main() -> None:
+    # argparse, and so Hydra, takes overrides in one row only: with -m among them it refuses those that follow.
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
+    compose_and_run()
 
 
 if __name__ == "__main__":
