@@ -35,7 +35,7 @@ def composed(tmp_path: Path) -> Iterator[Callable[..., schema.Config]]:
 
 @pytest.fixture
 def qexp(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """qexp(*arguments) -> `python -m qexp` with them, in an empty folder, on the smallest model, trained for a moment."""
+    """qexp(*arguments) -> `python -m qexp` with them, on the smallest model, in an empty folder."""
 
     def run(*arguments: str, small: bool = True, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         defaults = ["model=tiny", "train=fast", "latency=quick", "latency.seconds=0.2"] if small else []

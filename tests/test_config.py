@@ -43,7 +43,8 @@ def test_every_experiment_composes_and_starts_with_its_own_command(composed: Com
 
 
 def test_neither_torch_nor_mlflow_is_imported_for_the_configuration() -> None:
-    code = "import sys, qexp.compose, qexp.sweep, hydra_plugins.qexp_sweeper; print({'torch', 'mlflow'} & set(sys.modules))"
+    imports = "import sys, qexp.compose, qexp.sweep, hydra_plugins.qexp_sweeper"
+    code = f"{imports}; print({{'torch', 'mlflow'}} & set(sys.modules))"
     root = str(Path(schema.__file__).parent.parent)
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
