@@ -13,7 +13,7 @@ from torch import nn
 
 from qexp.config import Engine
 from qexp.errors import RunError
-from qexp.runtimes.model import Loaded
+from qexp.runtimes.model import Loaded, packing_for
 
 
 def export(module: nn.Module, path: Path) -> Path:
@@ -32,7 +32,8 @@ def load(path: Path, structure: nn.Module, engine: Engine | None, channels_last:
         warnings.filterwarnings("ignore", message="TypedStorage is deprecated", category=UserWarning)
         state = torch.load(path, weights_only=True)
     try:
-        structure.load_state_dict(state)
+        with packing_for(engine):
+            structure.load_state_dict(state)
     except (RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise RunError(f"{path} doesn't hold the model that these settings make: {reason}") from error

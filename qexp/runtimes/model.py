@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qexp import quantize
 from qexp.config import Engine
 from qexp.errors import RunError
-from qexp.quantize import require
 
 TOLERANCE = {"fp32": 1e-4, "int8": 0.0, "mixed": 1e-2}
 """How far two runtimes may be apart, as a share of the largest logit. mixed: INT8 with layers left in FP32, whose
 last bits may move an activation to the next step of its grid."""
+
+
+@contextmanager
+def packing_for(engine: Engine | None) -> Iterator[None]:
+    """While INT8 weights are read from a file. They are packed as they are read, for the engine of that moment, and it
+    is the packing that decides whose kernels run, whatever the engine is later. None: FP32, where it doesn't matter."""
+    with quantize.engine(engine) if engine is not None else nullcontext():
+        yield
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +40,7 @@ class Loaded:
 
     def __call__(self, images: Tensor) -> Tensor:
         if self.engine is not None:
-            require(self.engine)
+            quantize.require(self.engine)
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with torch.inference_mode():

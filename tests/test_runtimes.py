@@ -1,0 +1,202 @@
+"""What is saved loads back to the same logits, takes any batch, and refuses to run under another engine."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from quantizable import MINMAX, Plain, images, settings, trained
+from torch import Tensor, nn
+
+from qexp import nets, quantize
+from qexp.config import Activation, Engine, Flow, QConfig
+from qexp.data import load_data, normalise
+from qexp.errors import RunError
+from qexp.evaluate import predict
+from qexp.runtimes import eager, torchscript
+from qexp.runtimes.model import Loaded, agree
+
+TWO = images(2)
+ENGINES = quantize.supported()
+QCONFIG = settings(overflow="weights")
+
+
+def float_net(flow: Flow) -> nn.Module:
+    return trained(Plain()) if flow is Flow.fx else trained(nets.tiny())
+
+
+def int8_of(net: nn.Module, flow: Flow, engine: Engine, qconfig: QConfig = QCONFIG) -> nn.Module:
+    prepared = quantize.prepare(quantize.fuse(net, flow, True, TWO), flow, qconfig, MINMAX, engine, TWO)
+    if flow is not Flow.dynamic:
+        quantize.calibrate(prepared, images(16, seed=3).split(8))
+    return quantize.convert(prepared, flow, engine)
+
+
+def run(net: nn.Module | Loaded, engine: Engine, batch: Tensor) -> Tensor:
+    with quantize.engine(engine), torch.inference_mode():
+        return net(batch)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("flow", list(Flow))
+def test_int8_logits_are_the_same_after_loading_in_every_flow_engine_and_runtime(
+    flow: Flow, engine: Engine, tmp_path: Path
+) -> None:
+    net = float_net(flow)
+    int8 = int8_of(net, flow, engine)
+    with warnings.catch_warnings():
+        # Nothing is printed that a reader of a first run can't act on.
+        warnings.simplefilter("error")
+        saved = eager.export(int8, tmp_path / "model.pt")
+        loaded = eager.load(saved, quantize.skeleton(net, flow, True, QCONFIG, engine, TWO), engine)
+        with quantize.engine(engine):
+            scripted = torchscript.load(torchscript.export(int8, TWO, tmp_path / "model.ts"), engine)
+        # In flow=dynamic the convolutions stay in FP32, whose last bits TorchScript may compute otherwise.
+        precision = "mixed" if flow is Flow.dynamic else "int8"
+        for count in (1, 8, 32):
+            batch = images(count, seed=count)
+            expected = run(int8, engine, batch)
+            assert expected.shape == (count, 10)
+            agree(expected.numpy(), run(loaded, engine, batch).numpy(), precision)
+            agree(expected.numpy(), run(scripted, engine, batch).numpy(), precision)
+    assert not torch.equal(expected, net(batch))
+
+
+@pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
+def test_fp32_runtimes_agree_with_the_float_model(flow: Flow, tmp_path: Path) -> None:
+    net, batch = float_net(flow), images(32, seed=1)
+    fused = quantize.fuse(net, flow, True, TWO)
+    saved = eager.export(fused, tmp_path / "model.pt")
+    variants = [
+        eager.load(saved, quantize.fuse(float_net(flow), flow, True, TWO), None),
+        eager.load(saved, quantize.fuse(float_net(flow), flow, True, TWO), None, channels_last=True),
+        torchscript.load(torchscript.export(fused, TWO, tmp_path / "model.ts"), None),
+    ]
+    expected = net(batch).numpy()
+    for variant in variants:
+        assert agree(expected, variant(batch).numpy(), "fp32") < 1e-5
+        assert variant(batch[:1]).shape == (1, 10)
+    assert variants[1].module.state_dict().keys() == fused.state_dict().keys()
+
+
+def test_an_int8_model_refuses_another_engine(tmp_path: Path) -> None:
+    net = float_net(Flow.eager)
+    int8 = int8_of(net, Flow.eager, Engine.fbgemm)
+    saved = eager.export(int8, tmp_path / "model.pt")
+    loaded = eager.load(saved, quantize.skeleton(net, Flow.eager, True, QCONFIG, Engine.fbgemm, TWO), Engine.fbgemm)
+    with quantize.engine(Engine.fbgemm):
+        scripted = torchscript.load(torchscript.export(int8, TWO, tmp_path / "model.ts"), Engine.fbgemm)
+    for model in (loaded, scripted):
+        with quantize.engine(Engine.qnnpack), pytest.raises(RunError, match="converted for engine=fbgemm"):
+            model(TWO)
+
+
+def raised_under(inside: list[str]) -> None:
+    inside.append(torch.backends.quantized.engine)
+    raise ZeroDivisionError
+
+
+def test_the_engine_is_put_back_after_an_error() -> None:
+    before = torch.backends.quantized.engine
+    other = next(engine for engine in ENGINES if engine.value != before)
+    inside: list[str] = []
+    with pytest.raises(ZeroDivisionError), quantize.engine(other):
+        raised_under(inside)
+    assert inside == [other.value]
+    assert torch.backends.quantized.engine == before
+
+
+def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
+    saved = eager.export(int8_of(trained(nets.tiny(width=16)), Flow.eager, Engine.x86), tmp_path / "model.pt")
+    skeleton = quantize.skeleton(trained(Plain()), Flow.fx, True, QCONFIG, Engine.x86, TWO)
+    with pytest.raises(RunError, match=r"model\.pt doesn't hold the model that these settings make"):
+        eager.load(saved, skeleton, Engine.x86)
+
+
+def test_disagreement_is_refused() -> None:
+    logits = np.array([[1.0, -4.0], [2.0, 0.5]], dtype=np.float32)
+    assert agree(logits, logits, "int8") == 0
+    nearly = logits + np.float32(1e-4)
+    assert agree(logits, nearly, "fp32") == pytest.approx(2.5e-5, rel=0.01)
+    with pytest.raises(RunError, match=r"two runtimes of the same INT8 model differ by 2\.5e-05"):
+        agree(logits, nearly, "int8")
+    with pytest.raises(RunError, match="two runtimes of the same FP32 model"):
+        agree(logits, logits * np.float32(1.001), "fp32")
+    with pytest.raises(RunError, match="nan"):
+        agree(logits, logits * np.float32("nan"), "fp32")
+
+
+def test_a_fresh_process_gives_the_same_int8_logits(tmp_path: Path) -> None:
+    int8 = int8_of(float_net(Flow.eager), Flow.eager, Engine.x86)
+    eager.export(int8, tmp_path / "model.pt")
+    with quantize.engine(Engine.x86):
+        torchscript.export(int8, TWO, tmp_path / "model.ts")
+    expected = run(int8, Engine.x86, TWO)
+    torch.save((TWO, expected), tmp_path / "expected.pt")
+    code = """
+import sys, torch
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+from quantizable import settings, trained
+from qexp import nets, quantize
+from qexp.config import Engine, Flow
+from qexp.runtimes import eager, torchscript
+folder = Path(sys.argv[1])
+images, expected = torch.load(folder / "expected.pt")
+skeleton = quantize.skeleton(nets.tiny(), Flow.eager, True, settings(overflow="weights"), Engine.x86, images)
+with quantize.engine(Engine.x86):
+    assert torch.equal(eager.load(folder / "model.pt", skeleton, Engine.x86)(images), expected)
+    assert torch.equal(torchscript.load(folder / "model.ts", Engine.x86)(images), expected)
+"""
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-W", "default", "-c", code, str(tmp_path), str(here)],
+        cwd=here.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6])
+def test_narrow_grids_run_on_the_same_kernels_and_cost_accuracy(bits: int) -> None:
+    net, batch = float_net(Flow.eager), images(32, seed=5)
+    errors = []
+    for width in (bits, 8):
+        qconfig = settings(weight_bits=width, activation_bits=width)
+        assert qconfig.activation == Activation(qconfig.activation.scheme, width)
+        int8 = int8_of(net, Flow.eager, Engine.qnnpack, qconfig)
+        errors.append(float((run(int8, Engine.qnnpack, batch) - net(batch)).square().mean()))
+    assert errors[0] > errors[1]
+
+
+# ------------------------------------------------------------------------------------------------ evaluate
+
+
+def test_predictions_are_those_of_one_batch_size_in_the_order_asked(tmp_path: Path) -> None:
+    spec = yaml.safe_load((Path(__file__).parent.parent / "conf" / "dataset" / "digits.yaml").read_text())
+    data = load_data(spec, tmp_path)
+    seen: list[int] = []
+
+    def model(batch: Tensor) -> Tensor:
+        seen.append(len(batch))
+        return torch.stack([batch.mean((1, 2, 3)), batch.amax((1, 2, 3))], 1)
+
+    indices = np.array([5, 3, 700, 3, 11])
+    predictions = predict(model, data.test, data.mean, data.std, 4, indices=indices)
+    assert seen == [4, 4]
+    assert predictions.logits.dtype == np.float32
+    expected = model(normalise(data.test.pixels(indices), data.mean, data.std)).numpy()
+    assert np.array_equal(predictions.logits, expected)
+    assert np.array_equal(predictions.labels, data.test.labels[indices])
+    assert predictions.image_ids == tuple(data.test.ids[i] for i in indices)
+    everything = predict(model, data.test, data.mean, data.std, 256)
+    assert everything.logits.shape == (len(data.test), 2)
+    assert np.array_equal(everything.logits[indices], expected)
