@@ -285,8 +285,9 @@ def short(override: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """`text` as a quoted value of Hydra's override grammar."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    """`text` as a quoted value of Hydra's override grammar, without what it or OmegaConf would take for its own."""
+    plain = text.replace("\\", "/").replace("$", "")
+    escaped = plain.replace("'", "\\'")
     return f"'{escaped}'"
 
 
