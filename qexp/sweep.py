@@ -69,6 +69,7 @@ class Job:
     choices: dict[str, str]
     overrides: dict[str, str]
     folder: Path
+    cwd: Path
     number: int = 0
     alone: bool = True
 
@@ -95,7 +96,8 @@ def job_from(composed: DictConfig) -> Job:
     number = OmegaConf.select(hydra, "job.num", throw_on_missing=False) or 0
     overrides = dict(_split(text) for text in hydra.overrides.task)
     alone = hydra.mode is not RunMode.MULTIRUN
-    return Job(config, choices, overrides, Path(OmegaConf.select(hydra, "runtime.output_dir") or ""), number, alone)
+    folder, cwd = Path(OmegaConf.select(hydra, "runtime.output_dir") or ""), Path(hydra.runtime.cwd)
+    return Job(config, choices, overrides, folder, cwd, number, alone)
 
 
 def _split(override: str) -> tuple[str, str]:
@@ -173,7 +175,7 @@ def single(job: Job) -> float | None:
     from qexp import experiment, tracking
 
     schema.check(job.config)
-    store = tracking.connect(job.config.tracking, Path(job.config.outputs))
+    store = tracking.connect(job.config.tracking, Path(job.config.outputs), job.cwd)
     experiment.check_inputs(job.config)
     row, handle = tracked(job)
     print(f"\n{summary([row])}\n")
@@ -192,7 +194,7 @@ def tracked(job: Job, swept: Collection[str] = ()) -> tuple[Row, Any]:
     from qexp import experiment, tracking
 
     schema.check(job.config, swept)
-    store = tracking.connect(job.config.tracking, Path(job.config.outputs))
+    store = tracking.connect(job.config.tracking, Path(job.config.outputs), job.cwd)
     with tracking.start_run(
         store,
         experiment=store.experiment_name(job.choices["dataset"]),
@@ -298,7 +300,7 @@ def launch(master: DictConfig, planned: Sequence[Planned], launcher: Any, batch_
     first = planned[0].job
     folder = Path(master.hydra.sweep.dir).absolute()
     writable(folder)
-    store = tracking.connect(first.config.tracking, Path(first.config.outputs))
+    store = tracking.connect(first.config.tracking, Path(first.config.outputs), first.cwd)
     experiments = sorted({store.experiment_name(item.job.choices["dataset"]) for item in planned})
     for name in experiments:
         tracking.check_experiment(store, name)
