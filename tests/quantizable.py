@@ -49,6 +49,8 @@ def trained(module: nn.Module, seed: int = 0) -> nn.Module:
             if isinstance(m, nn.Conv2d | nn.Linear):
                 fan_in = m.weight[0].numel()
                 m.weight.copy_(torch.randn(m.weight.shape, generator=generator) * (2 / fan_in) ** 0.5)
+                if m.bias is not None:
+                    m.bias.copy_(torch.randn(m.bias.shape, generator=generator) * 0.1)
             if isinstance(m, nn.modules.batchnorm._BatchNorm):
                 m.running_mean.copy_(torch.randn(m.num_features, generator=generator) * 0.3)
                 m.running_var.copy_(torch.rand(m.num_features, generator=generator) + 0.5)
@@ -56,6 +58,11 @@ def trained(module: nn.Module, seed: int = 0) -> nn.Module:
                     m.weight.copy_(torch.rand(m.num_features, generator=generator) + 0.5)
                     m.bias.copy_(torch.randn(m.num_features, generator=generator) * 0.3)
     return module.eval().requires_grad_(False)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Root of the mean squared difference, as a share of the expected values' own."""
+    return float((actual - expected).norm() / expected.norm())
 
 
 class Plain(nn.Module):

@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from quantizable import MINMAX, Chain, Plain, images, settings, trained
+from quantizable import MINMAX, Chain, Plain, images, relative_error, settings, trained
 from torch import Tensor, nn
 from torch.ao.nn.quantized import FloatFunctional
 from torch.ao.quantization import DeQuantStub, QuantStub, fuse_modules
@@ -37,7 +37,7 @@ def kinds(converted: nn.Module, flow: Flow = Flow.eager) -> list[tuple[str, bool
 def error(converted: nn.Module, net: nn.Module, engine: Engine = Engine.x86) -> float:
     batch = images(8, seed=4)
     with quantize.engine(engine), torch.inference_mode():
-        return float((converted(batch) - net(batch)).abs().max() / net(batch).abs().max())
+        return relative_error(converted(batch), net(batch))
 
 
 def test_chains_are_found_by_tracing_where_a_model_has_no_fuse_model() -> None:
@@ -89,6 +89,13 @@ def test_without_fusion_batchnorm_is_quantized_by_itself() -> None:
     assert quantize.read_qparams(prepared)["features.1"].zero_point.tolist() == [0]
     prepared, _ = prepared_and_converted(net, settings(range_after_clamp=False), fusion=False)
     assert quantize.read_qparams(prepared)["features.1"].zero_point.tolist() != [0]
+
+
+def test_padding_named_same_is_taken() -> None:
+    net = trained(nn.Sequential(nn.Conv2d(3, 4, 5, padding="same"), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 256, 10)))
+    _, converted = prepared_and_converted(net, settings(overflow="activations"))
+    assert kinds(converted) == [("conv", True), ("linear", True)]
+    assert error(converted, net) < 0.1
 
 
 def test_relu6_after_a_convolution_ends_the_range() -> None:
@@ -246,6 +253,7 @@ def test_settings_of_weights_change_a_dynamic_model(field: dict) -> None:
             return quantize.convert(prepared, Flow.dynamic, Engine.x86)(images(8))
 
     assert not torch.equal(logits(settings()), logits(settings(**field)))
+    assert torch.equal(logits(settings()), logits(settings(overflow="weights")))
 
 
 # ------------------------------------------------------------------------------------------------ calibration

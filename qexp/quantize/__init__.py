@@ -48,8 +48,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 say_once_silently()
 
-DYNAMIC_EFFECTIVE = dynamic.EFFECTIVE
-
 
 def fuse(module: nn.Module, flow: Flow, fusion: bool, example: Tensor) -> nn.Module:
     """A copy of a float model in the form that `flow` quantizes, in evaluation mode; it computes the same.

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 
 def evaluation_copy(module: nn.Module) -> nn.Module:
-    """A deep copy in evaluation mode whose weights are constants.
+    """A deep copy in evaluation mode whose weights and paddings are plain values.
 
     Weight and spectral norm compute a layer's weight anew at each call, by a hook or by a class of their own, and
-    torch.ao neither fuses nor quantizes such layers.
+    torch.ao neither fuses nor quantizes such layers; nor does it take a padding that is called "same".
     """
     module = copy.deepcopy(module).eval()
     for part in list(module.modules()):
@@ -25,6 +27,8 @@ def evaluation_copy(module: nn.Module) -> nn.Module:
                 remove_spectral_norm(part, hook.name)
         if parametrize.is_parametrized(part):
             _settle(part)
+        if isinstance(part, _ConvNd) and isinstance(part.padding, str):
+            number_padding(part)
     return module.requires_grad_(False)
 
 
@@ -40,3 +44,13 @@ def _settle(part: nn.Module) -> None:
     del part._modules["parametrizations"]
     for name, value in values.items():
         part.register_parameter(name, nn.Parameter(value))
+
+
+def number_padding(conv: _ConvNd) -> bool:
+    """Write a padding that is a word as numbers, in place, if it is the same at both ends; whether it was."""
+    ends = list(conv._reversed_padding_repeated_twice)  # two for each dimension, the last first
+    if ends[::2] != ends[1::2]:
+        return False
+    padding: Any = tuple(ends[::2][::-1])
+    conv.padding = padding
+    return True

@@ -21,7 +21,12 @@ class Side(StrEnum):
 
 @dataclass(frozen=True)
 class Grid:
-    """The integers qmin…qmax; `full` where they are all that the 8-bit type holds."""
+    """The integers qmin…qmax onto which a tensor's range is mapped; `full` where they are all of the 8-bit type.
+
+    A narrowed grid has fewer and larger steps, and runs on the same 8-bit kernels, which clamp to the type alone: what
+    lies outside the calibrated range goes on beyond qmax, and a symmetric weight at the end of its range may round to
+    qmax + 1. torch's `reduce_range` does the same.
+    """
 
     qmin: int
     qmax: int

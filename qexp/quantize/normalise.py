@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.ao.quantization import DeQuantStub, QuantStub
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from qexp.quantize.clamps import Interval, clamp_of
-from qexp.quantize.copies import evaluation_copy
+from qexp.quantize.copies import evaluation_copy, number_padding
 from qexp.quantize.trace import standard_type, trace
 
 _NOTHING_IN_EVALUATION = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, QuantStub, DeQuantStub)
@@ -39,8 +40,10 @@ def normalise(module: nn.Module, example: Tensor) -> fx.GraphModule:
         _make_pads,
         _make_modules,
         _make_relus,
+        _free_prelus,
         _number_padding,
         _unshare,
+        _fold_transposed,
         _move_padding,
     ):
         step(graph_module)
@@ -267,16 +270,24 @@ def _make_relus(graph_module: fx.GraphModule) -> None:
             node.op, node.target, node.args, node.kwargs = "call_function", F.relu, node.args[:1], {}
 
 
+def _free_prelus(graph_module: fx.GraphModule) -> None:
+    """PReLU modules become functions, which stay in FP32: torch's INT8 module computes something else (logits off by
+    more than the largest of them, on a net of two layers)."""
+    for node in _nodes(graph_module, "call_module"):
+        if isinstance(_module(graph_module, node), nn.PReLU):
+            with graph_module.graph.inserting_before(node):
+                weight = graph_module.graph.get_attr(f"{node.target}.weight")
+            node.op, node.target, node.args, node.kwargs = "call_function", F.prelu, (node.args[0], weight), {}
+
+
 def _number_padding(graph_module: fx.GraphModule) -> None:
-    """padding="same" and "valid", which quantized convolutions don't take, become numbers."""
+    """padding="same" that is not symmetric becomes a padding before the convolution (see copies.py for the rest)."""
     for node in _nodes(graph_module, "call_module"):
         module = _module(graph_module, node)
-        if not isinstance(module, _ConvNd) or not isinstance(module.padding, str):
-            continue
-        # Twice for each dimension, the last first, as F.pad takes it.
-        pads = list(module._reversed_padding_repeated_twice)
-        module.padding = (0,) * len(module.kernel_size)
-        if any(pads):
+        if isinstance(module, _ConvNd) and isinstance(module.padding, str) and not number_padding(module):
+            # Twice for each dimension, the last first, as F.pad takes it.
+            pads = list(module._reversed_padding_repeated_twice)
+            module.padding = (0,) * len(module.kernel_size)
             with graph_module.graph.inserting_before(node):
                 padded = graph_module.graph.call_function(F.pad, (node.args[0], pads))
             node.args = (padded,)
@@ -298,6 +309,20 @@ def _unshare(graph_module: fx.GraphModule) -> None:
             graph_module.set_submodule(name, module)
             node.target = name
         seen.add(id(module))
+
+
+def _fold_transposed(graph_module: fx.GraphModule) -> None:
+    """A BatchNorm after a transposed convolution is folded here: torch leaves it where a ReLU follows."""
+    for node in _nodes(graph_module, "call_module"):
+        source, norm = node.args[0], _module(graph_module, node)
+        if not isinstance(norm, _BatchNorm) or not isinstance(source, fx.Node) or source.op != "call_module":
+            continue
+        conv = _module(graph_module, source)
+        if isinstance(conv, _ConvTransposeNd) and len(source.users) == 1 and norm.track_running_stats:
+            folded: nn.Module = fuse_conv_bn_eval(conv, norm, transpose=True)
+            graph_module.set_submodule(str(source.target), folded)
+            node.replace_all_uses_with(source)
+            graph_module.graph.erase_node(node)
 
 
 def _move_padding(graph_module: fx.GraphModule) -> None:
