@@ -162,6 +162,8 @@ def run(job: Job) -> float | None:
         row, _ = tracked(job, swept=schema.GROUPS)
         print(f"#{job.number + 1}  {table.line(row)}", flush=True)
         return row.metrics.get(job.config.objective)
+    if not job.alone:  # a job of another sweeper, which handles what is raised
+        return single(job)
     with refusals(), stoppable():
         try:
             return single(job)
