@@ -147,7 +147,7 @@ def dry_run(
         tried = (flow, fusion or flow is not Flow.eager)
         working = [name for name, other in others.items() if other != tried and takes(*other)]
         advice = f"this model works with {' or with '.join(working)}" if working else "no flow takes this model"
-        raise InputError(f"{sentence}; {advice}.") from error
+        raise InputError(f"{sentence.rstrip('.')}; {advice}.") from error
 
 
 def _of_torch(error: Exception, module: nn.Module, flow: Flow) -> str:

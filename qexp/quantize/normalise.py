@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.ao.quantization import DeQuantStub, QuantStub
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -23,7 +22,7 @@ from qexp.quantize.clamps import Interval, clamp_of
 from qexp.quantize.copies import evaluation_copy, number_padding
 from qexp.quantize.trace import standard_type, trace
 
-_NOTHING_IN_EVALUATION = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, QuantStub, DeQuantStub)
+_NOTHING_IN_EVALUATION = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout)
 _DROPOUTS = (F.dropout, F.dropout2d, F.alpha_dropout)
 _RELU = Interval(0.0, float("inf"))
 
