@@ -196,8 +196,13 @@ def test_an_interrupt_while_the_store_makes_the_run_leaves_none_running(
         return run
 
     monkeypatch.setattr(store.client, "create_run", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        begin(store)
+    # A shell's background jobs ignore SIGINT, and so would these tests there.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            begin(store)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert [store.client.get_run(run_id).info.status for run_id in made] == ["KILLED"]
 
 
@@ -544,7 +549,7 @@ def server(empty: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
         )
     address = f"http://127.0.0.1:{port}"
     try:
-        until = time.monotonic() + 90
+        until = time.monotonic() + 240  # 20 s, and several times that where other tests run beside it
         while time.monotonic() < until and process.poll() is None:
             try:
                 urllib.request.urlopen(f"{address}/health", timeout=2)
