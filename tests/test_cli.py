@@ -167,10 +167,14 @@ def test_a_failed_job_is_named_and_its_siblings_go_on(qexp: Run, tmp_path: Path)
         "calib.batch_size=16,7,8", "calib.batches=2", "-m",
     )  # fmt: skip
     assert result.returncode == 1
-    assert "FAILED  7: " in result.stdout
+    assert "FAILED  batch_size=7: " in result.stdout
     assert "seven images are too many" in result.stdout
     statuses = dict(runs(tmp_path))
-    assert [statuses[name] for name in ("16", "7", "8")] == ["FINISHED", "FAILED", "FINISHED"]
+    assert [statuses[name] for name in ("batch_size=16", "batch_size=7", "batch_size=8")] == [
+        "FINISHED",
+        "FAILED",
+        "FINISHED",
+    ]
 
 
 FLAKY = """
@@ -187,4 +191,7 @@ class Flaky(torch.nn.Module):
         if len(x) == 7:
             raise RuntimeError("seven images are too many")
         return self.fc(self.conv(x).mean((2, 3)))
+
+    def fuse_model(self, is_qat=False):
+        pass  # nothing to fuse, and nothing to trace for
 """
