@@ -548,11 +548,13 @@ def server(empty: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
             [sys.executable, "-m", "mlflow", *command], cwd=folder, stdout=log, stderr=log, start_new_session=True
         )
     address = f"http://127.0.0.1:{port}"
+    # An opener of its own: urllib's global one keeps whatever proxy another test had set when it was made.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         until = time.monotonic() + 240  # 20 s, and several times that where other tests run beside it
         while time.monotonic() < until and process.poll() is None:
             try:
-                urllib.request.urlopen(f"{address}/health", timeout=2)
+                opener.open(f"{address}/health", timeout=2)
                 break
             except OSError:
                 time.sleep(0.2)
