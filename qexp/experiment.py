@@ -58,8 +58,7 @@ def check_inputs(config: Config) -> None:
     with _globals(config):
         data = load_data(config.dataset, _folder(config, "cache"))
         example = _images(data, data.train.pixels(draw(data.train, config.calib))[:1])
-        models.check_model(config.model, len(data.classes), data.test.shape)
-        module = models.build(config.model, len(data.classes), config.seed)
+        module = models.check_model(config.model, len(data.classes), data.test.shape)
         quantize.dry_run(module, config.flow, config.fusion, resolved(config), config.observer, config.engine, example)
 
 

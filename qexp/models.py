@@ -81,10 +81,11 @@ def float_model(
     return FloatModel(module, _digest(module, model), source)
 
 
-def check_model(model: Mapping[str, Any], data_classes: int, image_shape: tuple[int, int, int]) -> None:
+def check_model(model: Mapping[str, Any], data_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
     """Builds the model, loads its checkpoint if it has one, and runs it once on zeros; trains nothing.
 
-    image_shape: channels, height, width. Raises ConfigError or InputError in one sentence.
+    image_shape: channels, height, width. Returns the module for further checks; without a checkpoint or weights, its
+    own are random. Raises ConfigError or InputError in one sentence.
     """
     _check_one_source(model)
     if model.get("weights") is not None:
@@ -95,6 +96,7 @@ def check_model(model: Mapping[str, Any], data_classes: int, image_shape: tuple[
         if model.get("checkpoint") is not None:
             load_checkpoint(module, Path(model["checkpoint"]))
     _check_forward(module, str(model["_target_"]), data_classes, image_shape)
+    return module
 
 
 def build(model: Mapping[str, Any], classes: int, seed: int) -> nn.Module:

@@ -27,7 +27,7 @@ def runs(folder: Path) -> list[tuple[str, str]]:
         return connection.execute("select name, status from runs order by start_time").fetchall()
 
 
-def test_one_run_then_a_sweep_with_a_failing_job_then_the_same_model_again(qexp: Run, tmp_path: Path) -> None:
+def test_one_run_and_then_a_sweep_with_the_same_float_model(qexp: Run, tmp_path: Path) -> None:
     first = qexp()
     assert first.returncode == 0, first.stderr
     assert first.stderr == ""  # nothing that its reader can't act on
@@ -35,7 +35,6 @@ def test_one_run_then_a_sweep_with_a_failing_job_then_the_same_model_again(qexp:
     assert "mlflow ui" in first.stdout
     assert runs(tmp_path) == [("tiny digits per_channel minmax 32", "FINISHED")]
 
-    # qnnpack has no kernel for this; nothing but running it shows that.
     sweep = qexp("qconfig=per_tensor,per_channel", "seed=0", "latency=off", "-m")
     assert sweep.returncode == 0, sweep.stderr
     assert sweep.stderr == ""
