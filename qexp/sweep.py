@@ -11,6 +11,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import traceback
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -46,12 +47,21 @@ class Stop(BaseException):
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGINT and SIGTERM raise Stop once, so that what is open can be closed; the next one leaves at once."""
+    """SIGINT and SIGTERM raise Stop once, so that what is open can be closed; the next one leaves at once.
+
+    Stop is also what leaves this context where the code that the signal hit swallowed it or died of it in another way.
+    Outside the main thread, where Python delivers no signal, nothing is done.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    stops: list[Stop] = []
 
     def stop(number: int, frame: Any) -> None:
         for again in handlers:
             signal.signal(again, lambda number, frame: os._exit(128 + number))
-        raise Stop(number)
+        stops.append(Stop(number))
+        raise stops[0]
 
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -59,6 +69,8 @@ def stoppable() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        if stops:
+            raise stops[0]
 
 
 @dataclass(frozen=True)
@@ -159,7 +171,8 @@ def command() -> str:
 def run(job: Job) -> float | None:
     """Hydra's task: one run, tracked; by itself, or as one of a sweep's jobs. Returns the objective."""
     if job.config.tracking.parent is not None:
-        row, _ = tracked(job, swept=schema.GROUPS)
+        with stoppable():
+            row, _ = tracked(job, swept=schema.GROUPS)
         print(f"#{job.number + 1}  {table.line(row)}", flush=True)
         return row.metrics.get(job.config.objective)
     if not job.alone:  # a job of another sweeper, which handles what is raised
@@ -318,9 +331,10 @@ def launch(master: DictConfig, planned: Sequence[Planned], launcher: Any, batch_
     returns: list[Any] = []
     status, code = "FINISHED", 0
     try:
-        for chunk in BasicSweeper.split_overrides_to_chunks([item.overrides for item in planned], batch_size):
-            launched = [[*overrides, f"tracking.parent={parent.id}"] for overrides in chunk]
-            returns.append(launcher.launch(launched, initial_job_idx=sum(map(len, returns))))
+        with stoppable():
+            for chunk in BasicSweeper.split_overrides_to_chunks([item.overrides for item in planned], batch_size):
+                launched = [[*overrides, f"tracking.parent={parent.id}"] for overrides in chunk]
+                returns.append(launcher.launch(launched, initial_job_idx=sum(map(len, returns))))
     except Stop as stop:
         status, code = "KILLED", stop.code
     except BaseException:

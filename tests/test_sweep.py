@@ -57,3 +57,20 @@ def test_a_signal_becomes_one_stop_and_handlers_are_put_back(number: signal.Sign
         stopped()
     assert caught.value.code == 128 + number
     assert [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize("swallowed", [True, False])
+def test_a_stop_that_other_code_swallows_or_replaces_is_still_a_stop(swallowed: bool) -> None:
+    """As OmegaConf does, whose clean-up fails on a half-made node when the signal hits a composition."""
+
+    def stopped() -> None:
+        with sweep.stoppable(), sweep.stoppable():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                signal.sigtimedwait([], 5)
+            except BaseException as error:
+                if not swallowed:
+                    raise AttributeError("clean-up failed") from error
+
+    with pytest.raises(sweep.Stop):
+        stopped()
