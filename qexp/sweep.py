@@ -45,32 +45,56 @@ class Stop(BaseException):
         super().__init__(signal.Signals(number).name)
 
 
+# The signal that this process has received, until the outermost `stoppable` is left.
+_received: list[Stop] = []
+
+
+def _receive(number: int, frame: Any) -> None:
+    if _received:
+        os._exit(128 + number)
+    _received.append(Stop(number))
+    raise _received[0]
+
+
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
     """SIGINT and SIGTERM raise Stop once, so that what is open can be closed; the next one leaves at once.
 
-    Stop is also what leaves this context where the code that the signal hit swallowed it or died of it in another way.
+    Contexts may be nested. Stop is what leaves each of them even where the code that the signal hit swallowed it or
+    died of it in another way, as OmegaConf does; SystemExit is not touched, for it means that the stop was dealt with.
     Outside the main thread, where Python delivers no signal, nothing is done.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    stops: list[Stop] = []
-
-    def stop(number: int, frame: Any) -> None:
-        for again in handlers:
-            signal.signal(again, lambda number, frame: os._exit(128 + number))
-        stops.append(Stop(number))
-        raise stops[0]
-
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, _receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        if not _received:  # else it was swallowed before this context
+            yield
+        if _received:
+            raise _received[0]
+    except (Stop, SystemExit):
+        raise
+    except BaseException as error:
+        if _received:
+            raise _received[0] from error
+        raise
     finally:
-        for number, handler in handlers.items():
+        for number, handler in before.items():
             signal.signal(number, handler)
-        if stops:
-            raise stops[0]
+        if _receive not in before.values():
+            _received.clear()
+
+
+@contextlib.contextmanager
+def until_stopped() -> Iterator[None]:
+    """`stoppable`, whose Stop ends the process with how to go on and its exit status."""
+    try:
+        with stoppable():
+            yield
+    except Stop as stop:
+        print(f"Stopped by {stop}. To run it again:\n  {command()}", file=sys.stderr)
+        sys.exit(stop.code)
 
 
 @dataclass(frozen=True)
@@ -177,12 +201,8 @@ def run(job: Job) -> float | None:
         return row.metrics.get(job.config.objective)
     if not job.alone:  # a job of another sweeper, which handles what is raised
         return single(job)
-    with refusals(), stoppable():
-        try:
-            return single(job)
-        except Stop as stop:
-            print(f"Stopped by {stop}. To run it again:\n  {command()}", file=sys.stderr)
-            sys.exit(stop.code)
+    with refusals(), until_stopped():
+        return single(job)
 
 
 def single(job: Job) -> float | None:
@@ -249,13 +269,8 @@ def own(master: DictConfig, arguments: Sequence[str], loader: Any, launcher: Any
     All jobs are composed and checked, and the inputs of each distinct one, before the parent run is opened and the
     first job launched. Exits with status 1 where a job failed, 128 + signal where it was stopped.
     """
-    with refusals(), stoppable():
-        try:
-            planned = plan(master, arguments, loader)
-            return launch(master, planned, launcher, batch_size)
-        except Stop as stop:
-            print(f"Stopped by {stop}. To run it again:\n  {command()}", file=sys.stderr)
-            sys.exit(stop.code)
+    with refusals(), until_stopped():
+        return launch(master, plan(master, arguments, loader), launcher, batch_size)
 
 
 def plan(master: DictConfig, arguments: Sequence[str], loader: Any) -> list[Planned]:

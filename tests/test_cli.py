@@ -158,6 +158,27 @@ def test_a_stopped_sweep_leaves_no_run_open_and_says_how_to_go_on(
     assert "Traceback" not in out + err
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.slow
+def test_a_stopped_single_run_ends_as_killed_and_says_how_to_repeat_it(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qexp", "model=tiny", "train=fast", "latency=quick", "latency.seconds=60"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while "RUNNING" not in [status for _, status in runs(tmp_path)] and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert [status for _, status in runs(tmp_path)] == ["KILLED"]
+    assert f"Stopped by {number.name}. To run it again:" in err
+    assert "Traceback" not in out + err
+
+
 @pytest.mark.slow
 def test_a_failed_job_is_named_and_its_siblings_go_on(qexp: Run, tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text(FLAKY)

@@ -5,6 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -59,18 +64,77 @@ def test_a_signal_becomes_one_stop_and_handlers_are_put_back(number: signal.Sign
     assert [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)] == before
 
 
-@pytest.mark.parametrize("swallowed", [True, False])
-def test_a_stop_that_other_code_swallows_or_replaces_is_still_a_stop(swallowed: bool) -> None:
-    """As OmegaConf does, whose clean-up fails on a half-made node when the signal hits a composition."""
+def hit(number: signal.Signals, then: str) -> None:
+    """A signal, and what the code that it hits makes of it: as OmegaConf, whose clean-up fails on a half-made node."""
+    try:
+        os.kill(os.getpid(), number)
+        signal.sigtimedwait([], 5)
+    except BaseException as error:
+        if then == "raise":
+            raise
+        if then == "replace":
+            raise AttributeError("clean-up failed") from error
 
+
+AFTERWARDS = ["raise", "replace", "swallow"]
+
+
+@pytest.mark.parametrize("then", AFTERWARDS)
+def test_a_stop_that_other_code_swallows_or_replaces_is_still_a_stop(then: str) -> None:
     def stopped() -> None:
         with sweep.stoppable(), sweep.stoppable():
-            try:
-                os.kill(os.getpid(), signal.SIGTERM)
-                signal.sigtimedwait([], 5)
-            except BaseException as error:
-                if not swallowed:
-                    raise AttributeError("clean-up failed") from error
+            hit(signal.SIGTERM, then)
+
+    with pytest.raises(sweep.Stop):
+        stopped()
+    with sweep.stoppable():
+        pass  # the stop was of the contexts before
+
+
+@pytest.mark.parametrize("then", AFTERWARDS)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_ends_a_single_run_and_a_planned_sweep_in_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals, code: int, then: str
+) -> None:
+    single: Any = SimpleNamespace(config=SimpleNamespace(tracking=SimpleNamespace(parent=None)), alone=True)
+    monkeypatch.setattr(sweep, "single", lambda job: hit(number, then))
+    monkeypatch.setattr(sweep, "plan", lambda *arguments: hit(number, then))
+    monkeypatch.setattr(sweep, "launch", lambda *arguments: pytest.fail("went on after the stop"))
+    nothing: Any = None
+    ways: list[Callable[[], object]] = [lambda: sweep.run(single)]
+    if then != "swallow":  # a plan that goes on as if nothing had been is stopped when the sweep is left
+        ways.append(lambda: sweep.own(nothing, [], nothing, nothing, None))
+    for way in ways:
+        with pytest.raises(SystemExit) as ended:
+            way()
+        assert ended.value.code == code
+        said = capsys.readouterr().err
+        assert said.startswith(f"Stopped by {number.name}. To run it again:\n  python -m qexp")
+
+
+def test_the_second_signal_leaves_at_once() -> None:
+    code = """
+import os, signal
+from qexp import sweep
+with sweep.stoppable():
+    try:
+        with sweep.stoppable():
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.sigtimedwait([], 5)
+        print("still here")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_after_a_swallowed_stop_nothing_else_is_begun() -> None:
+    def stopped() -> None:
+        with sweep.stoppable():
+            hit(signal.SIGTERM, "swallow")
+            with sweep.stoppable():
+                pytest.fail("went on after the stop")
 
     with pytest.raises(sweep.Stop):
         stopped()
