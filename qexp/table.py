@@ -99,17 +99,19 @@ def effects(rows: Sequence[Row]) -> list[Effect]:
     result = []
     for name in varied:
         values = list(dict.fromkeys(row.params.get(name, NOT_APPLICABLE) for row in done))
-        first = {_others(row, name, varied): row for row in done if row.params.get(name, NOT_APPLICABLE) == values[0]}
+        held = _held(name, varied, done)
+        keyed = [(tuple(row.params.get(other, NOT_APPLICABLE) for other in held), row) for row in done]
+        first = {key: row for key, row in keyed if row.params.get(name, NOT_APPLICABLE) == values[0]}
         for value in values:
-            having = [row for row in done if row.params.get(name, NOT_APPLICABLE) == value]
-            pairs = [(first[key], row) for row in having if (key := _others(row, name, varied)) in first]
+            having = [(key, row) for key, row in keyed if row.params.get(name, NOT_APPLICABLE) == value]
+            pairs = [(first[key], row) for key, row in having if key in first]
             result.append(
                 Effect(
                     name,
                     value,
                     len(having),
-                    fmean(row.metrics["accuracy/int8"] for row in having),
-                    _mean([row.metrics.get("latency/speedup") for row in having]),
+                    fmean(row.metrics["accuracy/int8"] for _, row in having),
+                    _mean([row.metrics.get("latency/speedup") for _, row in having]),
                     len(pairs),
                     _mean([b.metrics["accuracy/int8"] - a.metrics["accuracy/int8"] for a, b in pairs]),
                     _mean([_difference(a, b, "latency/speedup") for a, b in pairs]),
@@ -152,10 +154,15 @@ def _follows(name: str, varied: Sequence[str], rows: Sequence[Row]) -> bool:
     return any(split(earlier) == split(name) for earlier in varied[: varied.index(name)])
 
 
-def _others(row: Row, name: str, varied: Sequence[str]) -> tuple[str, ...]:
-    """The other settings' values; a group's choice and its own fields are two names of one thing."""
-    kin = [other for other in varied if other.startswith(f"{name}.") or name.startswith(f"{other}.")]
-    return tuple(row.params.get(other, NOT_APPLICABLE) for other in varied if other != name and other not in kin)
+def _held(name: str, varied: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    """The settings that are equal in otherwise equal runs: all others but those that can't be while `name` varies, a
+    group's choice and the fields that it sets. A field that is swept beside its group's choice is held."""
+
+    def sets(group: str, field: str) -> bool:
+        pairs = {(row.params.get(group, NOT_APPLICABLE), row.params.get(field, NOT_APPLICABLE)) for row in rows}
+        return field.startswith(f"{group}.") and len(pairs) == len({choice for choice, _ in pairs})
+
+    return [other for other in varied if other != name and not sets(name, other) and not sets(other, name)]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -66,3 +66,19 @@ def test_a_field_is_compared_across_its_own_groups_choices() -> None:
     ]
     effect = {(e.setting, e.value): e for e in table.effects(rows)}["q.w", "c"]
     assert (effect.pairs, round(effect.delta_accuracy or 0, 6)) == (2, 0.15)
+
+
+def test_a_field_swept_beside_its_groups_choice_is_held_and_so_is_the_choice() -> None:
+    """As `experiment=overflow` does; a first value differs from itself by nothing."""
+    accuracies = {("c", "none"): 0.60, ("t", "none"): 0.70, ("c", "weights"): 0.90, ("t", "weights"): 0.80}
+    rows = [
+        row(f"{choice} {guard}", accuracy, q=choice, q__weight=choice, q__overflow=guard)
+        for (choice, guard), accuracy in accuracies.items()
+    ]
+    found = {(e.setting, e.value): (e.pairs, round(e.delta_accuracy or 0, 6)) for e in table.effects(rows)}
+    assert found == {
+        ("q", "c"): (2, 0.0),
+        ("q", "t"): (2, 0.0),  # +0.10 without the guard, -0.10 with it
+        ("q.overflow", "none"): (2, 0.0),
+        ("q.overflow", "weights"): (2, 0.2),  # +0.30 and +0.10
+    }
