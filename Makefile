@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?= qconfig=per_channel calib.batches=32 -m
 PORT ?= 5000
+BENCH ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run ui test test-slow test-all lint bench clean
@@ -43,8 +44,8 @@ lint: $(STAMP) ## check style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: $(STAMP) ## measure what the project promises about speed, as ratios
-	@$(BIN)/python -m benchmarks
+bench: $(STAMP) ## measure what the project promises, as ratios; some of it with BENCH="..."
+	@$(BIN)/python -m benchmarks $(BENCH)
 
 clean: ## remove the environment and caches; runs and trained models under outputs/ stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .coverage outputs/cache

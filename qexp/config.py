@@ -29,12 +29,14 @@ class Scheme(StrEnum):
 
 
 class Overflow(StrEnum):
-    """Which grid is narrowed to 7 bits, so that sums of two products fit into 16 bits."""
+    """Which grid is narrowed to 7 bits, so that sums of two products fit into 16 bits; layers: only where they would
+    not, and on the side where it costs less."""
 
     auto = "auto"
     none = "none"
     weights = "weights"
     activations = "activations"
+    layers = "layers"
 
 
 class WeightObserver(StrEnum):
@@ -76,6 +78,12 @@ class Runtime(StrEnum):
     eager = "eager"
     eager_channels_last = "eager_channels_last"
     torchscript = "torchscript"
+    inductor = "inductor"
+
+    @property
+    def takes_int8(self) -> bool:
+        """INT8 kernels choose their own memory format, and torch.compile doesn't know torch.ao's modules."""
+        return self in (Runtime.eager, Runtime.torchscript)
 
 
 class Device(StrEnum):
@@ -167,6 +175,7 @@ class Train:
 class Latency:
     enabled: bool
     runtimes: list[Runtime]
+    processes: int
     threads: list[int]
     batch_sizes: list[int]
     seconds: float
@@ -179,6 +188,21 @@ class Latency:
 @dataclass
 class Evaluate:
     batch_size: int
+
+
+@dataclass
+class PerLayer:
+    """How many evaluation images the table of layers is measured on; 0: no such table."""
+
+    images: int
+
+
+@dataclass
+class Saturation:
+    """How many evaluation images tell what 16-bit sums do: with exact sums, and with emulated ones."""
+
+    exact_images: int
+    emulated_images: int
 
 
 @dataclass
@@ -210,6 +234,8 @@ class Config:
     target: Target
     latency: Latency
     evaluate: Evaluate
+    saturation: Saturation
+    per_layer: PerLayer
     compute: Compute
     tracking: Tracking
     seed: int
@@ -264,6 +290,8 @@ NO_EFFECT: dict[Flow, tuple[str, ...]] = {
         "observer",
         "calib",
         "target",
+        "saturation",
+        "per_layer",
         "qconfig.activation.scheme",
         "qconfig.activation.bits",
         "qconfig.overflow",
@@ -332,6 +360,7 @@ def _check_ranges(config: Config) -> None:
         "train.lr": train.lr,
         "evaluate.batch_size": config.evaluate.batch_size,
         "compute.threads": config.compute.threads,
+        "saturation.emulated_images": config.saturation.emulated_images,
         "tracking.timeout": config.tracking.timeout,
         "observer.bins": config.observer.bins,
         "latency.seconds": latency.seconds,
@@ -342,6 +371,10 @@ def _check_ranges(config: Config) -> None:
         if value is not None and not value > 0:
             allowed = "a positive number, or null for all of the training images" if name == "calib.batches" else None
             raise ConfigError(f"{name}={value}: must be {allowed or 'positive'}.")
+    counts = {"saturation.exact_images": config.saturation.exact_images, "per_layer.images": config.per_layer.images}
+    for name, count in counts.items():
+        if count < 0:
+            raise ConfigError(f"{name}={count}: must be 0 or more.")
     if config.observer.averaging_constant is not None and not 0 < config.observer.averaging_constant <= 1:
         raise ConfigError(f"observer.averaging_constant={config.observer.averaging_constant}: must be in (0, 1].")
     for name, values in (("latency.threads", latency.threads), ("latency.batch_sizes", latency.batch_sizes)):
@@ -355,12 +388,25 @@ def _check_ranges(config: Config) -> None:
             "tracking.log_model=flavor logs the TorchScript model, which is not among latency.runtimes="
             f"{[str(runtime) for runtime in latency.runtimes]}; add torchscript, or use tracking.log_model=artifact."
         )
-    if not latency.runtimes or len(set(latency.runtimes)) < len(latency.runtimes):
-        listed = [str(runtime) for runtime in latency.runtimes]
-        raise ConfigError(f"latency.runtimes={listed}: must be one or more of {', '.join(Runtime)}, each once.")
+    if latency.processes < 0:
+        raise ConfigError(f"latency.processes={latency.processes}: must be 0 (in the running process) or more.")
+    _check_runtimes(latency)
     for name, seed in (("seed", config.seed), ("calib.seed", calib.seed), ("train.seed", train.seed)):
         if not 0 <= seed < 2**32:
             raise ConfigError(f"{name}={seed}: must be in 0..{2**32 - 1}.")
+
+
+def _check_runtimes(latency: Latency) -> None:
+    listed = [str(runtime) for runtime in latency.runtimes]
+    if not latency.runtimes or len(set(latency.runtimes)) < len(latency.runtimes):
+        raise ConfigError(f"latency.runtimes={listed}: must be one or more of {', '.join(Runtime)}, each once.")
+    if not any(runtime.takes_int8 for runtime in latency.runtimes):
+        raise ConfigError(f"latency.runtimes={listed}: INT8 runs in none of these; add eager or torchscript.")
+    if Runtime.inductor in latency.runtimes and latency.enabled and latency.processes == 0:
+        raise ConfigError(
+            f"latency.runtimes={listed}: inductor compiles in processes of its own, and latency.processes=0 asks for "
+            "none; use latency=standard or latency=publish, or set latency.processes=2."
+        )
 
 
 def _check_qconfig(config: Config) -> None:

@@ -6,41 +6,41 @@ of MLflow, so that they can be called in a process of their own.
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import json
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qexp import cache, evaluate, latency, machine, metrics, models, quantize, record
+from qexp import cache, evaluate, latency, machine, metrics, models, quantize, record, saved, target, worker
 from qexp import config as schema
 from qexp.config import Config, Flow, Overflow, QConfig, Runtime, Target
 from qexp.data import Data, count_shared, draw, load_data, normalise
 from qexp.errors import RunError
 from qexp.quantize import saturation
-from qexp.results import Artifact, Layer, Predictions, Result
-from qexp.runtimes import eager as eager_runtime
-from qexp.runtimes import torchscript
-from qexp.runtimes.model import Loaded, agree
+from qexp.quantize.fidelity import Fidelity, layer_fidelity
+from qexp.results import Artifact, Layer, Predictions, QParams, Result
+from qexp.runtimes import inductor
+from qexp.runtimes.model import Loaded, agree, on_cuda
 
 log = logging.getLogger(__name__)
 
 FUSION_TOLERANCE = 1e-4  # of the largest logit
 AGREEMENT_IMAGES = 256
+SATURATION_IMAGES = 64
 LATENCY_IMAGES = 64
-# One for the whole machine, whoever times on it.
-TIMING_LOCK = Path(tempfile.gettempdir()) / "qexp-timing.lock"
+# One for the whole machine, whoever times on it and whatever TMPDIR is.
+TIMING_LOCK = (Path("/tmp") if Path("/tmp").is_dir() else Path(tempfile.gettempdir())) / "qexp-timing.lock"
 
 
 def inputs_of(config: Config) -> str:
@@ -55,6 +55,9 @@ def check_inputs(config: Config) -> None:
     Raises InputError (ConfigError where the machine allows fewer threads than asked for) before any run is started.
     """
     latency.check_threads(config.latency.threads, machine.allowed_cores())
+    saturation.check_environment(config.engine, saturation.probe(), os.environ)
+    if config.latency.enabled and Runtime.inductor in config.latency.runtimes:
+        inductor.check_compiler()
     with _globals(config):
         data = load_data(config.dataset, _folder(config, "cache"))
         example = _images(data, data.train.pixels(draw(data.train, config.calib))[:1])
@@ -79,57 +82,59 @@ def run_job(config: Config, folder: Path) -> Result:
         difference = checked_fusion(fp32.module, fused, few)
 
         prepared = quantize.prepare(fused, config.flow, qconfig, config.observer, config.engine, few[:2])
-        images, seconds = calibrated(prepared, data, config)
+        prepared, calibration = calibrated(prepared, data, config, qconfig)
         qparams = quantize.read_qparams(prepared)
         int8 = quantize.convert(prepared, config.flow, config.engine)
         layers = checked_layers(quantize.layers(int8, config.flow, config.engine))
 
         skeleton = quantize.skeleton(fp32.module, config.flow, config.fusion, qconfig, config.engine, few[:2])
-        artifacts, variants = saved_and_loaded(config, fused, int8, skeleton, few, folder)
         in_memory = {"fp32": fused, "int8": int8}
+        artifacts = saved.write(config, in_memory, few, folder, record.images_expected(data))
+        # torch.compile takes half a minute, and only the processes that time need it.
+        here = [runtime for runtime in config.latency.runtimes if runtime is not Runtime.inductor]
+        variants = saved.read(config, {"fp32": fused, "int8": skeleton}, folder, here)
         all_int8 = all(layer.int8 for layer in layers)
         predictions = predicted(config, data, fp32.digest, artifacts, variants, in_memory, all_int8)
         if np.array_equal(predictions["fp32"].logits, predictions["int8"].logits):
             raise RunError("the INT8 logits equal the FP32 logits bit for bit: nothing was quantized.")
-        timings = timed(config, variants, data) if config.latency.enabled else []
+        fidelity = per_layer(config, fused, int8, qparams, data)
+        answer = target.answer(config, qconfig, data, prepared, int8, predictions["int8"])
+        timings = timed(config, variants, data, predictions, all_int8, folder)
 
-    measured = metrics.latency_tags(timings)
+    margin = config.dataset["margin"]
+    measured = {
+        **metrics.latency_tags(timings, target.other_kernels(config)),
+        "accuracy_source": str(answer.source),
+        "saturation": str(answer.saturation),
+        "verdict": metrics.verdict(predictions["fp32"], answer, margin),
+    }
     numbers = {
         **metrics.of_accuracy(predictions["fp32"], predictions["int8"]),
+        **metrics.of_target(predictions["fp32"], answer, margin),
         **metrics.of_latency(timings),
         **metrics.of_size(artifacts),
         **metrics.of_layers(layers),
+        "quant/layers_narrowed": float(len(calibration.narrowed)),
         "quant/fusion_difference": difference,
-        "calib/images": float(images),
-        "calib/seconds": seconds,
+        "calib/images": float(calibration.images),
+        "calib/seconds": calibration.seconds,
     }
     return Result(
         metrics=numbers,
-        resolved=resolved_params(qconfig, config),
+        resolved=resolved_params(qconfig, config, calibration.narrowed),
         tags={
             **record.tags(config),
             **measured,
             "float_model": fp32.source,
         },
         doubts=tuple(metrics.doubts(config, qconfig, data, layers, {**numbers, **measured})),
-        files=record.written(folder, config, data, predictions, qparams, layers, timings, artifacts),
-        datasets=record.datasets_used(config, data, images),
+        files={
+            **record.written(folder, config, data, predictions, qparams, layers, timings, artifacts),
+            **record.layers_written(folder, config, layers, fidelity, answer.layers, calibration.narrowed),
+        },
+        datasets=record.datasets_used(config, data, calibration.images),
         flavor=record.flavor(config, data, artifacts),
     )
-
-
-def load_int8(folder: Path) -> Loaded:
-    """The INT8 model that a run saved as a state_dict, from that run's folder (or its artifacts, downloaded).
-
-    Call it within `quantize.engine` of the engine that it was converted for.
-    """
-    config = schema.from_plain(json.loads((folder / "config.json").read_text()))
-    images = json.loads((folder / "model" / "images.json").read_text())
-    with _globals(config), quantize.engine(config.engine):
-        module = models.build(config.model, images["classes"], config.seed)
-        example = torch.zeros(2, *images["shape"])
-        structure = quantize.skeleton(module, config.flow, config.fusion, resolved(config), config.engine, example)
-        return eager_runtime.load(folder / "model" / "int8_eager.pt", structure, config.engine)
 
 
 # ------------------------------------------------------------------------------------------------ the steps
@@ -165,20 +170,25 @@ def why_guarded(config: Config, overflow: Overflow) -> str:
     """Why `auto` became what it is, in a few words."""
     where = f"target={config.target}" if config.target is not Target.native else "this CPU"
     if overflow is not Overflow.none:
-        return f"16-bit sums of engine={config.engine} can saturate on {where}, so {overflow} get 7 bits"
+        return f"16-bit sums of engine={config.engine} can saturate on {where}, so layers that could get 7 bits"
     if min(config.qconfig.weight.bits, config.qconfig.activation.bits) < 8:
         return "7 bits or fewer on one side can't saturate"
     return f"engine={config.engine} does not saturate on {where}"
 
 
-def resolved_params(qconfig: QConfig, config: Config) -> dict[str, str]:
+def resolved_params(qconfig: QConfig, config: Config, narrowed: tuple[quantize.Narrowed, ...] = ()) -> dict[str, str]:
     """What was executed, beside what was asked."""
+
+    def bits(side: quantize.Side) -> str:
+        whole, layers = quantize.executed_bits(qconfig, side), sum(layer.side is side for layer in narrowed)
+        return f"{whole} ({quantize.SAFE_BITS} in {layers} layers)" if layers else str(whole)
+
     if config.flow is Flow.dynamic:
         return {"resolved.weight_bits": str(qconfig.weight.bits)}
     return {
         "resolved.overflow": str(qconfig.overflow),
-        "resolved.weight_bits": str(quantize.executed_bits(qconfig, quantize.Side.weights)),
-        "resolved.activation_bits": str(quantize.executed_bits(qconfig, quantize.Side.activations)),
+        "resolved.weight_bits": bits(quantize.Side.weights),
+        "resolved.activation_bits": bits(quantize.Side.activations),
     }
 
 
@@ -195,10 +205,19 @@ def checked_fusion(float_module: nn.Module, fused: nn.Module, images: Tensor) ->
     return difference
 
 
-def calibrated(prepared: nn.Module, data: Data, config: Config) -> tuple[int, float]:
-    """Feed the observers with the drawn training images; the number of images and the seconds that it took."""
+@dataclass(frozen=True)
+class Calibration:
+    """What calibration saw and took, and the layers that it gave 7 bits on one side (see quantize/narrowing.py)."""
+
+    images: int = 0
+    seconds: float = 0.0
+    narrowed: tuple[quantize.Narrowed, ...] = ()
+
+
+def calibrated(prepared: nn.Module, data: Data, config: Config, qconfig: QConfig) -> tuple[nn.Module, Calibration]:
+    """Feed the observers with the drawn training images; with overflow=layers, narrow what can saturate then."""
     if "calib" in schema.without_effect(config):
-        return 0, 0.0
+        return prepared, Calibration()
     pixels = data.train.pixels(draw(data.train, config.calib))
     shared = count_shared(pixels, data.test)
     if shared:
@@ -209,7 +228,11 @@ def calibrated(prepared: nn.Module, data: Data, config: Config) -> tuple[int, fl
         images = quantize.calibrate(
             prepared, (_images(data, pixels[start : start + size]) for start in range(0, len(pixels), size))
         )
-    return images, time.perf_counter() - started
+    narrowed: tuple[quantize.Narrowed, ...] = ()
+    if qconfig.overflow is Overflow.layers:
+        some = _images(data, pixels[:SATURATION_IMAGES])
+        prepared, narrowed = quantize.narrow(prepared, config.flow, qconfig, config.engine, some)
+    return prepared, Calibration(images, time.perf_counter() - started, narrowed)
 
 
 def checked_layers(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
@@ -218,46 +241,6 @@ def checked_layers(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
         reasons = "; ".join(dict.fromkeys(layer.reason for layer in layers if layer.reason))
         raise RunError(f"no layer runs in INT8{f': {reasons}' if reasons else ''}.")
     return layers
-
-
-def saved_and_loaded(
-    config: Config, fused: nn.Module, int8: nn.Module, skeleton: nn.Module, images: Tensor, folder: Path
-) -> tuple[list[Artifact], dict[str, Loaded]]:
-    """Save both precisions for every runtime and load them back: what is evaluated and timed is what was saved.
-
-    Returns the artifacts, and the loaded models by `<precision>_<runtime>`.
-    """
-    where = folder / "model"
-    where.mkdir(exist_ok=True)
-    artifacts: list[Artifact] = []
-    variants: dict[str, Loaded] = {}
-    for precision, module, structure, engine in (
-        ("fp32", fused, fused, None),
-        ("int8", int8, skeleton, config.engine),
-    ):
-        with quantize.engine(config.engine):
-            for runtime in (runtime for runtime in config.latency.runtimes if _runs(runtime, precision)):
-                path = where / f"{precision}_{'torchscript' if runtime is Runtime.torchscript else 'eager'}.pt"
-                if runtime is Runtime.torchscript:
-                    torchscript.export(module, images[:2], path)
-                    loaded = torchscript.load(path, engine)
-                else:
-                    eager_runtime.export(module, path)
-                    blank = copy.deepcopy(structure)
-                    loaded = eager_runtime.load(path, blank, engine, runtime is Runtime.eager_channels_last)
-                variants[f"{precision}_{runtime}"] = loaded
-                artifacts.append(_artifact(precision, str(runtime), path, str(engine or "")))
-    return artifacts, variants
-
-
-def _runs(runtime: Runtime, precision: str) -> bool:
-    """INT8 kernels choose their own memory format: channels-last is a variant of FP32 only."""
-    return precision == "fp32" or runtime is not Runtime.eager_channels_last
-
-
-def _artifact(precision: str, runtime: str, path: Path, engine: str) -> Artifact:
-    content = path.read_bytes()
-    return Artifact(precision, runtime, str(path), hashlib.sha256(content).hexdigest(), len(content), engine)
 
 
 def predicted(
@@ -294,8 +277,7 @@ def predicted(
                 logits = whole()
             twins: list[Callable[[Tensor], Tensor]] = [saved, *(variants[name] for name in others)]
             for twin in twins:
-                allowed = "mixed" if precision == "int8" and not all_int8 else precision
-                agree(logits[few], predict(twin, precision, few), allowed)
+                agree(logits[few], predict(twin, precision, few), tolerances(all_int8)[precision])
             found[precision] = Predictions(logits, data.test.labels, data.test.ids)
     return found
 
@@ -308,13 +290,39 @@ def _fp32_key(config: Config, data: Data, float_digest: str, artifact: Artifact)
     return json.dumps(["fp32 logits", executed, images, where, record.code_hash()])
 
 
-def timed(config: Config, variants: Mapping[str, Callable[[Tensor], Any]], data: Data) -> list[latency.Timing]:
-    """Every variant timed side by side, at every batch size and number of threads asked for."""
-    inputs = _images(data, data.test.pixels(np.arange(min(len(data.test), LATENCY_IMAGES))))
-    if torch.cuda.is_available() and "fp32_eager" in variants:
-        variants = {**variants, "fp32_cuda": _on_cuda(variants["fp32_eager"])}
-    timings: list[latency.Timing] = []
+def per_layer(
+    config: Config, fused: nn.Module, int8: nn.Module, qparams: Mapping[str, QParams], data: Data
+) -> tuple[Fidelity, ...]:
+    """How well each layer of the INT8 model does what it does in FP32, on evaluation images."""
+    chosen = target.spread(len(data.test), config.per_layer.images)
+    if "per_layer" in schema.without_effect(config) or not len(chosen):
+        return ()
+    batches = np.split(chosen, range(config.evaluate.batch_size, len(chosen), config.evaluate.batch_size))
+    images = (_images(data, data.test.pixels(batch)) for batch in batches)
+    return layer_fidelity(fused, int8, qparams, config.flow, config.engine, images)
+
+
+def timed(
+    config: Config,
+    variants: Mapping[str, Callable[[Tensor], Any]],
+    data: Data,
+    predictions: Mapping[str, Predictions],
+    all_int8: bool,
+    folder: Path,
+) -> list[latency.Timing]:
+    """Every variant timed side by side, at every batch size and number of threads asked for; one job at a time on the
+    whole machine."""
+    if not config.latency.enabled:
+        return []
+    images = min(len(data.test), LATENCY_IMAGES)
+    inputs = _images(data, data.test.pixels(np.arange(images)))
     with machine.lock(TIMING_LOCK), quantize.engine(config.engine):
+        if config.latency.processes:
+            logits = {precision: found.logits[:images] for precision, found in predictions.items()}
+            return worker.measure(config, folder, inputs.numpy(), logits, tolerances(all_int8))
+        if torch.cuda.is_available() and "fp32_eager" in variants:
+            variants = {**variants, "fp32_cuda": on_cuda(cast(Loaded, variants["fp32_eager"]))}
+        timings: list[latency.Timing] = []
         for threads in config.latency.threads:
             for batch_size in config.latency.batch_sizes:
                 with latency.threads(threads):
@@ -324,13 +332,11 @@ def timed(config: Config, variants: Mapping[str, Callable[[Tensor], Any]], data:
                         config.latency,
                         batch_size=batch_size,
                         seed=config.seed,
-                        control_among=[name for name in variants if name.startswith("fp32") and name != "fp32_cuda"],
+                        control_among=latency.on_cpu(variants),
                     )
-    return timings
+        return timings
 
 
-def _on_cuda(model: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
-    """The same float model on the GPU; a call takes an image from the CPU and gives its logits back there."""
-    assert isinstance(model, Loaded)
-    module = copy.deepcopy(model.module).cuda()
-    return lambda images: module(images.cuda()).cpu()
+def tolerances(all_int8: bool) -> dict[str, str]:
+    """By precision, how far two variants of one model may be apart, as a key of `model.TOLERANCE`."""
+    return {"fp32": "fp32", "int8": "int8" if all_int8 else "mixed"}

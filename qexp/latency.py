@@ -5,7 +5,8 @@ All variants are timed side by side. A round holds two blocks of each, in random
 A block is some calls of one variant in a row, at least `block_ms` long. Every call's duration is kept.
 
 Beside the durations, a block records what else happened meanwhile, from which `validity` says whether to trust it;
-and the fastest of the variants named can be timed twice, as its own control.
+and the fastest of the variants named can be timed twice, as its own control. What fresh processes measured, one after
+the other (qexp/worker.py), is `merged`: what one process measures varies together, so the process is what is repeated.
 
 torch is imported only where threads are set and models are called.
 """
@@ -13,12 +14,14 @@ torch is imported only where threads are set and models are called.
 from __future__ import annotations
 
 import gc
+import json
 import os
 import resource
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,6 +55,9 @@ SWITCHES_A_SECOND = 25
 # The share of all processors that may be at work for others, and the processors that a hypervisor may take.
 BUSY_SHARE = 0.25
 STOLEN = 0.02
+# A warm-up is over where two blocks in a row differ by less than this, or after so many blocks more.
+STEADY = 0.05
+BLOCKS_TO_STEADY = 8
 # Of the first quarter of a variant's blocks against the rest.
 DRIFT = 0.1
 
@@ -75,14 +81,16 @@ class Conditions:
 
 @dataclass(frozen=True, eq=False)
 class Timing:
-    """What was measured of one variant at one batch size and number of threads.
+    """What was measured of one variant at one batch size and number of threads, by one process or, merged, by several.
 
     samples: float32 [calls], milliseconds of each call, in the order of the calls; block: int32 [calls], which block
-    a call belongs to, from 0. Of each block [blocks]: round: int32; position: int32, its place among the blocks of all
-    variants; wall_ms, cpu_ms: float64, its duration and the processor time of the calling thread in it; switches:
-    int32, how often the system took the processor away (of all threads where there are several). first_ms: the very
-    first call, which may compile; like all of the warm-up it is no sample. control_of: of a control, the variant that
-    it is, timed a second time.
+    a call belongs to, from 0. Of each block [blocks]: worker: int32, the process, from 0; round: int32, each a round
+    of one process; position: int32, its place among the blocks of all variants of its process; wall_ms, cpu_ms:
+    float64, its duration and the processor time of the calling thread in it; switches: int32, how often the system
+    took the processor away (of all threads where there are several). first_ms: the first call; like all of the
+    warm-up it is no sample. compile_ms: what the compilation before it took, None where nothing is compiled (both are
+    medians over processes). conditions: of each process. control_of: of a control, the variant that it is, timed a
+    second time.
     """
 
     variant: str
@@ -90,24 +98,26 @@ class Timing:
     threads: int
     samples: np.ndarray
     block: np.ndarray
+    worker: np.ndarray
     round: np.ndarray
     position: np.ndarray
     wall_ms: np.ndarray
     cpu_ms: np.ndarray
     switches: np.ndarray
     first_ms: float
-    conditions: Conditions
+    conditions: tuple[Conditions, ...]
+    compile_ms: float | None = None
     control_of: str | None = None
 
     @property
     def started(self) -> float:
         """Seconds since the epoch at which the measurement of all variants began."""
-        return self.conditions.started
+        return self.conditions[0].started
 
     @property
     def ended(self) -> float:
         """Seconds since the epoch at which it ended."""
-        return self.conditions.ended
+        return self.conditions[-1].ended
 
     @property
     def block_ms(self) -> np.ndarray:
@@ -118,6 +128,11 @@ class Timing:
     def round_ms(self) -> np.ndarray:
         """float64 [rounds]: milliseconds a call, mean over the two blocks of each round."""
         return np.bincount(self.round, self.block_ms) / np.bincount(self.round)
+
+    @property
+    def workers(self) -> np.ndarray:
+        """int32 [rounds]: the process of each round."""
+        return np.asarray(self.worker[np.unique(self.round, return_index=True)[1]])
 
     @property
     def summary(self) -> stats.Summary:
@@ -203,6 +218,72 @@ def time_blocks(
     return [runner.timing(batch_size, conditions) for runner in runners]
 
 
+def on_cpu(variants: Collection[str]) -> list[str]:
+    """Those of the names that are FP32 on the CPU, among which the control is chosen."""
+    return [name for name in variants if name.startswith("fp32") and name != "fp32_cuda"]
+
+
+def with_compilation(timing: Timing, compile_ms: float | None) -> Timing:
+    """The timing with what the compilation before it took, in milliseconds."""
+    return replace(timing, compile_ms=compile_ms)
+
+
+PER_BLOCK = ("worker", "round", "position", "wall_ms", "cpu_ms", "switches")
+
+
+def merged(workers: Sequence[Timing]) -> Timing:
+    """What several processes measured of one variant, as one record, in their order. Raises ValueError for none."""
+    if not workers:
+        raise ValueError("no worker, no timing")
+    offsets = {
+        "block": np.cumsum([0, *(len(w.round) for w in workers)]),
+        "round": np.cumsum([0, *(len(w.round_ms) for w in workers)]),
+        "worker": np.arange(len(workers) + 1),
+    }
+    columns: dict[str, Any] = {
+        name: _read_only(
+            np.concatenate([getattr(w, name) + offsets.get(name, zeros)[i] for i, w in enumerate(workers)]),
+            getattr(workers[0], name).dtype,
+        )
+        for zeros in [np.zeros(len(workers), dtype=int)]
+        for name in ("samples", "block", *PER_BLOCK)
+    }
+    compiled = [w.compile_ms for w in workers if w.compile_ms is not None]
+    return replace(
+        workers[0],
+        **columns,
+        first_ms=float(np.median([w.first_ms for w in workers])),
+        compile_ms=float(np.median(compiled)) if compiled else None,
+        conditions=tuple(condition for w in workers for condition in w.conditions),
+    )
+
+
+def save(timings: Sequence[Timing], path: Path) -> None:
+    """Write timings as one .npz, which `load` reads without unpickling anything."""
+    arrays = {
+        f"{i}.{name}": getattr(t, name) for i, t in enumerate(timings) for name in ("samples", "block", *PER_BLOCK)
+    }
+    plain = [
+        {f.name: getattr(t, f.name) for f in fields(t) if f.name not in ("samples", "block", *PER_BLOCK, "conditions")}
+        | {"conditions": [asdict(condition) for condition in t.conditions]}
+        for t in timings
+    ]
+    np.savez(path, plain=np.array(json.dumps(plain)), **arrays)
+
+
+def load(path: Path) -> list[Timing]:
+    """The timings that `save` wrote."""
+    with np.load(path, allow_pickle=False) as file:
+        return [
+            Timing(
+                **{name: file[f"{i}.{name}"] for name in ("samples", "block", *PER_BLOCK)},
+                conditions=tuple(Conditions(**values) for values in plain.pop("conditions")),
+                **plain,
+            )
+            for i, plain in enumerate(json.loads(str(file["plain"])))
+        ]
+
+
 def _rounds(
     runners: Sequence[_Runner], protocol: config.Latency, rng: np.random.Generator, clock: Callable[[], int]
 ) -> None:
@@ -270,6 +351,17 @@ class _Runner:
         while self.estimate_ms * self.calls < protocol.block_ms and self.calls < MAX_CALLS_PER_BLOCK:
             self.calls *= 2
             self.estimate_ms = float(self.run(self.calls).min())
+        if protocol.warmup_seconds > 0:
+            self._until_steady()
+
+    def _until_steady(self) -> None:
+        """Blocks until two in a row take the same time, a few at most: `validity` tells where the drift went on."""
+        before = float(np.median(self.run(self.calls)))
+        for _ in range(BLOCKS_TO_STEADY):
+            now = float(np.median(self.run(self.calls)))
+            if abs(now / before - 1) < STEADY:
+                return
+            before = now
 
     def measure(self, round_: int, position: int) -> None:
         """One block."""
@@ -294,13 +386,14 @@ class _Runner:
             threads=self.threads,
             samples=_read_only(np.concatenate(self.durations), np.float32),
             block=_read_only(block, np.int32),
+            worker=_read_only(np.zeros(len(self.blocks)), np.int32),
             round=_read_only(round_, np.int32),
             position=_read_only(position, np.int32),
             wall_ms=_read_only(wall, np.float64),
             cpu_ms=_read_only(cpu, np.float64),
             switches=_read_only(switches, np.int32),
             first_ms=self.first_ms,
-            conditions=conditions,
+            conditions=(conditions,),
             control_of=self.control_of,
         )
 
@@ -317,13 +410,15 @@ def fastest(timings: Sequence[Timing]) -> Timing:
 
 
 def speedup(fp32: Timing, int8: Timing, confidence: float = 0.95) -> Interval:
-    """How many times faster INT8 is: the median over rounds of FP32's time over INT8's, with a bootstrap interval.
+    """How many times faster INT8 is: the median over rounds of FP32's time over INT8's, with a bootstrap interval that
+    resamples processes, then rounds (see `stats.median_ratio`).
 
     Raises ValueError where the two were not timed side by side.
     """
     if fp32.conditions != int8.conditions or not np.array_equal(fp32.round, int8.round):
         raise ValueError(f"{fp32.variant} and {int8.variant} were not timed side by side")
-    return stats.median_ratio([fp32.round_ms / int8.round_ms], confidence)
+    ratios, workers = fp32.round_ms / int8.round_ms, fp32.workers
+    return stats.median_ratio([ratios[workers == worker] for worker in np.unique(workers)], confidence)
 
 
 def validity(timings: Sequence[Timing]) -> tuple[bool, tuple[str, ...]]:
@@ -332,7 +427,8 @@ def validity(timings: Sequence[Timing]) -> tuple[bool, tuple[str, ...]]:
     timings: all of one measurement, its control among them; what other processes do shows in different ways, since a
     steady disturbance hits both sides of every pair, and the control alone can't see it.
     """
-    reasons = [*_of_control(timings), *_of_blocks(timings), *_of_machine(timings[0].conditions)]
+    of_machine = [reason for conditions in timings[0].conditions for reason in _of_machine(conditions)]
+    reasons = dict.fromkeys([*_of_control(timings), *_of_blocks(timings), *of_machine])
     return not reasons, tuple(reasons)
 
 
@@ -361,7 +457,7 @@ def _of_blocks(timings: Sequence[Timing]) -> Iterator[str]:
     if rate > SWITCHES_A_SECOND:
         yield f"{rate:.0f} involuntary context switches a second: another process wanted the same core"
     for timing in timings:
-        drift = _drift(timing.block_ms)
+        drift = max((_drift(timing.block_ms[timing.worker == w]) for w in np.unique(timing.worker)), key=abs)
         if abs(drift) > DRIFT:
             yield f"{timing.variant} was {abs(drift):.0%} {'slower' if drift > 0 else 'faster'} at first than later"
 

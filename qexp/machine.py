@@ -200,6 +200,19 @@ def allowed_cores(root: Path = Path("/")) -> int:
     return count if limit is None else max(1, min(count, math.floor(limit)))
 
 
+def separate_cores(count: int, root: Path = Path("/")) -> list[int]:
+    """`count` logical processors that this process may run on, of as many physical cores as there are.
+
+    From the last core on, since the system likes to serve its interrupts on the first. Fewer where fewer are allowed.
+    """
+    allowed = set(allowed_cpus())
+    cores = [[cpu for cpu in threads if cpu in allowed] for threads in core_siblings(root)]
+    cores = [cpus for cpus in cores if cpus] or [[cpu] for cpu in sorted(allowed)]
+    # One thread of each core first, then the second ones.
+    ordered = [cpus[turn] for turn in range(max(map(len, cores))) for cpus in reversed(cores) if turn < len(cpus)]
+    return sorted(ordered[:count])
+
+
 def load() -> float | None:
     """Runnable tasks, mean of the last minute; None where the system doesn't say."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,21 +11,71 @@ from qexp.config import Config, Flow, Overflow, QConfig, Target
 from qexp.data import Data
 from qexp.quantize import saturation
 from qexp.results import Artifact, Layer, Predictions
+from qexp.target import Answer
 
 
 def of_accuracy(fp32: Predictions, int8: Predictions) -> dict[str, float]:
     """Both accuracies on the same images, and their paired difference with what is known of it."""
     fp32_only, int8_only, n = stats.discordant(fp32, int8)
     delta = stats.tango(fp32_only, int8_only, n)
+    wilson = {name: stats.wilson(int(p.correct.sum()), n) for name, p in (("fp32", fp32), ("int8", int8))}
+    sqnr = stats.sqnr(fp32.logits, int8.logits)
     return {
-        "accuracy/fp32": float(fp32.correct.mean()),
-        "accuracy/int8": float(int8.correct.mean()),
+        **{f"accuracy/{name}": interval.value for name, interval in wilson.items()},
+        **{f"accuracy/{name}_low": interval.low for name, interval in wilson.items()},
+        **{f"accuracy/{name}_high": interval.high for name, interval in wilson.items()},
         "accuracy/delta": delta.value,
         "accuracy/delta_low": delta.low,
         "accuracy/delta_high": delta.high,
         "accuracy/mcnemar_p": stats.mcnemar(fp32_only, int8_only),
         "accuracy/agreement": stats.agreement(fp32, int8),
+        "accuracy/detectable": stats.detectable(fp32_only, int8_only, n),
+        "accuracy/kl": stats.kl_divergence(fp32, int8),
+        **({"accuracy/sqnr_db": sqnr} if math.isfinite(sqnr) else {}),
     }
+
+
+def of_target(fp32: Predictions, answer: Answer, margin: float) -> dict[str, float]:
+    """INT8 accuracy on the CPU that `target` means, and what 16-bit sums cost on whichever CPU has them."""
+    first_only, second_only, n = stats.discordant(fp32.at(answer.images), answer.target)
+    delta = stats.tango(first_only, second_only, n)
+    found = {
+        "accuracy/int8_target": float(answer.target.correct.mean()),
+        "accuracy/delta_target": delta.value,
+        "accuracy/delta_target_low": delta.low,
+        "accuracy/delta_target_high": delta.high,
+        "accuracy/target_images": float(n),
+        "accuracy/non_inferiority_p": stats.non_inferiority(first_only, second_only, n, margin),
+        "saturation/layers": float(len(answer.saturating_layers)),
+    }
+    if answer.exact is None or answer.saturating is None:
+        return found
+    loss = stats.tango(*stats.discordant(answer.saturating, answer.exact))
+    sqnr = stats.sqnr(answer.exact.logits, answer.saturating.logits)
+    return found | {
+        "accuracy/int8_exact": float(answer.exact.correct.mean()),
+        "accuracy/exact_images": float(len(answer.exact.labels)),
+        "saturation/loss": loss.value,
+        "saturation/loss_low": loss.low,
+        "saturation/loss_high": loss.high,
+        "saturation/agreement": stats.agreement(answer.exact, answer.saturating),
+        **({"saturation/sqnr_db": sqnr} if math.isfinite(sqnr) else {}),
+    }
+
+
+def verdict(fp32: Predictions, answer: Answer, margin: float) -> str:
+    """The verdict on the target's accuracy in words, with 16-bit saturation as its cause where that is shown."""
+    first_only, second_only, n = stats.discordant(fp32.at(answer.images), answer.target)
+    said = stats.verdict(first_only, second_only, n, margin)
+    if answer.exact is None or answer.saturating is None or answer.target_is_exact:
+        return said
+    lost = stats.tango(*stats.discordant(answer.saturating, answer.exact))
+    if lost.low <= 0:
+        return said
+    rest = stats.tango(*stats.discordant(fp32.at(answer.compared), answer.exact))
+    cause = "all of it" if rest.high >= 0 else f"{100 * lost.value:.1f} of them"
+    points = 100 * (first_only - second_only) / n
+    return f"{said}; {points:.1f} points lost, {cause} to 16-bit sums that saturate; qconfig.overflow=auto avoids it"
 
 
 def of_latency(timings: list[latency.Timing]) -> dict[str, float]:
@@ -62,18 +113,22 @@ def fastest(timings: list[latency.Timing]) -> tuple[latency.Timing, latency.Timi
     return latency.fastest(by["fp32"]), latency.fastest(by["int8"])
 
 
-def latency_tags(timings: list[latency.Timing]) -> dict[str, str]:
-    """Which variants the speedup compares, and whether the measurement can be trusted, with every reason if not."""
+def latency_tags(timings: list[latency.Timing], other_kernels: str = "") -> dict[str, str]:
+    """Which variants the speedup compares, and whether the measurement can be trusted, with every reason if not.
+
+    other_kernels: why a timing on this machine says nothing of the target, if it doesn't.
+    """
     if not timings:
         return {}
     first = headline(timings)
     fp32, int8 = fastest(first)
-    valid, reasons = latency.validity(first)
+    _, reasons = latency.validity(first)
+    reasons = (*reasons, other_kernels) if other_kernels else reasons
     return {
         "fastest.fp32": fp32.variant.removeprefix("fp32_"),
         "fastest.int8": int8.variant.removeprefix("int8_"),
-        "latency_valid": str(valid).lower(),
-        **({} if valid else {"latency_reason": "; ".join(reasons)}),
+        "latency_valid": str(not reasons).lower(),
+        **({"latency_reason": "; ".join(reasons)} if reasons else {}),
     }
 
 

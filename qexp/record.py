@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import subprocess
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
@@ -18,7 +20,9 @@ from qexp import config as schema
 from qexp import latency, machine
 from qexp.config import Config
 from qexp.data import Data
-from qexp.quantize import saturation
+from qexp.quantize import Narrowed, saturation
+from qexp.quantize.fidelity import Fidelity
+from qexp.quantize.sums import LayerSums
 from qexp.results import Artifact, Layer, Predictions, QParams
 
 
@@ -77,7 +81,7 @@ def loading_code(config: Config, artifacts: list[Artifact]) -> str:
     here = "Path(__file__).resolve().parent"
     if scripted:
         return f'{head}\n{engine}model = torch.jit.load({here} / "int8_torchscript.pt").eval()\n'
-    return f"{head}\nfrom qexp.experiment import load_int8\n\n{engine}model = load_int8({here}.parent)\n"
+    return f"{head}\nfrom qexp.saved import load_int8\n\n{engine}model = load_int8({here}.parent)\n"
 
 
 def datasets_used(config: Config, data: Data, calibrated_on: int) -> tuple[dict[str, Any], ...]:
@@ -132,11 +136,9 @@ def written(
     )  # fmt: skip
     _json(folder / "config.json", schema.plain(config))
     _json(folder / "qparams.json", {name: _qparams(value) for name, value in qparams.items()})
-    _json(folder / "layers.json", [asdict(layer) for layer in layers])
     _json(folder / "model" / "artifacts.json", [{**asdict(a), "path": Path(a.path).name} for a in artifacts])
-    _json(folder / "model" / "images.json", images_expected(data))
     (folder / "model" / "load.py").write_text(loading_code(config, artifacts))
-    names = ["predictions.npz", "config.json", "qparams.json", "layers.json", "model"]
+    names = ["predictions.npz", "config.json", "qparams.json", "model"]
     if timings:
         _json(folder / "latency.json", {"machine": asdict(machine.describe()), "rows": [_timing(t) for t in timings]})
         samples = {f"{t.variant}.batch{t.batch_size}.threads{t.threads}": t.samples for t in timings}
@@ -144,6 +146,47 @@ def written(
         names += ["latency.json", "latency_samples.npz"]
     files = {name: str(folder / name) for name in names}
     return {**files, "hydra": str(folder / ".hydra")} if (folder / ".hydra").is_dir() else files
+
+
+COLUMNS = (
+    "name", "kind", "int8", "sqnr_db", "own_sqnr_db", "weight_sqnr_db", "clipped", "saturated", "narrowed", "scale",
+    "kernel", "reason",
+)  # fmt: skip
+
+
+def layers_written(
+    folder: Path,
+    config: Config,
+    layers: tuple[Layer, ...],
+    fidelity: tuple[Fidelity, ...],
+    sums: tuple[LayerSums, ...],
+    narrowed: tuple[Narrowed, ...],
+) -> dict[str, str]:
+    """Write the table of layers (layers.csv, in the order in which they run) and its chart; the paths as `written`.
+
+    saturated: share of the layer's outputs that 16-bit sums changed, where that was looked at; narrowed: the side that
+    overflow=layers gave 7 bits.
+    """
+    of_layers, measured = {layer.name: layer for layer in layers}, {row.name: row for row in fidelity}
+    shares, sides = {row.name: row.share for row in sums}, {row.name: str(row.side) for row in narrowed}
+    rows = []
+    for name in dict.fromkeys([*measured, *of_layers]):
+        found = [asdict(by[name]) for by in (of_layers, measured) if name in by]
+        row = {**dict(ChainMap(*found[::-1])), "name": name, "saturated": shares.get(name), "narrowed": sides.get(name)}
+        rows.append({column: row.get(column) for column in COLUMNS})
+    with (folder / "layers.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    files = {"layers.csv": str(folder / "layers.csv")}
+    if fidelity:
+        from qexp import plots
+
+        qconfig = config.qconfig
+        title = f"{config.model['_target_'].rpartition('.')[2]}, weights {qconfig.weight.granularity}, {config.flow}"
+        plots.save(plots.layers(fidelity, title), folder / "layers.png")
+        files["layers.png"] = str(folder / "layers.png")
+    return files
 
 
 def _json(path: Path, value: Any) -> None:
@@ -164,7 +207,9 @@ def _timing(timing: latency.Timing) -> dict[str, Any]:
         **summary,
         "images_per_second": 1000 * timing.batch_size / summary["p50"],
         "first_ms": timing.first_ms,
-        "rounds": int(timing.round.max()) + 1,
+        "compile_ms": timing.compile_ms,
+        "processes": len(timing.conditions),
+        "rounds": len(timing.round_ms),
         "started": timing.started,
         "ended": timing.ended,
     }

@@ -384,7 +384,15 @@ def unstarted(returned: Any) -> Row | None:
 
 def summary(rows: Sequence[Row]) -> str:
     """What a sweep prints in the end: what all runs share, the runs, the effects, and every job that failed."""
-    parts = [shared(rows), table.runs(rows), table.effects_text(rows), table.failures(rows)]
+    parts = [
+        shared(rows),
+        table.runs(rows),
+        table.latencies(rows),
+        table.effects_text(rows),
+        table.draws(rows),
+        table.calibration(rows),
+        table.failures(rows),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 

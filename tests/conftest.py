@@ -51,3 +51,21 @@ def qexp(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained `tiny`, so that no test trains one again."""
+    import torch
+
+    from qexp import models
+    from qexp.data import load_data
+
+    folder = tmp_path_factory.mktemp("float")
+    overrides = ["model=tiny", "train=fast", "train.epochs=6", "train.lr=0.05", f"outputs={folder}"]
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        config = schema.from_hydra(compose("config", overrides), str(folder))
+    data = load_data(config.dataset, folder / "cache")
+    made = models.float_model(config.model, config.train, data, 0, folder / "checkpoints", 2)
+    torch.save(made.module.state_dict(), folder / "tiny.pt")
+    return folder / "tiny.pt"

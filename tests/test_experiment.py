@@ -21,26 +21,6 @@ Composed = Callable[..., Config]
 SMALL = ("model=tiny", "train=fast", "latency=quick", "latency.seconds=0.1", "latency.warmup_seconds=0")
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained `tiny`, so that no test trains one again."""
-    from hydra import compose, initialize_config_dir
-
-    from qexp import config as schema
-    from qexp import models
-    from qexp.compose import CONF
-    from qexp.data import load_data
-
-    folder = tmp_path_factory.mktemp("float")
-    overrides = ["model=tiny", "train=fast", "train.epochs=6", "train.lr=0.05", f"outputs={folder}"]
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        config = schema.from_hydra(compose("config", overrides), str(folder))
-    data = load_data(config.dataset, folder / "cache")
-    made = models.float_model(config.model, config.train, data, 0, folder / "checkpoints", 2)
-    torch.save(made.module.state_dict(), folder / "tiny.pt")
-    return folder / "tiny.pt"
-
-
 @pytest.fixture
 def run(composed: Composed, checkpoint: Path, tmp_path: Path) -> Callable[..., Result]:
     """run(*overrides) -> the Result of one job, whose folder is tmp_path/run."""
@@ -83,7 +63,7 @@ import json, runpy, sys, torch
 from pathlib import Path
 from qexp import quantize
 from qexp.config import Engine
-from qexp.experiment import load_int8
+from qexp.saved import load_int8
 folder = Path(sys.argv[1])
 images = torch.load(folder / "images.pt", weights_only=True)
 script = runpy.run_path(str(folder / "model" / "load.py"))["model"]

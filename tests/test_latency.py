@@ -6,7 +6,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from qexp.errors import ConfigError
 PROTOCOL = config.Latency(
     enabled=True,
     runtimes=[config.Runtime.eager],
+    processes=0,
     threads=[1],
     batch_sizes=[1],
     seconds=2.0,
@@ -177,11 +179,23 @@ def test_rounds_go_on_for_the_seconds_and_the_blocks_asked_for() -> None:
 def test_the_warm_up_is_of_calls_and_of_seconds() -> None:
     by_calls, by_seconds = Simulated(), Simulated()
     by_calls.time({"fp32": by_calls.model("fp32", 100)}, replace(PROTOCOL, seconds=0, min_blocks=2))
-    assert len(by_calls.seen["fp32"]) == 5 + 1 + 2
+    # Five calls, one for the block's size, two blocks that show no drift, two blocks.
+    assert len(by_calls.seen["fp32"]) == 5 + 1 + 2 + 2
     by_seconds.time(
         {"fp32": by_seconds.model("fp32", 100)}, replace(PROTOCOL, seconds=0, min_blocks=2, warmup_seconds=2)
     )
-    assert len(by_seconds.seen["fp32"]) == 20 + 1 + 2
+    assert len(by_seconds.seen["fp32"]) == 20 + 1 + 2 + 2
+
+
+def test_the_warm_up_goes_on_while_the_time_drifts_but_not_for_ever() -> None:
+    def calls(slowdown: Callable[[float], float]) -> int:
+        machine = Simulated(slowdown)
+        machine.time({"fp32": machine.model("fp32", 100)}, replace(PROTOCOL, seconds=0, min_blocks=2))
+        return len(machine.seen["fp32"])
+
+    steady = calls(lambda seconds: 1.0)
+    assert steady < calls(lambda seconds: 1 + 5 * 3**-seconds) < steady + latency.BLOCKS_TO_STEADY - 1
+    assert calls(lambda seconds: 1 + seconds) == steady + latency.BLOCKS_TO_STEADY - 1
 
 
 def test_the_control_is_the_fastest_of_those_named_and_as_fast_as_itself() -> None:
@@ -201,14 +215,61 @@ def test_timings_of_two_measurements_have_no_speedup() -> None:
         latency.speedup(fp32, int8)
 
 
+# ---- Several processes
+
+
+def test_what_two_processes_measured_is_merged_block_by_block() -> None:
+    first, second = pair(Simulated()), pair(Simulated(slowdown=lambda seconds: 3.0), seed=1)
+    fp32, int8 = (latency.merged([a, b]) for a, b in zip(first, second, strict=True))
+    assert len(fp32.samples) == sum(len(timings[0].samples) for timings in (first, second))
+    assert fp32.block_ms.tolist() == [*first[0].block_ms, *second[0].block_ms]
+    assert fp32.round_ms.tolist() == [*first[0].round_ms, *second[0].round_ms]
+    assert fp32.workers.tolist() == [0] * len(first[0].round_ms) + [1] * len(second[0].round_ms)
+    assert fp32.conditions == (*first[0].conditions, *second[0].conditions)
+    assert fp32.first_ms == 10.0  # the median of 5 and 15
+    assert latency.speedup(fp32, int8).value == 0.5
+    # A slow process is a slow process in both, not a drift.
+    assert latency.validity(quiet([fp32, int8])) == (True, ())
+
+
+def test_the_interval_of_a_speedup_resamples_processes_from_five_on() -> None:
+    def measured(processes: int) -> list[latency.Timing]:
+        runs = []
+        for process in range(processes):
+            machine = Simulated()
+            runs.append(machine.time({"fp32": machine.model("fp32", 5 + process), "int8": machine.model("int8", 5)}))
+        return [latency.merged([run[index] for run in runs]) for index in range(2)]
+
+    few, many = (latency.speedup(*measured(processes)) for processes in (4, 5))
+    assert few.method == "bootstrap of blocks within 4 workers"
+    assert many.method == "bootstrap of workers, then blocks"
+    assert many.value == pytest.approx(1.4)
+    assert many.high - many.low > 0.3  # as far apart as the processes are
+
+
+def test_saved_timings_are_read_back_as_they_were(tmp_path: Path) -> None:
+    timings = [latency.merged([timing, timing]) for timing in pair(Simulated(), control_among=["fp32"])]
+    timings[0] = latency.with_compilation(timings[0], 123.0)
+    latency.save(timings, tmp_path / "timings.npz")
+    for expected, actual in zip(timings, latency.load(tmp_path / "timings.npz"), strict=True):
+        for field in fields(latency.Timing):
+            before, after = getattr(expected, field.name), getattr(actual, field.name)
+            if isinstance(before, np.ndarray):
+                assert before.dtype == after.dtype
+                assert before.tolist() == after.tolist()
+            else:
+                assert before == after
+
+
 # ---- Whether to trust it
 
 
 def quiet(timings: list[latency.Timing]) -> list[latency.Timing]:
     """The timings as a machine with nothing else to do would give them."""
-    conditions = replace(timings[0].conditions, processors=8, busy_before=0.1, others=0.2, stolen=0.0)
+    conditions = replace(timings[0].conditions[0], processors=8, busy_before=0.1, others=0.2, stolen=0.0)
     return [
-        replace(t, cpu_ms=t.wall_ms * 0.999, switches=np.zeros_like(t.switches), conditions=conditions) for t in timings
+        replace(t, cpu_ms=t.wall_ms * 0.999, switches=np.zeros_like(t.switches), conditions=(conditions,))
+        for t in timings
     ]
 
 
@@ -269,13 +330,13 @@ def test_context_switches_are_not_trusted(trusted: list[latency.Timing]) -> None
     ],
 )
 def test_a_busy_machine_is_not_trusted(trusted: list[latency.Timing], field: str, reason: str) -> None:
-    conditions = replace(trusted[0].conditions, **{field: 3.0})
-    assert reasons([replace(timing, conditions=conditions) for timing in trusted]) == reason
+    conditions = replace(trusted[0].conditions[0], **{field: 3.0})
+    assert reasons([replace(timing, conditions=(conditions,)) for timing in trusted]) == reason
 
 
 def test_a_machine_that_does_not_tell_about_steal_is_not_accused(trusted: list[latency.Timing]) -> None:
-    conditions = replace(trusted[0].conditions, stolen=None)
-    assert reasons([replace(timing, conditions=conditions) for timing in trusted]) == ""
+    conditions = replace(trusted[0].conditions[0], stolen=None)
+    assert reasons([replace(timing, conditions=(conditions,)) for timing in trusted]) == ""
 
 
 def test_a_warm_up_that_was_too_short_is_seen() -> None:

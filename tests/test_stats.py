@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -366,3 +367,146 @@ def test_the_bootstrap_of_workers_covers_where_workers_differ() -> None:
     # What the hierarchy is for: pooled blocks would claim far too much.
     assert covered["workers"] >= 170
     assert covered["blocks"] < 130
+
+
+# ---- Means and spreads of several runs
+
+
+def test_a_means_interval_is_that_of_students_t() -> None:
+    values = [0.04, 0.01, 0.02, 0.06]
+    interval = stats.mean_interval(values)
+    expected = distributions.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (interval.value, interval.low, interval.high) == pytest.approx((0.0325, expected.low, expected.high))
+
+
+def test_a_standard_deviations_interval_is_that_of_chi_square() -> None:
+    # R: sqrt(2 / qchisq(c(0.975, 0.025), 2))
+    interval = stats.spread_interval(1.0, 2)
+    assert (interval.value, interval.low, interval.high) == pytest.approx((1, 0.5206, 6.2847), abs=1e-4)
+    interval = stats.spread_interval(3.0, 14)
+    assert (interval.low, interval.high) == pytest.approx(
+        [3 * math.sqrt(14 / distributions.chi2.ppf(p, 14)) for p in (0.975, 0.025)]
+    )
+
+
+def test_the_pooled_spread_is_the_residual_of_an_analysis_of_variance() -> None:
+    samples = [(1.0, 2.0, 4.0), (7.0,), (3.0, 3.5)]
+    residual = sum(float(np.var(sample) * len(sample)) for sample in samples)
+    assert stats.pooled_spread(samples) == pytest.approx((math.sqrt(residual / 3), 3))
+    assert stats.pooled_spread([(1.0,), (2.0,)]) == (0.0, 0)
+
+
+# ---- From which size on
+
+
+def samples_of(
+    rng: np.random.Generator, means: Sequence[float], spreads: float | Sequence[float], draws: int = 3
+) -> list[list[float]]:
+    return rng.normal(means, spreads, (draws, len(means))).T.tolist()
+
+
+def test_of_two_equally_spread_sizes_the_larger_wins_exactly_where_students_one_sided_test_says_so() -> None:
+    rng = np.random.default_rng(0)
+    seen = set()
+    for _ in range(60):
+        a = rng.normal(0, 1, 3)
+        b = rng.normal(1.5, 1) + a
+        found = stats.plateau([a.tolist(), b.tolist()])
+        assert found is not None
+        assert (found.index == 1) == (distributions.ttest_ind(b, a, alternative="greater").pvalue < 0.025)
+        interval = distributions.ttest_ind(b, a).confidence_interval(0.95)
+        assert (found.gains[0].low, found.gains[0].high) == pytest.approx((interval.low, interval.high))
+        seen.add(found.index)
+    assert seen == {0, 1}
+
+
+def by_brute_force(samples: Sequence[np.ndarray]) -> int:
+    """The smallest size without a larger one that beats it by more than t standard errors, all written out."""
+    for index in range(len(samples) - 1):
+        compared = samples[index:]
+        n = sum(map(len, compared))
+        variance = sum(((s - s.mean()) ** 2).sum() for s in compared) / (n - len(compared))
+        t = distributions.t.isf(0.025 / (len(compared) - 1), n - len(compared))
+        own = compared[0]
+        at_own = max(variance, own.var(ddof=1)) / len(own)
+        if all(s.mean() - own.mean() <= t * np.sqrt(at_own + variance / len(s)) for s in compared[1:]):
+            return index
+    return len(samples) - 1
+
+
+def test_the_plateau_is_that_of_the_rule_written_out() -> None:
+    rng = np.random.default_rng(1)
+    seen = set()
+    for _ in range(200):
+        samples = [rng.normal(mean, 0.5, draws) for mean, draws in ((-3, 3), (-1, 4), (0, 2), (0.5, 3))]
+        found = stats.plateau([sample.tolist() for sample in samples])
+        assert found is not None
+        assert found.index == by_brute_force(samples)
+        seen.add(found.index)
+    assert len(seen) > 2
+
+
+@pytest.mark.parametrize(
+    ("spreads", "exact", "most"),
+    [
+        ([1.0] * 7, False, 0.015),
+        ([1.0] * 6 + [0.0], True, 0.015),
+        ([0.5**n for n in range(7)], False, 0.05),
+    ],
+)
+def test_a_rise_is_seen_where_there_is_none_as_rarely_as_said(spreads: list[float], exact: bool, most: float) -> None:
+    rng = np.random.default_rng(2)
+    trials, wrong, covered = 10_000, 0, 0
+    for _ in range(trials):
+        samples = samples_of(rng, [0] * 7, spreads)
+        if exact:
+            samples[-1] = [0.0]
+        found = stats.plateau(samples, exact)
+        assert found is not None
+        wrong += found.index > 0
+        covered += found.index > 0 or max(gain.high for gain in found.gains) >= 0
+    sampling = 3 * math.sqrt(most * (1 - most) / trials)
+    assert wrong / trials <= most + sampling
+    assert covered / trials >= 0.975 - sampling
+
+
+def test_a_size_without_error_narrows_the_gain_over_it() -> None:
+    samples = [(0.0, 1.0, 2.0), (3.0,)]
+    sampled, exact = stats.plateau(samples), stats.plateau(samples, exact=True)
+    assert sampled is not None
+    assert exact is not None
+    # s = 1 with 2 degrees of freedom; the mean of three has a variance of 1/3, a single value one of 1, or of 0.
+    t = distributions.t.isf(0.025, 2)
+    assert sampled.gains[0].high == pytest.approx(2 + t * math.sqrt(1 / 3 + 1))
+    assert exact.gains[0].high == pytest.approx(2 + t * math.sqrt(1 / 3))
+
+
+def test_where_the_sizes_compared_have_no_spread_that_of_all_counts() -> None:
+    found = stats.plateau([(0.0, 0.1), (5.0, 5.0), (5.0, 5.0)])
+    assert found is not None
+    assert (found.index, found.spread) == (1, pytest.approx(math.sqrt(0.005 / 3)))
+
+
+@pytest.mark.parametrize("means", [(-1.0, 0.0), (-3.0, -1.0, 0.0), (-3.0, -1.0, 0.0, 0.0)])
+def test_a_size_is_called_enough_that_is_not_as_rarely_as_said(means: tuple[float, ...]) -> None:
+    rng = np.random.default_rng(4)
+    trials, margin, first = 4000, 1.0, means.index(0)
+    found = [stats.enough(samples_of(rng, means, 0.5), margin) for _ in range(trials)]
+    sampling = 3 * math.sqrt(0.025 * 0.975 / trials)
+    assert np.mean([index is not None and index < first for index in found]) <= 0.025 + sampling
+    assert all(stats.enough(samples_of(rng, [0] * 4, 0.1), margin) == 0 for _ in range(50))
+    assert stats.enough([(0.1,), (0.2,)], 0.5) is None
+
+
+def test_a_rise_is_seen_where_there_is_one() -> None:
+    rng = np.random.default_rng(3)
+    found = [stats.plateau(samples_of(rng, (-3, -2, 0, 0, 0), 0.3)) for _ in range(300)]
+    indices = [plateau.index for plateau in found if plateau]
+    assert np.mean([index == 2 for index in indices]) > 0.9
+    assert np.mean([index > 2 for index in indices]) <= 0.05  # called too small although it is enough
+
+
+def test_without_draws_sizes_cant_be_told_apart() -> None:
+    assert stats.plateau([(0.1,), (0.2,)]) is None
+    assert stats.plateau([(0.1, 0.1), (0.2, 0.2)]) is None
+    assert stats.plateau([(0.1, 0.2)]) is None

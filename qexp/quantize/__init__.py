@@ -14,19 +14,22 @@ from torch import Tensor, nn
 
 from qexp.config import ActivationObserver, Engine, Flow, Observer, QConfig
 from qexp.errors import InputError, QexpError
-from qexp.quantize import dynamic, eager, fx
+from qexp.quantize import dynamic, eager, fx, narrowing, saturation, sums
 from qexp.quantize.calibrate import calibrate, run_or_refuse
 from qexp.quantize.compare import blame, fusion_difference
 from qexp.quantize.copies import evaluation_copy
 from qexp.quantize.engines import engine, require, supported
-from qexp.quantize.grid import Grid, Side, executed_bits, grid
+from qexp.quantize.grid import SAFE_BITS, Grid, Side, executed_bits, grid
 from qexp.quantize.layers import layers, read_qparams
+from qexp.quantize.narrowing import Narrowed
 from qexp.quantize.observers import observers, records_range
 from qexp.quantize.quiet import say_once_silently
 from qexp.quantize.strided import without_strides
 
 __all__ = [
+    "SAFE_BITS",
     "Grid",
+    "Narrowed",
     "Side",
     "blame",
     "calibrate",
@@ -38,6 +41,7 @@ __all__ = [
     "fusion_difference",
     "grid",
     "layers",
+    "narrow",
     "prepare",
     "read_qparams",
     "require",
@@ -46,6 +50,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+# Enough to tell which of two grids is the coarser for a layer.
+NOISE_IMAGES = 16
 say_once_silently()
 
 
@@ -72,6 +78,27 @@ def prepare(
         if flow is Flow.fx:
             return fx.prepare(fused, qconfig, observer, example)
         return dynamic.prepare(fused, qconfig)
+
+
+def narrow(
+    prepared: nn.Module, flow: Flow, qconfig: QConfig, engine_name: Engine, images: Tensor
+) -> tuple[nn.Module, tuple[Narrowed, ...]]:
+    """A calibrated model with 7 bits on one side of every layer whose 16-bit sums saturate on `images`.
+
+    images: float32 [n, 3, H, W], some of the calibration images. Where this machine's kernels are exact, those of a CPU
+    without VNNI are emulated. Returns a copy, and what was narrowed.
+    """
+    converted = convert(prepared, flow, engine_name)
+    if not sums.at_risk(converted, engine_name):
+        return prepared, ()
+    if saturation.probe().dense_saturates(engine_name, qconfig.weight.scheme):
+        exact = convert(prepared, flow, Engine.qnnpack)
+        rows = sums.layer_by_layer(converted, exact, [images], engine_name, Engine.qnnpack)
+    else:
+        emulated = sums.with_emulated_sums(converted, engine_name)
+        rows = sums.layer_by_layer(emulated, converted, [images], engine_name, engine_name)
+    risky = [row.name for row in rows if row.saturates]
+    return narrowing.narrow(prepared, risky, qconfig, images[:NOISE_IMAGES]) if risky else (prepared, ())
 
 
 def convert(prepared: nn.Module, flow: Flow, engine_name: Engine) -> nn.Module:

@@ -7,6 +7,7 @@ belongs to the kernel, not to the CPU, so it is tried rather than looked up.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qexp.config import Engine, Flow, Overflow, QConfig, Scheme, Target
+from qexp.errors import InputError
 from qexp.quantize.engines import engine, supported
 from qexp.quantize.grid import SAFE_BITS
 from qexp.quantize.quiet import say_once_silently
@@ -62,6 +64,10 @@ class KernelSignature:
         """Kinds of layer (conv, depthwise, linear, …) in which this engine saturates."""
         mine = [p for p in self.probes if p.engine is name and p.weight_scheme is weight_scheme]
         return tuple(p.kind for p in mine if p.saturates)
+
+    def dense_saturates(self, name: Engine, weight_scheme: Scheme = Scheme.symmetric) -> bool:
+        """Whether ordinary convolutions saturate, as they do on a CPU without VNNI."""
+        return "conv" in self.saturating_kinds(name, weight_scheme)
 
     def saturates(self, name: Engine, weight_scheme: Scheme = Scheme.symmetric) -> bool:
         """Whether any kind of layer saturates; x86 picks other kernels for asymmetric weights."""
@@ -128,11 +134,29 @@ def can_saturate(qconfig: QConfig, name: Engine, flow: Flow, target: Target, sig
 def resolve_overflow(
     qconfig: QConfig, name: Engine, flow: Flow, target: Target, signature: KernelSignature
 ) -> Overflow:
-    """What `qconfig.overflow` means here: an explicit value is kept, `auto` becomes none, activations or weights."""
+    """What `qconfig.overflow` means here: an explicit value is kept, `auto` becomes none or layers."""
     if qconfig.overflow is not Overflow.auto:
         return qconfig.overflow
     narrow = min(qconfig.weight.bits, qconfig.activation.bits) <= SAFE_BITS
     if narrow or not can_saturate(qconfig, name, flow, target, signature):
         return Overflow.none
-    # Symmetric activations have lost half of their grid already.
-    return Overflow.activations if qconfig.activation.scheme is Scheme.asymmetric else Overflow.weights
+    return Overflow.layers
+
+
+# What lowers the instruction set of a library that computes in INT8.
+_LOWERED_BY = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "FBGEMM_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+_WITHOUT_VNNI = ("SSE41", "AVX", "AVX2", "AVX512_CORE", "AVX512", "DEFAULT")
+
+
+def check_environment(name: Engine, signature: KernelSignature, environment: Mapping[str, str]) -> None:
+    """Refuse an environment that asks for a CPU without VNNI where the probe of this process does not find one.
+
+    Such a variable reaches one library only, and not every version of it. Raises InputError.
+    """
+    for variable in _LOWERED_BY:
+        value = environment.get(variable, "")
+        if value.upper() in _WITHOUT_VNNI and name in _SATURATES_ON_AVX2 and not signature.dense_saturates(name):
+            raise InputError(
+                f"{variable}={value} asks for a CPU without VNNI, and the kernels of engine={name} are still those of "
+                "one with it: unset it, and use target=avx2, which emulates such a CPU."
+            )

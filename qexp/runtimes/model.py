@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -46,6 +47,12 @@ class Loaded:
         with torch.inference_mode():
             logits: Tensor = self.module(images)
         return logits
+
+
+def on_cuda(model: Loaded) -> Callable[[Tensor], Tensor]:
+    """The same float model on the GPU; a call takes an image from the CPU and gives its logits back there."""
+    module = copy.deepcopy(model.module).cuda()
+    return lambda images: module(images.cuda()).cpu()
 
 
 def agree(expected: np.ndarray, actual: np.ndarray, precision: str) -> float:

@@ -1,0 +1,67 @@
+"""Whether the timing protocol tells the truth where the truth is known."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.speed import composed
+from qexp import experiment, latency, machine, worker
+from qexp.config import Config
+from qexp.data import load_data, normalise
+
+REPEATS = 40
+PAIRS = ("fp32_eager", "fp32_torchscript")
+
+
+def made(outputs: str, *overrides: str) -> tuple[Config, Path, np.ndarray, dict[str, np.ndarray]]:
+    """A run's folder with its saved models, the images to time with, and what these give."""
+    config = composed(outputs, "saturation.exact_images=0", *overrides)
+    folder = Path(outputs) / "run"
+    folder.mkdir(parents=True)
+    experiment.run_job(composed(outputs, "latency.enabled=false", "saturation.exact_images=0", *overrides), folder)
+    data = load_data(config.dataset, Path(config.outputs) / "cache")
+    inputs = normalise(data.test.pixels(np.arange(experiment.LATENCY_IMAGES)), data.mean, data.std).numpy()
+    kept = np.load(folder / "predictions.npz")
+    return config, folder, inputs, {precision: kept[precision] for precision in ("fp32", "int8")}
+
+
+def against_itself(outputs: str) -> None:
+    """A model timed against itself by the protocol `publish`: how many of the 95% intervals contain 1, how wide."""
+    config, folder, inputs, logits = made(outputs, "latency=publish", "latency.runtimes=[eager,torchscript]")
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in PAIRS}
+    valid = 0
+    for repeat in tqdm(range(REPEATS), desc="A/A", disable=None):
+        config.seed = 1000 * repeat
+        with machine.lock(experiment.TIMING_LOCK):
+            timings = worker.measure(config, folder, inputs, logits, experiment.tolerances(True), PAIRS)
+        by = {timing.variant: timing for timing in timings}
+        valid += latency.validity(timings)[0]
+        for name in PAIRS:
+            interval = latency.speedup(by[name], by[f"{name}_again"])
+            found[name].append((interval.low, interval.high))
+    print(f"{valid} of {REPEATS} measurements were on a machine quiet enough to be trusted")
+    for name, intervals in found.items():
+        holding = sum(low <= 1 <= high for low, high in intervals)
+        half = statistics.median((high - low) / 2 for low, high in intervals)
+        print(f"{name:20} {holding} of {REPEATS} intervals contain 1.00; half the median width {half:.2%}", flush=True)
+
+
+def order(outputs: str) -> None:
+    """FP32 over INT8 with the variants given in one order, and in the other, by the protocol `standard`."""
+    for runtimes in ("[eager,torchscript]", "[torchscript,eager]"):
+        with_order = f"latency.runtimes={runtimes}"
+        config, folder, inputs, logits = made(f"{outputs}/{runtimes}", "latency=standard", with_order)
+        with machine.lock(experiment.TIMING_LOCK):
+            timings = worker.measure(config, folder, inputs, logits, experiment.tolerances(True))
+        by = {timing.variant: timing for timing in timings}
+        valid, reasons = latency.validity(timings)
+        for runtime in ("eager", "torchscript"):
+            ratio = latency.speedup(by[f"fp32_{runtime}"], by[f"int8_{runtime}"])
+            trust = "" if valid else f"  not to be trusted: {'; '.join(reasons)}"
+            print(
+                f"{runtimes:22} {runtime:12} {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]{trust}", flush=True
+            )

@@ -1,0 +1,623 @@
+"""Which layer hurts: every tensor of the INT8 model that has parameters of its own, against the float model's.
+
+Both models see the same images. The INT8 model goes first, and what it computed is kept in 8 bits; then the float model
+runs, and each of its layers is compared at once, while its values are at hand. Neither model's memory grows with the
+number of images.
+
+What is compared: the layers of the converted model whose output is quantized with a scale of its own. Convolutions,
+linear layers, BatchNorms and additions always are; ReLU, max-pooling, flatten and whatever else hands on its input's
+scale is not. They find their float twins by name in the eager flow; in fx modules do, and operations between them
+(which torch renames) by what they compute from which twins.
+
+A tensor that feeds nothing but a clamp (ReLU, ReLU6, Hardtanh; found by tracing) is compared as the clamp leaves it, on
+both sides: what the clamp takes away is no loss, and `qconfig.range_after_clamp` lets the grid end there.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.ao.nn.intrinsic.modules.fused import _FusedModule
+from torch.ao.nn.quantized import FloatFunctional, QFunctional
+from torch.ao.quantization import QuantWrapper
+from torch.fx.node import map_aggregate
+
+from qexp.config import Engine, Flow
+from qexp.quantize.clamps import Interval, clamp_after, clamp_of
+from qexp.quantize.engines import engine as torch_engine
+from qexp.quantize.layers import layers
+from qexp.quantize.names import public
+from qexp.quantize.strided import AfterStride
+from qexp.quantize.trace import UntraceableError, standard_type, trace
+from qexp.results import QParams
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How well one layer of an INT8 model gives what it gives in the float model.
+
+    name: the layer's in the user's model, or of the tensor in the QParams. kind: as in `layers` (conv, depthwise,
+    grouped, pointwise, linear, …), or the operation (add, mul, …, quantize for what enters the INT8 part).
+
+    A signal to noise ratio (SQNR) is 10 log10(Σ x² / Σ (x − y)²) in dB over all values x of the float model, with y in
+    their place; infinite where they are equal. 6 dB are one bit.
+
+    sqnr_db: y is the layer's output inside the whole INT8 model, the errors of all layers before it included.
+    own_sqnr_db: y is the INT8 layer's answer to the float model's input, quantized as the INT8 model does it. The noise
+        of that rounding, of the weights, of the output's grid (clipping too) and of the kernel's sums is in it, and no
+        other layer's. None where the layer's inputs in the two models don't correspond.
+    weight_sqnr_db: of the weights that the INT8 layer holds; None where it holds none.
+    clipped: share of the float values that lie more than one step outside what the 8-bit type can say, (0 − zero point)
+        × scale to (255 − zero point) × scale, and that the kernel therefore moves to one of these ends. Up to a step
+        it is a matter of rounding: of 1.0 on sigmoid's fixed grid, whose highest value is 255/256. A grid that was
+        narrowed to 7 bits has the type's ends all the same (see grid.Grid: kernels know no other).
+    scale: one step of the output's grid.
+    """
+
+    name: str
+    kind: str
+    sqnr_db: float
+    own_sqnr_db: float | None
+    weight_sqnr_db: float | None
+    clipped: float
+    scale: float
+
+
+def layer_fidelity(
+    fused: nn.Module,
+    int8: nn.Module,
+    qparams: Mapping[str, QParams],
+    flow: Flow,
+    engine: Engine,
+    batches: Iterable[Tensor],
+) -> tuple[Fidelity, ...]:
+    """The fidelity of every layer that has a scale of its own, in the order of execution.
+
+    fused: as from `quantize.fuse`; int8: converted from it by the same flow; qparams: as `quantize.read_qparams` gives
+    them of the prepared model (they name what fx computes between modules); batches: float32 [n, 3, H, W]. A layer that
+    is called more than once is one row over all its calls. How images are cut into batches moves the numbers by a few
+    hundredths of a dB at most: FP32 convolutions differ in the last bit then, and so does what is rounded from them.
+    flow=dynamic keeps no scales: nothing is returned. Raises ValueError where there are no images.
+    """
+    if flow is Flow.dynamic:
+        return ()
+    kinds = {layer.name: layer.kind for layer in layers(int8, flow, engine)}
+    flow_models = _Graphs(fused, int8) if isinstance(int8, fx.GraphModule) else _Modules(fused, int8)
+    sums: dict[str, _Sums] = {}
+    images = 0
+    with torch_engine(engine), torch.inference_mode():
+        for part in _parts(batches):
+            clamps = flow_models.clamps(part)
+            seen = _run_int8(flow_models, kinds, part)
+            _compare(flow_models, seen, clamps, kinds, sums, part)
+            images += len(part)
+    if images == 0:
+        raise ValueError("the fidelity of layers needs at least one image")
+    names = _Names(flow_models, qparams)
+    return tuple(
+        Fidelity(
+            name=names.of(label, one.grid),
+            kind=one.kind,
+            sqnr_db=_decibels(one.signal, one.error),
+            own_sqnr_db=None if one.own_error is None else _decibels(one.signal, one.own_error),
+            weight_sqnr_db=flow_models.weight_sqnr_db(label),
+            clipped=one.outside / one.values,
+            scale=one.grid.scale,
+        )
+        for label, one in sums.items()
+    )
+
+
+def worst(fidelities: Iterable[Fidelity], count: int) -> tuple[Fidelity, ...]:
+    """The `count` layers that add the most noise themselves, the noisiest first; those without an own SQNR are out."""
+    known = [(one.own_sqnr_db, one) for one in fidelities if one.own_sqnr_db is not None]
+    return tuple(one for _, one in sorted(known, key=lambda pair: pair[0])[:count])
+
+
+# ------------------------------------------------------------------------------------------------ what is added up
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """What a quantized tensor is made with."""
+
+    scale: float
+    zero_point: int
+    dtype: torch.dtype
+
+    def quantized(self, values: Tensor) -> Tensor:
+        return torch.quantize_per_tensor(values, self.scale, self.zero_point, self.dtype)
+
+    def outside(self, values: Tensor) -> int:
+        """How many of the values lie more than a step outside what the type can say."""
+        low, high = (0, 255) if self.dtype is torch.quint8 else (-128, 127)
+        ends = [(end - self.zero_point) * self.scale for end in (low - 1, high + 1)]
+        smallest, largest = torch.aminmax(values)
+        if smallest >= ends[0] and largest <= ends[1]:
+            return 0
+        return int((values < ends[0]).sum()) + int((values > ends[1]).sum())
+
+
+def _grid(tensor: Tensor) -> _Grid:
+    return _Grid(tensor.q_scale(), tensor.q_zero_point(), tensor.dtype)
+
+
+@dataclass
+class _Sums:
+    """Of one layer, over all images so far."""
+
+    kind: str
+    grid: _Grid
+    values: int = 0
+    outside: int = 0
+    signal: float = 0.0
+    error: float = 0.0
+    own_error: float | None = 0.0
+
+    def add(self, expected: Tensor, inside: Tensor, own: Tensor | None, clamp: Interval | None) -> None:
+        """expected: float32, the float model's; inside, own: quantized, of the same shape."""
+
+        def clamped(values: Tensor) -> Tensor:
+            return values if clamp is None else values.clamp(clamp.low, clamp.high)
+
+        expected = clamped(expected)
+        self.values += expected.numel()
+        self.outside += self.grid.outside(expected)
+        self.signal += _squares(expected)
+        self.error += _squares(clamped(inside.dequantize()).sub_(expected))
+        if own is None or self.own_error is None:
+            self.own_error = None
+        else:
+            self.own_error += _squares(clamped(own.dequantize()).sub_(expected))
+
+
+_RUN = 4096
+"""Values that are added up in float32 before float64 takes over: good for six digits, and ten times as fast."""
+
+
+def _squares(values: Tensor) -> float:
+    """Sum of the squares of a float32 tensor, whatever its memory format."""
+    if values.ndim == 4 and values.is_contiguous(memory_format=torch.channels_last):
+        values = values.permute(0, 2, 3, 1)
+    flat = values.reshape(-1)
+    whole = flat.numel() // _RUN * _RUN
+    runs = torch.linalg.vector_norm(flat[:whole].view(-1, _RUN), dim=1).double()
+    rest = flat[whole:].double()
+    return float(runs @ runs + rest @ rest)
+
+
+def _decibels(signal: float, error: float) -> float:
+    if error == 0:
+        return math.inf
+    return 10 * math.log10(signal / error) if signal > 0 else -math.inf
+
+
+# ------------------------------------------------------------------------------------------------ the two passes
+
+_PIXELS = (
+    1 << 16
+)  # of images taken at a time: what the layers of that many give fits into memory, and nearly into caches
+
+
+def _parts(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    for batch in batches:
+        # INT8 kernels answer in this format: two that differ are slow to compare.
+        batch = batch.contiguous(memory_format=torch.channels_last)
+        yield from batch.split(max(1, _PIXELS // (batch.shape[-1] * batch.shape[-2])))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of a layer, to be made again: what was called, with what, and what kind of operation it is."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    operation: str
+
+
+@dataclass(frozen=True)
+class _Input:
+    """What is kept of a quantized argument, and stands in its place."""
+
+    grid: _Grid
+    shape: torch.Size
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A call of an INT8 layer."""
+
+    call: _Call
+    inputs: tuple[_Input, ...]
+    output: Tensor
+
+
+_Before = Callable[[str, _Call], None]
+_After = Callable[[str, Any], None]
+
+
+def _run_int8(flow_models: _Modules | _Graphs, kinds: Mapping[str, str], images: Tensor) -> dict[str, deque[_Seen]]:
+    """The calls of every INT8 layer that has a scale of its own, by key, in the order of execution."""
+    seen: dict[str, deque[_Seen]] = {}
+    running: dict[str, tuple[_Call, tuple[_Input, ...]]] = {}
+
+    def before(key: str, call: _Call) -> None:
+        inputs: list[_Input] = []
+
+        def remember(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.is_quantized:
+                inputs.append(_Input(_grid(value), value.shape))
+                return inputs[-1]
+            return value
+
+        args = map_aggregate(call.args, remember)
+        running[key] = _Call(call.function, tuple(args), call.kwargs, call.operation), tuple(inputs)
+
+    def after(key: str, output: Any) -> None:
+        call, inputs = running.pop(key)
+        if not isinstance(output, Tensor) or not output.is_quantized:
+            return
+        computes = flow_models.label(key) in kinds or call.operation in ("add", "mul", "matmul")
+        if computes or not inputs or any(one.grid != _grid(output) for one in inputs):
+            # A copy, for a ReLU may work in place on it.
+            seen.setdefault(key, deque()).append(_Seen(call, inputs, output.clone()))
+
+    flow_models.run_int8(images, before, after)
+    return seen
+
+
+def _compare(
+    flow_models: _Modules | _Graphs,
+    seen: Mapping[str, deque[_Seen]],
+    clamps: Mapping[str, Interval],
+    kinds: Mapping[str, str],
+    sums: dict[str, _Sums],
+    images: Tensor,
+) -> None:
+    """Run the float model, and add to `sums` how far the INT8 layers were from it."""
+    inputs: dict[str, list[Tensor] | None] = {}
+
+    def before(key: str, call: _Call) -> None:
+        if seen.get(key):
+            # At once, for the layer itself may work in place on its input.
+            inputs[key] = _quantized(call, seen[key][0].inputs)
+
+    def after(key: str, output: Any) -> None:
+        if not seen.get(key) or not isinstance(output, Tensor):
+            return
+        one = seen[key].popleft()
+        if one.output.shape != output.shape:
+            return
+        own = _alone(one, output, inputs.pop(key, None))
+        label = flow_models.label(key)
+        kind = kinds.get(label, one.call.operation)
+        total = sums.setdefault(label, _Sums(kind, _grid(one.output)))
+        total.add(output, one.output, own, clamps.get(label))
+
+    flow_models.run_float(images, before, after)
+
+
+def _quantized(call: _Call, like: tuple[_Input, ...]) -> list[Tensor] | None:
+    """The first tensors among a float call's arguments, each on the grid of the INT8 call's; None if they differ."""
+    tensors: list[Tensor] = []
+    map_aggregate(call.args, lambda value: tensors.append(value) if isinstance(value, Tensor) else None)
+    if len(tensors) < len(like) or any(t.shape != one.shape for t, one in zip(tensors, like, strict=False)):
+        return None
+    return [one.grid.quantized(tensor) for tensor, one in zip(tensors, like, strict=False)]
+
+
+def _alone(one: _Seen, expected: Tensor, inputs: list[Tensor] | None) -> Tensor | None:
+    """The INT8 layer's answer to the float model's input."""
+    if one.call.operation == "quantize":
+        return _grid(one.output).quantized(expected)
+    if not inputs or len(inputs) != len(one.inputs):
+        return None
+    waiting = iter(inputs)
+    args = map_aggregate(one.call.args, lambda value: next(waiting) if isinstance(value, _Input) else value)
+    answer: Tensor = one.call.function(*args, **one.call.kwargs)
+    return answer if answer.shape == expected.shape else None
+
+
+# ------------------------------------------------------------------------------------------------ flow=eager
+
+_OPERATIONS = ("add", "add_relu", "cat", "matmul", "mul")  # of FloatFunctional, as far as it observes what they give
+
+
+class _Modules:
+    """The models of the eager flow: layers are modules, and an operation is a method of a FloatFunctional.
+
+    A key is a module's name in the converted model, wrappers included.
+    """
+
+    def __init__(self, fused: nn.Module, int8: nn.Module):
+        self._int8 = int8
+        # The same wrapper, so that names are the same; it computes nothing.
+        self._fused = QuantWrapper(fused) if isinstance(int8, QuantWrapper) else fused
+        strided = tuple(f"{name}." for name, m in int8.named_modules() if isinstance(m, AfterStride))
+        self._layers = [
+            name
+            for name, m in int8.named_modules()
+            if name
+            and not name.startswith(strided)
+            and (isinstance(m, AfterStride | QFunctional) or standard_type(m) is not None)
+        ]
+        self._clamps: dict[str, Interval] | None = None
+
+    def label(self, key: str) -> str:
+        return public(key, self._int8)
+
+    def run_int8(self, images: Tensor, before: _Before, after: _After) -> None:
+        with _watched(self._int8, self._layers, before, after):
+            self._int8(images)
+
+    def run_float(self, images: Tensor, before: _Before, after: _After) -> None:
+        known = dict(self._fused.named_modules())
+        with _watched(self._fused, [name for name in self._layers if name in known], before, after):
+            self._fused(images)
+
+    def clamps(self, images: Tensor) -> Mapping[str, Interval]:
+        """By label, the clamp that is all that reads a module's output, wherever it is called."""
+        if self._clamps is None:
+            try:
+                graph_module = trace(self._fused, images[:1])
+            except UntraceableError:
+                # Nor was any range taken behind a clamp then.
+                self._clamps = {}
+            else:
+                by_name = _clamps(graph_module)
+                suffix = ".activation_post_process"
+                self._clamps = {self.label(name.removesuffix(suffix)): clamp for name, clamp in by_name.items()}
+        return self._clamps
+
+    def operation_names(self) -> Mapping[str, str]:
+        return {}
+
+    def weight_sqnr_db(self, label: str) -> float | None:
+        name = next(name for name in self._layers if self.label(name) == label)
+        return _weight_sqnr_db(self._fused, self._int8, name)
+
+
+@contextmanager
+def _watched(model: nn.Module, names: Iterable[str], before: _Before, after: _After) -> Iterator[None]:
+    """Tell of every call of the modules of these names, and of every operation of a FloatFunctional among them."""
+    with ExitStack() as stack:
+        for name in names:
+            module = model.get_submodule(name)
+            if isinstance(module, FloatFunctional | QFunctional):
+                for operation in _OPERATIONS:
+                    stack.enter_context(_method_watched(module, operation, name, before, after))
+            else:
+                handles = _hooks(module, name, before, after)
+                for handle in handles:
+                    stack.callback(handle.remove)
+        yield
+
+
+def _hooks(module: nn.Module, name: str, before: _Before, after: _After) -> tuple[Any, Any]:
+    operation = type(module).__name__.lower()
+
+    def enter(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        before(name, _Call(m, args, kwargs, operation))
+
+    return (
+        module.register_forward_pre_hook(enter, with_kwargs=True),
+        module.register_forward_hook(lambda m, args, output: after(name, output)),
+    )
+
+
+@contextmanager
+def _method_watched(module: nn.Module, operation: str, name: str, before: _Before, after: _After) -> Iterator[None]:
+    method = getattr(module, operation)
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        before(name, _Call(method, args, kwargs, operation.removesuffix("_relu")))
+        output = method(*args, **kwargs)
+        after(name, output)
+        return output
+
+    # On the instance, where it hides the method of the class.
+    module.__dict__[operation] = watched
+    try:
+        yield
+    finally:
+        del module.__dict__[operation]
+
+
+def _clamps(graph_module: fx.GraphModule) -> dict[str, Interval]:
+    """By module or operation, the clamp that is all that reads its output, wherever it is called."""
+    modules = dict(graph_module.named_modules(remove_duplicate=False))
+    found: dict[str, Interval | None] = {}
+    for node in graph_module.graph.nodes:
+        after, name = clamp_after(node, modules), _name_of(node)
+        # One of several calls that is read by something else, or by another clamp, is compared as it is.
+        found[name] = after if found.get(name, after) == after else None
+    return {name: clamp for name, clamp in found.items() if clamp is not None}
+
+
+def _name_of(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_module" else node.name
+
+
+def _weight_sqnr_db(fused: nn.Module, int8: nn.Module, name: str) -> float | None:
+    known, converted = dict(fused.named_modules(remove_duplicate=False)), int8.get_submodule(name)
+    layer, converted = known.get(name), converted.conv if isinstance(converted, AfterStride) else converted
+    layer = layer[0] if isinstance(layer, _FusedModule) else layer
+    expected, actual = getattr(layer, "weight", None), getattr(converted, "weight", None)
+    if not isinstance(expected, Tensor) or not callable(actual):
+        return None
+    weight = expected.detach()
+    return _decibels(_squares(weight), _squares(actual().dequantize() - weight))
+
+
+# ------------------------------------------------------------------------------------------------ flow=fx
+
+
+class _Graphs:
+    """The models of the fx flow: layers are nodes of two graphs.
+
+    A key is the name of the float model's node that gives the tensor.
+    """
+
+    def __init__(self, fused: nn.Module, int8: fx.GraphModule):
+        assert isinstance(fused, fx.GraphModule)
+        self._fused, self._int8 = fused, int8
+        self._twins = _twins(fused, int8)
+        self._labels = {node.name: _name_of(node) for node in fused.graph.nodes}
+        self._clamps = _clamps(fused)
+
+    def label(self, key: str) -> str:
+        return self._labels[key]
+
+    def run_int8(self, images: Tensor, before: _Before, after: _After) -> None:
+        keys = {node: twin.last.name for node, twin in self._twins.items() if node.op.startswith("call_")}
+        _Watching(self._int8, keys, keys, before, after).run(images)
+
+    def run_float(self, images: Tensor, before: _Before, after: _After) -> None:
+        first = {twin.first: twin.last.name for twin in self._twins.values()}
+        last = {twin.last: twin.last.name for twin in self._twins.values()}
+        _Watching(self._fused, first, last, before, after).run(images)
+
+    def clamps(self, images: Tensor) -> Mapping[str, Interval]:
+        return self._clamps
+
+    def operation_names(self) -> Mapping[str, str]:
+        """By label, what operations between modules are called before torch numbers them."""
+        return {node.name: _unnumbered(node.name) for node in self._fused.graph.nodes if node.op != "call_module"}
+
+    def weight_sqnr_db(self, label: str) -> float | None:
+        known = dict(self._int8.named_modules(remove_duplicate=False))
+        return _weight_sqnr_db(self._fused, self._int8, label) if label in known else None
+
+
+class _Watching(fx.Interpreter):
+    """Runs a graph, and tells before the nodes in `first` and after those in `last`, by the keys that these give."""
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        first: Mapping[fx.Node, str],
+        last: Mapping[fx.Node, str],
+        before: _Before,
+        after: _After,
+    ):
+        super().__init__(graph_module)
+        self._first, self._last, self._before, self._after = first, last, before, after
+
+    def run_node(self, n: fx.Node) -> Any:
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if n in self._first:
+
+            def function(*args: Any, **kwargs: Any) -> Any:
+                return getattr(self, n.op)(n.target, args, kwargs)
+
+            self._before(self._first[n], _Call(function, args, kwargs, _operation(n)))
+        output = getattr(self, n.op)(n.target, args, kwargs)
+        if n in self._last:
+            self._after(self._last[n], output)
+        return output
+
+
+@dataclass(frozen=True)
+class _Twin:
+    """What a node of the converted graph is in the float graph: two nodes where torch took a ReLU into an operation."""
+
+    first: fx.Node
+    last: fx.Node
+
+
+_HANDED_ON = ("quantize", "dequantize", "to")
+
+
+def _twins(fused: fx.GraphModule, int8: fx.GraphModule) -> dict[fx.Node, _Twin]:
+    """The float twin of every node of the converted graph that has one."""
+    modules = dict(fused.named_modules(remove_duplicate=False))
+    placeholders = deque(node for node in fused.graph.nodes if node.op == "placeholder")
+    calls: dict[str, deque[fx.Node]] = {}
+    for node in fused.graph.nodes:
+        if node.op == "call_module":
+            calls.setdefault(str(node.target), deque()).append(node)
+    twins: dict[fx.Node, _Twin] = {}
+    taken: set[fx.Node] = set()
+    for node in int8.graph.nodes:
+        sources = [twins[source].last for source in node.all_input_nodes if source in twins]
+        found: fx.Node | None = None
+        if node.op == "placeholder":
+            found = placeholders.popleft()
+        elif node.op == "call_module":
+            found = calls[str(node.target)].popleft() if calls.get(str(node.target)) else None
+        elif _operation(node) in _HANDED_ON:
+            found = sources[0] if sources else None
+        elif sources:
+            found = _same_operation(node, sources, taken)
+        if found is None:
+            continue
+        last = found
+        if node.op == "call_function" and _spelling(node).endswith("_relu") and len(found.users) == 1:
+            after = next(iter(found.users))
+            last = after if clamp_of(after, modules) == Interval(0.0, math.inf) else found
+        taken.add(found)
+        twins[node] = _Twin(found, last)
+    return twins
+
+
+def _same_operation(node: fx.Node, sources: list[fx.Node], taken: set[fx.Node]) -> fx.Node | None:
+    """The node that computes from `sources` what `node` computes from their twins; constants are not looked at."""
+    for user in sources[0].users:
+        values = [source for source in user.all_input_nodes if source.op != "get_attr"]
+        if user not in taken and values == sources and _operation(user) == _operation(node):
+            return user
+    return None
+
+
+def _spelling(node: fx.Node) -> str:
+    return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def _operation(node: fx.Node) -> str:
+    """What a node computes, the same for torch's function, Python's operator, the method and the INT8 kernel."""
+    if node.op == "call_module":
+        module = node.graph.owning_module.get_submodule(str(node.target)) if node.graph.owning_module else None
+        return type(module).__name__.lower()
+    name = _spelling(node).removesuffix("_").removesuffix("_relu")
+    name = {"iadd": "add", "imul": "mul"}.get(name, name)
+    return "quantize" if name.startswith("quantize_per_tensor") else name
+
+
+# ------------------------------------------------------------------------------------------------ names
+
+
+def _unnumbered(name: str) -> str:
+    return re.sub(r"_\d+$", "", name)
+
+
+@dataclass
+class _Names:
+    """The names that rows get: those of modules as they are, and those of fx's operations as in the QParams.
+
+    torch numbers the nodes of a graph anew whenever it copies it. The tensor is the first in the QParams, in order,
+    that is made by the same operation with the same scale and zero point, and that no row has yet.
+    """
+
+    flow_models: _Modules | _Graphs
+    qparams: Mapping[str, QParams]
+    taken: set[str] = field(default_factory=set)
+
+    def of(self, label: str, grid: _Grid) -> str:
+        operation = self.flow_models.operation_names().get(label)
+        if operation is None:
+            return label
+        for name, known in self.qparams.items():
+            same = float(known.scale[0]) == grid.scale and int(known.zero_point[0]) == grid.zero_point
+            if same and _unnumbered(name) == operation and name not in self.taken:
+                self.taken.add(name)
+                return name
+        return label

@@ -1,0 +1,102 @@
+"""A run's models on disk: written for every runtime, and read back. What is evaluated and timed is what was saved."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qexp import config as schema
+from qexp import models, quantize
+from qexp.config import Config, Overflow, Runtime
+from qexp.results import Artifact
+from qexp.runtimes import eager, inductor, torchscript
+from qexp.runtimes.model import Loaded
+
+PRECISIONS = ("fp32", "int8")
+
+
+def variants(runtimes: Collection[Runtime]) -> list[tuple[str, Runtime]]:
+    """Every (precision, runtime) among these runtimes that exists, FP32 first."""
+    return [(p, runtime) for p in PRECISIONS for runtime in runtimes if p == "fp32" or runtime.takes_int8]
+
+
+def write(
+    config: Config, module: Mapping[str, nn.Module], images: Tensor, folder: Path, takes: Mapping[str, Any]
+) -> list[Artifact]:
+    """Save both models (by precision) for every runtime asked for, into folder/model.
+
+    images: float32 [n, 3, H, W], for the trace; takes: which images the models take (see `record.images_expected`).
+    """
+    where = folder / "model"
+    where.mkdir(exist_ok=True)
+    (where / "images.json").write_text(json.dumps(takes, indent=1, allow_nan=False) + "\n")
+    artifacts = []
+    with quantize.engine(config.engine):
+        for precision, runtime in variants(config.latency.runtimes):
+            path = _path(folder, precision, runtime)
+            if runtime is Runtime.torchscript:
+                torchscript.export(module[precision], images[:2], path)
+            else:
+                eager.export(module[precision], path)
+            content = path.read_bytes()
+            engine = str(config.engine) if precision == "int8" else ""
+            digest = hashlib.sha256(content).hexdigest()
+            artifacts.append(Artifact(precision, str(runtime), str(path), digest, len(content), engine))
+    return artifacts
+
+
+def _path(folder: Path, precision: str, runtime: Runtime) -> Path:
+    # Only TorchScript has a form of its own; the other runtimes begin with a state_dict.
+    return folder / "model" / f"{precision}_{'torchscript' if runtime is Runtime.torchscript else 'eager'}.pt"
+
+
+def read(
+    config: Config, structures: Mapping[str, nn.Module], folder: Path, runtimes: Collection[Runtime]
+) -> dict[str, Loaded]:
+    """The models that `write` saved, by `<precision>_<runtime>`. structures: by precision (see `structures`)."""
+    found = {}
+    with quantize.engine(config.engine):
+        for precision, runtime in variants(runtimes):
+            path = _path(folder, precision, runtime)
+            engine = config.engine if precision == "int8" else None
+            if runtime is Runtime.torchscript:
+                loaded = torchscript.load(path, engine)
+            elif runtime is Runtime.inductor:
+                loaded = inductor.load(path, copy.deepcopy(structures[precision]))
+            else:
+                blank = copy.deepcopy(structures[precision])
+                loaded = eager.load(path, blank, engine, channels_last=runtime is Runtime.eager_channels_last)
+            found[f"{precision}_{runtime}"] = loaded
+    return found
+
+
+def structures(config: Config, folder: Path) -> dict[str, nn.Module]:
+    """The modules of both precisions of a run, with meaningless weights, made again from what is in its folder."""
+    images = json.loads((folder / "model" / "images.json").read_text())
+    module = models.build(config.model, images["classes"], config.seed)
+    example = torch.zeros(2, *images["shape"])
+    # A narrowed grid is in the state, not in the structure.
+    plain = replace(config.qconfig, overflow=Overflow.none)
+    return {
+        "fp32": quantize.fuse(module, config.flow, config.fusion, example),
+        "int8": quantize.skeleton(module, config.flow, config.fusion, plain, config.engine, example),
+    }
+
+
+def load_int8(folder: Path) -> Loaded:
+    """The INT8 model that a run saved as a state_dict, from that run's folder (or its artifacts, downloaded).
+
+    Call it within `quantize.engine` of the engine that it was converted for.
+    """
+    config = schema.from_plain(json.loads((folder / "config.json").read_text()))
+    with torch.random.fork_rng(devices=[]):
+        made = structures(config, folder)
+    return read(config, made, folder, [Runtime.eager])["int8_eager"]

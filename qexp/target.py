@@ -1,0 +1,138 @@
+"""What the INT8 model answers on the CPU that it ships on, where that CPU's kernels add up otherwise than this one's.
+
+Without VNNI, kernels add pairs of products in 16 bits; a *saturating* machine below. Where such a machine has to answer
+for an exact one, the same calibrated model runs on qnnpack, which is exact; where an exact one has to answer for a
+saturating one, the sums are emulated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+import numpy as np
+from torch import Tensor, nn
+
+from qexp import evaluate, quantize
+from qexp.config import Config, Engine, Flow, QConfig, Target
+from qexp.data import Data
+from qexp.quantize import saturation, sums
+from qexp.results import Predictions
+
+
+class Source(StrEnum):
+    """How the answer for the target was found."""
+
+    executed = "executed"
+    exact = "exact"
+    emulated = "emulated"
+
+
+class Saturation(StrEnum):
+    """Whether 16-bit sums saturate in this model."""
+
+    impossible = "impossible"
+    possible = "possible"
+    observed = "observed"
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What answers for the target, and what 16-bit sums do to this model wherever they are.
+
+    target: predictions on `images` (int64 indices of evaluation images); exact, saturating: predictions on the images
+    `compared`, with sums of 32 and of 16 bits, None where they were not needed; layers: each layer judged by itself.
+    """
+
+    source: Source
+    images: np.ndarray
+    target: Predictions
+    saturation: Saturation
+    compared: np.ndarray = field(default_factory=lambda: np.arange(0))
+    exact: Predictions | None = None
+    saturating: Predictions | None = None
+    layers: tuple[sums.LayerSums, ...] = ()
+
+    @property
+    def target_is_exact(self) -> bool:
+        """Whether the target's sums can't saturate."""
+        return self.saturation is Saturation.impossible or self.source is Source.exact
+
+    @property
+    def saturating_layers(self) -> tuple[str, ...]:
+        """Layers in which sums were seen to saturate."""
+        return tuple(layer.name for layer in self.layers if layer.saturates)
+
+
+def answer(
+    config: Config,
+    qconfig: QConfig,
+    data: Data,
+    prepared: nn.Module,
+    int8: nn.Module,
+    executed: Predictions,
+) -> Answer:
+    """Answer for `config.target`, by the cheapest means that can.
+
+    qconfig: resolved; prepared: calibrated; int8: converted from it; executed: INT8 predictions on all evaluation
+    images, made on this machine.
+    """
+    everything = np.arange(len(executed.labels))
+    signature, engine = saturation.probe(), config.engine
+    here = saturation.can_saturate(qconfig, engine, config.flow, Target.native, signature)
+    there = saturation.can_saturate(qconfig, engine, config.flow, config.target, signature)
+    plain = Answer(Source.executed, everything, executed, Saturation.impossible)
+    if not (here or there) or not sums.at_risk(int8, engine):
+        return plain
+    # A CPU with VNNI may still have depthwise kernels that saturate: that is no CPU without it.
+    if here and (config.target is not Target.avx2 or signature.dense_saturates(engine, qconfig.weight.scheme)):
+        every = config.target is Target.vnni
+        compared = everything if every else spread(len(everything), config.saturation.exact_images)
+        if not len(compared):
+            return replace(plain, saturation=Saturation.possible)
+        model = quantize.convert(prepared, config.flow, Engine.qnnpack)
+        found, layers = _run(model, Engine.qnnpack, int8, config, data, compared, "evaluating INT8 with exact sums")
+        source, counts = (Source.exact, found) if every else (Source.executed, executed)
+        return Answer(source, everything, counts, _seen(layers), compared, found, executed.at(compared), layers)
+    compared = spread(len(everything), config.saturation.emulated_images)
+    emulated = sums.with_emulated_sums(int8, engine)
+    found, layers = _run(emulated, engine, int8, config, data, compared, "emulating 16-bit sums")
+    exact = executed.at(compared)
+    return Answer(Source.emulated, compared, found, _seen(layers), compared, exact, found, layers)
+
+
+def other_kernels(config: Config) -> str:
+    """Why a timing on this machine says nothing of the target, as a clause; empty where it does."""
+    saturates = saturation.probe().dense_saturates(Engine.fbgemm)
+    if config.flow is Flow.dynamic or config.target is Target.native:
+        return ""
+    if config.target is Target.vnni and saturates:
+        return "timed on a CPU without VNNI, and target=vnni means one with it"
+    if config.target is Target.avx2 and not saturates:
+        return "timed on a CPU with VNNI, and target=avx2 means one without it"
+    return ""
+
+
+def spread(available: int, wanted: int) -> np.ndarray:
+    """int64 indices of `wanted` images, evenly spread: a folder's images come class by class."""
+    count = min(available, wanted)
+    return np.arange(count) * available // max(count, 1)
+
+
+def _seen(layers: tuple[sums.LayerSums, ...]) -> Saturation:
+    return Saturation.observed if any(layer.saturates for layer in layers) else Saturation.possible
+
+
+def _run(
+    model: nn.Module, engine: Engine, int8: nn.Module, config: Config, data: Data, images: np.ndarray, title: str
+) -> tuple[Predictions, tuple[sums.LayerSums, ...]]:
+    """What `model` answers, and how each of its layers differs from its namesake in the model that is executed."""
+
+    def call(batch: Tensor) -> Tensor:
+        logits: Tensor = model(batch)
+        return logits
+
+    with sums.compared(int8, model, config.engine) as layers, quantize.engine(engine):
+        size = config.evaluate.batch_size
+        predictions = evaluate.predict(call, data.test, data.mean, data.std, size, title, images)
+    return predictions, tuple(layers.values())

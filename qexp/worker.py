@@ -1,0 +1,193 @@
+"""Fresh processes that time what a run saved, one after the other: `measure` starts them, `main` is what they do.
+
+A worker is pinned to cores of its own, with its number of threads set before torch is imported; it reads the saved
+models from the run's folder, sees that they answer as the running process found, and times them side by side.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from qexp import config as schema
+from qexp import latency, machine
+from qexp.config import Config
+from qexp.errors import RunError
+
+log = logging.getLogger(__name__)
+
+# Images on which a worker's models are compared with what the running process found.
+CHECKED_IMAGES = 8
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a worker is told. folder: the run's; scratch: where it finds `inputs.npy` (float32 [n, 3, H, W]) and
+    `<precision>.npy` (their logits, float32 [n, classes]); tolerance: by precision, a key of model.TOLERANCE; again:
+    variants to be timed a second time, as `<variant>_again`."""
+
+    config: dict[str, object]
+    folder: str
+    scratch: str
+    result: str
+    threads: int
+    cores: list[int]
+    seed: int
+    tolerance: dict[str, str]
+    again: list[str]
+
+
+def measure(
+    config: Config,
+    folder: Path,
+    inputs: np.ndarray,
+    logits: Mapping[str, np.ndarray],
+    tolerance: Mapping[str, str],
+    again: Sequence[str] = (),
+) -> list[latency.Timing]:
+    """Time every variant in `latency.processes` fresh processes for each number of threads, and merge their timings.
+
+    inputs: float32 [n, 3, H, W]; logits: what these give, float32 [n, classes], by precision; again: variants to be
+    timed twice. Raises RunError where a
+    worker fails, or its models give other logits.
+    """
+    protocol = config.latency
+    with tempfile.TemporaryDirectory(prefix="qexp-timing-") as scratch:
+        np.save(Path(scratch) / "inputs.npy", inputs)
+        for precision, expected in logits.items():
+            np.save(Path(scratch) / f"{precision}.npy", expected)
+        orders = [
+            Order(
+                config=schema.plain(config),
+                folder=str(folder),
+                scratch=scratch,
+                result=str(Path(scratch) / f"{process}_{threads}.npz"),
+                threads=threads,
+                cores=machine.separate_cores(threads),
+                seed=config.seed + process,
+                tolerance=dict(tolerance),
+                again=list(again),
+            )
+            for process in range(protocol.processes)
+            for threads in protocol.threads
+        ]
+        found = []
+        for order in tqdm(orders, desc="timing", unit="process", disable=None, leave=False):
+            _run(order)
+            found += latency.load(Path(order.result))
+    place = {threads: index for index, threads in enumerate(protocol.threads)}
+    sizes = {size: index for index, size in enumerate(protocol.batch_sizes)}
+    names = list(dict.fromkeys(timing.variant for timing in found))
+
+    def key(timing: latency.Timing) -> tuple[int, int, int]:
+        return place[timing.threads], sizes[timing.batch_size], names.index(timing.variant)
+
+    return [latency.merged(list(group)) for _, group in groupby(sorted(found, key=key), key)]
+
+
+def _run(order: Order) -> None:
+    path = Path(order.scratch) / "order.json"
+    path.write_text(json.dumps(asdict(order)))
+    done = subprocess.run(
+        [sys.executable, "-m", "qexp.worker", str(path)], env=environment(order.threads), capture_output=True, text=True
+    )
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
+        log.debug("%s", done.stderr)
+        raise RunError(f"timing in a process of its own failed: {said[-1].removeprefix('qexp.errors.RunError: ')}")
+
+
+def environment(threads: int) -> dict[str, str]:
+    """This process's environment for a worker: threads that wait as OpenMP has it by default, and where code is."""
+    code = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
+    env = {**os.environ, "QEXP_WORKER": "1", "PYTHONPATH": code}
+    if "QEXP_WAIT_POLICY" in env:  # ours, not the user's
+        env.pop("OMP_WAIT_POLICY", None)
+    # No pool of compilers beside what is timed.
+    counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    return env | counts | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+
+
+def main(path: str) -> None:
+    """What a worker does."""
+    order = Order(**json.loads(Path(path).read_text()))
+    _end_with_parent()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, order.cores)
+
+    import torch
+
+    from qexp import quantize, saved
+    from qexp.runtimes.model import Loaded, agree, on_cuda
+
+    torch.set_num_threads(order.threads)
+    torch.set_num_interop_threads(1)
+    torch.manual_seed(order.seed)
+    config = schema.from_plain(order.config)
+    folder, scratch = Path(order.folder), Path(order.scratch)
+    inputs = torch.from_numpy(np.load(scratch / "inputs.npy"))
+    variants: dict[str, Loaded] = saved.read(config, saved.structures(config, folder), folder, config.latency.runtimes)
+    timings: list[latency.Timing] = []
+    with quantize.engine(config.engine), torch.inference_mode():
+        for name, model in variants.items():
+            precision = name.partition("_")[0]
+            expected = np.load(scratch / f"{precision}.npy")[:CHECKED_IMAGES]
+            agree(expected, model(inputs[:CHECKED_IMAGES]).numpy(), order.tolerance[precision])
+        twins = {f"{name}_again": variants[name] for name in order.again}
+        cuda = {"fp32_cuda": on_cuda(variants["fp32_eager"])} if _cuda(variants) else {}
+        for batch_size in config.latency.batch_sizes:
+            compiled = _compile(variants, latency.make_batches(inputs, batch_size)[0])
+            timings += [
+                latency.with_compilation(timing, compiled.get(timing.variant))
+                for timing in latency.time_side_by_side(
+                    {**variants, **twins, **cuda},
+                    inputs,
+                    config.latency,
+                    batch_size=batch_size,
+                    seed=order.seed,
+                    control_among=latency.on_cpu(variants),
+                )
+            ]
+    latency.save(timings, Path(order.result))
+
+
+def _compile(variants: Mapping[str, object], batch: object) -> dict[str, float]:
+    """Milliseconds that the first call of each compiled variant with this batch takes."""
+    took = {}
+    for name in (name for name in variants if name.endswith("_inductor")):
+        started = time.perf_counter()
+        variants[name](batch)  # type: ignore[operator]
+        took[name] = 1000 * (time.perf_counter() - started)
+    return took
+
+
+def _cuda(variants: Sequence[str] | Mapping[str, object]) -> bool:
+    import torch
+
+    return torch.cuda.is_available() and "fp32_eager" in variants
+
+
+def _end_with_parent() -> None:
+    """Linux kills this process when its parent dies, however: nobody else's timing is disturbed by an orphan."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

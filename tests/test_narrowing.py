@@ -1,0 +1,166 @@
+"""overflow=layers: 7 bits where sums saturate and nowhere else, on the side that costs less."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from quantizable import MINMAX, Chain, Plain, images, settings, trained
+from torch import Tensor, nn
+
+from qexp import quantize
+from qexp.config import ActivationObserver, Engine, Flow, Observer, Overflow, QConfig
+from qexp.quantize import narrowing, sums
+from qexp.quantize.grid import Side
+
+EXAMPLE = images(8)
+OBSERVERS = {
+    "minmax": MINMAX,
+    "moving_average": Observer(ActivationObserver.moving_average, averaging_constant=0.1),
+    "histogram": Observer(ActivationObserver.histogram, bins=256),
+}
+
+
+def calibrated(
+    net: nn.Module, flow: Flow, qconfig: QConfig, observer: Observer = MINMAX, fusion: bool = True
+) -> nn.Module:
+    fused = quantize.fuse(net, flow, fusion, EXAMPLE)
+    prepared = quantize.prepare(fused, flow, qconfig, observer, Engine.x86, EXAMPLE)
+    quantize.calibrate(prepared, [EXAMPLE])
+    return prepared
+
+
+def saturating(net: nn.Module, *names: str) -> nn.Module:
+    """The network with layers whose weights are all alike in each output channel, so that pairs add up to 254."""
+    trained(net)
+    for name in names:
+        layer = net.get_submodule(name)
+        assert isinstance(layer, nn.Conv2d | nn.Linear)
+        with torch.no_grad():
+            layer.weight.copy_(torch.full_like(layer.weight, 0.05))
+    return net
+
+
+@pytest.mark.parametrize("scheme", ["asymmetric", "symmetric"])
+@pytest.mark.parametrize("observer", list(OBSERVERS))
+@pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
+def test_narrowed_tensors_are_those_of_an_observer_made_with_that_grid(flow: Flow, observer: str, scheme: str) -> None:
+    layers = settings(activation_scheme=scheme, overflow="layers")
+    prepared = calibrated(trained(Chain()), flow, layers, OBSERVERS[observer])
+    expected = quantize.read_qparams(
+        calibrated(trained(Chain()), flow, replace(layers, overflow=Overflow.activations), OBSERVERS[observer])
+    )
+    for module in list(prepared.modules()):
+        if hasattr(module, "calculate_qparams") and hasattr(module, "min_val"):
+            narrowing._narrow_activations(module, layers)
+    actual = quantize.read_qparams(prepared)
+    for name in (name for name in expected if not name.endswith(".weight")):
+        assert actual[name].scale == expected[name].scale
+        assert actual[name].zero_point == expected[name].zero_point
+        assert (actual[name].qmin, actual[name].qmax) == (expected[name].qmin, expected[name].qmax) == (0, 127)
+
+
+@pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
+def test_only_layers_that_saturate_are_narrowed(flow: Flow) -> None:
+    qconfig = settings(overflow="layers")
+    prepared = calibrated(saturating(Chain(), "features.0"), flow, qconfig)
+    narrowed, found = quantize.narrow(prepared, flow, qconfig, Engine.x86, EXAMPLE)
+    names = [one.name for one in found]
+    assert "features.0" in names
+    plain = quantize.read_qparams(prepared)
+    for name, after in quantize.read_qparams(narrowed).items():
+        sides = {one.name: one.side for one in found}
+        if name.endswith(".weight"):
+            assert (after.qmax < plain[name].qmax) == (sides.get(name.removesuffix(".weight")) is Side.weights)
+    converted = quantize.convert(narrowed, flow, Engine.x86)
+    exact = quantize.convert(narrowed, flow, Engine.qnnpack)
+    emulated = sums.with_emulated_sums(converted, Engine.x86)
+    rows = sums.layer_by_layer(emulated, exact, [EXAMPLE], Engine.x86, Engine.qnnpack)
+    assert not any(row.saturates for row in rows)
+    # And without the guard it does.
+    unguarded = quantize.convert(prepared, flow, Engine.x86)
+    emulated = sums.with_emulated_sums(unguarded, Engine.x86)
+    before = sums.layer_by_layer(
+        emulated, quantize.convert(prepared, flow, Engine.qnnpack), [EXAMPLE], Engine.x86, Engine.qnnpack
+    )
+    assert [row.name for row in before if row.saturates] == names
+
+
+def test_nothing_is_narrowed_where_nothing_saturates() -> None:
+    qconfig = settings(overflow="layers", weight_bits=7)
+    prepared = calibrated(trained(Chain()), Flow.fx, qconfig)
+    same, found = quantize.narrow(prepared, Flow.fx, qconfig, Engine.x86, EXAMPLE)
+    assert found == ()
+    assert same is prepared
+    assert quantize.narrow(prepared, Flow.fx, qconfig, Engine.qnnpack, EXAMPLE)[1] == ()
+
+
+def rounded(values: np.ndarray, low: float, high: float, steps: int) -> np.ndarray:
+    """On a grid of `steps` steps from low to high, with 0 on it."""
+    scale = (high - low) / steps
+    zero_point = round(-low / scale)
+    return (np.clip(np.round(values / scale) + zero_point, 0, steps) - zero_point) * scale
+
+
+@pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
+def test_the_noise_of_either_side_is_that_of_numpy_and_the_smaller_one_decides(flow: Flow) -> None:
+    qconfig = settings("per_tensor", overflow="layers")
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10))
+    prepared = calibrated(net.eval().requires_grad_(False), flow, qconfig)
+    _, (found,) = narrowing.narrow(prepared, ["1"], qconfig, EXAMPLE)
+
+    x = EXAMPLE.flatten(1).double().numpy()
+    weight = net[1].weight.double().numpy()  # type: ignore[union-attr, operator]
+    peak, clean = np.abs(weight).max(), x @ weight.T
+
+    def noise(x_steps: int, w_half: float) -> float:
+        on_grid = np.clip(np.round(weight / (peak / w_half)), -128, 127) * (peak / w_half)
+        noisy = rounded(x, x.min(), x.max(), x_steps) @ on_grid.T
+        return float(((noisy - clean) ** 2).sum() / (clean**2).sum())
+
+    assert found.noise_weights == pytest.approx(noise(255, 63.5), rel=0.02)
+    assert found.noise_activations == pytest.approx(noise(127, 127.5), rel=0.02)
+    cheaper = Side.weights if found.noise_weights < found.noise_activations else Side.activations
+    assert found.side is cheaper
+
+
+class Fork(nn.Module):
+    """One tensor, read by two layers behind a pooling and a ReLU that keep its grid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.relu, self.pool = nn.ReLU(), nn.MaxPool2d(2)
+        self.left, self.right = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.relu(self.stem(x)))
+        return self.fc(torch.cat([self.left(x).mean((2, 3)), self.right(x).mean((2, 3))], 1))
+
+
+def test_a_tensor_is_narrowed_for_all_its_readers_or_for_none() -> None:
+    qconfig = settings("per_tensor", overflow="layers")
+    prepared = calibrated(trained(Fork()), Flow.fx, qconfig)
+    readers = {r.name: r for r in narrowing._readers(prepared, ["left", "right"], qconfig, EXAMPLE)}
+    assert readers["left"].observer is readers["right"].observer is not None
+    narrowed, (left, right) = narrowing.narrow(prepared, ["left", "right"], qconfig, EXAMPLE)
+    by_weights = left.noise_weights + right.noise_weights
+    by_activations = left.noise_activations + right.noise_activations
+    assert left.side is right.side is (Side.activations if by_activations < by_weights else Side.weights)
+    # With one reader at risk, the other one's noise still counts against narrowing the tensor.
+    _, (alone,) = narrowing.narrow(prepared, ["left"], qconfig, EXAMPLE)
+    kept = readers["right"].noise[None]
+    assert alone.side is (Side.activations if by_activations < left.noise_weights + kept else Side.weights)
+    assert quantize.read_qparams(narrowed).keys() == quantize.read_qparams(prepared).keys()
+
+
+def test_the_statistics_stay_those_of_calibration() -> None:
+    qconfig = settings(overflow="layers")
+    prepared = calibrated(trained(Plain()), Flow.fx, qconfig)
+    before = quantize.read_qparams(prepared)
+    narrowing.narrow(prepared, ["conv1"], qconfig, EXAMPLE * 100)
+    after = quantize.read_qparams(prepared)
+    assert all(before[name].scale.tolist() == after[name].scale.tolist() for name in before)

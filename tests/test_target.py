@@ -1,0 +1,157 @@
+"""Which answer counts for the CPU that a model ships on, and what the verdict says of it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qexp import experiment, metrics, target
+from qexp.config import Config, Engine, Flow, Scheme, Target
+from qexp.quantize import saturation
+from qexp.quantize.saturation import KernelSignature, Probe
+from qexp.results import Predictions, Result
+
+Composed = Callable[..., Config]
+SMALL = ("model=tiny", "latency=off")
+KINDS = ("conv", "pointwise", "depthwise", "linear")
+
+
+def signature(answer: int) -> KernelSignature:
+    """A machine whose kernels all answer this where 200 is exact."""
+    probes = [
+        Probe(e, s, kind, 200 if e is Engine.qnnpack else answer) for e in Engine for s in Scheme for kind in KINDS
+    ]
+    return KernelSignature("made up", tuple(probes))
+
+
+@pytest.fixture
+def run(composed: Composed, checkpoint: Path, tmp_path: Path) -> Callable[..., Result]:
+    def job(*overrides: str) -> Result:
+        folder = tmp_path / "run"
+        folder.mkdir(exist_ok=True)
+        return experiment.run_job(composed(*SMALL, f"model.checkpoint={checkpoint}", *overrides), folder)
+
+    return job
+
+
+def test_a_cpu_with_vnni_is_answered_for_by_exact_sums_on_all_images(
+    run: Callable[..., Result], tmp_path: Path
+) -> None:
+    result = run("target=vnni", "engine=fbgemm")
+    assert result.resolved["resolved.overflow"] == "none"
+    saturates = saturation.probe().saturates(Engine.fbgemm)
+    assert result.tags["accuracy_source"] == ("exact" if saturates else "executed")
+    assert result.metrics["accuracy/target_images"] == 899
+    exact = run("target=vnni", "engine=qnnpack")
+    assert exact.tags["accuracy_source"] == "executed"
+    assert exact.tags["saturation"] == "impossible"
+    assert result.metrics["accuracy/int8_target"] == exact.metrics["accuracy/int8"]
+    assert exact.metrics["accuracy/int8_target"] == exact.metrics["accuracy/int8"]
+
+
+def test_a_guard_makes_saturation_impossible_or_says_that_it_looked(run: Callable[..., Result], tmp_path: Path) -> None:
+    guarded = run("qconfig.overflow=weights", "target=avx2")
+    assert guarded.tags["saturation"] == "impossible"
+    assert guarded.tags["accuracy_source"] == "executed"
+    assert "saturation/loss" not in guarded.metrics
+    assert guarded.metrics["saturation/layers"] == 0
+    with (tmp_path / "run" / "layers.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert sum(row["int8"] == "True" for row in rows) == guarded.metrics["quant/layers_int8"]
+    assert all(float(row["clipped"]) <= 1 for row in rows if row["clipped"])
+
+
+def test_where_this_cpu_is_exact_the_other_one_is_emulated(
+    run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really = saturation.probe()
+    monkeypatch.setattr(saturation, "probe", lambda: signature(200))
+    overrides = ("target=avx2", "qconfig.overflow=none", "engine=fbgemm", "saturation.emulated_images=50")
+    result = run(*overrides)
+    assert result.tags["accuracy_source"] == "emulated"
+    assert result.metrics["accuracy/target_images"] == 50
+    kept = np.load(tmp_path / "run" / "predictions.npz")
+    chosen = target.spread(899, 50)
+    executed = float((kept["int8"][chosen].argmax(1) == kept["labels"][chosen]).mean())
+    if really.dense_saturates(Engine.fbgemm):
+        # What was taken for exact is what saturates: the emulator gives the same.
+        assert result.metrics["accuracy/int8_target"] == executed
+        assert result.metrics["saturation/agreement"] == 1
+    assert result.metrics["accuracy/int8_exact"] == executed
+
+
+def test_without_images_to_compare_saturation_stays_possible(run: Callable[..., Result]) -> None:
+    result = run("qconfig.overflow=none", "saturation.exact_images=0", "engine=fbgemm")
+    expected = "possible" if saturation.probe().saturates(Engine.fbgemm) else "impossible"
+    assert result.tags["saturation"] == expected
+
+
+@pytest.mark.parametrize(("here", "asked", "reason"), [
+    (101, Target.vnni, "without VNNI, and target=vnni"),
+    (200, Target.avx2, "with VNNI, and target=avx2"),
+    (101, Target.avx2, ""),
+    (200, Target.vnni, ""),
+    (200, Target.native, ""),
+])  # fmt: skip
+def test_a_timing_of_another_cpu_is_not_valid_for_the_target(
+    composed: Composed, monkeypatch: pytest.MonkeyPatch, here: int, asked: Target, reason: str
+) -> None:
+    monkeypatch.setattr(saturation, "probe", lambda: signature(here))
+    said = target.other_kernels(composed(f"target={asked}"))
+    assert reason in said
+    assert bool(said) == bool(reason)
+    assert target.other_kernels(composed(f"target={asked}", f"flow={Flow.dynamic}")) == ""
+
+
+def test_images_are_spread_over_the_whole_set() -> None:
+    assert target.spread(10, 4).tolist() == [0, 2, 5, 7]
+    assert target.spread(3, 10).tolist() == [0, 1, 2]
+    assert target.spread(10, 0).tolist() == []
+    assert len(set(target.spread(899, 500).tolist())) == 500
+
+
+# ---- The verdict
+
+
+def predictions(correct: np.ndarray) -> Predictions:
+    labels = np.zeros(len(correct), np.int64)
+    logits = np.stack([correct, ~correct], 1).astype(np.float32)
+    return Predictions(logits, labels, tuple(map(str, range(len(correct)))))
+
+
+def judged(fp32: np.ndarray, saturating: np.ndarray, exact: np.ndarray | None, source: str = "executed") -> str:
+    """The verdict on 10,000 images of which so many are right."""
+    everything = np.arange(len(fp32))
+    found = predictions(saturating if source == "executed" or exact is None else exact)
+    answer = target.Answer(
+        target.Source(source), everything, found,
+        target.Saturation.impossible if exact is None else target.Saturation.observed,
+        everything, None if exact is None else predictions(exact), predictions(saturating),
+    )  # fmt: skip
+    return metrics.verdict(predictions(fp32), answer, 0.005)
+
+
+def right(count: int, images: int = 10_000) -> np.ndarray:
+    return np.arange(images) < count
+
+
+def test_the_verdict_names_saturation_where_it_is_the_cause() -> None:
+    advice = "16-bit sums that saturate; qconfig.overflow=auto avoids it"
+    assert judged(right(8507), right(8152), right(8507)) == f"loss; 3.5 points lost, all of it to {advice}"
+    assert judged(right(8507), right(8152), right(8300)) == f"loss; 3.5 points lost, 1.5 of them to {advice}"
+    assert judged(right(8507), right(8152), None) == "loss"
+    assert judged(right(8507), right(8500), right(8500)) == "no loss beyond 0.5 points"
+    assert judged(right(8507), right(8152), right(8507), source="exact") == "no loss beyond 0.5 points"
+
+
+def test_what_answers_for_the_target_is_in_the_files(run: Callable[..., Result], tmp_path: Path) -> None:
+    result = run("qconfig.overflow=none")
+    assert set(result.files) >= {"layers.csv", "layers.png", "config.json"}
+    assert (tmp_path / "run" / "layers.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["saturation"]["exact_images"] == 1000
+    assert result.tags["verdict"]
