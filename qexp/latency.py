@@ -232,9 +232,12 @@ PER_BLOCK = ("worker", "round", "position", "wall_ms", "cpu_ms", "switches")
 
 
 def merged(workers: Sequence[Timing]) -> Timing:
-    """What several processes measured of one variant, as one record, in their order. Raises ValueError for none."""
-    if not workers:
-        raise ValueError("no worker, no timing")
+    """What several processes measured of one variant, as one record, in their order.
+
+    Raises ValueError where there is none, or they measured different things.
+    """
+    if len({(w.variant, w.control_of, w.batch_size, w.threads) for w in workers}) != 1:
+        raise ValueError("only timings of one variant, batch size and number of threads can be merged")
     offsets = {
         "block": np.cumsum([0, *(len(w.round) for w in workers)]),
         "round": np.cumsum([0, *(len(w.round_ms) for w in workers)]),

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from qexp import compose as _registered  # noqa: F401  (resolvers, in a launcher's process)
 from qexp import config as schema
-from qexp import table
+from qexp import ablation, table
 from qexp.config import Config, LogModel
 from qexp.errors import ConfigError, QexpError
 from qexp.results import Row
@@ -383,22 +383,24 @@ def unstarted(returned: Any) -> Row | None:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """What a sweep prints in the end: what all runs share, the runs, the effects, and every job that failed."""
+    """What a sweep prints in the end: what all runs share, the runs, the effects, and every job that failed.
+
+    CPUs whose INT8 kernels answer otherwise (the tag kernel_signature) are never pooled: each has its own tables.
+    """
+    alike: dict[str, list[Row]] = {}
+    for row in ablation.finished(rows):
+        alike.setdefault(row.tags.get("kernel_signature", ""), []).append(row)
     parts = [
-        shared(rows),
-        table.runs(rows),
-        table.latencies(rows),
-        table.effects_text(rows),
-        table.draws(rows),
-        table.calibration(rows),
-        table.failures(rows),
+        part(group)
+        for group in alike.values() or [[]]
+        for part in (shared, table.runs, table.latencies, table.effects_text, table.draws, table.calibration)
     ]
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(part for part in [*parts, table.failures(rows)] if part)
 
 
 def shared(rows: Sequence[Row]) -> str:
     """The machine and the model, once above the table."""
-    tags = next((row.tags for row in rows if row.status == "FINISHED"), {})
+    tags = rows[0].tags if rows else {}
     return f"{tags['cpu']} ({tags['isa']}), torch {tags['torch']}; {tags['float_model']}" if "cpu" in tags else ""
 
 

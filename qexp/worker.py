@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -40,7 +40,8 @@ PR_SET_PDEATHSIG = 1
 class Order:
     """What a worker is told. folder: the run's; scratch: where it finds `inputs.npy` (float32 [n, 3, H, W]) and
     `<precision>.npy` (their logits, float32 [n, classes]); tolerance: by precision, a key of model.TOLERANCE; again:
-    variants to be timed a second time, as `<variant>_again`."""
+    variants to be timed a second time, as `<variant>_again`; control: by batch size, the variant that an earlier worker
+    timed against itself, since only what is the same in all of them can be merged."""
 
     config: dict[str, object]
     folder: str
@@ -51,6 +52,7 @@ class Order:
     seed: int
     tolerance: dict[str, str]
     again: list[str]
+    control: dict[str, str]
 
 
 def measure(
@@ -64,8 +66,7 @@ def measure(
     """Time every variant in `latency.processes` fresh processes for each number of threads, and merge their timings.
 
     inputs: float32 [n, 3, H, W]; logits: what these give, float32 [n, classes], by precision; again: variants to be
-    timed twice. Raises RunError where a
-    worker fails, or its models give other logits.
+    timed twice. Raises RunError where a worker fails, or its models give other logits.
     """
     protocol = config.latency
     with tempfile.TemporaryDirectory(prefix="qexp-timing-") as scratch:
@@ -83,13 +84,16 @@ def measure(
                 seed=config.seed + process,
                 tolerance=dict(tolerance),
                 again=list(again),
+                control={},
             )
             for process in range(protocol.processes)
             for threads in protocol.threads
         ]
-        found = []
+        found: list[latency.Timing] = []
         for order in tqdm(orders, desc="timing", unit="process", disable=None, leave=False):
-            _run(order)
+            earlier = [timing for timing in found if timing.threads == order.threads and timing.control_of]
+            control = {str(timing.batch_size): str(timing.control_of) for timing in earlier}
+            _run(replace(order, control=control))
             found += latency.load(Path(order.result))
     place = {threads: index for index, threads in enumerate(protocol.threads)}
     sizes = {size: index for index, size in enumerate(protocol.batch_sizes)}
@@ -152,6 +156,7 @@ def main(path: str) -> None:
         twins = {f"{name}_again": variants[name] for name in order.again}
         cuda = {"fp32_cuda": on_cuda(variants["fp32_eager"])} if _cuda(variants) else {}
         for batch_size in config.latency.batch_sizes:
+            among = order.control.get(str(batch_size))
             compiled = _compile(variants, latency.make_batches(inputs, batch_size)[0])
             timings += [
                 latency.with_compilation(timing, compiled.get(timing.variant))
@@ -161,7 +166,7 @@ def main(path: str) -> None:
                     config.latency,
                     batch_size=batch_size,
                     seed=order.seed,
-                    control_among=latency.on_cpu(variants),
+                    control_among=[among] if among else latency.on_cpu(variants),
                 )
             ]
     latency.save(timings, Path(order.result))

@@ -232,6 +232,13 @@ def test_what_two_processes_measured_is_merged_block_by_block() -> None:
     assert latency.validity(quiet([fp32, int8])) == (True, ())
 
 
+def test_only_what_is_the_same_can_be_merged() -> None:
+    _, int8, control = pair(Simulated(), control_among=["fp32"])
+    for others in ([], [int8, control], [control, replace(control, control_of="int8")]):
+        with pytest.raises(ValueError, match="only timings of one variant"):
+            latency.merged(others)
+
+
 def test_the_interval_of_a_speedup_resamples_processes_from_five_on() -> None:
     def measured(processes: int) -> list[latency.Timing]:
         runs = []
@@ -471,8 +478,12 @@ def test_reading_timings_needs_no_torch() -> None:
 
 
 def test_the_protocols_are_complete_and_off_is_off(composed: Callable[..., config.Config]) -> None:
-    quick, standard, off = (composed(f"latency={name}").latency for name in ("quick", "standard", "off"))
-    assert (quick.enabled, standard.enabled, off.enabled) == (True, True, False)
-    assert quick.seconds < standard.seconds
+    protocols = [composed(f"latency={name}").latency for name in ("off", "quick", "standard", "publish")]
+    off, quick, standard, publish = protocols
+    assert [protocol.enabled for protocol in protocols] == [False, True, True, True]
+    assert [protocol.processes for protocol in protocols] == [0, 0, 2, 5]
+    assert quick.seconds < standard.seconds < publish.seconds
     assert quick.runtimes == standard.runtimes
+    assert {*publish.runtimes} - {*standard.runtimes} == {config.Runtime.inductor}
+    assert off.runtimes == quick.runtimes
     assert composed().latency == standard

@@ -23,6 +23,8 @@ def quantized(net: nn.Module, qconfig: QConfig, engine: Engine, images: Tensor, 
     fused = quantize.fuse(net.eval(), flow, True, images)
     prepared = quantize.prepare(fused, flow, qconfig, MINMAX, engine, images)
     quantize.calibrate(prepared, [images])
+    if qconfig.overflow is Overflow.layers:
+        prepared, _ = quantize.narrow(prepared, flow, qconfig, engine, images)
     return quantize.convert(prepared, flow, engine)
 
 
@@ -107,7 +109,7 @@ def test_qnnpack_equals_int32_accumulation(kind: str) -> None:
     assert steps_from_exact(net, converted, images, Engine.qnnpack).max() == 0
 
 
-@pytest.mark.parametrize("guard", ["weights", "activations"])
+@pytest.mark.parametrize("guard", ["weights", "activations", "layers"])
 @pytest.mark.parametrize("kind", list(LAYERS))
 @pytest.mark.parametrize("engine", [e for e in ENGINES if e is not Engine.qnnpack])
 def test_half_the_range_is_exact_in_every_engine(engine: Engine, kind: str, guard: str) -> None:
@@ -145,12 +147,12 @@ def test_probe_says_what_the_unguarded_sum_of_ones_does(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("qconfig", "engine", "target", "signature", "expected"),
     [
-        (settings(overflow="auto"), Engine.x86, Target.native, SATURATED, "activations"),
-        (settings(activation_scheme="symmetric", overflow="auto"), Engine.x86, Target.native, SATURATED, "weights"),
+        (settings(overflow="auto"), Engine.x86, Target.native, SATURATED, "layers"),
+        (settings(activation_scheme="symmetric", overflow="auto"), Engine.x86, Target.native, SATURATED, "layers"),
         (settings(overflow="auto"), Engine.x86, Target.native, EXACT, "none"),
         (settings(overflow="auto"), Engine.qnnpack, Target.avx2, EXACT, "none"),
-        (settings(overflow="auto"), Engine.onednn, Target.avx2, EXACT, "activations"),
-        (settings(overflow="auto"), Engine.fbgemm, Target.avx2, EXACT, "activations"),
+        (settings(overflow="auto"), Engine.onednn, Target.avx2, EXACT, "layers"),
+        (settings(overflow="auto"), Engine.fbgemm, Target.avx2, EXACT, "layers"),
         (settings(overflow="auto"), Engine.x86, Target.vnni, SATURATED, "none"),
         (settings(overflow="auto", weight_bits=7), Engine.x86, Target.native, SATURATED, "none"),
         (settings(overflow="auto", activation_bits=6), Engine.x86, Target.avx2, SATURATED, "none"),

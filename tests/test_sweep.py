@@ -15,6 +15,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from qexp import sweep
+from qexp.results import Row
 
 
 @pytest.mark.parametrize(
@@ -138,3 +139,20 @@ def test_after_a_swallowed_stop_nothing_else_is_begun() -> None:
 
     with pytest.raises(sweep.Stop):
         stopped()
+
+
+def test_cpus_whose_kernels_answer_otherwise_are_not_pooled() -> None:
+    def row(name: str, kernels: str, **params: str) -> Row:
+        metrics = {f"accuracy/{key}": 0.8 for key in ("fp32", "int8", "delta", "delta_low", "delta_high")}
+        tags = {"kernel_signature": kernels, "cpu": f"CPU {kernels}", "isa": "i", "torch": "t", "float_model": "m"}
+        return Row(name, name, "FINISHED", params=params, metrics=metrics, tags=tags)
+
+    one = [row("a", "k1", x="1"), row("b", "k1", x="2")]
+    other = [row("c", "k2", x="1"), row("d", "k2", x="2")]
+    failed = Row("e", "e", "FAILED", tags={"error": "too bad."})
+    assert sweep.summary([*one, *other, failed]) == "\n\n".join(
+        [sweep.summary(one), sweep.summary(other), "FAILED  e: too bad."]
+    )
+    assert "points to first" in sweep.summary(one)
+    assert "points to first" not in sweep.summary([one[0], other[1]])
+    assert sweep.summary([failed]) == "No run was finished.\n\nFAILED  e: too bad."
