@@ -27,9 +27,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
+from qexp import ablation, table
 from qexp import compose as _registered  # noqa: F401  (resolvers, in a launcher's process)
 from qexp import config as schema
-from qexp import ablation, table
 from qexp.config import Config, LogModel
 from qexp.errors import ConfigError, QexpError
 from qexp.results import Row
