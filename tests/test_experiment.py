@@ -109,7 +109,7 @@ def test_what_overflow_became_is_recorded_beside_what_was_asked(run: Callable[..
     guarded = run("target=avx2", "latency=off")
     assert guarded.resolved["resolved.overflow"] == "layers"
     bits = (guarded.resolved["resolved.weight_bits"], guarded.resolved["resolved.activation_bits"])
-    narrowed = [int(text.split()[2]) for text in bits if text != "8"]  # "8 (7 in 2 layers)"
+    narrowed = [int(text.split()[3]) for text in bits if text != "8"]  # "8 (7 in 2 layers)"
     assert sum(narrowed) == guarded.metrics["quant/layers_narrowed"]
 
 
