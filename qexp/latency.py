@@ -424,6 +424,15 @@ def speedup(fp32: Timing, int8: Timing, confidence: float = 0.95) -> Interval:
     return stats.median_ratio([ratios[workers == worker] for worker in np.unique(workers)], confidence)
 
 
+def pairs(timings: Sequence[Timing]) -> Iterator[tuple[Timing, Timing, Interval]]:
+    """Every FP32 variant and every INT8 variant that were timed side by side, and how many times faster INT8 is."""
+    variants = [timing for timing in timings if timing.control_of is None]
+    for fp32 in (timing for timing in variants if timing.variant.startswith("fp32")):
+        for int8 in (timing for timing in variants if timing.variant.startswith("int8")):
+            if (fp32.batch_size, fp32.threads) == (int8.batch_size, int8.threads):
+                yield fp32, int8, speedup(fp32, int8)
+
+
 def validity(timings: Sequence[Timing]) -> tuple[bool, tuple[str, ...]]:
     """Whether a measurement can be trusted, and if not, every reason against it, a sentence each.
 

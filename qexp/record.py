@@ -7,7 +7,7 @@ import hashlib
 import json
 import subprocess
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -23,7 +23,7 @@ from qexp.data import Data
 from qexp.quantize import Narrowed, saturation
 from qexp.quantize.fidelity import Fidelity
 from qexp.quantize.sums import LayerSums
-from qexp.results import Artifact, Layer, Predictions, QParams
+from qexp.results import Artifact, Interval, Layer, Predictions, QParams
 
 
 def tags(config: Config) -> dict[str, str]:
@@ -140,10 +140,14 @@ def written(
     (folder / "model" / "load.py").write_text(loading_code(config, artifacts))
     names = ["predictions.npz", "config.json", "qparams.json", "model"]
     if timings:
-        _json(folder / "latency.json", {"machine": asdict(machine.describe()), "rows": [_timing(t) for t in timings]})
+        rows = [_timing(t) for t in timings]
+        _csv(folder / "latency.csv", list(rows[0]), rows)
+        build = {"version": torch.__version__, "build": torch.__config__.show(), "engine": str(config.engine)}
+        where = {"machine": asdict(machine.describe()), "torch": build}
+        _json(folder / "latency.json", {**where, "rows": rows, "speedups": [_pair(*p) for p in latency.pairs(timings)]})
         samples = {f"{t.variant}.batch{t.batch_size}.threads{t.threads}": t.samples for t in timings}
         np.savez_compressed(folder / "latency_samples.npz", **samples)  # type: ignore[arg-type]
-        names += ["latency.json", "latency_samples.npz"]
+        names += ["latency.json", "latency.csv", "latency_samples.npz"]
     files = {name: str(folder / name) for name in names}
     return {**files, "hydra": str(folder / ".hydra")} if (folder / ".hydra").is_dir() else files
 
@@ -174,16 +178,14 @@ def layers_written(
         found = [asdict(by[name]) for by in (of_layers, measured) if name in by]
         row = {**dict(ChainMap(*found[::-1])), "name": name, "saturated": shares.get(name), "narrowed": sides.get(name)}
         rows.append({column: row.get(column) for column in COLUMNS})
-    with (folder / "layers.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    _csv(folder / "layers.csv", COLUMNS, rows)
     files = {"layers.csv": str(folder / "layers.csv")}
     if fidelity:
         from qexp import plots
 
-        qconfig = config.qconfig
-        title = f"{config.model['_target_'].rpartition('.')[2]}, weights {qconfig.weight.granularity}, {config.flow}"
+        model, qconfig = config.model["_target_"].rpartition(".")[2], config.qconfig
+        how = f"overflow={qconfig.overflow}, flow={config.flow}, engine={config.engine}"
+        title = f"{model}, weights {qconfig.weight.granularity}, {how}"
         plots.save(plots.layers(fidelity, title), folder / "layers.png")
         files["layers.png"] = str(folder / "layers.png")
     return files
@@ -191,6 +193,13 @@ def layers_written(
 
 def _json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, allow_nan=False, default=str) + "\n")
+
+
+def _csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _qparams(value: QParams) -> dict[str, Any]:
@@ -213,3 +222,8 @@ def _timing(timing: latency.Timing) -> dict[str, Any]:
         "started": timing.started,
         "ended": timing.ended,
     }
+
+
+def _pair(fp32: latency.Timing, int8: latency.Timing, speedup: Interval) -> dict[str, Any]:
+    names = {"fp32": fp32.variant, "int8": int8.variant}
+    return {**names, "batch_size": fp32.batch_size, "threads": fp32.threads, **asdict(speedup)}

@@ -178,32 +178,26 @@ def _ms(value: float) -> str:
     return f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
 
 
-def latencies(rows: Sequence[Row]) -> str:
-    """Milliseconds a call (p50) of every precision and runtime that was timed, a line for each run.
+# The metric of each variant's p50, and the variant.
+P50 = {
+    f"latency/{precision}_{variant}_ms": f"{precision}_{variant}" for precision in PRECISIONS for variant in VARIANTS
+}
 
-    The heading names the pair that the speedup compares, the fastest of each precision; where it isn't the same in
-    all runs, it has a `*`. With more than MOST_RUNS runs, their lowest, median and highest. Empty where nothing was
-    timed.
+
+def latencies(rows: Sequence[Row]) -> str:
+    """Milliseconds a call (p50) of every precision and runtime that was timed.
+
+    Of a single run every FP32 variant over every INT8 variant; of several a line for each run, and with more than
+    MOST_RUNS their lowest, median and highest. The heading names the pair that the speedup compares, the fastest of
+    each precision; where it isn't the same in all runs, it has a `*`. Empty where nothing was timed.
     """
-    names = {f"latency/{p}_{v}_ms": f"{p}_{v}" for p in PRECISIONS for v in VARIANTS}
-    timed = [row for row in finished(rows) if names.keys() & row.metrics.keys()]
-    columns = [name for name in names if any(name in row.metrics for row in timed)]
+    timed = [row for row in finished(rows) if P50.keys() & row.metrics.keys()]
+    columns = [name for name in P50 if any(name in row.metrics for row in timed)]
     if not timed:
         return ""
     pairs = Counter(map(_headline, timed))
     shared, each = len(pairs) == 1, len(timed) <= MOST_RUNS
     del pairs[()]
-
-    def cell(row: Row, name: str) -> str:
-        star = "*" if not shared and names[name] in _headline(row) else ""
-        return f"{_ms(row.metrics[name])}{star}{_untrusted(row)}" if name in row.metrics else ""
-
-    if each:
-        lines = [[row.name, *(cell(row, name) for name in columns)] for row in timed]
-    else:
-        known = [[row.metrics[name] for row in timed if name in row.metrics] for name in columns]
-        ways: dict[str, Callable[[list[float]], float]] = {"lowest": min, "median": median, "highest": max}
-        lines = [[f"{label} of {len(timed)}", *(_ms(way(values)) for values in known)] for label, way in ways.items()]
     heading = ["latency, ms (p50)"]
     if pairs and shared:
         heading.append(f"the speedup is {_over(*pairs)}")
@@ -212,7 +206,39 @@ def latencies(rows: Sequence[Row]) -> str:
         heading.append(f"{'* ' if each else ''}what the speedup compares: {compared}")
     if untrusted := sum(bool(_untrusted(row)) for row in timed):
         heading.append(f"? not to be trusted ({untrusted} of {len(timed)} runs; the tag latency_reason says why)")
-    return "\n".join(["; ".join(heading), _table(lines, ["run", *(_spoken(names[name]) for name in columns)])])
+    if len(timed) == 1:
+        lines = _each_pair(timed[0], columns)
+    else:
+        lines = _each_run(timed, columns, starred=not shared) if each else _lowest_to_highest(timed, columns)
+    return "\n".join(["; ".join(heading), _table(lines[1:], lines[0])])
+
+
+def _each_pair(row: Row, columns: Sequence[str]) -> list[list[str]]:
+    fp32, int8 = ([name for name in columns if P50[name].startswith(precision)] for precision in PRECISIONS)
+    lines = [["", "ms", *(f"over {_spoken(P50[name])}, {_p50(row, name)} ms" for name in int8)]]
+    for a in fp32:
+        ratios = [f"{row.metrics[a] / row.metrics[b]:.2f}×" for b in int8]
+        lines.append([_spoken(P50[a]), _p50(row, a), *ratios])
+    return lines
+
+
+def _each_run(timed: Sequence[Row], columns: Sequence[str], starred: bool) -> list[list[str]]:
+    lines = [["run", *(_spoken(P50[name]) for name in columns)]]
+    for row in timed:
+        compared = _headline(row) if starred else ()
+        lines.append([row.name, *(_p50(row, name, "*" if P50[name] in compared else "") for name in columns)])
+    return lines
+
+
+def _lowest_to_highest(timed: Sequence[Row], columns: Sequence[str]) -> list[list[str]]:
+    known = [[row.metrics[name] for row in timed if name in row.metrics] for name in columns]
+    ways: dict[str, Callable[[list[float]], float]] = {"lowest": min, "median": median, "highest": max}
+    lines = [["run", *(_spoken(P50[name]) for name in columns)]]
+    return lines + [[f"{label} of {len(timed)}", *(_ms(way(v)) for v in known)] for label, way in ways.items()]
+
+
+def _p50(row: Row, name: str, mark: str = "") -> str:
+    return f"{_ms(row.metrics[name])}{mark}{_untrusted(row)}" if name in row.metrics else ""
 
 
 def _headline(row: Row) -> tuple[str, ...]:

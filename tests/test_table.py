@@ -173,6 +173,17 @@ b      7.90?         4.90?                       2.05?         0.86?"""
     )
 
 
+def test_of_a_single_run_every_pair_is_shown() -> None:
+    assert table.latencies([measured("a", 0.85)]) == (
+        """\
+latency, ms (p50); the speedup is fp32 eager channels-last over int8 torchscript
+                          ms    over int8 eager, 2.05 ms    over int8 torchscript, 0.86 ms
+------------------------  ----  --------------------------  --------------------------------
+fp32 eager                7.90  3.85×                       9.19×
+fp32 eager channels-last  4.90  2.39×                       5.70×"""
+    )
+
+
 def test_the_pair_of_the_speedup_is_starred_where_runs_differ_in_it() -> None:
     b = measured("b", 0.85)
     text = table.latencies([measured("a", 0.85), replace(b, tags={**b.tags, "fastest.int8": "eager"})])
