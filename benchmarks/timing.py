@@ -17,10 +17,10 @@ REPEATS = 40
 PAIRS = ("fp32_eager", "fp32_torchscript")
 
 
-def made(outputs: str, *overrides: str) -> tuple[Config, Path, np.ndarray, dict[str, np.ndarray]]:
+def made(outputs: str, name: str, *overrides: str) -> tuple[Config, Path, np.ndarray, dict[str, np.ndarray]]:
     """A run's folder with its saved models, the images to time with, and what these give."""
     config = composed(outputs, "saturation.exact_images=0", *overrides)
-    folder = Path(outputs) / "run"
+    folder = Path(outputs) / name
     folder.mkdir(parents=True)
     experiment.run_job(composed(outputs, "latency.enabled=false", "saturation.exact_images=0", *overrides), folder)
     data = load_data(config.dataset, Path(config.outputs) / "cache")
@@ -31,7 +31,7 @@ def made(outputs: str, *overrides: str) -> tuple[Config, Path, np.ndarray, dict[
 
 def against_itself(outputs: str) -> None:
     """A model timed against itself by the protocol `publish`: how many of the 95% intervals contain 1, how wide."""
-    config, folder, inputs, logits = made(outputs, "latency=publish", "latency.runtimes=[eager,torchscript]")
+    config, folder, inputs, logits = made(outputs, "aa", "latency=publish", "latency.runtimes=[eager,torchscript]")
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in PAIRS}
     valid = 0
     for repeat in tqdm(range(REPEATS), desc="A/A", disable=None):
@@ -43,6 +43,7 @@ def against_itself(outputs: str) -> None:
         for name in PAIRS:
             interval = latency.speedup(by[name], by[f"{name}_again"])
             found[name].append((interval.low, interval.high))
+            tqdm.write(f"{repeat + 1:3} {name:20} [{interval.low:.3f}, {interval.high:.3f}]")
     print(f"{valid} of {REPEATS} measurements were on a machine quiet enough to be trusted")
     for name, intervals in found.items():
         holding = sum(low <= 1 <= high for low, high in intervals)
@@ -52,9 +53,9 @@ def against_itself(outputs: str) -> None:
 
 def order(outputs: str) -> None:
     """FP32 over INT8 with the variants given in one order, and in the other, by the protocol `standard`."""
-    for runtimes in ("[eager,torchscript]", "[torchscript,eager]"):
+    for number, runtimes in enumerate(("[eager,torchscript]", "[torchscript,eager]")):
         with_order = f"latency.runtimes={runtimes}"
-        config, folder, inputs, logits = made(f"{outputs}/{runtimes}", "latency=standard", with_order)
+        config, folder, inputs, logits = made(outputs, f"order{number}", "latency=standard", with_order)
         with machine.lock(experiment.TIMING_LOCK):
             timings = worker.measure(config, folder, inputs, logits, experiment.tolerances(True))
         by = {timing.variant: timing for timing in timings}

@@ -216,33 +216,31 @@ def test_a_pair_can_overflow_if_some_activations_make_it(first: int, second: int
 @pytest.mark.parametrize("shape", ["conv", "odd", "grouped", "depthwise", "linear"])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_no_pair_that_can_overflow_means_exact_sums(engine: Engine, shape: str) -> None:
-    module, inputs = layer(shape, engine)
-    highest = np.full(inputs.shape[1], 255)
-    assert sums.can_overflow(module, engine, highest) == sums.can_overflow(module, engine)
+    module, inputs = layer(shape, engine, extreme=True)
+    assert sums.can_overflow(module, engine)
     assert not sums.can_overflow(module, Engine.qnnpack)
-    # With lower activations nothing can, and then the two kinds of sum are one.
-    highest[:] = 127
-    assert not sums.can_overflow(module, engine, highest)
-    halved = torch._make_per_tensor_quantized_tensor(inputs.int_repr() // 2, inputs.q_scale(), 77)
-    assert steps(emulated(module, engine)(halved), emulated(module, engine, saturating=False)(halved)) == 0
+    weight = module.weight().int_repr() // 2  # -64 to 63
+    with quantize.engine(engine):
+        module.set_weight_bias(packed(weight, torch.full((len(weight),), 0.01), True, 0), module.bias())
+    assert not sums.can_overflow(module, engine)
+    assert steps(emulated(module, engine)(inputs), emulated(module, engine, saturating=False)(inputs)) == 0
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_bounds_are_those_of_each_channel(engine: Engine) -> None:
+def test_pairs_are_neighbours_in_the_order_of_the_kernel(engine: Engine) -> None:
     module, _ = layer("conv", engine)
     weight = torch.zeros(24, 16, 3, 3)
     weight[5, 6:8, 1, 2] = 100
     with quantize.engine(engine):
         module.set_weight_bias(torch.quantize_per_tensor(weight, 1.0, 0, torch.qint8), None)
-    highest = np.zeros(16, dtype=np.uint8)
-    assert not sums.can_overflow(module, engine, highest)
-    highest[6] = highest[7] = 164
-    assert sums.can_overflow(module, engine, highest)
-    highest[7] = 163
-    assert not sums.can_overflow(module, engine, highest)
     pairs = sums.weight_pairs(module, engine)
     assert pairs.shape == (24, 72, 2)
     assert pairs[5, 5 * 8 + 3].tolist() == [100, 100]  # tap (1, 2) is the sixth of nine, with eight pairs each
+    assert sums.can_overflow(module, engine)
+    weight[5, 6:8, 1, 2] = torch.tensor([100.0, 28.0])
+    with quantize.engine(engine):
+        module.set_weight_bias(torch.quantize_per_tensor(weight, 1.0, 0, torch.qint8), None)
+    assert not sums.can_overflow(module, engine)
 
 
 def test_a_transposed_convolution_counts_as_one_that_may_overflow() -> None:
@@ -250,7 +248,6 @@ def test_a_transposed_convolution_counts_as_one_that_may_overflow() -> None:
         module = nnq.ConvTranspose2d(8, 8, 2)
         module.set_weight_bias(torch.quantize_per_tensor(torch.full((8, 8, 2, 2), 65.0), 1.0, 0, torch.qint8), None)
     assert sums.can_overflow(module, ENGINES[0])
-    assert not sums.can_overflow(module, ENGINES[0], 127)
     assert not sums.can_overflow(module, Engine.qnnpack)
     assert sums.not_emulated(nn.Sequential(module)) == ("0",)
     with pytest.raises(InputError, match="ConvTranspose2d"):

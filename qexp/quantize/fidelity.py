@@ -116,12 +116,6 @@ def layer_fidelity(
     )
 
 
-def worst(fidelities: Iterable[Fidelity], count: int) -> tuple[Fidelity, ...]:
-    """The `count` layers that add the most noise themselves, the noisiest first; those without an own SQNR are out."""
-    known = [(one.own_sqnr_db, one) for one in fidelities if one.own_sqnr_db is not None]
-    return tuple(one for _, one in sorted(known, key=lambda pair: pair[0])[:count])
-
-
 # ------------------------------------------------------------------------------------------------ what is added up
 
 
@@ -202,9 +196,8 @@ def _decibels(signal: float, error: float) -> float:
 
 # ------------------------------------------------------------------------------------------------ the two passes
 
-_PIXELS = (
-    1 << 16
-)  # of images taken at a time: what the layers of that many give fits into memory, and nearly into caches
+# Of images taken at a time: what the layers of that many give fits into memory, and nearly into caches.
+_PIXELS = 1 << 16
 
 
 def _parts(batches: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.ao.nn.intrinsic.quantized as nniq
 import torch.ao.nn.quantized as nnq
@@ -81,24 +80,16 @@ def overflowing(pairs: Tensor, highest: Tensor | int = _HIGHEST) -> Tensor:
     return (products.clamp(min=0).sum(-1) > _INT16.max) | (products.clamp(max=0).sum(-1) < _INT16.min)
 
 
-def can_overflow(module: nn.Module, engine_name: Engine, highest: int | np.ndarray = _HIGHEST) -> bool:
+def can_overflow(module: nn.Module, engine_name: Engine) -> bool:
     """Whether any pair of products can leave int16: if none can, the layer's sums are exact whatever its input.
 
-    highest: the largest quantized activation, for all input channels or for each [channels]; where the layer pads, no
-    less than its input's zero point. Of a transposed convolution, whose order isn't known, any weights may be a pair.
-    Raises InputError for what is no INT8 layer.
+    Of a transposed convolution, whose order isn't known, any weights may be a pair. Raises InputError for what is no
+    INT8 layer.
     """
     if isinstance(module, _TRANSPOSED):
         largest = int(module.weight().int_repr().int().abs().max())
-        return engine_name is not Engine.qnnpack and 2 * largest * int(np.max(highest)) > _INT16.max
-    layer = _checked(module)
-    pairs, groups = weight_pairs(layer, engine_name), _groups(layer)
-    if isinstance(highest, int):
-        return bool(overflowing(pairs, highest).any())
-    by_group = torch.as_tensor(np.asarray(highest, dtype=np.int32)).view(groups, -1)
-    taps = layer.weight().shape[2:].numel()
-    bounds = _paired(by_group.repeat(1, taps), _run_length(layer, engine_name))
-    return bool(overflowing(pairs, bounds.repeat_interleave(len(pairs) // groups, dim=0)).any())
+        return engine_name is not Engine.qnnpack and 2 * largest * _HIGHEST > _INT16.max
+    return bool(overflowing(weight_pairs(module, engine_name)).any())
 
 
 def _checked(module: nn.Module) -> Any:
