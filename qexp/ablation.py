@@ -14,13 +14,16 @@ from statistics import NormalDist, fmean
 from typing import TYPE_CHECKING
 
 from qexp.config import NOT_APPLICABLE
-from qexp.results import Interval, Row
+from qexp.results import Interval, Row, Source
 
 if TYPE_CHECKING:
     from qexp.stats import Plateau  # imported where it is used, since a refusal in a second is worth more than scipy
 
 # What the tag `accuracy_source` says where the accuracy on the target's CPU isn't that of what ran here.
-SOURCES = {"exact": "with sums that don't saturate", "emulated": "with its kernels' 16-bit sums emulated"}
+SOURCES: dict[str, str] = {
+    Source.exact: "with sums that don't saturate",
+    Source.emulated: "with its kernels' 16-bit sums emulated",
+}
 
 # Fewer pairs than this tell next to nothing about how much they vary.
 PAIRS_FOR_INTERVAL = 3

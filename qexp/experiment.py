@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ from qexp.quantize import saturation
 from qexp.quantize.fidelity import Fidelity, layer_fidelity
 from qexp.results import Artifact, Layer, Predictions, QParams, Result
 from qexp.runtimes import inductor
-from qexp.runtimes.model import Loaded, agree, on_cuda
+from qexp.runtimes.model import Loaded, agree, with_cuda
 
 log = logging.getLogger(__name__)
 
@@ -304,7 +303,7 @@ def per_layer(
 
 def timed(
     config: Config,
-    variants: Mapping[str, Callable[[Tensor], Any]],
+    variants: Mapping[str, Loaded],
     data: Data,
     predictions: Mapping[str, Predictions],
     all_int8: bool,
@@ -320,19 +319,18 @@ def timed(
         if config.latency.processes:
             logits = {precision: found.logits[:images] for precision, found in predictions.items()}
             return worker.measure(config, folder, inputs.numpy(), logits, tolerances(all_int8))
-        if torch.cuda.is_available() and "fp32_eager" in variants:
-            variants = {**variants, "fp32_cuda": on_cuda(cast(Loaded, variants["fp32_eager"]))}
+        timed = with_cuda(variants)
         timings: list[latency.Timing] = []
         for threads in config.latency.threads:
             for batch_size in config.latency.batch_sizes:
                 with latency.threads(threads):
                     timings += latency.time_side_by_side(
-                        variants,
+                        timed,
                         inputs,
                         config.latency,
                         batch_size=batch_size,
                         seed=config.seed,
-                        control_among=latency.on_cpu(variants),
+                        control_among=latency.on_cpu(timed),
                     )
         return timings
 

@@ -27,12 +27,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qexp import config, machine, stats
+from qexp import config, machine
 from qexp.errors import ConfigError
 from qexp.results import Interval
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from qexp import stats  # imported where it is used: processes that only time need no scipy
 
 # What the fastest FP32 variant is called where it is timed once more, against itself.
 CONTROL = "control"
@@ -138,6 +140,8 @@ class Timing:
     @property
     def summary(self) -> stats.Summary:
         """Percentiles of the samples, in milliseconds."""
+        from qexp import stats
+
         return stats.summarise(self.samples)
 
 
@@ -224,11 +228,6 @@ def on_cpu(variants: Collection[str]) -> list[str]:
     return [name for name in variants if name.startswith("fp32") and name != "fp32_cuda"]
 
 
-def with_compilation(timing: Timing, compile_ms: float | None) -> Timing:
-    """The timing with what the compilation before it took, in milliseconds."""
-    return replace(timing, compile_ms=compile_ms)
-
-
 PER_BLOCK = ("worker", "round", "position", "wall_ms", "cpu_ms", "switches")
 
 
@@ -239,19 +238,16 @@ def merged(workers: Sequence[Timing]) -> Timing:
     """
     if len({(w.variant, w.control_of, w.batch_size, w.threads) for w in workers}) != 1:
         raise ValueError("only timings of one variant, batch size and number of threads can be merged")
-    offsets = {
-        "block": np.cumsum([0, *(len(w.round) for w in workers)]),
-        "round": np.cumsum([0, *(len(w.round_ms) for w in workers)]),
-        "worker": np.arange(len(workers) + 1),
-    }
-    columns: dict[str, Any] = {
-        name: _read_only(
-            np.concatenate([getattr(w, name) + offsets.get(name, zeros)[i] for i, w in enumerate(workers)]),
-            getattr(workers[0], name).dtype,
-        )
-        for zeros in [np.zeros(len(workers), dtype=int)]
-        for name in ("samples", "block", *PER_BLOCK)
-    }
+    blocks, rounds = ([len(of(w)) for w in workers] for of in (lambda w: w.round, lambda w: w.round_ms))
+    # What is counted from 0 in each process goes on from one to the next.
+    before = {"block": np.cumsum([0, *blocks]), "round": np.cumsum([0, *rounds]), "worker": np.arange(len(workers))}
+
+    def column(name: str) -> np.ndarray:
+        parts = [getattr(w, name) for w in workers]
+        shifted = [p + n for p, n in zip(parts, before[name], strict=False)] if name in before else parts
+        return _read_only(np.concatenate(shifted), parts[0].dtype)
+
+    columns: dict[str, Any] = {name: column(name) for name in ("samples", "block", *PER_BLOCK)}
     compiled = [w.compile_ms for w in workers if w.compile_ms is not None]
     return replace(
         workers[0],
@@ -423,6 +419,8 @@ def speedup(fp32: Timing, int8: Timing, confidence: float = 0.95) -> Interval:
     """
     if fp32.conditions != int8.conditions or not np.array_equal(fp32.round, int8.round):
         raise ValueError(f"{fp32.variant} and {int8.variant} were not timed side by side")
+    from qexp import stats
+
     ratios, workers = fp32.round_ms / int8.round_ms, fp32.workers
     return stats.median_ratio([ratios[workers == worker] for worker in np.unique(workers)], confidence)
 

@@ -10,7 +10,7 @@ from qexp import latency, stats
 from qexp.config import Config, Flow, Overflow, QConfig, Target
 from qexp.data import Data
 from qexp.quantize import saturation
-from qexp.results import Artifact, Layer, Predictions
+from qexp.results import Artifact, Interval, Layer, Predictions
 from qexp.target import Answer
 
 
@@ -48,9 +48,9 @@ def of_target(fp32: Predictions, answer: Answer, margin: float) -> dict[str, flo
         "accuracy/non_inferiority_p": stats.non_inferiority(first_only, second_only, n, margin),
         "saturation/layers": float(len(answer.saturating_layers)),
     }
-    if answer.exact is None or answer.saturating is None:
+    loss = _lost_to_saturation(answer)
+    if loss is None or answer.exact is None or answer.saturating is None:
         return found
-    loss = stats.tango(*stats.discordant(answer.saturating, answer.exact))
     sqnr = stats.sqnr(answer.exact.logits, answer.saturating.logits)
     return found | {
         "accuracy/int8_exact": float(answer.exact.correct.mean()),
@@ -63,14 +63,19 @@ def of_target(fp32: Predictions, answer: Answer, margin: float) -> dict[str, flo
     }
 
 
+def _lost_to_saturation(answer: Answer) -> Interval | None:
+    """Exact minus saturating accuracy, paired by image; None where the two were not compared."""
+    if answer.exact is None or answer.saturating is None:
+        return None
+    return stats.tango(*stats.discordant(answer.saturating, answer.exact))
+
+
 def verdict(fp32: Predictions, answer: Answer, margin: float) -> str:
     """The verdict on the target's accuracy in words, with 16-bit saturation as its cause where that is shown."""
     first_only, second_only, n = stats.discordant(fp32.at(answer.images), answer.target)
     said = stats.verdict(first_only, second_only, n, margin)
-    if answer.exact is None or answer.saturating is None or answer.target_is_exact:
-        return said
-    lost = stats.tango(*stats.discordant(answer.saturating, answer.exact))
-    if lost.low <= 0:
+    lost = _lost_to_saturation(answer)
+    if lost is None or answer.exact is None or answer.target_is_exact or lost.low <= 0:
         return said
     rest = stats.tango(*stats.discordant(fp32.at(answer.compared), answer.exact))
     cause = "all of it" if rest.high >= 0 else f"{100 * lost.value:.1f} of them"

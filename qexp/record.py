@@ -6,7 +6,6 @@ import csv
 import hashlib
 import json
 import subprocess
-from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
@@ -175,8 +174,9 @@ def layers_written(
     shares, sides = {row.name: row.share for row in sums}, {row.name: str(row.side) for row in narrowed}
     rows = []
     for name in dict.fromkeys([*measured, *of_layers]):
-        found = [asdict(by[name]) for by in (of_layers, measured) if name in by]
-        row = {**dict(ChainMap(*found[::-1])), "name": name, "saturated": shares.get(name), "narrowed": sides.get(name)}
+        row: dict[str, Any] = {"name": name, "saturated": shares.get(name), "narrowed": sides.get(name)}
+        for by in (of_layers, measured):
+            row |= asdict(by[name]) if name in by else {}
         rows.append({column: row.get(column) for column in COLUMNS})
     _csv(folder / "layers.csv", COLUMNS, rows)
     files = {"layers.csv": str(folder / "layers.csv")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,22 @@ class Predictions:
     def correct(self) -> np.ndarray:
         """bool [N]: whether the top-1 class is the label."""
         return self.logits.argmax(axis=1) == self.labels
+
+
+class Source(StrEnum):
+    """How the answer for the target was found."""
+
+    executed = "executed"
+    exact = "exact"
+    emulated = "emulated"
+
+
+class Saturation(StrEnum):
+    """Whether 16-bit sums saturate in this model."""
+
+    impossible = "impossible"
+    possible = "possible"
+    observed = "observed"
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ saturating one, the sums are emulated.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 
 import numpy as np
 from torch import Tensor, nn
@@ -17,23 +17,9 @@ from qexp import evaluate, quantize
 from qexp.config import Config, Engine, Flow, QConfig, Target
 from qexp.data import Data
 from qexp.quantize import saturation, sums
-from qexp.results import Predictions
+from qexp.results import Predictions, Saturation, Source
 
-
-class Source(StrEnum):
-    """How the answer for the target was found."""
-
-    executed = "executed"
-    exact = "exact"
-    emulated = "emulated"
-
-
-class Saturation(StrEnum):
-    """Whether 16-bit sums saturate in this model."""
-
-    impossible = "impossible"
-    possible = "possible"
-    observed = "observed"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +81,9 @@ def answer(
         source, counts = (Source.exact, found) if every else (Source.executed, executed)
         return Answer(source, everything, counts, _seen(layers), compared, found, executed.at(compared), layers)
     compared = spread(len(everything), config.saturation.emulated_images)
+    if left := sums.not_emulated(int8):
+        said = "%d layers add up as they do on this CPU, since their 16-bit sums can't be emulated: %s."
+        log.warning(said, len(left), ", ".join(left))
     emulated = sums.with_emulated_sums(int8, engine)
     found, layers = _run(emulated, engine, int8, config, data, compared, "emulating 16-bit sums")
     exact = executed.at(compared)

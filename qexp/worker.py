@@ -15,11 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -138,7 +139,7 @@ def main(path: str) -> None:
     import torch
 
     from qexp import quantize, saved
-    from qexp.runtimes.model import Loaded, agree, on_cuda
+    from qexp.runtimes.model import agree, with_cuda
 
     torch.set_num_threads(order.threads)
     torch.set_num_interop_threads(1)
@@ -146,22 +147,22 @@ def main(path: str) -> None:
     config = schema.from_plain(order.config)
     folder, scratch = Path(order.folder), Path(order.scratch)
     inputs = torch.from_numpy(np.load(scratch / "inputs.npy"))
-    variants: dict[str, Loaded] = saved.read(config, saved.structures(config, folder), folder, config.latency.runtimes)
+    variants = saved.read(config, saved.structures(config, folder), folder, config.latency.runtimes)
     timings: list[latency.Timing] = []
     with quantize.engine(config.engine), torch.inference_mode():
         for name, model in variants.items():
             precision = name.partition("_")[0]
             expected = np.load(scratch / f"{precision}.npy")[:CHECKED_IMAGES]
             agree(expected, model(inputs[:CHECKED_IMAGES]).numpy(), order.tolerance[precision])
-        twins = {f"{name}_again": variants[name] for name in order.again}
-        cuda = {"fp32_cuda": on_cuda(variants["fp32_eager"])} if _cuda(variants) else {}
+        timed = with_cuda(variants)
+        timed |= {f"{name}_again": variants[name] for name in order.again}
         for batch_size in config.latency.batch_sizes:
             among = order.control.get(str(batch_size))
             compiled = _compile(variants, latency.make_batches(inputs, batch_size)[0])
             timings += [
-                latency.with_compilation(timing, compiled.get(timing.variant))
+                replace(timing, compile_ms=compiled.get(timing.variant))
                 for timing in latency.time_side_by_side(
-                    {**variants, **twins, **cuda},
+                    timed,
                     inputs,
                     config.latency,
                     batch_size=batch_size,
@@ -172,20 +173,14 @@ def main(path: str) -> None:
     latency.save(timings, Path(order.result))
 
 
-def _compile(variants: Mapping[str, object], batch: object) -> dict[str, float]:
+def _compile(variants: Mapping[str, Callable[[Any], object]], batch: object) -> dict[str, float]:
     """Milliseconds that the first call of each compiled variant with this batch takes."""
     took = {}
     for name in (name for name in variants if name.endswith("_inductor")):
         started = time.perf_counter()
-        variants[name](batch)  # type: ignore[operator]
+        variants[name](batch)
         took[name] = 1000 * (time.perf_counter() - started)
     return took
-
-
-def _cuda(variants: Sequence[str] | Mapping[str, object]) -> bool:
-    import torch
-
-    return torch.cuda.is_available() and "fp32_eager" in variants
 
 
 def _end_with_parent() -> None:

@@ -110,7 +110,7 @@ def test_what_overflow_became_is_recorded_beside_what_was_asked(run: Callable[..
     assert guarded.resolved["resolved.overflow"] == "layers"
     bits = (guarded.resolved["resolved.weight_bits"], guarded.resolved["resolved.activation_bits"])
     narrowed = [int(text.split()[3]) for text in bits if text != "8"]  # "8 (7 in 2 layers)"
-    assert sum(narrowed) == guarded.metrics["quant/layers_narrowed"]
+    assert sum(narrowed) == guarded.metrics["quant/layers_narrowed"] > 0
 
 
 def test_an_unguarded_engine_that_can_saturate_is_doubted(run: Callable[..., Result]) -> None:

@@ -256,7 +256,7 @@ def test_the_interval_of_a_speedup_resamples_processes_from_five_on() -> None:
 
 def test_saved_timings_are_read_back_as_they_were(tmp_path: Path) -> None:
     timings = [latency.merged([timing, timing]) for timing in pair(Simulated(), control_among=["fp32"])]
-    timings[0] = latency.with_compilation(timings[0], 123.0)
+    timings[0] = replace(timings[0], compile_ms=123.0)
     latency.save(timings, tmp_path / "timings.npz")
     for expected, actual in zip(timings, latency.load(tmp_path / "timings.npz"), strict=True):
         for field in fields(latency.Timing):

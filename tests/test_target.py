@@ -14,7 +14,7 @@ from qexp import experiment, metrics, target
 from qexp.config import Config, Engine, Flow, Scheme, Target
 from qexp.quantize import saturation
 from qexp.quantize.saturation import KernelSignature, Probe
-from qexp.results import Predictions, Result
+from qexp.results import Predictions, Result, Saturation, Source
 
 Composed = Callable[..., Config]
 SMALL = ("model=tiny", "latency=off")
@@ -129,8 +129,7 @@ def judged(fp32: np.ndarray, saturating: np.ndarray, exact: np.ndarray | None, s
     everything = np.arange(len(fp32))
     found = predictions(saturating if source == "executed" or exact is None else exact)
     answer = target.Answer(
-        target.Source(source), everything, found,
-        target.Saturation.impossible if exact is None else target.Saturation.observed,
+        Source(source), everything, found, Saturation.impossible if exact is None else Saturation.observed,
         everything, None if exact is None else predictions(exact), predictions(saturating),
     )  # fmt: skip
     return metrics.verdict(predictions(fp32), answer, 0.005)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -49,10 +49,13 @@ class Loaded:
         return logits
 
 
-def on_cuda(model: Loaded) -> Callable[[Tensor], Tensor]:
-    """The same float model on the GPU; a call takes an image from the CPU and gives its logits back there."""
-    module = copy.deepcopy(model.module).cuda()
-    return lambda images: module(images.cuda()).cpu()
+def with_cuda(variants: Mapping[str, Loaded]) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The variants, and where torch finds a GPU the eager float model on it as `fp32_cuda`: a call takes an image from
+    the CPU and gives its logits back there."""
+    if not torch.cuda.is_available() or "fp32_eager" not in variants:
+        return dict(variants)
+    module = copy.deepcopy(variants["fp32_eager"].module).cuda()
+    return {**variants, "fp32_cuda": lambda images: module(images.cuda()).cpu()}
 
 
 def agree(expected: np.ndarray, actual: np.ndarray, precision: str) -> float:
