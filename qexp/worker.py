@@ -1,7 +1,8 @@
 """Fresh processes that time what a run saved, one after the other: `measure` starts them, `main` is what they do.
 
 A worker is pinned to cores of its own, with its number of threads set before torch is imported; it reads the saved
-models from the run's folder, sees that they answer as the running process found, and times them side by side.
+models from the run's folder, sees that they answer as the running process found, and times them side by side. As many
+workers as there are cores import torch at the same time; while one times, the others wait.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -40,9 +41,8 @@ PR_SET_PDEATHSIG = 1
 @dataclass(frozen=True)
 class Order:
     """What a worker is told. folder: the run's; scratch: where it finds `inputs.npy` (float32 [n, 3, H, W]) and
-    `<precision>.npy` (their logits, float32 [n, classes]); tolerance: by precision, a key of model.TOLERANCE; again:
-    variants to be timed a second time, as `<variant>_again`; control: by batch size, the variant that an earlier worker
-    timed against itself, since only what is the same in all of them can be merged."""
+    `<precision>.npy` (their logits, float32 [n, classes]); result: where it writes; tolerance: by precision that is
+    timed, a key of model.TOLERANCE; again: variants to be timed a second time, as `<variant>_again`."""
 
     config: dict[str, object]
     folder: str
@@ -53,7 +53,6 @@ class Order:
     seed: int
     tolerance: dict[str, str]
     again: list[str]
-    control: dict[str, str]
 
 
 def measure(
@@ -66,11 +65,11 @@ def measure(
 ) -> list[latency.Timing]:
     """Time every variant in `latency.processes` fresh processes for each number of threads, and merge their timings.
 
-    inputs: float32 [n, 3, H, W]; logits: what these give, float32 [n, classes], by precision; again: variants to be
-    timed twice. Raises RunError where a worker fails, or its models give other logits.
+    inputs: float32 [n, 3, H, W]; logits: what these give, float32 [n, classes], by precision; no other precision is
+    timed; again: variants to be timed twice. Raises RunError where a worker fails, or its models give other logits.
     """
     protocol = config.latency
-    with tempfile.TemporaryDirectory(prefix="qexp-timing-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="qexp-timing-") as scratch, ExitStack() as closing:
         np.save(Path(scratch) / "inputs.npy", inputs)
         for precision, expected in logits.items():
             np.save(Path(scratch) / f"{precision}.npy", expected)
@@ -83,19 +82,20 @@ def measure(
                 threads=threads,
                 cores=machine.separate_cores(threads),
                 seed=config.seed + process,
-                tolerance=dict(tolerance),
+                tolerance={precision: tolerance[precision] for precision in logits},
                 again=list(again),
-                control={},
             )
             for process in range(protocol.processes)
             for threads in protocol.threads
         ]
+        abreast = len(machine.separate_cores(len(orders)))
         found: list[latency.Timing] = []
-        for order in tqdm(orders, desc="timing", unit="process", disable=None, leave=False):
-            earlier = [timing for timing in found if timing.threads == order.threads and timing.control_of]
-            control = {str(timing.batch_size): str(timing.control_of) for timing in earlier}
-            _run(replace(order, control=control))
-            found += latency.load(Path(order.result))
+        with tqdm(total=len(orders), desc="timing", unit="process", disable=None, leave=False) as bar:
+            for first in range(0, len(orders), abreast):
+                for order, process in _ready(orders[first : first + abreast], closing):
+                    _go(process, order, _controls(found, order.threads))
+                    found += latency.load(Path(order.result))
+                    bar.update()
     place = {threads: index for index, threads in enumerate(protocol.threads)}
     sizes = {size: index for index, size in enumerate(protocol.batch_sizes)}
     names = list(dict.fromkeys(timing.variant for timing in found))
@@ -106,15 +106,42 @@ def measure(
     return [latency.merged(list(group)) for _, group in groupby(sorted(found, key=key), key)]
 
 
-def _run(order: Order) -> None:
-    path = Path(order.scratch) / "order.json"
-    path.write_text(json.dumps(asdict(order)))
-    done = subprocess.run(
-        [sys.executable, "-m", "qexp.worker", str(path)], env=environment(order.threads), capture_output=True, text=True
-    )
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
-        log.debug("%s", done.stderr)
+def _controls(found: Sequence[latency.Timing], threads: int) -> dict[str, str]:
+    """By batch size, the variant that an earlier worker timed against itself: only what all of them time is merged."""
+    return {str(t.batch_size): t.control_of for t in found if t.threads == threads and t.control_of}
+
+
+def _ready(orders: Sequence[Order], closing: ExitStack) -> list[tuple[Order, subprocess.Popen[str]]]:
+    """A process for each order, all of them past their imports. `closing` kills those that are left."""
+    started = []
+    for order in orders:
+        path = Path(order.result).with_suffix(".json")
+        path.write_text(json.dumps(asdict(order)))
+        with path.with_suffix(".err").open("w") as errors:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "qexp.worker", str(path)],
+                env=environment(order.threads),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+        closing.enter_context(process)
+        closing.callback(process.kill)
+        started.append((order, process))
+    for _, process in started:
+        assert process.stdout is not None
+        process.stdout.readline()  # empty where it ended: `_go` says why
+    return started
+
+
+def _go(process: subprocess.Popen[str], order: Order, control: Mapping[str, str]) -> None:
+    """Let a worker time, and wait until it has."""
+    process.communicate(json.dumps(control))
+    if process.returncode:
+        errors = Path(order.result).with_suffix(".err").read_text()
+        said = errors.strip().splitlines() or [f"it ended with status {process.returncode}"]
+        log.debug("%s", errors)
         raise RunError(f"timing in a process of its own failed: {said[-1].removeprefix('qexp.errors.RunError: ')}")
 
 
@@ -130,24 +157,27 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def main(path: str) -> None:
-    """What a worker does."""
+    """What a worker does: import torch, say so, wait for a line with what it is to time as its control, and time."""
     order = Order(**json.loads(Path(path).read_text()))
     _end_with_parent()
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, order.cores)
 
     import torch
 
     from qexp import quantize, saved
     from qexp.runtimes.model import agree, with_cuda
 
+    print("ready", flush=True)
+    control = json.loads(sys.stdin.read() or sys.exit(1))
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, order.cores)
     torch.set_num_threads(order.threads)
     torch.set_num_interop_threads(1)
     torch.manual_seed(order.seed)
     config = schema.from_plain(order.config)
     folder, scratch = Path(order.folder), Path(order.scratch)
     inputs = torch.from_numpy(np.load(scratch / "inputs.npy"))
-    variants = saved.read(config, saved.structures(config, folder), folder, config.latency.runtimes)
+    all_variants = saved.read(config, saved.structures(config, folder), folder, config.latency.runtimes)
+    variants = {name: model for name, model in all_variants.items() if name.partition("_")[0] in order.tolerance}
     timings: list[latency.Timing] = []
     with quantize.engine(config.engine), torch.inference_mode():
         for name, model in variants.items():
@@ -157,7 +187,7 @@ def main(path: str) -> None:
         timed = with_cuda(variants)
         timed |= {f"{name}_again": variants[name] for name in order.again}
         for batch_size in config.latency.batch_sizes:
-            among = order.control.get(str(batch_size))
+            among = control.get(str(batch_size))
             compiled = _compile(variants, latency.make_batches(inputs, batch_size)[0])
             timings += [
                 replace(timing, compile_ms=compiled.get(timing.variant))
