@@ -20,6 +20,8 @@ OBSERVERS = {
     "minmax": MINMAX,
     "moving_average": Observer(ActivationObserver.moving_average, averaging_constant=0.1),
     "histogram": Observer(ActivationObserver.histogram, bins=256),
+    "percentile": Observer(ActivationObserver.percentile, percentile=99.0),
+    "mse": Observer(ActivationObserver.mse),
 }
 
 

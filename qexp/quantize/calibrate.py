@@ -13,6 +13,7 @@ from qexp.config import Flow
 from qexp.errors import InputError, RunError
 from qexp.quantize.names import place, public, tensor_names
 from qexp.quantize.observers import observers, records_range, seen_range
+from qexp.quantize.recorder import counting
 
 
 def calibrate(prepared: nn.Module, batches: Iterable[Tensor]) -> int:
@@ -22,7 +23,7 @@ def calibrate(prepared: nn.Module, batches: Iterable[Tensor]) -> int:
     """
     before = _batchnorm_state(prepared)
     images = 0
-    with torch.inference_mode():
+    with counting(observers(prepared).values()), torch.inference_mode():
         for batch in batches:
             try:
                 prepared(batch)
