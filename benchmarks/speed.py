@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from hydra import compose, initialize_config_dir
+from torch import nn
 
 from qexp import config as schema
 from qexp import experiment, latency, models, quantize, saved
@@ -81,7 +81,8 @@ def calibration(outputs: str) -> None:
                 if name != "histogram":
                     fed = prepared(observer)
                     quantize.calibrate(fed, batches)
-                    print(f"{model}, ranges by {name}: {seconds(partial(quantize.read_qparams, fed)):.2f} s", flush=True)
+                    took = seconds(partial(quantize.read_qparams, fed))
+                    print(f"{model}, ranges by {name}: {took:.2f} s", flush=True)
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
         for model in MODELS:
             few, many = (fresh.apply(peak_memory, (outputs, model, count)) for count in (8, 2048))

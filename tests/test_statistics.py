@@ -1,4 +1,4 @@
-"""What calibration saw: the fold of the parts is the whole, nothing is lost on the way, and it is torch's own answer."""
+"""What calibration saw: the fold of the parts is the whole, nothing is lost, and answers are torch's own."""
 
 from __future__ import annotations
 

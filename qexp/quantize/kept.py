@@ -1,7 +1,7 @@
 """Calibration whose statistics are kept on disk: the same images are never run through the same model twice.
 
-FP32 activations don't depend on how they will be quantized, so one entry serves every observer, grid and engine. An entry
-is of the first n batches; what is asked for next resumes from the longest that is kept, whoever asked for that.
+FP32 activations don't depend on how they will be quantized, so one entry serves every observer, grid and engine. It is
+of the first n batches; what is asked for next resumes from the longest that is kept, whoever asked for that.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def unpack(packed: np.ndarray) -> list[TensorStats]:
 
     def take(dtype: type, count: int) -> np.ndarray:
         nonlocal position
-        array = np.frombuffer(content, dtype, count, position)
+        array: np.ndarray = np.frombuffer(content, dtype, count, position)
         position += array.nbytes
         return array
 

@@ -24,15 +24,17 @@ Solver = Callable[["TensorStats", Grid, Scheme], tuple[float, float]]
 SMALLEST_SCALE = float(np.finfo(np.float32).eps)
 """torch makes no scale smaller than this."""
 
-# The search for the smallest error halves a range up to 12 times, first in steps of a quarter octave, then around the
-# best of them in steps of 2^(1/32) and 2^(1/256): in the end 0.3% of a range's end.
+# The search for the smallest error halves a range up to 12 times, first in coarse steps, then twice around the best in
+# steps 8 times finer. One end ends up within 0.14% of its best, two within 0.5%.
 _OCTAVES = 12
-_COARSE = 1 / 4
+_COARSE_ONE = 1 / 8
+_COARSE_TWO = 1 / 2
 _FINER = 8
 _ROUNDS = 3
 # Weights of a channel: bins of the histogram from -peak to peak, and steps of a candidate's end from 0 to the peak.
 _ROW_BINS = 4096
 _ROW_STEPS = {Scheme.symmetric: 128, Scheme.asymmetric: 32}
+_SMOOTHED = 1e-4
 _ROW_BLOCK = 256  # channels at a time, to bound memory
 
 
@@ -53,8 +55,8 @@ def range_minmax(stats: TensorStats, grid: Grid, scheme: Scheme) -> tuple[float,
 def range_moving_average(
     stats: TensorStats, grid: Grid, scheme: Scheme, averaging_constant: float
 ) -> tuple[float, float]:
-    """Extremes of the batches, averaged with exponentially falling weights; torch's MovingAverageMinMaxObserver, bit for
-    bit, and so in float32."""
+    """Extremes of the batches, averaged with exponentially falling weights; torch's MovingAverageMinMaxObserver, bit
+    for bit, and so in float32."""
     share = np.float32(averaging_constant)
     low, high = stats.minima[0], stats.maxima[0]
     for smallest, largest in zip(stats.minima[1:], stats.maxima[1:], strict=True):
@@ -62,9 +64,14 @@ def range_moving_average(
     return float(low), float(high)
 
 
+def _clipped(stats: TensorStats, low: float, high: float) -> tuple[float, float]:
+    """The ends of what was seen, as clipping to low…high leaves them."""
+    return min(max(stats.low, low), high), max(min(stats.high, high), low)
+
+
 def range_percentile(stats: TensorStats, grid: Grid, scheme: Scheme, percentile: float) -> tuple[float, float]:
-    """Without the most extreme values: on a symmetric grid percentile% of the absolute values are kept, on an asymmetric
-    one half of the rest is cut at either end. 100 is minmax.
+    """Without the most extreme values: on a symmetric grid percentile% of the absolute values are kept, on an
+    asymmetric one half of the rest is cut at either end. 100 is minmax.
 
     ONNX Runtime's PercentileCalibrater has the same definition, and gives the lower edge of the bin that holds the
     quantile, where this interpolates within the bin. Its 2,048 bins are equally wide from -peak to peak, peak/1024, so
@@ -73,7 +80,7 @@ def range_percentile(stats: TensorStats, grid: Grid, scheme: Scheme, percentile:
     share = percentile / 100
     if scheme is Scheme.symmetric:
         bound = _quantile(stats.magnitudes, share)
-        return max(-bound, stats.low), min(bound, stats.high)
+        return _clipped(stats, -bound, bound)
     kept = (1 + share) / 2
     return -_quantile(stats.bins.mirrored(), kept), _quantile(stats.bins, kept)
 
@@ -90,9 +97,9 @@ def _quantile(bins: Bins, share: float) -> float:
 def range_mse(stats: TensorStats, grid: Grid, scheme: Scheme) -> tuple[float, float]:
     """The range with the smallest expected squared error on this grid, of rounding and of clipping.
 
-    The error of a range is exact for the histogram (see `_Error`). One number is searched for where the grid is symmetric
-    or all values have one sign, else both ends on their own; to 0.3% of an end. Values that come again and again, as the
-    upper end of a clamp does, are taken to be spread over their bin all the same.
+    The error of a range is exact for the histogram (see `_Error`). One number is searched for where the grid is
+    symmetric or all values have one sign, else both ends on their own. Values that come again and again, as the upper
+    end of a clamp may, are taken to be spread over their bin all the same.
     """
     low, high = min(stats.low, 0.0), max(stats.high, 0.0)
     if low == high:
@@ -101,8 +108,8 @@ def range_mse(stats: TensorStats, grid: Grid, scheme: Scheme) -> tuple[float, fl
     together = scheme is Scheme.symmetric or low == 0 or high == 0
     if scheme is Scheme.symmetric:
         low, high = -max(-low, high), max(-low, high)
-    shrunk_low = shrunk_high = np.arange(0, _OCTAVES, _COARSE)
-    step = _COARSE
+    step = _COARSE_ONE if together else _COARSE_TWO
+    shrunk_low = shrunk_high = np.arange(0, _OCTAVES, step)
     for _ in range(_ROUNDS):
         if together:
             lows, highs = low * 2.0**-shrunk_low, high * 2.0**-shrunk_high
@@ -116,7 +123,7 @@ def range_mse(stats: TensorStats, grid: Grid, scheme: Scheme) -> tuple[float, fl
         shrunk_low = (shrunk_low[at_low] + around).clip(0, None)
         shrunk_high = (shrunk_high[at_high] + around).clip(0, None)
         step /= _FINER
-    return max(float(lows[best]), stats.low), min(float(highs[best]), stats.high)
+    return _clipped(stats, float(lows[best]), float(highs[best]))
 
 
 def _scales(
@@ -136,8 +143,8 @@ def _scales(
 
 @dataclass(frozen=True, eq=False)
 class _Error:
-    """The sum of squared errors of values in a histogram, as a function of the range, in time that depends on the number
-    of steps of the grid and not on that of bins.
+    """The sum of squared errors of values in a histogram, as a function of the range, in time that depends on the
+    number of steps of the grid and not on that of bins.
 
     With borders b[k] halfway between the steps c[k] and c[k+1], and N(x), S(x) the number and the sum of the values
     below x, the sum over all steps of (value - c[k])² is, summed by parts,
@@ -191,7 +198,8 @@ def range_mse_rows(rows: np.ndarray, grid: Grid, scheme: Scheme) -> tuple[np.nda
     """`range_mse` for each row of float32 [rows, n], as for the channels of a weight; float32 [rows] low and high.
 
     Every row is scaled to a peak of 1, so that all share one table of the errors of candidates on a histogram of 4,096
-    bins. The ends of the candidates are 1/128 of the peak apart on a symmetric grid, 1/32 on an asymmetric one.
+    bins. The ends of the candidates are 1/128 of the peak apart on a symmetric grid, 1/32 on an asymmetric one. In a channel of 600
+    values the error is up to 8% and 6% above the least (20% on the four steps of asymmetric 2 bits).
     """
     lows, highs, errors = _row_candidates(grid, scheme)
     found = []
@@ -204,7 +212,7 @@ def range_mse_rows(rows: np.ndarray, grid: Grid, scheme: Scheme) -> tuple[np.nda
         index += _ROW_BINS * np.arange(len(block))[:, None]
         histograms = np.bincount(index.ravel(), minlength=_ROW_BINS * len(block)).reshape(len(block), _ROW_BINS)
         best = (histograms @ errors).argmin(axis=1)
-        found.append((np.maximum(lows[best] * peak, low), np.minimum(highs[best] * peak, high)))
+        found.append([end.clip(lows[best] * peak, highs[best] * peak) for end in (low, high)])
     low, high = (np.concatenate(ends).astype(np.float32) for ends in zip(*found, strict=True))
     return low, high
 
@@ -233,11 +241,11 @@ def _row_candidates(grid: Grid, scheme: Scheme) -> tuple[np.ndarray, np.ndarray,
 def range_entropy(stats: TensorStats, grid: Grid, scheme: Scheme, bins: int) -> tuple[float, float]:
     """The range whose quantized distribution differs least from the whole one, by Kullback-Leibler divergence.
 
-    As TensorRT's calibrator (S. Migacz, 8-bit Inference with TensorRT, GTC 2017): of a linear histogram with `bins` bins
-    from -peak to peak, what lies outside of ±threshold is added to its outermost bins, and compared with the part inside,
-    averaged within each step of the grid. Where all values have one sign and the grid is asymmetric, the histogram goes
-    from 0 to the peak. Of equal thresholds the widest is taken. A linear bin that is narrower than those of the fine
-    histogram, as they are above half of the peak for more than 512 bins from 0 to the peak, gets its share of them.
+    As TensorRT's calibrator (S. Migacz, 8-bit Inference with TensorRT, GTC 2017): of a linear histogram with `bins`
+    bins from -peak to peak, what lies outside of ±threshold is added to its outermost bins, and compared with the part
+    inside, averaged within each step of the grid. Where all values have one sign and the grid is asymmetric, the
+    histogram goes from 0 to the peak. Of equal thresholds the widest is taken. A linear bin that is narrower than those
+    of the fine histogram, as they are near the peak for more than 512 bins from 0 to the peak, gets its share of them.
 
     ONNX Runtime's EntropyCalibrater differs: it has 128 steps whatever the grid is, and a histogram of two sides for
     values of one sign, of whose steps half are idle then. Bins that don't divide into its steps go to the last one, and
@@ -258,11 +266,11 @@ def range_entropy(stats: TensorStats, grid: Grid, scheme: Scheme, bins: int) -> 
     start = np.zeros_like(reach) if one_sided else middle - reach
     divergence = _divergence(counts, start, middle + reach, levels)
     threshold = float(edges[middle + reach[divergence.argmin()]])
-    return max(-threshold, stats.low), min(threshold, stats.high)
+    return _clipped(stats, -threshold, threshold)
 
 
 def _rebinned(bins: Bins, edges: np.ndarray) -> np.ndarray:
-    """Counts between neighbouring edges, float64 [edges - 1], of all values but the exact zeros (and what is as small)."""
+    """Counts between neighbouring edges, float64 [edges - 1], of all values but exact zeros (and what is as small)."""
     tiny = np.finfo(np.float32).tiny
     counts = np.where((bins.lower < tiny) & (bins.upper > -tiny), 0, bins.counts)
     width = bins.upper - bins.lower
@@ -276,11 +284,12 @@ def _rebinned(bins: Bins, edges: np.ndarray) -> np.ndarray:
 
 
 def _divergence(counts: np.ndarray, start: np.ndarray, stop: np.ndarray, levels: int) -> np.ndarray:
-    """KL(p || q) for each window counts[start:stop], float64 [windows]; infinite where q is 0 and p is not.
+    """KL(p || q) for each window counts[start:stop], float64 [windows]; infinite where the window is empty.
 
     p: the window, what is outside added to its first and last bin; q: the window in `levels` equal groups, each group's
-    mass spread evenly over its bins that are not empty in p. Both are normalised, so with groups g of mass P and Q over m
-    such bins, KL = (Σ p·log p - Σ P·log(Q/m)) / Σp - log Σp + log Σq.
+    mass spread evenly over its bins that are not empty in p. Both are normalised, so with groups g of mass P and Q over
+    m such bins, KL = (Σ p·log p - Σ P·log(Q/m)) / Σp - log Σp + log Σq. Where Q is 0 and P is not,
+    each of the bins has 1/10,000 of a count in q, as in the smoothing of MXNet and ONNX Runtime.
     """
     mass, whole = np.append(0.0, np.cumsum(counts)), counts.sum()
     outside_low, outside_high = mass[start], np.append(np.cumsum(counts[::-1])[::-1], 0.0)[stop]
@@ -296,11 +305,11 @@ def _divergence(counts: np.ndarray, start: np.ndarray, stop: np.ndarray, levels:
         m[:, group] += (counts[end] == 0) & (outside > 0)
         entropy += _x_log_x(counts[end] + outside) - _x_log_x(counts[end])
 
-    with np.errstate(divide="ignore", invalid="ignore"):
-        share = np.log(np.divide(q, m, out=np.zeros_like(q), where=m > 0))
-        cross = np.multiply(p, share, out=np.zeros_like(p), where=p > 0).sum(axis=1)
-        found = (entropy - cross) / whole - np.log(whole) + np.log(q.sum(axis=1))
-    return np.where(q.sum(axis=1) > 0, found, np.inf)
+    inside = q.sum(axis=1)
+    q = np.where((q == 0) & (p > 0), _SMOOTHED * m, q)
+    share = np.log(q / np.maximum(m, 1), out=np.zeros_like(q), where=q > 0)
+    found = (entropy - (p * share).sum(axis=1)) / whole - np.log(whole) + np.log(q.sum(axis=1))
+    return np.where(inside > 0, found, np.inf)
 
 
 def _x_log_x(x: np.ndarray) -> np.ndarray:

@@ -81,8 +81,8 @@ class TensorStats:
         keys, where = np.unique(folded, return_inverse=True)
         counts = np.zeros(len(keys), np.int64)
         np.add.at(counts, where, self.counts)
-        peak = max(abs(self.low), abs(self.high))
-        return Bins(_edge(keys).clip(None, peak), _edge(keys + 1).clip(None, peak), counts)
+        ends = max(self.low, -self.high, 0.0), max(-self.low, self.high)
+        return Bins(_edge(keys).clip(*ends), _edge(keys + 1).clip(*ends), counts)
 
 
 def _edge(magnitude: np.ndarray) -> np.ndarray:
