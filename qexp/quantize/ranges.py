@@ -198,8 +198,8 @@ def range_mse_rows(rows: np.ndarray, grid: Grid, scheme: Scheme) -> tuple[np.nda
     """`range_mse` for each row of float32 [rows, n], as for the channels of a weight; float32 [rows] low and high.
 
     Every row is scaled to a peak of 1, so that all share one table of the errors of candidates on a histogram of 4,096
-    bins. The ends of the candidates are 1/128 of the peak apart on a symmetric grid, 1/32 on an asymmetric one. In a channel of 600
-    values the error is up to 8% and 6% above the least (20% on the four steps of asymmetric 2 bits).
+    bins. The ends of the candidates are 1/128 of the peak apart on a symmetric grid, 1/32 on an asymmetric one. In a
+    channel of 600 values the error is up to 8% and 6% above the least (20% on the four steps of asymmetric 2 bits).
     """
     lows, highs, errors = _row_candidates(grid, scheme)
     found = []
