@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,12 +121,18 @@ def records_range(observer: nn.Module) -> bool:
     return isinstance(observer, UniformQuantizationObserverBase)
 
 
-def seen_range(observer: Any) -> tuple[float, float]:
-    """(lowest, highest) value that the observer keeps; (inf, -inf) before it has seen any."""
-    low, high = observer.min_val, observer.max_val
-    if low.numel() == 0:
-        return float("inf"), float("-inf")
-    return float(low.min()), float(high.max())
+def is_fed(observer: Any) -> bool:
+    """Whether an observer that records a range has seen any value."""
+    if isinstance(observer, Recorder):
+        return observer.fed
+    return bool(observer.min_val.numel()) and float(observer.min_val.min()) != math.inf
+
+
+def is_finite(observer: Any) -> bool:
+    """Whether what an observer that was fed has seen is without NaN and infinity."""
+    if isinstance(observer, Recorder):
+        return observer.finite
+    return bool(observer.min_val.isfinite().all() and observer.max_val.isfinite().all())
 
 
 def to_qparams(observer: Any, axis: int | None = None) -> QParams:

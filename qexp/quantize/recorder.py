@@ -24,6 +24,8 @@ from qexp.quantize.statistics import Histogram, TensorStats, codes, counted, mer
 
 # Enough that neither side waits for the other; each holds a copy of one activation.
 _WAITING = 4
+# Whatever is counted, a megabyte or two of counters are gone through: small tensors are counted some batches at a time.
+_WORTH_COUNTING = 1 << 17
 
 
 def destination(observer: Any) -> tuple[Grid, Scheme]:
@@ -44,11 +46,11 @@ class Counting:
         self._adding = Lock()
         self._failures: list[BaseException] = []
 
-    def count(self, histogram: Histogram, values: Tensor) -> None:
+    def count(self, histogram: Histogram, parts: list[Tensor]) -> None:
         if self._room.acquire(blocking=False):
-            self._thread.submit(self._count, histogram, values).add_done_callback(self._done)
+            self._thread.submit(self._count, histogram, parts).add_done_callback(self._done)
         else:
-            self._count(histogram, values)
+            self._count(histogram, parts)
 
     def finish(self) -> None:
         """Wait until all is counted; raises what kept any of it from being counted."""
@@ -56,8 +58,8 @@ class Counting:
         if self._failures:
             raise self._failures[0]
 
-    def _count(self, histogram: Histogram, values: Tensor) -> None:
-        found = counted(values)
+    def _count(self, histogram: Histogram, parts: list[Tensor]) -> None:
+        found = counted(parts)
         with self._adding:
             histogram.add(found)
 
@@ -75,62 +77,83 @@ class _Ranges(dict[Grid, tuple[float, float]]):
         return self
 
 
+class _Open:
+    """What was seen since statistics were last asked for; parts: codes that are not counted yet."""
+
+    def __init__(self) -> None:
+        self.minima: list[float] = []
+        self.maxima: list[float] = []
+        self.parts: list[Tensor] = []
+        self.histogram = Histogram()
+        self.finite = True
+
+
 class Recorder(UniformQuantizationObserverBase):
     """Stands for the activation observer `observer`; keywords as for any of torch's (dtype, qscheme, quant_min, …)."""
-
-    min_val: Tensor
-    max_val: Tensor
 
     def __init__(self, observer: Observer, **keywords: Any) -> None:
         super().__init__(**keywords)
         self.observer = observer
         self.counting: Counting | None = None
-        self.register_buffer("min_val", torch.tensor(math.inf))
-        self.register_buffer("max_val", torch.tensor(-math.inf))
         self._closed: TensorStats | None = None
-        self._open: tuple[list[float], list[float], Histogram] = ([], [], Histogram())
+        self._open = _Open()
         self._ranges = _Ranges()
 
     def forward(self, x_orig: Tensor) -> Tensor:
         if x_orig.numel() == 0:
             return x_orig
         x = x_orig.detach().to(torch.float32)
-        low, high = torch.aminmax(x)
-        self.min_val.copy_(torch.minimum(self.min_val, low))
-        self.max_val.copy_(torch.maximum(self.max_val, high))
-        minima, maxima, histogram = self._open
-        minima.append(float(low))
-        maxima.append(float(high))
+        low, high = (float(end) for end in torch.aminmax(x))
+        seen = self._open
+        seen.minima.append(low)
+        seen.maxima.append(high)
+        seen.finite = seen.finite and math.isfinite(low) and math.isfinite(high)
         # Codes are a copy: the tensor itself may be changed in place by the next layer before it is counted.
-        if self.counting is None:
-            histogram.add(counted(codes(x)))
-        else:
-            self.counting.count(histogram, codes(x))
-        self._ranges = _Ranges()
+        seen.parts.append(codes(x))
+        if sum(map(len, seen.parts)) >= _WORTH_COUNTING:
+            self._count()
+        if self._ranges:
+            self._ranges = _Ranges()
         return x_orig
+
+    def _count(self) -> None:
+        parts, self._open.parts = self._open.parts, []
+        if self.counting is None:
+            self._open.histogram.add(counted(parts))
+        else:
+            self.counting.count(self._open.histogram, parts)
 
     @property
     def stats(self) -> TensorStats | None:
         """All that was seen so far; None before anything was. Not to be asked while `counting`."""
-        minima, maxima, histogram = self._open
-        if minima:
-            found = TensorStats(
-                torch.tensor(minima).numpy(), torch.tensor(maxima).numpy(), *histogram.sparse()
-            )  # fmt: skip
+        seen = self._open
+        if seen.parts:
+            self._count()
+        if seen.minima:
+            minima, maxima = (torch.tensor(ends).numpy() for ends in (seen.minima, seen.maxima))
+            found = TensorStats(minima, maxima, *seen.histogram.sparse())
             self._closed = found if self._closed is None else merge(self._closed, found)
-            self._open = ([], [], Histogram())
+            self._open = _Open()
         return self._closed
+
+    @property
+    def fed(self) -> bool:
+        """Whether it has seen anything."""
+        return self._closed is not None or bool(self._open.minima)
+
+    @property
+    def finite(self) -> bool:
+        """Whether all that it has seen is finite; statistics can't be asked for where it isn't."""
+        return self._open.finite
 
     def resume(self, stats: TensorStats) -> None:
         """Be as if it had seen what `stats` are of, and nothing else."""
-        self._closed, self._open, self._ranges = stats, ([], [], Histogram()), _Ranges()
-        self.min_val.fill_(stats.low)
-        self.max_val.fill_(stats.high)
+        self._closed, self._open, self._ranges = stats, _Open(), _Ranges()
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         stats = self.stats
         if stats is None:
-            return self._calculate_qparams(self.min_val, self.max_val)
+            return self._calculate_qparams(torch.tensor(math.inf), torch.tensor(-math.inf))
         grid, scheme = destination(self)  # which may have been narrowed since calibration
         if grid not in self._ranges:
             self._ranges[grid] = solver(self.observer)(stats, grid, scheme)

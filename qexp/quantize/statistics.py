@@ -6,6 +6,7 @@ passes counted can be added up, and the sum is what one pass would have counted.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -114,7 +115,7 @@ class Histogram:
         self.counts = np.zeros(0, np.int64)
 
     def add(self, found: np.ndarray) -> None:
-        """found: counts by code, int64 [n]."""
+        """found: counts by code, int64 [n]; it may be kept."""
         if len(found) > len(self.counts):
             found[: len(self.counts)] += self.counts
             self.counts = found
@@ -129,15 +130,15 @@ class Histogram:
         return keys, self.counts[np.concatenate([negative, positive])]
 
 
-def counted(of: Tensor) -> np.ndarray:
-    """Counts by code, int64 [n], for codes as `codes` gives them."""
-    counts: np.ndarray = torch.bincount(of).numpy()
+def counted(parts: Sequence[Tensor]) -> np.ndarray:
+    """Counts by code, int64 [n], of codes as `codes` gives them."""
+    counts: np.ndarray = torch.bincount(parts[0] if len(parts) == 1 else torch.cat(list(parts))).numpy()
     return counts
 
 
 def statistics(values: Tensor) -> TensorStats:
     """Of a tensor, float32 with one value or more, that is seen at once."""
     histogram = Histogram()
-    histogram.add(counted(codes(values)))
+    histogram.add(counted([codes(values)]))
     low, high = (np.array([end], np.float32) for end in torch.aminmax(values))
     return TensorStats(low, high, *histogram.sparse())
