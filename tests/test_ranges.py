@@ -241,13 +241,14 @@ def published(kind: str) -> np.ndarray:
 @pytest.mark.parametrize("scheme", [ASYMMETRIC, SYMMETRIC])
 @pytest.mark.parametrize("percentile", [99, 99.9, 99.99])
 @pytest.mark.parametrize("kind", list(ONNX_RUNTIME))
-def test_percentiles_are_those_of_onnx_runtime_within_one_of_its_bins(
+def test_percentiles_are_those_of_onnx_runtime_within_a_bin_of_each(
     kind: str, percentile: float, scheme: Scheme
 ) -> None:
     x = published(kind)
     found = range_percentile(statistics(torch.from_numpy(x)), EIGHT, scheme, percentile)
     expected = ONNX_RUNTIME[kind][percentile, scheme]  # type: ignore[index]
-    assert found == pytest.approx(expected, abs=float(np.abs(x).max()) / 1024)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, abs=float(np.abs(x).max()) / 1024 + abs(theirs) / 512)
 
 
 @pytest.mark.parametrize("kind", list(ONNX_RUNTIME))
