@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
+from torch import nn
 
 from qexp import config as schema
 from qexp import experiment, latency, models, quantize, saved
 from qexp.compose import CONF
-from qexp.config import ActivationObserver, Config, Observer
+from qexp.config import Config, Observer
 from qexp.data import load_data, normalise
 
 ROUNDS = 5
+MODELS = ("resnet18", "mobilenet_v2")
+_PARAMETERS = {"averaging_constant": 0.01, "bins": 2048, "percentile": 99.99}
+OBSERVERS = {
+    str(name): Observer(name, **{key: _PARAMETERS[key] for key in parameters})  # type: ignore[arg-type]
+    for name, parameters in schema.OBSERVER_PARAMETERS.items()
+}
 
 
 def composed(outputs: str, *overrides: str) -> Config:
@@ -42,27 +51,60 @@ def ratio(title: str, numerator: Callable[[], object], denominator: Callable[[],
 
 
 def calibration(outputs: str) -> None:
-    """A calibration pass with each of torch's observers over a bare FP32 forward pass over the same 512 images."""
-    config = composed(outputs, "latency=off")
+    """A pass that serves all observers, and that of torch's histogram, over a bare FP32 pass over the same 512 images;
+    what each observer then takes to find its ranges; and the peak memory of a pass over 8 and over 2,048 images."""
+    for model in MODELS:
+        config = composed(outputs, "latency=off", f"model={model}")
+        data = load_data(config.dataset, Path(config.outputs) / "cache")
+        images = normalise(data.train.pixels(np.arange(512)), data.mean, data.std)
+        batches = images.split(config.calib.batch_size)
+        fused = quantize.fuse(models.build(config.model, 10, 0), config.flow, True, images[:2])
+        qconfig = experiment.resolved(config)
+
+        def prepared(observer: Observer) -> nn.Module:
+            return quantize.prepare(fused, config.flow, qconfig, observer, config.engine, images[:2])  # noqa: B023
+
+        def bare() -> None:
+            with torch.inference_mode():
+                for batch in batches:  # noqa: B023
+                    fused(batch)  # noqa: B023
+
+        with latency.threads(config.compute.threads):
+            for title, name in (("all observers", "minmax"), ("histogram", "histogram")):
+                model_of = prepared(OBSERVERS[name])
+                ratio(
+                    f"{model}, calibration, {title}, over a bare FP32 pass",
+                    partial(quantize.calibrate, model_of, batches),
+                    bare,
+                )
+            for name, observer in OBSERVERS.items():
+                if name != "histogram":
+                    fed = prepared(observer)
+                    quantize.calibrate(fed, batches)
+                    took = seconds(partial(quantize.read_qparams, fed))
+                    print(f"{model}, ranges by {name}: {took:.2f} s", flush=True)
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
+        for model in MODELS:
+            few, many = (fresh.apply(peak_memory, (outputs, model, count)) for count in (8, 2048))
+            print(f"{model}, peak memory of a pass over 8 images {few} MB, over 2,048 {many} MB", flush=True)
+
+
+def peak_memory(outputs: str, model: str, count: int) -> int:
+    """The most that this process ever held, in MB of 10^6 bytes, after a calibration pass over `count` images."""
+    config = composed(outputs, "latency=off", f"model={model}")
     data = load_data(config.dataset, Path(config.outputs) / "cache")
-    images = normalise(data.train.pixels(np.arange(512)), data.mean, data.std)
-    batches = images.split(config.calib.batch_size)
-    fused = quantize.fuse(models.build(config.model, 10, 0), config.flow, True, images[:2])
+    indices = np.arange(count) % len(data.train)
+    few = normalise(data.train.pixels(indices[:2]), data.mean, data.std)
+    fused = quantize.fuse(models.build(config.model, 10, 0), config.flow, True, few)
     qconfig = experiment.resolved(config)
-
-    def bare() -> None:
-        with torch.inference_mode():
-            for batch in batches:
-                fused(batch)
-
+    prepared = quantize.prepare(fused, config.flow, qconfig, OBSERVERS["minmax"], config.engine, few)
+    size = config.calib.batch_size
+    parts = np.split(indices, range(size, count, size))
     with latency.threads(config.compute.threads):
-        for name, parameters in schema.OBSERVER_PARAMETERS.items():
-            values = {"averaging_constant": 0.01, "bins": 2048}
-            observer = Observer(ActivationObserver(name), **{key: values[key] for key in parameters})
-            prepared = quantize.prepare(fused, config.flow, qconfig, observer, config.engine, images[:2])
-            ratio(
-                f"calibration, {name}, over a bare FP32 pass", lambda p=prepared: quantize.calibrate(p, batches), bare
-            )  # type: ignore[misc]
+        quantize.calibrate(prepared, (normalise(data.train.pixels(part), data.mean, data.std) for part in parts))
+    # Not ru_maxrss, which a process inherits from the one that started it.
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 // 10**6
 
 
 def whole_run(outputs: str) -> None:

@@ -54,6 +54,12 @@ def array(folder: Path, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
     return _entry(folder, key, write).array
 
 
+def find(folder: Path, key: str) -> np.ndarray | None:
+    """The array kept in `folder` under `key`, as a read-only memory map; None where there is none that is whole."""
+    found = _open(_path(folder, key))
+    return None if found is None else found.array
+
+
 def filled(folder: Path, key: str, shape: tuple[int, ...], dtype: Any, fill: Callable[[np.ndarray], None]) -> Entry:
     """As `array`, for what need not fit into memory: `fill` writes into a memory map of `shape` and `dtype`."""
 
@@ -82,8 +88,12 @@ def scratch(folder: Path, shape: tuple[int, ...], dtype: Any, fill: Callable[[np
     return Entry(target, _checksum(shape, np.dtype(dtype), hashlib.sha256(target.data).digest()))
 
 
+def _path(folder: Path, key: str) -> Path:
+    return folder / f"{hashlib.sha256(key.encode('utf-8', 'surrogateescape')).hexdigest()[:40]}.npy"
+
+
 def _entry(folder: Path, key: str, write: Callable[[Path], None]) -> Entry:
-    path = folder / f"{hashlib.sha256(key.encode('utf-8', 'surrogateescape')).hexdigest()[:40]}.npy"
+    path = _path(folder, key)
     found = _open(path)
     if found is not None:
         return found

@@ -41,12 +41,16 @@ class Overflow(StrEnum):
 
 class WeightObserver(StrEnum):
     minmax = "minmax"
+    mse = "mse"
 
 
 class ActivationObserver(StrEnum):
     minmax = "minmax"
     moving_average = "moving_average"
     histogram = "histogram"
+    percentile = "percentile"
+    mse = "mse"
+    entropy = "entropy"
 
 
 class Sampling(StrEnum):
@@ -140,6 +144,7 @@ class Observer:
     name: ActivationObserver
     averaging_constant: float | None = None
     bins: int | None = None
+    percentile: float | None = None
 
 
 @dataclass
@@ -251,7 +256,13 @@ OBSERVER_PARAMETERS: dict[ActivationObserver, tuple[str, ...]] = {
     ActivationObserver.minmax: (),
     ActivationObserver.moving_average: ("averaging_constant",),
     ActivationObserver.histogram: ("bins",),
+    ActivationObserver.percentile: ("percentile",),
+    ActivationObserver.mse: (),
+    ActivationObserver.entropy: ("bins",),
 }
+
+# Which observers find the same range in whatever order the images come.
+ORDERLESS = frozenset(ActivationObserver) - {ActivationObserver.moving_average, ActivationObserver.histogram}
 
 OBJECTIVES = ("accuracy/int8", "accuracy/delta", "latency/int8_ms", "latency/speedup", "size/int8_mb")
 
@@ -269,6 +280,7 @@ FIELDS = (
     "qconfig.range_after_clamp",
     "observer.averaging_constant",
     "observer.bins",
+    "observer.percentile",
     "calib.batches",
     "calib.batch_size",
     "calib.sampling",
@@ -346,6 +358,7 @@ def check(config: Config, swept: Collection[str] = ()) -> None:
     _check_qconfig(config)
     if "observer" not in swept:
         _check_observer(config.observer)
+    _check_entropy(config)
     _check_mappings(config)
     images.check(config.dataset)
 
@@ -377,6 +390,8 @@ def _check_ranges(config: Config) -> None:
             raise ConfigError(f"{name}={count}: must be 0 or more.")
     if config.observer.averaging_constant is not None and not 0 < config.observer.averaging_constant <= 1:
         raise ConfigError(f"observer.averaging_constant={config.observer.averaging_constant}: must be in (0, 1].")
+    if config.observer.percentile is not None and not 50 < config.observer.percentile <= 100:
+        raise ConfigError(f"observer.percentile={config.observer.percentile}: must be over 50 and at most 100.")
     for name, values in (("latency.threads", latency.threads), ("latency.batch_sizes", latency.batch_sizes)):
         if not values or any(value < 1 for value in values):
             raise ConfigError(f"{name}={values}: must be a list of positive numbers, such as [1] or [1,2].")
@@ -426,13 +441,23 @@ def _check_observer(observer: Observer) -> None:
     for parameter in sorted({name for names in OBSERVER_PARAMETERS.values() for name in names}):
         value = getattr(observer, parameter)
         if value is not None and parameter not in has:
-            owners = [str(name) for name, names in OBSERVER_PARAMETERS.items() if parameter in names]
+            owners = [f"observer={name}" for name, names in OBSERVER_PARAMETERS.items() if parameter in names]
             raise ConfigError(
                 f"observer.{parameter}={value}: observer={observer.name} has no such parameter, "
-                f"observer={' and '.join(owners)} does."
+                f"{' and '.join(owners)} {'does' if len(owners) == 1 else 'do'}."
             )
         if value is None and parameter in has:
             raise ConfigError(f"observer.{parameter}=null: observer={observer.name} needs a value.")
+
+
+def _check_entropy(config: Config) -> None:
+    levels = 2**config.qconfig.activation.bits
+    bins = config.observer.bins
+    if config.observer.name is ActivationObserver.entropy and bins is not None and bins < levels:
+        raise ConfigError(
+            f"observer.bins={bins}: observer=entropy needs at least as many bins as the grid has steps, {levels} with "
+            f"qconfig.activation.bits={config.qconfig.activation.bits}; 2048 leave it a choice."
+        )
 
 
 def _check_mappings(config: Config) -> None:
@@ -478,8 +503,8 @@ def without_effect(config: Config) -> tuple[str, ...]:
     names += [f"observer.{name}" for names_ in OBSERVER_PARAMETERS.values() for name in names_ if name not in has]
     if config.calib.sampling is Sampling.first:
         names.append("calib.seed")
-    if config.calib.batches is None and config.observer.name is ActivationObserver.minmax:
-        # The extremes of all images are the same in whatever order these come.
+    if config.calib.batches is None and config.observer.name in ORDERLESS:
+        # What all images hold is the same in whatever order these come.
         names += ["calib.seed", "calib.sampling"]
     if config.model.get("checkpoint") or config.model.get("weights"):
         names.append("train")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from qexp import cache, evaluate, latency, machine, metrics, models, quantize, record, saved, target, worker
 from qexp import config as schema
-from qexp.config import Config, Flow, Overflow, QConfig, Runtime, Target
+from qexp.config import ActivationObserver, Config, Flow, Overflow, QConfig, Runtime, Target
 from qexp.data import Data, count_shared, draw, load_data, normalise
 from qexp.errors import RunError
 from qexp.quantize import saturation
@@ -81,7 +81,7 @@ def run_job(config: Config, folder: Path) -> Result:
         difference = checked_fusion(fp32.module, fused, few)
 
         prepared = quantize.prepare(fused, config.flow, qconfig, config.observer, config.engine, few[:2])
-        prepared, calibration = calibrated(prepared, data, config, qconfig)
+        prepared, calibration = calibrated(prepared, data, config, qconfig, fp32.digest)
         qparams = quantize.read_qparams(prepared)
         int8 = quantize.convert(prepared, config.flow, config.engine)
         layers = checked_layers(quantize.layers(int8, config.flow, config.engine))
@@ -213,25 +213,40 @@ class Calibration:
     narrowed: tuple[quantize.Narrowed, ...] = ()
 
 
-def calibrated(prepared: nn.Module, data: Data, config: Config, qconfig: QConfig) -> tuple[nn.Module, Calibration]:
-    """Feed the observers with the drawn training images; with overflow=layers, narrow what can saturate then."""
+def calibrated(
+    prepared: nn.Module, data: Data, config: Config, qconfig: QConfig, float_digest: str
+) -> tuple[nn.Module, Calibration]:
+    """Feed the observers with the drawn training images; with overflow=layers, narrow what can saturate then.
+
+    What calibration sees is kept, for every observer but torch's own histogram.
+    """
     if "calib" in schema.without_effect(config):
         return prepared, Calibration()
     pixels = data.train.pixels(draw(data.train, config.calib))
     shared = count_shared(pixels, data.test)
     if shared:
         log.warning("%d of the %d calibration images are evaluation images too, pixel for pixel.", shared, len(pixels))
-    size = config.calib.batch_size
+    batches = np.split(pixels, range(config.calib.batch_size, len(pixels), config.calib.batch_size))
+    as_input = partial(_images, data)
     started = time.perf_counter()
     with quantize.engine(config.engine):
-        images = quantize.calibrate(
-            prepared, (_images(data, pixels[start : start + size]) for start in range(0, len(pixels), size))
-        )
+        if config.observer.name is ActivationObserver.histogram:
+            quantize.calibrate(prepared, map(as_input, batches))
+        else:
+            depends_on = _activations_key(config, data, float_digest)
+            quantize.calibrate_once(prepared, batches, as_input, _folder(config, "cache"), depends_on)
     narrowed: tuple[quantize.Narrowed, ...] = ()
     if qconfig.overflow is Overflow.layers:
         some = _images(data, pixels[:SATURATION_IMAGES])
         prepared, narrowed = quantize.narrow(prepared, config.flow, qconfig, config.engine, some)
-    return prepared, Calibration(images, time.perf_counter() - started, narrowed)
+    return prepared, Calibration(len(pixels), time.perf_counter() - started, narrowed)
+
+
+def _activations_key(config: Config, data: Data, float_digest: str) -> str:
+    """All that FP32 activations depend on, in their last bit too, but the images."""
+    executed = [float_digest, config.flow, config.fusion, data.mean, data.std]
+    where = [config.compute.threads, torch.__version__, machine.describe().cpu, machine.describe().isa]
+    return json.dumps([executed, where, record.code_hash()])
 
 
 def checked_layers(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:

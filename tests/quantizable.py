@@ -28,9 +28,10 @@ def settings(
     weight_bits: int = 8,
     activation_bits: int = 8,
     range_after_clamp: bool = True,
+    weight_observer: str = "minmax",
 ) -> QConfig:
     return QConfig(
-        weight=Weight(Granularity(granularity), Scheme(weight_scheme), weight_bits, WeightObserver.minmax),
+        weight=Weight(Granularity(granularity), Scheme(weight_scheme), weight_bits, WeightObserver(weight_observer)),
         activation=Activation(Scheme(activation_scheme), activation_bits),
         overflow=Overflow(overflow),
         range_after_clamp=range_after_clamp,

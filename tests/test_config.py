@@ -69,9 +69,14 @@ def test_every_observer_has_an_entry_in_the_table_of_parameters() -> None:
             ["engine=onednn", "qconfig.weight.scheme=asymmetric"],
             r"engine=onednn takes symmetric weights only.*use engine=",
         ),
-        (["observer.bins=100"], r"observer\.bins=100: observer=minmax has no such parameter, observer=histogram does"),
+        (["observer.bins=100"], r"observer\.bins=100: observer=minmax has no such.*histogram and .*entropy do"),
         (["observer=histogram", "observer.bins=null"], r"observer\.bins=null: observer=histogram needs a value"),
         (["observer=moving_average", "observer.averaging_constant=2"], r"averaging_constant=2\.0: must be in \(0, 1\]"),
+        (["observer=percentile", "observer.percentile=50"], r"observer\.percentile=50\.0: must be over 50 and"),
+        (["observer=percentile", "observer.percentile=101"], r"observer\.percentile=101\.0: must be over 50 and"),
+        (["observer=percentile", "observer.percentile=null"], r"observer=percentile needs a value"),
+        (["observer=mse", "observer.percentile=99"], r"observer=mse has no such parameter, observer=percentile does"),
+        (["observer=entropy", "observer.bins=128"], r"observer\.bins=128: observer=entropy needs.* 256 with"),
         (["model.checkpoint=a.pt", "model.weights=DEFAULT"], r"model\.checkpoint=.*model\.weights=.*give one"),
         (["dataset.margin=0"], r"dataset\.margin=0: must be an accuracy loss"),
         (["objective=accuracy"], r"objective=accuracy: must be one of accuracy/int8"),
@@ -121,8 +126,10 @@ def test_what_would_compute_the_same_has_the_same_hash(composed: Composed) -> No
     )
     assert schema.config_hash(composed("fusion=true")) != schema.config_hash(composed("fusion=false"))
     assert schema.config_hash(composed("study=a", "tracking.name=b")) == schema.config_hash(composed())
-    every = ("calib.batches=null", "observer=minmax")
-    assert schema.config_hash(composed(*every, "calib.seed=1")) == schema.config_hash(composed(*every, "calib.seed=2"))
+    for observer in ("minmax", "percentile", "mse", "entropy"):
+        every = ("calib.batches=null", f"observer={observer}")
+        first, second = (schema.config_hash(composed(*every, f"calib.seed={seed}")) for seed in (1, 2))
+        assert first == second
     moving = ("calib.batches=null", "observer=moving_average")
     assert schema.config_hash(composed(*moving, "calib.seed=1")) != schema.config_hash(
         composed(*moving, "calib.seed=2")

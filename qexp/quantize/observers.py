@@ -1,7 +1,8 @@
-"""From a qconfig to torch's own observers, and what may be asked of them."""
+"""From a qconfig to observers of torch's kind, and what may be asked of them."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,20 +13,17 @@ from torch.ao.quantization.observer import (
     FixedQParamsObserver,
     HistogramObserver,
     MinMaxObserver,
-    MovingAverageMinMaxObserver,
     PerChannelMinMaxObserver,
     UniformQuantizationObserverBase,
 )
 
-from qexp.config import ActivationObserver, Granularity, Observer, QConfig, Scheme
+from qexp.config import ActivationObserver, Granularity, Observer, QConfig, Scheme, WeightObserver
 from qexp.quantize.grid import Grid, Side, grid
+from qexp.quantize.ranges import range_mse, range_mse_rows
+from qexp.quantize.recorder import Recorder, destination
+from qexp.quantize.statistics import statistics
 from qexp.results import QParams
 
-_ACTIVATION: dict[ActivationObserver, Any] = {
-    ActivationObserver.minmax: MinMaxObserver,
-    ActivationObserver.moving_average: MovingAverageMinMaxObserver,
-    ActivationObserver.histogram: HistogramObserver,
-}
 _TENSOR_SCHEME = {Scheme.symmetric: torch.per_tensor_symmetric, Scheme.asymmetric: torch.per_tensor_affine}
 _CHANNEL_SCHEME = {Scheme.symmetric: torch.per_channel_symmetric, Scheme.asymmetric: torch.per_channel_affine}
 
@@ -37,28 +35,53 @@ def _bounds(grid: Grid) -> dict[str, int]:
 
 
 def activation_observer(qconfig: QConfig, observer: Observer) -> Any:
-    """A constructor of torch's observer for activations (quint8, per tensor)."""
-    parameters: dict[str, Any] = {}
-    if observer.name is ActivationObserver.moving_average and observer.averaging_constant is not None:
-        parameters["averaging_constant"] = observer.averaging_constant
-    if observer.name is ActivationObserver.histogram and observer.bins is not None:
-        parameters["bins"] = observer.bins
-    return _ACTIVATION[observer.name].with_args(
-        dtype=torch.quint8,
-        qscheme=_TENSOR_SCHEME[qconfig.activation.scheme],
+    """A constructor of the observer for activations (quint8, per tensor): a recorder, or torch's own histogram."""
+    keywords: dict[str, Any] = {
+        "dtype": torch.quint8,
+        "qscheme": _TENSOR_SCHEME[qconfig.activation.scheme],
         **_bounds(grid(qconfig, Side.activations)),
-        **parameters,
-    )
+    }
+    if observer.name is not ActivationObserver.histogram:
+        return Recorder.with_args(observer=observer, **keywords)
+    bins = {} if observer.bins is None else {"bins": observer.bins}
+    return HistogramObserver.with_args(**bins, **keywords)
+
+
+class MseObserver(MinMaxObserver):
+    """Of a weight, seen once: the range with the smallest squared error."""
+
+    def forward(self, x_orig: Tensor) -> Tensor:
+        low, high = range_mse(statistics(x_orig.detach()), *destination(self))
+        self.min_val.fill_(low)
+        self.max_val.fill_(high)
+        return x_orig
+
+
+class PerChannelMseObserver(PerChannelMinMaxObserver):
+    """Of a weight, seen once: the range of each channel with the smallest squared error."""
+
+    def forward(self, x_orig: Tensor) -> Tensor:
+        rows = x_orig.detach().movedim(self.ch_axis, 0).flatten(1).numpy()
+        low, high = range_mse_rows(rows, *destination(self))
+        self.min_val, self.max_val = torch.from_numpy(low), torch.from_numpy(high)
+        return x_orig
+
+
+_WEIGHTS: dict[tuple[WeightObserver, Granularity], Any] = {
+    (WeightObserver.minmax, Granularity.per_tensor): MinMaxObserver,
+    (WeightObserver.minmax, Granularity.per_channel): PerChannelMinMaxObserver,
+    (WeightObserver.mse, Granularity.per_tensor): MseObserver,
+    (WeightObserver.mse, Granularity.per_channel): PerChannelMseObserver,
+}
 
 
 def weight_observer(qconfig: QConfig, granularity: Granularity) -> Any:
-    """A constructor of torch's observer for weights (qint8, per tensor or along axis 0)."""
+    """A constructor of the observer for weights (qint8, per tensor or along axis 0)."""
+    kind = _WEIGHTS[qconfig.weight.observer, granularity]
     bounds = _bounds(grid(qconfig, Side.weights))
     if granularity is Granularity.per_channel:
-        scheme = _CHANNEL_SCHEME[qconfig.weight.scheme]
-        return PerChannelMinMaxObserver.with_args(dtype=torch.qint8, qscheme=scheme, ch_axis=0, **bounds)
-    scheme = _TENSOR_SCHEME[qconfig.weight.scheme]
-    return MinMaxObserver.with_args(dtype=torch.qint8, qscheme=scheme, **bounds)
+        return kind.with_args(dtype=torch.qint8, qscheme=_CHANNEL_SCHEME[qconfig.weight.scheme], ch_axis=0, **bounds)
+    return kind.with_args(dtype=torch.qint8, qscheme=_TENSOR_SCHEME[qconfig.weight.scheme], **bounds)
 
 
 def torch_qconfig(qconfig: QConfig, observer: Observer, weight_granularity: Granularity | None = None) -> TorchQConfig:
@@ -98,12 +121,18 @@ def records_range(observer: nn.Module) -> bool:
     return isinstance(observer, UniformQuantizationObserverBase)
 
 
-def seen_range(observer: Any) -> tuple[float, float]:
-    """(lowest, highest) value that the observer keeps; (inf, -inf) before it has seen any."""
-    low, high = observer.min_val, observer.max_val
-    if low.numel() == 0:
-        return float("inf"), float("-inf")
-    return float(low.min()), float(high.max())
+def is_fed(observer: Any) -> bool:
+    """Whether an observer that records a range has seen any value."""
+    if isinstance(observer, Recorder):
+        return observer.fed
+    return bool(observer.min_val.numel()) and float(observer.min_val.min()) != math.inf
+
+
+def is_finite(observer: Any) -> bool:
+    """Whether what an observer that was fed has seen is without NaN and infinity."""
+    if isinstance(observer, Recorder):
+        return observer.finite
+    return bool(observer.min_val.isfinite().all() and observer.max_val.isfinite().all())
 
 
 def to_qparams(observer: Any, axis: int | None = None) -> QParams:

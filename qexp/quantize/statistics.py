@@ -1,0 +1,144 @@
+"""What calibration saw of a tensor, kept so that the range of every observer can be found from it afterwards.
+
+The histogram is over the leading bits of the floats themselves, so it needs no range to be known beforehand: what two
+passes counted can be added up, and the sum is what one pass would have counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_SHIFT = 14  # of a float32's 32 bits these are dropped: sign, exponent and 9 bits of mantissa stay
+_NEGATIVE = 1 << (31 - _SHIFT)  # codes from here on are of negative values
+_CODES = (1 << (32 - _SHIFT)) - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Bins:
+    """A histogram: counts, int64 [n], of values from lower to upper, float64 [n]; ascending, without empty bins."""
+
+    lower: np.ndarray
+    upper: np.ndarray
+    counts: np.ndarray
+
+    def mirrored(self) -> Bins:
+        """Of the values' negatives."""
+        return Bins(-self.upper[::-1], -self.lower[::-1], self.counts[::-1])
+
+
+@dataclass(frozen=True, eq=False)
+class TensorStats:
+    """All values of a tensor that calibration saw, in batches.
+
+    minima, maxima: of each batch, float32 [batches]; keys, counts: how many values were in which bin of the fine
+    histogram, int32 and int64 [bins], in ascending order of value. A bin is 1/512 of its power of two wide: 0.1 to
+    0.2% of the values in it. The arrays are read-only. Raises ValueError where a value was NaN or infinite.
+    """
+
+    minima: np.ndarray
+    maxima: np.ndarray
+    keys: np.ndarray
+    counts: np.ndarray
+
+    def __post_init__(self) -> None:
+        for array in (self.minima, self.maxima, self.keys, self.counts):
+            array.flags.writeable = False
+        if not (np.isfinite(self.minima).all() and np.isfinite(self.maxima).all()):
+            raise ValueError("a tensor that holds NaN or infinity has no statistics")
+
+    def __deepcopy__(self, memo: object) -> TensorStats:
+        return self  # it can't be changed, and models are copied often
+
+    @cached_property
+    def count(self) -> int:
+        return int(self.counts.sum())
+
+    @cached_property
+    def low(self) -> float:
+        return float(self.minima.min())
+
+    @cached_property
+    def high(self) -> float:
+        return float(self.maxima.max())
+
+    @cached_property
+    def bins(self) -> Bins:
+        """The fine histogram; its outermost bins end where the values do."""
+        magnitudes = np.where(self.keys < 0, -self.keys - 1, self.keys)
+        near, far = _edge(magnitudes), _edge(magnitudes + 1)
+        lower, upper = np.where(self.keys < 0, -far, near), np.where(self.keys < 0, -near, far)
+        return Bins(lower.clip(self.low, self.high), upper.clip(self.low, self.high), self.counts)
+
+    @cached_property
+    def magnitudes(self) -> Bins:
+        """The fine histogram of the absolute values."""
+        folded = np.where(self.keys < 0, -self.keys - 1, self.keys)
+        keys, where = np.unique(folded, return_inverse=True)
+        counts = np.zeros(len(keys), np.int64)
+        np.add.at(counts, where, self.counts)
+        ends = max(self.low, -self.high, 0.0), max(-self.low, self.high)
+        return Bins(_edge(keys).clip(*ends), _edge(keys + 1).clip(*ends), counts)
+
+
+def _edge(magnitude: np.ndarray) -> np.ndarray:
+    """Where the bin of these leading bits begins, as float64; that after the last finite one is infinity."""
+    edge: np.ndarray = (magnitude.astype(np.int32) << _SHIFT).view(np.float32).astype(np.float64)
+    return edge
+
+
+def merge(first: TensorStats, second: TensorStats) -> TensorStats:
+    """Of what either saw, `first` before `second`; that of any parts in their order is that of the whole."""
+    keys, where = np.unique(np.concatenate([first.keys, second.keys]), return_inverse=True)
+    counts = np.zeros(len(keys), np.int64)
+    np.add.at(counts, where, np.concatenate([first.counts, second.counts]))
+    return TensorStats(
+        np.concatenate([first.minima, second.minima]), np.concatenate([first.maxima, second.maxima]), keys, counts
+    )
+
+
+def codes(values: Tensor) -> Tensor:
+    """The leading bits of float32 values, as int32 [n]; a copy, so that the values may change afterwards."""
+    shifted = values.view(torch.int32).bitwise_right_shift(_SHIFT)
+    return shifted.bitwise_and_(_CODES).reshape(-1)
+
+
+class Histogram:
+    """How often each code came, filled part by part; it grows to 2 MB at most."""
+
+    def __init__(self) -> None:
+        self.counts = np.zeros(0, np.int64)
+
+    def add(self, found: np.ndarray) -> None:
+        """found: counts by code, int64 [n]; it may be kept."""
+        if len(found) > len(self.counts):
+            found[: len(self.counts)] += self.counts
+            self.counts = found
+        else:
+            self.counts[: len(found)] += found
+
+    def sparse(self) -> tuple[np.ndarray, np.ndarray]:
+        """keys and counts, as in TensorStats."""
+        (code,) = np.nonzero(self.counts)
+        positive, negative = code[code < _NEGATIVE], code[code >= _NEGATIVE][::-1]
+        keys = np.concatenate([_NEGATIVE - 1 - negative, positive]).astype(np.int32)
+        return keys, self.counts[np.concatenate([negative, positive])]
+
+
+def counted(parts: Sequence[Tensor]) -> np.ndarray:
+    """Counts by code, int64 [n], of codes as `codes` gives them."""
+    counts: np.ndarray = torch.bincount(parts[0] if len(parts) == 1 else torch.cat(list(parts))).numpy()
+    return counts
+
+
+def statistics(values: Tensor) -> TensorStats:
+    """Of a tensor, float32 with one value or more, that is seen at once."""
+    histogram = Histogram()
+    histogram.add(counted([codes(values)]))
+    low, high = (np.array([end], np.float32) for end in torch.aminmax(values))
+    return TensorStats(low, high, *histogram.sparse())
