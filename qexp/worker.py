@@ -6,17 +6,14 @@ models from the run's folder, sees that they answer as the running process found
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -25,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from qexp import config as schema
-from qexp import latency, machine
+from qexp import latency, machine, processes
 from qexp.config import Config
 from qexp.errors import RunError
 
@@ -33,7 +30,6 @@ log = logging.getLogger(__name__)
 
 # Images on which a worker's models are compared with what the running process found.
 CHECKED_IMAGES = 8
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -119,8 +115,7 @@ def _run(order: Order) -> None:
 
 def environment(threads: int) -> dict[str, str]:
     """This process's environment for a worker: threads that wait as OpenMP has it by default, and where code is."""
-    code = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
-    env = {**os.environ, "QEXP_WORKER": "1", "PYTHONPATH": code}
+    env = {**os.environ, "QEXP_WORKER": "1", "PYTHONPATH": processes.python_path()}
     if "QEXP_WAIT_POLICY" in env:  # ours, not the user's
         env.pop("OMP_WAIT_POLICY", None)
     # No pool of compilers beside what is timed.
@@ -131,7 +126,7 @@ def environment(threads: int) -> dict[str, str]:
 def main(path: str) -> None:
     """What a worker does."""
     order = Order(**json.loads(Path(path).read_text()))
-    _end_with_parent()
+    processes.end_with_parent()  # nobody else's timing is disturbed by an orphan
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, order.cores)
 
@@ -186,12 +181,6 @@ def _cuda(variants: Sequence[str] | Mapping[str, object]) -> bool:
     import torch
 
     return torch.cuda.is_available() and "fp32_eager" in variants
-
-
-def _end_with_parent() -> None:
-    """Linux kills this process when its parent dies, however: nobody else's timing is disturbed by an orphan."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":
