@@ -2,8 +2,8 @@
 leaks from one job into the next.
 
 Jobs are forked from a server process that has imported torch (qexp/server.py), in some hundredths of a second. Every
-process that runs jobs has one such server, multiprocessing's `forkserver`. Linux ends a server with its owner, and a job
-with its server, whatever ends them. torch is not imported here.
+process that runs jobs has one such server, multiprocessing's `forkserver`. Linux ends a server with its owner, and a
+job with its server, whatever ends them. torch is not imported here.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from qexp.results import Result
 
 SERVER = "qexp.server"
 GRACE_SECONDS = 3.0  # how long a job that is told to end may take to clean up
+STANDARD_STREAMS = (0, 1, 2)
 CRASH = "crash.txt"  # in a job's folder: where its code was when a signal such as SIGSEGV ended it
 CRASHES = ("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGABRT")
 
@@ -116,8 +117,8 @@ def run(config: Config, folder: Path) -> Result:
     start_server()
     receiver, sender = _context.Pipe(duplex=False)
     order = Order(config, folder, dict(os.environ), _levels(), progress.shown())
-    with receiver, _stdin() as stdin:
-        process = _context.Process(target=_work, args=(order, sender, stdin), name="qexp job")
+    with receiver, _standard_streams() as streams:
+        process = _context.Process(target=_work, args=(order, sender, streams), name="qexp job")
         try:
             with sender, _held_back():
                 _start(process)
@@ -157,15 +158,17 @@ def _held_back() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stdin() -> Iterator[Connection | None]:
-    """This process's standard input in a form that can be handed on, for a debugger in a user's model."""
+def _standard_streams() -> Iterator[list[Connection]]:
+    """Standard input, output and error of this process as they are now, in a form that can be handed on."""
+    with contextlib.ExitStack() as opened:
+        yield [opened.enter_context(Connection(_copy(number))) for number in STANDARD_STREAMS]
+
+
+def _copy(descriptor: int) -> int:
     try:
-        copied = os.dup(0)
-    except OSError:  # there is none
-        yield None
-        return
-    with Connection(copied, writable=False) as stdin:
-        yield stdin
+        return os.dup(descriptor)
+    except OSError:  # it is closed
+        return os.open(os.devnull, os.O_RDWR)
 
 
 def _levels() -> dict[str, int]:
@@ -263,7 +266,7 @@ class _Sender(logging.handlers.QueueHandler):
         cast(Connection, self.queue).send(record)
 
 
-def _work(order: Order, sender: Connection, stdin: Connection | None) -> None:
+def _work(order: Order, sender: Connection, streams: list[Connection]) -> None:
     """What a job's process does."""
     processes.end_with_parent()
     owner = multiprocessing.parent_process()
@@ -272,9 +275,9 @@ def _work(order: Order, sender: Connection, stdin: Connection | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.clear()
     os.environ.update(order.environment)
-    if stdin is not None:
-        os.dup2(stdin.fileno(), 0)
-        sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    for number, stream in zip(STANDARD_STREAMS, streams, strict=True):
+        os.dup2(stream.fileno(), number)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115  (for a debugger in a user's model)
     # Takes the terminal's first line, so that bars are drawn below the owner's.
     first_line = tqdm(file=Path(os.devnull).open("w")) if order.below else None  # noqa: SIM115, F841
     records = _Sender(sender)  # type: ignore[arg-type]

@@ -203,7 +203,7 @@ def test_records_are_handled_here_and_warnings_shown_once(
     assert [(r.name, r.getMessage()) for r in caplog.records if r.name == "traps"] == [("traps", "said 1")] * 2
     out, err = capfd.readouterr()
     assert out.count("printed") == 2
-    assert err.count("careful") == 1
+    assert err.count("UserWarning: careful") == 1
     assert "said" not in out + err
 
 
