@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -115,14 +116,17 @@ def run(config: Config, folder: Path) -> Result:
     longer than `job.timeout`.
     """
     start_server()
-    receiver, sender = _context.Pipe(duplex=False)
     order = Order(config, folder, dict(os.environ), _levels(), progress.shown())
-    with receiver, _standard_streams() as streams:
-        process = _context.Process(target=_work, args=(order, sender, streams), name="qexp job")
+    channel, other_end = _context.Pipe()
+    with channel, _standard_streams() as streams:
+        process = _context.Process(target=_work, args=(other_end, streams), name="qexp job")
         try:
-            with sender, _held_back():
+            with other_end:
                 _start(process)
-            answer = _answer(process, receiver, order)
+            # Not an argument: if Ctrl-C comes first, the process finds nobody at the other end, and ends.
+            with contextlib.suppress(BrokenPipeError):  # it has ended already: what it ended with is said below
+                channel.send(order)
+            answer = _answer(process, channel, order)
             process.join(GRACE_SECONDS)
         finally:
             _end(process)
@@ -145,16 +149,6 @@ def _environment(**variables: str) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-@contextlib.contextmanager
-def _held_back() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait: a process that is half started can't be ended."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
@@ -185,27 +179,27 @@ def _start(process: ForkServerProcess) -> None:
         raise errors.RunError(f"the process that jobs are forked from has ended ({type(error).__name__}).") from error
 
 
-def _answer(process: ForkServerProcess, receiver: Connection, order: Order) -> Result | Failure:
+def _answer(process: ForkServerProcess, channel: Connection, order: Order) -> Result | Failure:
     timeout = order.config.job.timeout
-    answer = _listen(process, receiver, order, timeout)
+    answer = _listen(process, channel, order, timeout)
     if answer is not None:
         return answer
     process.terminate()
-    last = _listen(process, receiver, order, GRACE_SECONDS)
+    last = _listen(process, channel, order, GRACE_SECONDS)
     where = last.trace if isinstance(last, Failure) else ""
     return refused(f"job.timeout={timeout:g}: the job was not done after {timeout:g} s, and was ended.", where)
 
 
 def _listen(
-    process: ForkServerProcess, receiver: Connection, order: Order, seconds: float | None
+    process: ForkServerProcess, channel: Connection, order: Order, seconds: float | None
 ) -> Result | Failure | None:
     """What the job gives or fails with, None where it does neither within `seconds`; what it logs is logged here."""
     deadline = time.monotonic() + (math.inf if seconds is None else seconds)
     while (left := deadline - time.monotonic()) > 0:
-        ready = connection.wait([receiver, process.sentinel], min(left, 3600.0))
-        if receiver in ready:
+        ready = connection.wait([channel, process.sentinel], min(left, 3600.0))
+        if channel in ready:
             try:
-                said: Any = receiver.recv()
+                said: Any = channel.recv()
             except (EOFError, OSError):
                 return _died(process, order)
             if not isinstance(said, logging.LogRecord):
@@ -266,28 +260,33 @@ class _Sender(logging.handlers.QueueHandler):
         cast(Connection, self.queue).send(record)
 
 
-def _work(order: Order, sender: Connection, streams: list[Connection]) -> None:
+def _work(channel: Connection, streams: list[Connection]) -> None:
     """What a job's process does."""
     processes.end_with_parent()
-    owner = multiprocessing.parent_process()
-    if owner is None or not owner.is_alive():  # it ended before Linux was told
-        return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        order: Order = channel.recv()
+    except EOFError:  # the owner was stopped
+        return
+    owner = multiprocessing.parent_process()
+    if owner is None or not owner.is_alive():  # it ended before Linux was told what to do then
+        return
     os.environ.clear()
     os.environ.update(order.environment)
     for number, stream in zip(STANDARD_STREAMS, streams, strict=True):
         os.dup2(stream.fileno(), number)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115  (for a debugger in a user's model)
+    tqdm.set_lock(threading.RLock())  # its own holds a semaphore, which a killed process would leave to the system
     # Takes the terminal's first line, so that bars are drawn below the owner's.
     first_line = tqdm(file=Path(os.devnull).open("w")) if order.below else None  # noqa: SIM115, F841
-    records = _Sender(sender)  # type: ignore[arg-type]
+    records = _Sender(channel)  # type: ignore[arg-type]
     _configure_logging(records, order.levels)
     with (order.folder / CRASH).open("w") as crash:
         faulthandler.enable(crash)
         answer = _do(order)
         faulthandler.disable()
     records.acquire()  # another thread's record must not come between
-    sender.send(answer)
+    channel.send(answer)
     records.release()
 
 

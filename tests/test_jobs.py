@@ -250,6 +250,25 @@ def test_nothing_outlives_the_owner(trap: Callable[..., schema.Config], tmp_path
         assert (tmp_path / "cleaned").exists()
 
 
+@pytest.mark.slow
+def test_a_stop_while_the_server_starts_is_not_held_up_and_no_job_begins(
+    trap: Callable[..., schema.Config], tmp_path: Path
+) -> None:
+    (tmp_path / "config").write_bytes(pickle.dumps(trap("hang")))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    command = [sys.executable, "-c", OWNER, "config"]
+    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as owner:
+        family = psutil.Process(owner.pid)
+        wait_until(lambda: any("forkserver" in " ".join(child.cmdline()) for child in family.children()))
+        children = family.children(recursive=True)
+        owner.send_signal(signal.SIGTERM)
+        said = owner.communicate(timeout=60)[1]
+    assert owner.returncode == 143
+    assert "Traceback" not in said
+    wait_until(lambda: not any(alive(process) for process in children))
+    assert not (tmp_path / "pids").exists()
+
+
 def alive(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
