@@ -216,6 +216,13 @@ class Compute:
 
 
 @dataclass
+class Job:
+    """timeout: seconds after which a run is ended as FAILED; None: however long it takes."""
+
+    timeout: float | None
+
+
+@dataclass
 class Tracking:
     uri: str | None
     experiment: str | None
@@ -242,6 +249,7 @@ class Config:
     saturation: Saturation
     per_layer: PerLayer
     compute: Compute
+    job: Job
     tracking: Tracking
     seed: int
     study: str | None
@@ -263,6 +271,12 @@ OBSERVER_PARAMETERS: dict[ActivationObserver, tuple[str, ...]] = {
 
 # Which observers find the same range in whatever order the images come.
 ORDERLESS = frozenset(ActivationObserver) - {ActivationObserver.moving_average, ActivationObserver.histogram}
+
+# What a number that may be null must be.
+NULLS = {
+    "calib.batches": "a positive number, or null for all of the training images",
+    "job.timeout": "a positive number of seconds, or null for no limit",
+}
 
 OBJECTIVES = ("accuracy/int8", "accuracy/delta", "latency/int8_ms", "latency/speedup", "size/int8_mb")
 
@@ -291,6 +305,9 @@ FIELDS = (
     "target",
     "seed",
 )
+
+# What is said of a run, and changes nothing in its result.
+RECORDED_ONLY = ("tracking", "job", "study", "objective", "outputs")
 
 # What has no effect in a flow. torch's dynamic quantization computes activation ranges as it runs, and reduces them
 # to 7 bits by itself where kernels could saturate.
@@ -374,6 +391,7 @@ def _check_ranges(config: Config) -> None:
         "evaluate.batch_size": config.evaluate.batch_size,
         "compute.threads": config.compute.threads,
         "saturation.emulated_images": config.saturation.emulated_images,
+        "job.timeout": config.job.timeout,
         "tracking.timeout": config.tracking.timeout,
         "observer.bins": config.observer.bins,
         "latency.seconds": latency.seconds,
@@ -382,8 +400,7 @@ def _check_ranges(config: Config) -> None:
     }
     for name, value in positive.items():
         if value is not None and not value > 0:
-            allowed = "a positive number, or null for all of the training images" if name == "calib.batches" else None
-            raise ConfigError(f"{name}={value}: must be {allowed or 'positive'}.")
+            raise ConfigError(f"{name}={value}: must be {NULLS.get(name, 'positive')}.")
     counts = {"saturation.exact_images": config.saturation.exact_images, "per_layer.images": config.per_layer.images}
     for name, count in counts.items():
         if count < 0:
@@ -523,7 +540,7 @@ def params(config: Config, choices: Mapping[str, str], overrides: Mapping[str, A
         changed = any(key.lstrip("+~").startswith(f"{group}.") for key in overrides)
         result[group] = f"{choices.get(group, NOT_APPLICABLE)}{'*' if changed else ''}"
     typed = sorted(key.lstrip("+~") for key in overrides)
-    names = [*FIELDS, *(name for name in typed if name in values and not name.startswith("tracking."))]
+    names = [*FIELDS, *(name for name in typed if name in values and not _covered(name, RECORDED_ONLY))]
     result |= {name: _text(values[name]) for name in names}
     idle = without_effect(config)
     return {name: NOT_APPLICABLE if _covered(name, idle) else value for name, value in result.items()}
@@ -533,9 +550,8 @@ def identity(config: Config) -> dict[str, Any]:
     """What a run's result depends on: the effective settings, without where it is recorded. The same for jobs
     that would compute the same."""
     idle = without_effect(config)
-    recorded_only = ("tracking", "study", "outputs", "objective")
     values = flat(plain(config))
-    return {name: value for name, value in values.items() if not _covered(name, (*idle, *recorded_only))}
+    return {name: value for name, value in values.items() if not _covered(name, (*idle, *RECORDED_ONLY))}
 
 
 def config_hash(config: Config) -> str:

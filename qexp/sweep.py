@@ -27,7 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
-from qexp import ablation, table
+from qexp import ablation, jobs, progress, table
 from qexp import compose as _registered  # noqa: F401  (resolvers, in a launcher's process)
 from qexp import config as schema
 from qexp.config import Config, LogModel
@@ -196,9 +196,7 @@ def run(job: Job) -> float | None:
     """Hydra's task: one run, tracked; by itself, or as one of a sweep's jobs. Returns the objective."""
     if job.config.tracking.parent is not None:
         with stoppable():
-            row, _ = tracked(job, swept=schema.GROUPS)
-        print(f"#{job.number + 1}  {table.line(row)}", flush=True)
-        return row.metrics.get(job.config.objective)
+            return swept(job)
     if not job.alone:  # a job of another sweeper, which handles what is raised
         return single(job)
     with refusals(), until_stopped():
@@ -210,11 +208,24 @@ def single(job: Job) -> float | None:
     from qexp import experiment, tracking
 
     schema.check(job.config)
+    jobs.start_server()
     store = tracking.connect(job.config.tracking, Path(job.config.outputs), job.cwd)
     experiment.check_inputs(job.config)
     row, handle = tracked(job)
     print(f"\n{summary([row])}\n")
     say_where(job.folder, tracking.ui(store, handle))
+    return row.metrics.get(job.config.objective)
+
+
+def swept(job: Job) -> float | None:
+    """One of a sweep's jobs, with its line and its step of the bar, whether it is finished or fails."""
+    try:
+        row, _ = tracked(job, swept=schema.GROUPS)
+    except Exception as error:
+        row = failed(job.name, error)
+        progress.report(f"#{job.number + 1}  {table.failures([row])}", row)
+        raise
+    progress.report(f"#{job.number + 1}  {table.line(row)}", row)
     return row.metrics.get(job.config.objective)
 
 
@@ -226,7 +237,7 @@ def tags(job: Job) -> dict[str, str]:
 
 def tracked(job: Job, swept: Collection[str] = ()) -> tuple[Row, Any]:
     """The job as a run in MLflow, which ends as FINISHED, FAILED or KILLED whatever happens; its row and its handle."""
-    from qexp import experiment, tracking
+    from qexp import tracking
 
     schema.check(job.config, swept)
     store = tracking.connect(job.config.tracking, Path(job.config.outputs), job.cwd)
@@ -240,16 +251,16 @@ def tracked(job: Job, swept: Collection[str] = ()) -> tuple[Row, Any]:
         # Hydra's own count tells a single run from a job of another sweeper than ours.
         resume=job.alone,
     ) as handle:
-        result = experiment.run_job(job.config, job.folder)
+        result = jobs.run(job.config, job.folder)
         found = {**result.tags, "doubts": "\n".join(result.doubts)}
-        handle.log_params(result.resolved)
         files = {name: Path(path) for name, path in result.files.items()}
         kept = job.config.tracking.log_model
         if kept is LogModel.none or (kept is LogModel.auto and not job.alone):
             files.pop("model")
         if kept is LogModel.flavor:
             handle.log_model(**result.flavor)
-        handle.log_result(result.metrics, found, files, [tracking.DatasetUse(**use) for use in result.datasets])
+        used = [tracking.DatasetUse(**use) for use in result.datasets]
+        handle.log_result(result.metrics, found, files, used, result.resolved)
     params = {**job.params, **result.resolved}
     row = Row(handle.id, job.name, "FINISHED", params=params, metrics=result.metrics, tags={**tags(job), **found})
     return row, handle
@@ -327,6 +338,7 @@ def launch(master: DictConfig, planned: Sequence[Planned], launcher: Any, batch_
     """Open the parent run, launch the jobs, close the parent with the table, and exit with 1 where a job failed."""
     from qexp import experiment, tracking
 
+    jobs.start_server()  # ready by the time that inputs are checked
     first = planned[0].job
     folder = Path(master.hydra.sweep.dir).absolute()
     writable(folder)
@@ -341,12 +353,12 @@ def launch(master: DictConfig, planned: Sequence[Planned], launcher: Any, batch_
 
     title = f"{tags(first).get('experiment', 'sweep')} {folder.name}"
     parent = tracking.open_parent(store, experiment=experiments[0], name=title, tags=tags(first))
-    jobs = f"{len(planned)} job{'s' if len(planned) > 1 else ''}"
-    print(f"{jobs}; runs go to the MLflow experiment {experiments[0]}, under {title!r}.", flush=True)
+    all_jobs = f"{len(planned)} job{'s' if len(planned) > 1 else ''}"
+    print(f"{all_jobs}; runs go to the MLflow experiment {experiments[0]}, under {title!r}.", flush=True)
     returns: list[Any] = []
     status, code = "FINISHED", 0
     try:
-        with stoppable():
+        with stoppable(), progress.over(len(planned)):
             for chunk in BasicSweeper.split_overrides_to_chunks([item.overrides for item in planned], batch_size):
                 launched = [[*overrides, f"tracking.parent={parent.id}"] for overrides in chunk]
                 returns.append(launcher.launch(launched, initial_job_idx=sum(map(len, returns))))
@@ -367,7 +379,7 @@ def launch(master: DictConfig, planned: Sequence[Planned], launcher: Any, batch_
         print(f"\n{text}\n")
         say_where(folder, tracking.ui(store, parent, sort_by="accuracy/int8"))
     if status == "KILLED":
-        print(f"Stopped after {len(rows)} of {jobs}. To run it again:\n  {command()}", file=sys.stderr)
+        print(f"Stopped after {len(rows)} of {all_jobs}. To run it again:\n  {command()}", file=sys.stderr)
     if code:
         sys.exit(code)
     return returns
@@ -378,8 +390,14 @@ def unstarted(returned: Any) -> Row | None:
     if returned.status is JobStatus.COMPLETED:
         return None
     name = dict(_split(text) for text in returned.overrides).get("tracking.name", "job").strip("'")
-    error = returned._return_value
-    return Row("", name, "FAILED", tags={"error": f"{error}" if isinstance(error, QexpError) else repr(error)})
+    return failed(name, returned._return_value)
+
+
+def failed(name: str, error: Exception) -> Row:
+    """The row of a job that has failed."""
+    from qexp import tracking
+
+    return Row("", name, "FAILED", tags={"error": tracking.sentence(error)})
 
 
 def summary(rows: Sequence[Row]) -> str:

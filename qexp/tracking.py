@@ -61,9 +61,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PARAM_LENGTH = 6000  # MLflow cuts longer values without a word
+LONG_PARAMS = "long_params.json"
 TAG_LENGTH = 5000  # what servers of all versions take
 NAME_LENGTH = 250
-BATCH_ENTRIES = 100  # params and tags in one request; metrics may be 1000
 PAGE = 500
 BESIDE_TAG = "qexp.artifacts_beside_database"
 LOCK_SECONDS = 120.0  # creating the tables takes 3 s, and several times that on a busy machine
@@ -396,6 +396,7 @@ class Run:
         tags: Mapping[str, str] | None = None,
         artifacts: Mapping[str, Path | str | Mapping[str, Any] | Sequence[Any]] | None = None,
         datasets: Sequence[DatasetUse] = (),
+        params: Mapping[str, str] | None = None,
     ) -> None:
         """Log what came out, in few requests.
 
@@ -408,24 +409,20 @@ class Run:
         all_tags = dict(tags or {})
         if left_out:
             all_tags["not_finite"] = ", ".join(f"{name}={value}" for name, value in left_out.items())
-        now = int(time.time() * 1000)
         with self._taking("the results"):
-            for part in _parts(_named(finite), 1000):
-                self.store.client.log_batch(self.id, metrics=[Metric(key, value, now, 0) for key, value in part])
-            self._log_tags(all_tags)
+            self._log_batch(finite, params, all_tags)
             if datasets:
                 self.store.client.log_inputs(self.id, [_dataset_input(use) for use in datasets])
-        self.log_artifacts(artifacts or {})
+        self.log_artifacts({**_long(params or {}), **(artifacts or {})})
 
-    def log_params(self, params: Mapping[str, str]) -> None:
-        """Log params; one too long for MLflow is cut where it says so, and stands whole in `long_params.json`."""
-        long = {name: value for name, value in params.items() if len(value) > PARAM_LENGTH}
-        short = {name: _cut(value, PARAM_LENGTH, "long_params.json") for name, value in params.items()}
+    def log_params(self, params: Mapping[str, str], tags: Mapping[str, str] | None = None) -> None:
+        """Log params and tags.
+
+        A param too long for MLflow is cut where it says so, and stands whole in `long_params.json`.
+        """
         with self._taking("the params"):
-            for part in _parts(_named(short), BATCH_ENTRIES):
-                self.store.client.log_batch(self.id, params=[Param(key, value) for key, value in part])
-        if long:
-            self.log_artifacts({"long_params.json": long})
+            self._log_batch(params=params, tags=tags)
+        self.log_artifacts(_long(params))
 
     def log_artifacts(self, artifacts: Mapping[str, Path | str | Mapping[str, Any] | Sequence[Any]]) -> None:
         """Log files, folders, texts and JSON by their path in the run, as one upload."""
@@ -507,9 +504,22 @@ class Run:
         self.log_artifacts({"traceback.txt": trace})
 
     def _log_tags(self, tags: Mapping[str, str]) -> None:
-        short = {name: _cut(value, TAG_LENGTH) for name, value in tags.items()}
-        for part in _parts(_named(short), BATCH_ENTRIES):
-            self.store.client.log_batch(self.id, tags=[RunTag(key, value) for key, value in part])
+        self._log_batch(tags=tags)
+
+    def _log_batch(
+        self,
+        metrics: Mapping[str, float] | None = None,
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """All in one request, where MLflow takes as many in one."""
+        now = int(time.time() * 1000)
+        self.store.client.log_batch(
+            self.id,
+            [Metric(name, value, now, 0) for name, value in _named(metrics or {}).items()],
+            [Param(name, _cut(value, PARAM_LENGTH, LONG_PARAMS)) for name, value in _named(params or {}).items()],
+            [RunTag(name, _cut(value, TAG_LENGTH)) for name, value in _named(tags or {}).items()],
+        )
 
     def _end(self, status: str) -> None:
         if self.status == "RUNNING":
@@ -583,8 +593,7 @@ def start_run(
     try:
         if resumed:
             run._log_tags(system)
-        run._log_tags(tags)
-        run.log_params(params)
+        run.log_params(params, tags)
     except RunError as error:
         run.fail(str(error), traceback.format_exc())
         if resumed:
@@ -707,10 +716,10 @@ def _named(values: Mapping[str, T]) -> dict[str, T]:
     return named
 
 
-def _parts(values: Mapping[str, T], size: int) -> Iterator[list[tuple[str, T]]]:
-    items = list(values.items())
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def _long(params: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """The params that MLflow can't hold, as an artifact."""
+    long = {name: value for name, value in params.items() if len(value) > PARAM_LENGTH}
+    return {LONG_PARAMS: long} if long else {}
 
 
 def _cut(value: str, length: int, where: str = "") -> str:

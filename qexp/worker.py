@@ -7,17 +7,15 @@ workers as there are cores import torch at the same time; while one times, the o
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -27,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from qexp import config as schema
-from qexp import latency, machine
+from qexp import latency, machine, processes
 from qexp.config import Config
 from qexp.errors import RunError
 
@@ -35,7 +33,6 @@ log = logging.getLogger(__name__)
 
 # Images on which a worker's models are compared with what the running process found.
 CHECKED_IMAGES = 8
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -147,8 +144,7 @@ def _go(process: subprocess.Popen[str], order: Order, control: Mapping[str, str]
 
 def environment(threads: int) -> dict[str, str]:
     """This process's environment for a worker: threads that wait as OpenMP has it by default, and where code is."""
-    code = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
-    env = {**os.environ, "QEXP_WORKER": "1", "PYTHONPATH": code}
+    env = {**os.environ, "QEXP_WORKER": "1", "PYTHONPATH": processes.python_path()}
     if "QEXP_WAIT_POLICY" in env:  # ours, not the user's
         env.pop("OMP_WAIT_POLICY", None)
     # No pool of compilers beside what is timed.
@@ -159,7 +155,7 @@ def environment(threads: int) -> dict[str, str]:
 def main(path: str) -> None:
     """What a worker does: import torch, say so, wait for a line with what it is to time as its control, and time."""
     order = Order(**json.loads(Path(path).read_text()))
-    _end_with_parent()
+    processes.end_with_parent()  # nobody else's timing is disturbed by an orphan
 
     import torch
 
@@ -211,12 +207,6 @@ def _compile(variants: Mapping[str, Callable[[Any], object]], batch: object) -> 
         variants[name](batch)
         took[name] = 1000 * (time.perf_counter() - started)
     return took
-
-
-def _end_with_parent() -> None:
-    """Linux kills this process when its parent dies, however: nobody else's timing is disturbed by an orphan."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

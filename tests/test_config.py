@@ -59,6 +59,7 @@ def test_every_observer_has_an_entry_in_the_table_of_parameters() -> None:
     ("overrides", "message"),
     [
         (["calib.batches=0"], r"calib\.batches=0: must be a positive number, or null for all"),
+        (["job.timeout=0"], r"job\.timeout=0\.0: must be a positive number of seconds, or null for no limit"),
         (["calib.batch_size=-1"], r"calib\.batch_size=-1: must be positive"),
         (["qconfig.weight.bits=1"], r"qconfig\.weight\.bits=1: must be in 2\.\.8"),
         (["qconfig.activation.bits=9"], r"qconfig\.activation\.bits=9: must be in 2\.\.8"),
@@ -118,6 +119,7 @@ def test_params_hold_what_was_asked_and_na_where_it_has_no_effect(composed: Comp
         "n/a"
     }
     assert schema.params(composed(), CHOICES, {})["qconfig.overflow"] == "auto"
+    assert "job.timeout" not in schema.params(composed("job.timeout=9"), CHOICES, {"job.timeout": "9"})
 
 
 def test_what_would_compute_the_same_has_the_same_hash(composed: Composed) -> None:
@@ -125,7 +127,7 @@ def test_what_would_compute_the_same_has_the_same_hash(composed: Composed) -> No
         composed("flow=fx", "fusion=false")
     )
     assert schema.config_hash(composed("fusion=true")) != schema.config_hash(composed("fusion=false"))
-    assert schema.config_hash(composed("study=a", "tracking.name=b")) == schema.config_hash(composed())
+    assert schema.config_hash(composed("study=a", "tracking.name=b", "job.timeout=9")) == schema.config_hash(composed())
     for observer in ("minmax", "percentile", "mse", "entropy"):
         every = ("calib.batches=null", f"observer={observer}")
         first, second = (schema.config_hash(composed(*every, f"calib.seed={seed}")) for seed in (1, 2))

@@ -107,8 +107,8 @@ def test_inductor_is_compiled_and_timed_for_fp32(job: Job, tmp_path: Path) -> No
 def test_a_worker_ends_with_its_parent() -> None:
     code = (
         "import subprocess, sys; "
-        "child = subprocess.Popen([sys.executable, '-c', 'import sys, time; from qexp import worker; "
-        "worker._end_with_parent(); print(flush=True); time.sleep(600)'], stdout=subprocess.PIPE); "
+        "child = subprocess.Popen([sys.executable, '-c', 'import sys, time; from qexp import processes; "
+        "processes.end_with_parent(); print(flush=True); time.sleep(600)'], stdout=subprocess.PIPE); "
         "child.stdout.readline(); print(child.pid, flush=True); child.wait()"
     )
     with subprocess.Popen(

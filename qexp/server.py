@@ -1,0 +1,22 @@
+"""Imported by the process that jobs are forked from (see jobs.py) when it starts, and by nothing else.
+
+Whatever a job would import and not change is imported here, once. No thread may be started, nor anything computed with
+torch: a forked process has none of its parent's threads, and waits for those of OpenMP for ever.
+"""
+
+import gc
+import signal
+
+from qexp import processes
+
+processes.end_with_parent()
+# The terminal sends Ctrl-C to all of its processes; what follows from it is the owner's business.
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+from qexp import __main__, experiment, jobs, plots, record  # noqa: E402, F401
+
+# One answer for all jobs of a sweep, of the code that they run.
+record.git_sha()
+# What is here for good is not looked through again by every job's garbage collector, and stays shared memory.
+gc.collect()
+gc.freeze()
