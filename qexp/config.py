@@ -240,6 +240,8 @@ class Config:
     tracking: Tracking
     seed: int
     study: str | None
+    resume: bool
+    rerun: str | None
     objective: str
     outputs: str
 
@@ -279,6 +281,9 @@ FIELDS = (
     "target",
     "seed",
 )
+
+# What is said of a run, and changes nothing in its result.
+RECORDED_ONLY = ("tracking", "study", "resume", "rerun", "objective", "outputs")
 
 # What has no effect in a flow. torch's dynamic quantization computes activation ranges as it runs, and reduces them
 # to 7 bits by itself where kernels could saturate.
@@ -498,7 +503,7 @@ def params(config: Config, choices: Mapping[str, str], overrides: Mapping[str, A
         changed = any(key.lstrip("+~").startswith(f"{group}.") for key in overrides)
         result[group] = f"{choices.get(group, NOT_APPLICABLE)}{'*' if changed else ''}"
     typed = sorted(key.lstrip("+~") for key in overrides)
-    names = [*FIELDS, *(name for name in typed if name in values and not name.startswith("tracking."))]
+    names = [*FIELDS, *(name for name in typed if name in values and not _covered(name, RECORDED_ONLY))]
     result |= {name: _text(values[name]) for name in names}
     idle = without_effect(config)
     return {name: NOT_APPLICABLE if _covered(name, idle) else value for name, value in result.items()}
@@ -508,9 +513,8 @@ def identity(config: Config) -> dict[str, Any]:
     """What a run's result depends on: the effective settings, without where it is recorded. The same for jobs
     that would compute the same."""
     idle = without_effect(config)
-    recorded_only = ("tracking", "study", "outputs", "objective")
     values = flat(plain(config))
-    return {name: value for name, value in values.items() if not _covered(name, (*idle, *recorded_only))}
+    return {name: value for name, value in values.items() if not _covered(name, (*idle, *RECORDED_ONLY))}
 
 
 def config_hash(config: Config) -> str:
