@@ -320,7 +320,7 @@ def host() -> str:
     """Which processes can be seen from here: the machine's name, with the space of process ids within a container."""
     name = platform.node() or UNKNOWN
     with suppress(OSError):
-        space = os.readlink("/proc/self/ns/pid")
+        space = str(Path("/proc/self/ns/pid").readlink())
         return name if space == FIRST_PID_SPACE else f"{name} {space}"
     return name
 

@@ -279,9 +279,7 @@ def comparison(
         if len(both) == 2:
             change = f"{100 * (both[1] / both[0] - 1):+.1f}%"
             lines.append([f"latency {precision.upper()}, ms", *(f"{value:.3f}" for value in both), change])
-    intervals = [
-        together(row, "latency/speedup", "latency/speedup_low", "latency/speedup_high") for row in (then, now)
-    ]
+    intervals = [together(row, "latency/speedup", "latency/speedup_low", "latency/speedup_high") for row in (then, now)]
     if all(intervals):
         apart = max(low for _, low, _ in intervals) > min(high for *_, high in intervals)
         told = "the intervals are apart" if apart else "the intervals overlap"

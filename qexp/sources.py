@@ -40,7 +40,7 @@ def code_hash(*targets: str) -> str:
 
 
 def checkpoint_digest(config: Config) -> str:
-    """16 hex digits over the file that the weights come from; `n/a` where they come from elsewhere, or it is missing."""
+    """16 hex digits over the file that the weights come from; `n/a` where there is none."""
     path = Path(config.model.get("checkpoint") or "")
     if not path.is_file():
         return schema.NOT_APPLICABLE

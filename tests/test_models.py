@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import multiprocessing
-import resource
 import random
+import resource
 import subprocess
 import sys
 from collections import namedtuple

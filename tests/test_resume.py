@@ -1,6 +1,6 @@
 """resume.py: what is finished is not run again, what was left open is closed, and a run is repeated as it was.
 
-Real stores and real processes, killed where it matters. What is expensive in a study here is the start of its processes,
+Real stores and real processes, killed where it matters. What costs time here is the start of processes,
 so one story is told by several sweeps after each other.
 """
 
@@ -45,7 +45,7 @@ KILLS = int(os.environ.get("QEXP_KILLS", "5"))
 
 @pytest.fixture
 def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with a user's code: a module, one beside it, a package that is imported within a function, and others."""
+    """A folder with a user's code: a module, one beside it, a package imported within a function, and others."""
     monkeypatch.syspath_prepend(str(tmp_path))
     files = {
         "usernet.py": "import torch\nfrom userwidth import WIDTH\n\ndef make():\n    import userpackage.deep\n",
