@@ -253,6 +253,8 @@ class Config:
     tracking: Tracking
     seed: int
     study: str | None
+    resume: bool
+    rerun: str | None
     objective: str
     outputs: str
 
@@ -307,7 +309,7 @@ FIELDS = (
 )
 
 # What is said of a run, and changes nothing in its result.
-RECORDED_ONLY = ("tracking", "job", "study", "objective", "outputs")
+RECORDED_ONLY = ("tracking", "job", "study", "resume", "rerun", "objective", "outputs")
 
 # What has no effect in a flow. torch's dynamic quantization computes activation ranges as it runs, and reduces them
 # to 7 bits by itself where kernels could saturate.

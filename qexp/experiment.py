@@ -11,9 +11,10 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cache as once
 from functools import partial
 from pathlib import Path
 
@@ -21,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qexp import cache, evaluate, latency, machine, metrics, models, quantize, record, saved, target, worker
+from qexp import cache, evaluate, latency, machine, metrics, models, quantize, record, saved, sources, target, worker
 from qexp import config as schema
-from qexp.config import ActivationObserver, Config, Flow, Overflow, QConfig, Runtime, Target
-from qexp.data import Data, count_shared, draw, load_data, normalise
+from qexp.config import ActivationObserver, Calib, Config, Flow, Overflow, QConfig, Runtime, Target
+from qexp.data import Data, count_shared, digest_of, draw, load_data, normalise
 from qexp.errors import RunError
 from qexp.quantize import saturation
 from qexp.quantize.fidelity import Fidelity, layer_fidelity
@@ -64,6 +65,31 @@ def check_inputs(config: Config) -> None:
         quantize.dry_run(module, config.flow, config.fusion, resolved(config), config.observer, config.engine, example)
 
 
+def described(configs: Sequence[Config]) -> list[dict[str, str]]:
+    """For each of these, the tags of what its result would depend on: settings, code, weights, images, machine.
+
+    Opens each data set once. Raises as `check_inputs` does where one can't be used.
+    """
+
+    @once
+    def opened(dataset: str, folder: Path) -> Data:
+        return load_data(json.loads(dataset), folder)
+
+    @once
+    def drawn(dataset: str, calib: str, folder: Path) -> str:
+        train = opened(dataset, folder).train
+        return digest_of(train.pixels(draw(train, Calib(**json.loads(calib)))))
+
+    found = []
+    for config in configs:
+        with _globals(config):
+            where = json.dumps(config.dataset), _folder(config, "cache")
+            idle = "calib" in schema.without_effect(config)
+            calibration = "" if idle else drawn(where[0], json.dumps(asdict(config.calib)), where[1])
+            found.append(record.tags(config) | record.data_tags(config, opened(*where), calibration))
+    return found
+
+
 def run_job(config: Config, folder: Path) -> Result:
     """One experiment. folder: where everything that it produces is written; it exists.
 
@@ -71,6 +97,7 @@ def run_job(config: Config, folder: Path) -> Result:
     quantized, what was saved gives other logits than what was evaluated.
     """
     with _globals(config):
+        known = record.tags(config)  # of the code as it is now, not when the job ends
         data = load_data(config.dataset, _folder(config, "cache"))
         qconfig = resolved(config)
         fp32 = models.float_model(
@@ -122,7 +149,8 @@ def run_job(config: Config, folder: Path) -> Result:
         metrics=numbers,
         resolved=resolved_params(qconfig, config, calibration.narrowed),
         tags={
-            **record.tags(config),
+            **known,
+            **record.data_tags(config, data, calibration.digest),
             **measured,
             "float_model": fp32.source,
         },
@@ -206,11 +234,15 @@ def checked_fusion(float_module: nn.Module, fused: nn.Module, images: Tensor) ->
 
 @dataclass(frozen=True)
 class Calibration:
-    """What calibration saw and took, and the layers that it gave 7 bits on one side (see quantize/narrowing.py)."""
+    """What calibration saw and took, and the layers that it gave 7 bits on one side (see quantize/narrowing.py).
+
+    digest: of the images, empty where there were none.
+    """
 
     images: int = 0
     seconds: float = 0.0
     narrowed: tuple[quantize.Narrowed, ...] = ()
+    digest: str = ""
 
 
 def calibrated(
@@ -239,14 +271,14 @@ def calibrated(
     if qconfig.overflow is Overflow.layers:
         some = _images(data, pixels[:SATURATION_IMAGES])
         prepared, narrowed = quantize.narrow(prepared, config.flow, qconfig, config.engine, some)
-    return prepared, Calibration(len(pixels), time.perf_counter() - started, narrowed)
+    return prepared, Calibration(len(pixels), time.perf_counter() - started, narrowed, digest_of(pixels))
 
 
 def _activations_key(config: Config, data: Data, float_digest: str) -> str:
     """All that FP32 activations depend on, in their last bit too, but the images."""
     executed = [float_digest, config.flow, config.fusion, data.mean, data.std]
     where = [config.compute.threads, torch.__version__, machine.describe().cpu, machine.describe().isa]
-    return json.dumps([executed, where, record.code_hash()])
+    return json.dumps([executed, where, sources.code_hash()])
 
 
 def checked_layers(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
@@ -301,7 +333,7 @@ def _fp32_key(config: Config, data: Data, float_digest: str, artifact: Artifact)
     executed = [artifact.sha256, artifact.runtime, config.flow, config.fusion, float_digest]
     images = [data.test.digest, data.mean, data.std, config.evaluate.batch_size]
     where = [config.compute.threads, torch.__version__, machine.describe().cpu, machine.describe().isa]
-    return json.dumps(["fp32 logits", executed, images, where, record.code_hash()])
+    return json.dumps(["fp32 logits", executed, images, where, sources.code_hash()])
 
 
 def per_layer(

@@ -20,6 +20,12 @@ log = logging.getLogger(__name__)
 
 UNKNOWN = "unknown"
 
+# The space of process ids outside of containers (PROC_PID_INIT_INO in Linux's include/linux/proc_ns.h).
+FIRST_PID_SPACE = "pid:[4026531836]"
+
+# Seconds; Linux rounds the time of the system's start to a whole one, and not always to the same.
+SAME_START = 2.0
+
 # From the most to the least capable: the tag of the first whose flags (Linux's names) are all there.
 ISA: tuple[tuple[str, frozenset[str]], ...] = (
     ("amx", frozenset({"amx_int8"})),
@@ -308,3 +314,35 @@ def _acquire(descriptor: int, path: Path, poll: float) -> None:
         if said:
             log.info("got %s after %.1f s", path, time.monotonic() - started)
         return
+
+
+def host() -> str:
+    """Which processes can be seen from here: the machine's name, with the space of process ids within a container."""
+    name = platform.node() or UNKNOWN
+    with suppress(OSError):
+        space = str(Path("/proc/self/ns/pid").readlink())
+        return name if space == FIRST_PID_SPACE else f"{name} {space}"
+    return name
+
+
+def since_boot(process: psutil.Process) -> float:
+    """Seconds from the start of the system to that of a process: steps of the clock change nothing in it."""
+    return float(process.create_time() - psutil.boot_time())
+
+
+def is_running(pid: int, started: float) -> bool:
+    """Whether the process that had this id and this `since_boot` still runs; True where that can't be told.
+
+    A process that was killed, and that its parent has taken no note of (a zombie), runs no more.
+    """
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's, and perhaps hidden, which psutil takes for gone
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and abs(since_boot(process) - started) < SAME_START
+    except psutil.Error:
+        return True

@@ -297,12 +297,15 @@ def _trained(
     key = _training_key(model, settings, data, seed)
     name = re.sub(r"\W+", "_", str(model["_target_"]).rpartition(".")[2])
     kept = checkpoints / f"{name}-{data.name}-{key[:16]}.pt"
-    checkpoints.mkdir(parents=True, exist_ok=True)
+    before = f"trained before, kept in {kept}"
+    with contextlib.suppress(InputError):  # without the lock, for a folder in which nothing can be written
+        load_checkpoint(module, kept)
+        return before
     with _held(kept.with_suffix(".lock")):
         if kept.exists():
             try:
                 load_checkpoint(module, kept)
-                return f"trained before, kept in {kept}"
+                return before
             except InputError as error:
                 log.warning("the kept model can't be used, it is trained again: %s", error)
         train(module, settings, data, threads)
@@ -310,9 +313,15 @@ def _trained(
         try:
             torch.save(module.state_dict(), part)
             part.replace(kept)
+        except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError where the disk is full
+            raise _unwritable(checkpoints, one_line(error)) from error
         finally:
             part.unlink(missing_ok=True)
     return f"trained {settings.epochs} epochs on {data.name}, kept in {kept}"
+
+
+def _unwritable(folder: Path, reason: str) -> InputError:
+    return InputError(f"the trained model can't be kept in {folder} ({reason}); free some room, or set outputs.")
 
 
 @contextlib.contextmanager
@@ -320,10 +329,13 @@ def _held(path: Path) -> Iterator[None]:
     """One process trains a model, others wait for it: flock, which a killed process lets go."""
     lock = FileLock(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         log.info("another process is training this model; waiting for it")
         lock.acquire()
+    except OSError as error:
+        raise _unwritable(path.parent, error.strerror or str(error)) from error
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from qexp import config as schema
-from qexp import latency, machine
+from qexp import latency, machine, sources
 from qexp.config import Config
 from qexp.data import Data
 from qexp.quantize import Narrowed, saturation
@@ -33,10 +33,21 @@ def tags(config: Config) -> dict[str, str]:
         "isa": here.isa,
         "torch": torch.__version__,
         "kernel_signature": saturation.probe().id,
-        "config_hash": schema.config_hash(config),
-        "code_hash": code_hash(),
+        **sources.tags(config),
         "git_sha": git_sha(),
     }
+
+
+def data_tags(config: Config, data: Data, calibration: str) -> dict[str, str]:
+    """Which images a result holds for. calibration: digest of the images drawn, empty where there are none.
+
+    The digest of the data is of the evaluation images and all labels, and, where the model is trained here, of the
+    training images.
+    """
+    trained = not (config.model.get("checkpoint") or config.model.get("weights"))
+    parts = [data.digest, data.train.digest] if trained else [data.digest]
+    digest = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+    return {"data_digest": digest, "calib_digest": calibration[:16] or schema.NOT_APPLICABLE}
 
 
 def images_expected(data: Data) -> dict[str, Any]:
@@ -94,16 +105,6 @@ def datasets_used(config: Config, data: Data, calibrated_on: int) -> tuple[dict[
         profile = {"images": calibrated_on, "shape": shape}
         used.append({**common, "digest": drawn, "context": "calibration", "profile": profile})
     return tuple(used)
-
-
-@cache
-def code_hash() -> str:
-    """16 hex digits over the sources of qexp."""
-    here = Path(__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(here.rglob("*.py")):
-        digest.update(str(path.relative_to(here)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 @cache

@@ -27,7 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
-from qexp import ablation, jobs, progress, table
+from qexp import ablation, jobs, progress, resume, sources, table
 from qexp import compose as _registered  # noqa: F401  (resolvers, in a launcher's process)
 from qexp import config as schema
 from qexp.config import Config, LogModel
@@ -146,7 +146,9 @@ class Door(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         with refusals():
-            schema.check(job_from(config).config)
+            job = job_from(config)
+            schema.check(job.config)
+            resume.check(job)
             writable(Path(config.hydra.run.dir))
 
 
@@ -210,9 +212,15 @@ def single(job: Job) -> float | None:
     schema.check(job.config)
     jobs.start_server()
     store = tracking.connect(job.config.tracking, Path(job.config.outputs), job.cwd)
+    resume.close_orphans(store)
+    earlier = resume.earlier(store, job)
+    if earlier:
+        job = earlier.job
     experiment.check_inputs(job.config)
-    row, handle = tracked(job)
+    row, handle = tracked(job, swept=schema.GROUPS if earlier else ())
     print(f"\n{summary([row])}\n")
+    if earlier:
+        print(f"{earlier.compared(row)}\n")
     say_where(job.folder, tracking.ui(store, handle))
     return row.metrics.get(job.config.objective)
 
@@ -231,7 +239,12 @@ def swept(job: Job) -> float | None:
 
 def tags(job: Job) -> dict[str, str]:
     """What a run is known by before it has computed anything."""
-    given = {"study": job.config.study, "experiment": job.choices.get("experiment"), "command": command()}
+    given = {
+        "study": job.config.study,
+        "experiment": job.choices.get("experiment"),
+        "command": command(),
+        "rerun_of": job.config.rerun,
+    }
     return {name: value for name, value in given.items() if value not in (None, "None", "null")}
 
 
@@ -246,11 +259,13 @@ def tracked(job: Job, swept: Collection[str] = ()) -> tuple[Row, Any]:
         experiment=store.experiment_name(job.choices["dataset"]),
         name=job.name,
         params=job.params,
-        tags=tags(job),
+        tags={**tags(job), **sources.tags(job.config)},
         parent=job.config.tracking.parent,
         # Hydra's own count tells a single run from a job of another sweeper than ours.
         resume=job.alone,
     ) as handle:
+        # At once, so that a run that fails or is killed can be repeated too.
+        handle.log_artifacts({"config.json": schema.plain(job.config)})
         result = jobs.run(job.config, job.folder)
         found = {**result.tags, "doubts": "\n".join(result.doubts)}
         files = {name: Path(path) for name, path in result.files.items()}
@@ -272,6 +287,7 @@ class Planned:
 
     overrides: list[str]
     job: Job
+    name: str
 
 
 def own(master: DictConfig, arguments: Sequence[str], loader: Any, launcher: Any, batch_size: int | None) -> Any:
@@ -302,12 +318,13 @@ def plan(master: DictConfig, arguments: Sequence[str], loader: Any) -> list[Plan
         try:
             job = job_from(composed)
             schema.check(job.config, swept)
+            resume.check(job)
         except ConfigError as error:
             refused.setdefault(str(error), " ".join(combination))
             continue
         telling = [text for text in combination if _split(text)[0] in swept] or combination
         name = " ".join(map(short, telling))
-        item = Planned([*combination, f"tracking.name={quoted(name)}"], job)
+        item = Planned([*combination, f"tracking.name={quoted(name)}"], job, name)
         planned.setdefault(schema.config_hash(job.config), item)
     if refused:
         reasons = "\n".join(f"{reason} ({which})" for reason, which in refused.items())
@@ -346,20 +363,24 @@ def launch(master: DictConfig, planned: Sequence[Planned], launcher: Any, batch_
     experiments = sorted({store.experiment_name(item.job.choices["dataset"]) for item in planned})
     for name in experiments:
         tracking.check_experiment(store, name)
-    distinct = {experiment.inputs_of(item.job.config): item.job.config for item in planned}
+    resume.close_orphans(store)
+    study = resume.study(store, planned, experiments)
+    left = study.left(planned)
+    distinct = {experiment.inputs_of(item.job.config): item.job.config for item in left}
     for config in tqdm(distinct.values(), desc="checking inputs", disable=None, leave=False):
         experiment.check_inputs(config)
     OmegaConf.save(master, folder / "multirun.yaml")
 
-    title = f"{tags(first).get('experiment', 'sweep')} {folder.name}"
-    parent = tracking.open_parent(store, experiment=experiments[0], name=title, tags=tags(first))
+    title = f"{tags(first).get('experiment', 'sweep')} {first.config.study or folder.name}"
+    parent = study.open(store, experiment=experiments[0], name=title, tags=tags(first))
     all_jobs = f"{len(planned)} job{'s' if len(planned) > 1 else ''}"
-    print(f"{all_jobs}; runs go to the MLflow experiment {experiments[0]}, under {title!r}.", flush=True)
+    print(f"{all_jobs}; runs go to the MLflow experiment {experiments[0]}, under {parent.name!r}.", flush=True)
     returns: list[Any] = []
     status, code = "FINISHED", 0
     try:
-        with stoppable(), progress.over(len(planned)):
-            for chunk in BasicSweeper.split_overrides_to_chunks([item.overrides for item in planned], batch_size):
+        with stoppable(), progress.over(len(left)):
+            every = [item.overrides for item in left]
+            for chunk in BasicSweeper.split_overrides_to_chunks(every, batch_size) if left else []:
                 launched = [[*overrides, f"tracking.parent={parent.id}"] for overrides in chunk]
                 returns.append(launcher.launch(launched, initial_job_idx=sum(map(len, returns))))
     except Stop as stop:
@@ -368,9 +389,10 @@ def launch(master: DictConfig, planned: Sequence[Planned], launcher: Any, batch_
         status = "FAILED"
         raise
     finally:
-        rows = tracking.children(store, parent.id, experiments)
+        rows = study.new(tracking.children(store, parent.id, experiments))
         known = {row.name for row in rows}
         rows += [row for batch in returns for row in map(unstarted, batch) if row and row.name not in known]
+        rows = study.with_done(planned, rows)
         if status == "FINISHED" and any(row.status != "FINISHED" for row in rows):
             status, code = "FAILED", 1
         text = summary(rows)

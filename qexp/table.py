@@ -110,7 +110,8 @@ def _cells(row: Row) -> dict[str, str]:
 
 def _notes(row: Row) -> dict[str, list[str]]:
     """What must be known of the row, by the column that it is about."""
-    accuracy, notes = ablation.accuracy(row), {"run": doubts(row)}
+    carried = row.tags.get("carried_over")
+    accuracy, notes = ablation.accuracy(row), {"run": [*doubts(row), *([carried] if carried else [])]}
     if accuracy and accuracy.source:
         # Not of what ran here, and maybe not of all images.
         images, target = row.metrics.get("accuracy/target_images"), ablation.value(row, "target")

@@ -70,7 +70,7 @@ def locate(setting: str, path: object) -> Callable[..., Any]:
             f"{setting}={path} is not a dotted path; write a class or function as package.module.name"
             " (for Net in the file mymodel.py: mymodel.Net)."
         )
-    _current_folder_first()
+    current_folder_first()
     parts = path.split(".")
     module = _import(setting, path, parts[0])
     if module is None:
@@ -98,7 +98,7 @@ def _start_folder() -> str:
     return str(HydraConfig.get().runtime.cwd) if HydraConfig.initialized() else str(Path.cwd())
 
 
-def _current_folder_first() -> None:
+def current_folder_first() -> None:
     """`python -m` has the current folder on the path, a console script and a worker process have not."""
     folder = _start_folder()
     if folder not in sys.path:

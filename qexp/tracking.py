@@ -40,6 +40,7 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 import numpy as np
+import psutil
 import requests
 from filelock import FileLock, Timeout
 from mlflow import MlflowClient
@@ -53,7 +54,7 @@ from mlflow.types.schema import Schema, TensorSpec
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
-from qexp import config
+from qexp import config, machine
 from qexp.errors import InputError, QexpError, RunError
 from qexp.results import Row
 
@@ -66,6 +67,8 @@ TAG_LENGTH = 5000  # what servers of all versions take
 NAME_LENGTH = 250
 PAGE = 500
 BESIDE_TAG = "qexp.artifacts_beside_database"
+SWEEP_TAG = "qexp.sweep"  # of a sweep's own run, which others are children of
+PARENT_TAG = "mlflow.parentRunId"
 LOCK_SECONDS = 120.0  # creating the tables takes 3 s, and several times that on a busy machine
 END_SECONDS = 15.0  # how long an ending run waits for its server
 
@@ -575,24 +578,15 @@ def start_run(
     """
     system = _system_tags(tags, description)
     if parent:
-        system["mlflow.parentRunId"] = parent
+        system[PARENT_TAG] = parent
     resumed = os.environ.get("MLFLOW_RUN_ID") if resume else None
     with _refused(store, f"the run {name}"):
         if resumed:
-            opened = _in_thread(lambda: _resume(store, resumed))
+            run = _opened(store, lambda: _resume(store, resumed, system))
         else:
             experiment_id = _experiment_id(store, experiment)
-            opened = _in_thread(lambda: store.client.create_run(experiment_id, tags=system, run_name=name))
-        try:
-            run = Run(store, opened.result())
-        except BaseException:
-            # An interrupt while the store was making the run, whose id only the thread will know.
-            if not opened.done() or opened.exception() is None:
-                Run(store, opened.result(timeout=END_SECONDS)).kill()
-            raise
+            run = _opened(store, lambda: store.client.create_run(experiment_id, tags=system, run_name=name))
     try:
-        if resumed:
-            run._log_tags(system)
         run.log_params(params, tags)
     except RunError as error:
         run.fail(str(error), traceback.format_exc())
@@ -605,17 +599,47 @@ def start_run(
     return run
 
 
-def _resume(store: Store, run_id: str) -> MlflowRun:
+def _opened(store: Store, call: Callable[[], MlflowRun]) -> Run:
+    """The run that `call` opens; none is left open after an interrupt."""
+    opened = _in_thread(call)
+    try:
+        return Run(store, opened.result())
+    except BaseException:
+        # An interrupt while the store was opening the run, whose id only the thread may know.
+        if not opened.done() or opened.exception() is None:
+            Run(store, opened.result(timeout=END_SECONDS)).kill()
+        raise
+
+
+def _resume(store: Store, run_id: str, system: Mapping[str, str]) -> MlflowRun:
     run = store.client.get_run(run_id)
+    # Whose it is first: a run that is open and of a process that is gone would be closed.
+    Run(store, run)._log_tags(system)
+    if "error" in run.data.tags:
+        store.client.delete_tag(run_id, "error")
     store.client.update_run(run_id, status="RUNNING")
     return run
 
 
 def open_parent(
-    store: Store, *, experiment: str, name: str, tags: Mapping[str, str], description: str | None = None
+    store: Store,
+    *,
+    experiment: str,
+    name: str,
+    tags: Mapping[str, str],
+    description: str | None = None,
+    again: str | None = None,
 ) -> Run:
-    """Open the run of a whole sweep, whose id the children are given."""
-    parent = start_run(store, experiment=experiment, name=name, params={}, tags=tags, description=description)
+    """Open the run of a whole sweep, whose id the children are given.
+
+    again: id of a sweep's run that has ended, which is opened again instead of another one.
+    """
+    tags = {**tags, SWEEP_TAG: "true"}
+    if again is None:
+        parent = start_run(store, experiment=experiment, name=name, params={}, tags=tags, description=description)
+    else:
+        with _refused(store, f"the run {again}"):
+            parent = _opened(store, lambda: _resume(store, again, {**_system_tags(tags, description), **tags}))
     parent.is_sweep = True
     return parent
 
@@ -647,25 +671,116 @@ def children(store: Store, parent: str, experiments: Sequence[str] = ()) -> list
     experiments: names of the experiments that they are in; by default, the parent's own.
     """
     with _refused(store, "a search"):
-        if experiments:
-            found = [store.client.get_experiment_by_name(name) for name in experiments]
-            ids = [experiment.experiment_id for experiment in found if experiment is not None]
-        else:
-            ids = [store.client.get_run(parent).info.experiment_id]
-        rows: list[Row] = []
-        token: str | None = None
-        while True:
-            page = store.client.search_runs(
-                ids,
-                filter_string=f"tags.`mlflow.parentRunId` = '{parent}'",
-                max_results=PAGE,
-                order_by=["attributes.start_time ASC"],
-                page_token=token,
-            )
-            rows.extend(_row(run) for run in page)
-            token = page.token
-            if not token:
-                return rows
+        ids = _ids(store, experiments) if experiments else [store.client.get_run(parent).info.experiment_id]
+        return _search(store, ids, f"tags.`{PARENT_TAG}` = '{parent}'")
+
+
+def of_study(store: Store, study: str, experiments: Sequence[str]) -> list[Row]:
+    """The runs with this tag `study`, the sweeps' own among them, in the order they started; none that was deleted."""
+    with _refused(store, "a search"):
+        return _search(store, _ids(store, experiments), f"tags.study = {_literal(study)}")
+
+
+def _ids(store: Store, experiments: Sequence[str]) -> list[str]:
+    found = [store.client.get_experiment_by_name(name) for name in experiments]
+    return [experiment.experiment_id for experiment in found if experiment is not None]
+
+
+def _search(store: Store, experiment_ids: Sequence[str], condition: str) -> list[Row]:
+    """All pages of it, in the order in which the runs started."""
+    rows: list[Row] = []
+    token: str | None = None
+    while experiment_ids:
+        page = store.client.search_runs(
+            list(experiment_ids), condition, max_results=PAGE, order_by=["attributes.start_time ASC"], page_token=token
+        )
+        rows.extend(_row(run) for run in page)
+        token = page.token
+        if not token:
+            break
+    return rows
+
+
+def _literal(text: str) -> str:
+    """A string in a condition of MLflow's, which knows no escapes."""
+    quote = '"' if "'" in text else "'"
+    return f"{quote}{text}{quote}"
+
+
+def adopt(store: Store, parent: str, rows: Sequence[Row]) -> None:
+    """Make those of the runs children of `parent` that have none, or one that was deleted."""
+    by_parent: dict[str, list[Row]] = {}
+    for row in rows:
+        by_parent.setdefault(row.tags.get(PARENT_TAG, ""), []).append(row)
+    with _refused(store, "a parent of runs"):
+        for former, its in by_parent.items():
+            if former != parent and not (former and _exists(store, former)):
+                for row in its:
+                    store.client.set_tag(row.run_id, PARENT_TAG, parent)
+
+
+def _exists(store: Store, run_id: str) -> bool:
+    try:
+        return bool(store.client.get_run(run_id).info.lifecycle_stage == "active")
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
+
+
+def close_orphans(store: Store) -> list[Row]:
+    """Close as KILLED what processes of this machine left open that are gone; what was closed.
+
+    Runs of other machines, and those whose process runs or may do so, are left alone.
+    """
+    with _refused(store, "a search"):
+        experiments = _experiments(store)
+        mine = _search(store, experiments, f"attributes.status = 'RUNNING' and tags.host = {_literal(machine.host())}")
+        gone = [row for row in mine if not _has_process(row)]
+        # One may have ended by itself since the search; now that its process is gone, nobody else ends it.
+        left = [row for row in gone if store.client.get_run(row.run_id).info.status == "RUNNING"]
+        for row in left:
+            store.client.set_tag(row.run_id, "error", f"process {row.tags['pid']} ended without closing the run.")
+            store.client.set_terminated(row.run_id, "KILLED")
+    return left
+
+
+def _experiments(store: Store) -> list[str]:
+    """Ids of all experiments."""
+    ids: list[str] = []
+    token: str | None = None
+    while True:
+        page = store.client.search_experiments(max_results=PAGE, page_token=token)
+        ids.extend(experiment.experiment_id for experiment in page)
+        token = page.token
+        if not token:
+            return ids
+
+
+def _has_process(row: Row) -> bool:
+    try:
+        return machine.is_running(int(row.tags["pid"]), float(row.tags["pid_started"]))
+    except (KeyError, ValueError):  # not as this module writes them
+        return True
+
+
+def find(store: Store, run_id: str) -> tuple[Row, str]:
+    """The run of this id, and the name of its experiment. Raises InputError where there is none."""
+    try:
+        run = store.client.get_run(run_id)
+        return _row(run), store.client.get_experiment(run.info.experiment_id).name
+    except (MlflowException, requests.RequestException) as error:
+        raise InputError(
+            f"there is no run {run_id} in MLflow at {_without_password(store.uri)}: {_first_line(error)}."
+        ) from error
+
+
+def fetch(store: Store, run_id: str, name: str, folder: Path) -> Path | None:
+    """A copy, in `folder`, of the artifact of this name at the top of a run; None where the run has none."""
+    with _refused(store, f"the artifacts of run {run_id}"):
+        if name not in {file.path for file in store.client.list_artifacts(run_id)}:
+            return None
+        return Path(store.client.download_artifacts(run_id, name, str(folder)))
 
 
 def _row(run: MlflowRun) -> Row:
@@ -688,7 +803,7 @@ def ui(store: Store, run: Run, sort_by: str = "accuracy/int8") -> Ui:
         where += f"/{run.id}"
     else:
         # Sorted by time, as it is by default, the UI folds all children away under their parent.
-        query["searchFilter"] = f"tags.`mlflow.parentRunId` = '{run.id}'"
+        query["searchFilter"] = f"tags.`{PARENT_TAG}` = '{run.id}'"
         query["orderByKey"], query["orderByAsc"] = f"metrics.`{sort_by}`", "false"
     url = f"{where}?{urllib.parse.urlencode(query, quote_via=urllib.parse.quote)}"
     if not local:
@@ -774,8 +889,10 @@ def _dataset_input(use: DatasetUse) -> DatasetInput:
 
 
 def _system_tags(tags: Mapping[str, str], description: str | None) -> dict[str, str]:
-    """What MLflow's own front end fills in, and its UI shows."""
+    """What MLflow's own front end fills in, and its UI shows; and whose run it is, for `close_orphans`."""
     system = {"mlflow.user": _user(), "mlflow.source.name": "qexp", "mlflow.source.type": "LOCAL"}
+    process = psutil.Process()
+    system |= {"host": machine.host(), "pid": str(process.pid), "pid_started": f"{machine.since_boot(process):.2f}"}
     if tags.get("git_sha"):
         system["mlflow.source.git.commit"] = tags["git_sha"]
     if description:

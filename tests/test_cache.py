@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import resource
+import signal
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +116,92 @@ def test_an_entry_is_read_from_a_folder_in_which_nothing_can_be_written(tmp_path
         lock.unlink()
         lock.mkdir()  # a lock that can't be opened, for the superuser too
     np.testing.assert_array_equal(cache.array(tmp_path, "key", refuse), VALUES)
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """A folder with a whole entry under "whole" and a damaged one under "damaged", in which nobody may write."""
+    # Not in tmp_path, which only its owner may enter.
+    with tempfile.TemporaryDirectory(prefix="qexp-read-only-") as name:
+        folder = Path(name)
+        for key in ("damaged", "whole"):
+            cache.array(folder / key, key, lambda: VALUES)
+            for file in (folder / key).iterdir():
+                file.chmod(0o644)
+                file.rename(folder / file.name)
+            (folder / key).rmdir()
+            if key == "damaged":
+                content = bytearray(entry_file(folder).read_bytes())
+                content[200] ^= 1
+                entry_file(folder).write_bytes(content)
+        folder.chmod(0o555)
+        yield folder
+        folder.chmod(0o755)
+
+
+def _as_nobody(folder: Path, queue: multiprocessing.Queue[str]) -> None:
+    if os.getuid() == 0:  # to whom nothing is forbidden
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+    for key in ("whole", "damaged", "new"):
+        try:
+            queue.put(str(int(cache.array(folder, key, lambda: VALUES + 7).sum())))
+        except InputError as error:
+            queue.put(str(error))
+
+
+def test_in_a_folder_that_may_only_be_read_what_is_whole_is_read_and_the_rest_refused(read_only: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    queue: multiprocessing.Queue[str] = context.Queue()
+    process = context.Process(target=_as_nobody, args=(read_only, queue))
+    process.start()
+    whole, *others = [queue.get(timeout=30) for _ in range(3)]
+    process.join()
+    assert whole == str(VALUES.sum())
+    reason = "can't be written (Permission denied); set outputs to a folder that can."
+    assert others == [f"the cache folder {read_only} {reason}"] * 2
+
+
+def _stuck(folder: Path, begun: Path) -> None:
+    def make() -> np.ndarray:
+        begun.touch()
+        time.sleep(600)
+        return VALUES
+
+    cache.array(folder, "key", make)
+
+
+def test_whoever_waits_for_a_process_that_is_killed_makes_the_entry(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    maker = context.Process(target=_stuck, args=(tmp_path / "cache", tmp_path / "begun"))
+    maker.start()
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    queue: multiprocessing.Queue[int] = context.Queue()
+    waiter = context.Process(target=_slow, args=(tmp_path / "cache", tmp_path / "made.txt", queue))
+    waiter.start()
+    time.sleep(0.2)
+    assert waiter.is_alive()
+    assert not (tmp_path / "made.txt").exists()
+    assert maker.pid is not None
+    os.kill(maker.pid, signal.SIGKILL)
+    assert queue.get(timeout=30) == VALUES.sum()
+    for process in (maker, waiter):
+        process.join()
+    assert [file.suffix for file in (tmp_path / "cache").iterdir() if file.suffix != ".lock"] == [".npy"]
+
+
+def test_what_is_in_use_stays_as_it_is_while_a_damaged_entry_is_made_anew(tmp_path: Path) -> None:
+    used = cache.array(tmp_path, "key", lambda: VALUES)
+    with entry_file(tmp_path).open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    np.testing.assert_array_equal(cache.array(tmp_path, "key", lambda: VALUES + 7), VALUES + 7)
+    np.testing.assert_array_equal(used, VALUES)
 
 
 def _ones(out: np.ndarray) -> None:

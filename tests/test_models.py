@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import multiprocessing
 import random
+import resource
 import subprocess
 import sys
 from collections import namedtuple
@@ -393,6 +394,29 @@ def test_a_damaged_kept_model_is_trained_again_and_that_is_said(
     assert again.digest == first.digest
     assert "can't be used, it is trained again" in caplog.text
     assert float_model(model("tiny"), digits, tmp_path).source.startswith("trained before")
+
+
+def test_a_model_that_cannot_be_kept_is_refused_in_a_sentence_and_one_that_is_there_is_read(
+    digits: Data, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"the trained model can't be kept in .*/file/kept \(.*\); free some room, or"):
+        float_model(model("tiny"), digits, tmp_path / "file" / "kept")
+    kept = tmp_path / "kept"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"the trained model can't be kept in .*/kept \(.*\); free some room, or"):
+            float_model(model("tiny"), digits, kept)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (lock,) = kept.iterdir()
+    first = float_model(model("tiny"), digits, kept)
+    lock.unlink()
+    lock.mkdir()  # one that can't be taken, as in a folder that may only be read
+    again = float_model(model("tiny"), digits, kept)
+    assert again.source.startswith("trained before")
+    assert again.digest == first.digest
 
 
 def test_the_code_of_a_user_s_model_and_of_what_it_imports_is_part_of_its_key(

@@ -577,7 +577,7 @@ def test_a_server_gets_runs_and_artifacts(
     assert remote.artifacts is None
     parent = tracking.open_parent(remote, experiment="qexp/digits", name="sweep", tags={})
     with begin(remote, "job", parent.id, a="1") as run:
-        run.log_result({"m": 1.0, "n": math.inf}, artifacts={"a/b.txt": "text"})
+        run.log_result({"m": 1.0, "n": math.inf}, {"study": "it's one"}, {"a/b.txt": "text", "c.txt": "top"})
     with pytest.raises(RunError), begin(remote, "broken", parent.id):
         raise RunError("broken.")
     tracking.close_parent(parent, "FAILED", "the table", {"finished": 1, "failed": 1})
@@ -590,6 +590,21 @@ def test_a_server_gets_runs_and_artifacts(
     assert [path.read_text() for path in kept.rglob("b.txt")] == ["text"]
     assert remote.client.get_experiment(run.experiment_id).artifact_location.startswith("mlflow-artifacts:")
     assert list((tmp_path / "outputs").iterdir()) == []
+    (found,) = [row for row in tracking.of_study(remote, "it's one", ["qexp/digits", "none"]) if row.name == "job"]
+    assert tracking.find(remote, run.id) == (found, "qexp/digits")
+    fetched = tracking.fetch(remote, run.id, "c.txt", tmp_path)
+    assert fetched is not None
+    assert fetched.read_text() == "top"
+    assert tracking.fetch(remote, run.id, "b.txt", tmp_path) is None
+    with pytest.raises(InputError, match="there is no run 0000"):
+        tracking.find(remote, "0" * 32)
+    orphan = begin(remote, "orphan")
+    remote.client.set_tag(orphan.id, "pid_started", "0")
+    assert [row.name for row in tracking.close_orphans(remote)] == ["orphan"]
+    remote.client.delete_run(parent.id)
+    heir = tracking.open_parent(remote, experiment="qexp/digits", name="sweep", tags={})
+    tracking.adopt(remote, heir.id, rows)
+    assert [row.run_id for row in tracking.children(remote, heir.id)] == [row.run_id for row in rows]
     # A server whose experiments keep artifacts in its own folders has clients write to theirs.
     remote.client.create_experiment("unproxied", artifact_location="file:///srv/mlruns")
     tracking.check_experiment(remote, "unproxied")
