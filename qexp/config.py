@@ -183,6 +183,7 @@ class Latency:
     warmup_calls: int
     warmup_seconds: float
     min_blocks: int
+    reuse: bool | str
 
 
 @dataclass
@@ -208,6 +209,13 @@ class Saturation:
 @dataclass
 class Compute:
     threads: int
+
+
+@dataclass
+class Cache:
+    """What a run may leave in `outputs`/cache for others, in gigabytes (10^9 bytes)."""
+
+    max_gb: float
 
 
 @dataclass
@@ -237,6 +245,7 @@ class Config:
     saturation: Saturation
     per_layer: PerLayer
     compute: Compute
+    cache: Cache
     tracking: Tracking
     seed: int
     study: str | None
@@ -362,6 +371,7 @@ def _check_ranges(config: Config) -> None:
         "compute.threads": config.compute.threads,
         "saturation.emulated_images": config.saturation.emulated_images,
         "tracking.timeout": config.tracking.timeout,
+        "cache.max_gb": config.cache.max_gb,
         "observer.bins": config.observer.bins,
         "latency.seconds": latency.seconds,
         "latency.block_ms": latency.block_ms,
@@ -390,6 +400,8 @@ def _check_ranges(config: Config) -> None:
         )
     if latency.processes < 0:
         raise ConfigError(f"latency.processes={latency.processes}: must be 0 (in the running process) or more.")
+    if latency.reuse not in (True, False, "auto"):
+        raise ConfigError(f"latency.reuse={latency.reuse}: must be auto (true in a sweep), true or false.")
     _check_runtimes(latency)
     for name, seed in (("seed", config.seed), ("calib.seed", calib.seed), ("train.seed", train.seed)):
         if not 0 <= seed < 2**32:
@@ -508,7 +520,7 @@ def identity(config: Config) -> dict[str, Any]:
     """What a run's result depends on: the effective settings, without where it is recorded. The same for jobs
     that would compute the same."""
     idle = without_effect(config)
-    recorded_only = ("tracking", "study", "outputs", "objective")
+    recorded_only = ("tracking", "study", "outputs", "objective", "cache")
     values = flat(plain(config))
     return {name: value for name, value in values.items() if not _covered(name, (*idle, *recorded_only))}
 

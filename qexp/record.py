@@ -126,6 +126,7 @@ def written(
     qparams: Mapping[str, QParams],
     layers: tuple[Layer, ...],
     timings: list[latency.Timing],
+    latency_from: str,
     artifacts: list[Artifact],
 ) -> dict[str, str]:
     """Write what is kept of a run into its folder; the paths by their place in the run's artifacts."""
@@ -140,7 +141,8 @@ def written(
     (folder / "model" / "load.py").write_text(loading_code(config, artifacts))
     names = ["predictions.npz", "config.json", "qparams.json", "model"]
     if timings:
-        _json(folder / "latency.json", {"machine": asdict(machine.describe()), "rows": [_timing(t) for t in timings]})
+        rows, measured_by = [_timing(t) for t in timings], {"latency_from": latency_from} if latency_from else {}
+        _json(folder / "latency.json", {"machine": asdict(machine.describe()), **measured_by, "rows": rows})
         samples = {f"{t.variant}.batch{t.batch_size}.threads{t.threads}": t.samples for t in timings}
         np.savez_compressed(folder / "latency_samples.npz", **samples)  # type: ignore[arg-type]
         names += ["latency.json", "latency_samples.npz"]

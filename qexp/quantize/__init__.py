@@ -19,6 +19,7 @@ from qexp.quantize.calibrate import calibrate, run_or_refuse
 from qexp.quantize.compare import blame, fusion_difference
 from qexp.quantize.copies import evaluation_copy
 from qexp.quantize.engines import engine, require, supported
+from qexp.quantize.executed import executed
 from qexp.quantize.grid import SAFE_BITS, Grid, Side, executed_bits, grid
 from qexp.quantize.layers import layers, read_qparams
 from qexp.quantize.narrowing import Narrowed
@@ -36,6 +37,7 @@ __all__ = [
     "convert",
     "dry_run",
     "engine",
+    "executed",
     "executed_bits",
     "fuse",
     "fusion_difference",
