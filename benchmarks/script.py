@@ -17,8 +17,6 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-STARTED = time.perf_counter()
-
 import numpy as np
 import torch
 from PIL import Image
@@ -120,14 +118,13 @@ def main() -> None:
     torch.backends.quantized.engine = "x86"
     torch.set_num_threads(THREADS)
     steps: dict[str, float] = {}
-    last = STARTED
+    last = time.perf_counter()
 
     def step(name: str) -> None:
         nonlocal last
         now = time.perf_counter()
         steps[name], last = round(now - last, 3), now
 
-    step("imports")
     test, train = (torchvision.datasets.ImageFolder(str(asked.data / split)) for split in ("test", "train"))
     images, labels = decoded(test.samples), torch.tensor(test.targets)
     chosen = np.random.default_rng(asked.seed).permutation(len(train))[: asked.batches * CALIBRATION_BATCH]

@@ -109,13 +109,16 @@ def study(outputs: str) -> None:
     say(f"script, a fresh process for each of {len(sample)} settings", each)
     print(f"factor {each / cold:.2f}; of the same sweep again {each / again:.2f}")
     said = [one["steps"] for _, one in by_script.values()]
-    print(f"the script's time: {listed({name: statistics.fmean(one[name] for one in said) for name in said[0]})}", flush=True)
+    by_step = {name: statistics.fmean(one[name] for one in said) for name in said[0]}
+    by_step["start-up, imports"] = each - sum(by_step.values())
+    print(f"the script's time: {listed(by_step)}", flush=True)
 
     bare, one_run = one_more(str(kept), *fixed)
     print(f"a bare INT8 pass takes {bare:.2f} s; beside it a run of the sweep takes {cold - bare:.2f} s")
     print(f"a run's time with nothing of its own in the cache but a timing: {listed(one_run)}")
     print(f"around it, a job of the sweep: {cold - sum(one_run.values()):.2f} s")
-    agreement({s: found[s] for s in sample if s.observer in SCRIPT_OBSERVERS}, {s: r for s, (_, r) in by_script.items()})
+    both = [setting for setting in sample if setting.observer in SCRIPT_OBSERVERS]
+    agreement({setting: (found[setting], by_script[setting][1]) for setting in both})
 
 
 def say(title: str, each: float) -> None:
@@ -245,9 +248,8 @@ def steps(run: Callable[[], object]) -> dict[str, float]:
     return {**took, "the rest": whole - sum(took.values())}
 
 
-def agreement(found: Mapping[Setting, Found], by_script: Mapping[Setting, Mapping[str, Any]]) -> None:
-    """Print how far the accuracies of both are apart."""
-    pairs = {setting: (found[setting], by_script[setting]) for setting in found}
+def agreement(pairs: Mapping[Setting, tuple[Found, Mapping[str, Any]]]) -> None:
+    """Print how far the accuracies of qexp and of the script are apart."""
     for name in ("fp32", "int8"):
         furthest = max(abs(getattr(mine, name) - theirs[name]) for mine, theirs in pairs.values())
         print(f"{name.upper()} accuracies of {len(pairs)} settings differ by {100 * furthest:.3f} points at most")

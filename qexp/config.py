@@ -183,7 +183,7 @@ class Latency:
     warmup_calls: int
     warmup_seconds: float
     min_blocks: int
-    reuse: bool | str
+    reuse: Any  # true, false or auto; a union of types can't be merged by OmegaConf
 
 
 @dataclass

@@ -100,7 +100,7 @@ def run_job(config: Config, folder: Path) -> Result:
             raise RunError("the INT8 logits equal the FP32 logits bit for bit: nothing was quantized.")
         fidelity = per_layer(config, fused, int8, qparams, data)
         answer = target.answer(config, qconfig, data, prepared, int8, predictions["int8"], contents["int8"])
-        measure = partial(measured, config, variants, data, predictions, all_int8, folder)
+        measure = partial(side_by_side, config, variants, data, predictions, all_int8, folder)
         timings, latency_from = timed(config, data, fp32.digest, int8, folder, measure)
 
     margin = config.dataset["margin"]
@@ -284,7 +284,8 @@ def predicted(
             whole = partial(predict, loaded[0], precision)
             logits = cache.array(kept.folder(config), kept.predictions_key(config, data, [contents[precision]]), whole)
             # The first too: what was kept may be of another process.
-            for twin in (saved, *loaded):
+            twins: list[Callable[[Tensor], Tensor]] = [saved, *loaded]
+            for twin in twins:
                 agree(logits[few], predict(twin, precision, few), tolerances(all_int8)[precision])
             found[precision] = Predictions(logits, data.test.labels, data.test.ids)
     return found
@@ -323,7 +324,7 @@ def timed(
     return kept.timings(config, key, TIMING_LOCK, name, measure)
 
 
-def measured(
+def side_by_side(
     config: Config,
     variants: Mapping[str, Callable[[Tensor], Any]],
     data: Data,

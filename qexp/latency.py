@@ -286,7 +286,7 @@ def to_arrays(timings: Sequence[Timing]) -> dict[str, np.ndarray]:
     return {"plain": np.array(json.dumps(plain)), **arrays}
 
 
-def from_arrays(arrays: Mapping[str, np.ndarray]) -> list[Timing]:
+def from_arrays(arrays: Mapping[str, Any]) -> list[Timing]:
     """The timings that `to_arrays` took apart."""
     return [
         Timing(

@@ -63,7 +63,9 @@ def counted(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, of: Callable
 def test_a_run_that_quantizes_as_another_did_evaluates_nothing_but_the_checks(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flow: Flow
 ) -> None:
-    def how_many(model: object, split: Any, mean: object, std: object, size: int, title: str, chosen: Any = None) -> int:
+    def how_many(
+        model: object, split: Any, mean: object, std: object, size: int, title: str, chosen: Any = None
+    ) -> int:
         return len(split) if chosen is None else len(chosen)
 
     counts = counted(monkeypatch, evaluate, "predict", how_many)
@@ -205,7 +207,7 @@ def test_of_three_observers_one_is_timed_and_two_carry_its_timing(
 ) -> None:
     monkeypatch.setattr(kept, "trusted", lambda timings: True)  # whatever else this machine does meanwhile
     caplog.set_level("INFO", logger="qexp.kept")
-    timed = counted(monkeypatch, experiment, "measured", lambda *args: args[-1].name)
+    timed = counted(monkeypatch, experiment, "side_by_side", lambda *args: args[-1].name)
     names = ("minmax", "moving_average", "histogram")
     results = [run(name, *TIMED, *JOB, f"observer={name}", f"tracking.name={name}") for name in names]
     assert timed == ["minmax"]
