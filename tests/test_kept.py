@@ -26,8 +26,11 @@ from qexp.results import Result
 Composed = Callable[..., Config]
 Run = Callable[..., Result]
 TWO = images(2)
-SMALL = ("model=tiny", "latency=off", "saturation.exact_images=50", "per_layer.images=0")
-TIMED = ("model=tiny", "latency=quick", "latency.seconds=0.1", "latency.warmup_seconds=0", "per_layer.images=0")
+SMALL = ("model=tiny", "calib.batches=2", "per_layer.images=0", "latency=off", "saturation.exact_images=50")
+TIMED = (
+    "model=tiny", "calib.batches=2", "per_layer.images=0", "saturation.exact_images=0", "latency=quick",
+    "latency.seconds=0.1", "latency.warmup_seconds=0", "latency.runtimes=[eager]",
+)  # fmt: skip
 JOB = ("tracking.parent=sweep", "tracking.name=job")
 
 
