@@ -205,7 +205,7 @@ def one_more(outputs: str, *fixed: str) -> tuple[float, dict[str, float]]:
     # As a job of the sweep; the first in this process, whose imports and libraries are still cold, is not looked at.
     jobs = [composed(outputs, *fixed, "tracking.parent=study", f"calib.seed={seed}") for seed in (1, 2)]
     folder = Path(outputs) / "one_more"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     experiment.run_job(jobs[0], folder)
     took = steps(lambda: experiment.run_job(jobs[1], folder))
     return bare_pass(jobs[1], folder), took
