@@ -9,7 +9,7 @@ PORT ?= 5000
 BENCH ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run ui test test-slow test-all lint bench clean
+.PHONY: help setup run ui test test-slow test-all lint bench clean clean-cache
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,9 @@ lint: $(STAMP) ## check style and types
 
 bench: $(STAMP) ## measure what the project promises, as ratios; some of it with BENCH="..."
 	@$(BIN)/python -m benchmarks $(BENCH)
+
+clean-cache: ## empty outputs/cache: decoded images, predictions, timings; they are made again where needed
+	rm -rf outputs/cache
 
 clean: ## remove the environment and caches; runs and trained models under outputs/ stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .coverage outputs/cache

@@ -11,13 +11,14 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks import speed, timing
+from benchmarks import speed, study, timing
 from qexp import machine
 
 BENCHMARKS: dict[str, Callable[[str], None]] = {
     "calibration": speed.calibration,
     "whole_run": speed.whole_run,
     "order": timing.order,
+    "study": study.study,
     "aa": timing.against_itself,
 }
 

@@ -1,19 +1,23 @@
 """What is the same is computed once: arrays on disk, found by a key, written atomically, verified whenever opened.
 
 An entry is `<sha256 of the key>.npy`: a .npy file followed by a SHA-256 over everything before it. A truncated or
-altered entry is therefore recognised, and rebuilt.
+altered entry is therefore recognised, and rebuilt. Using an entry sets its modification time; within `bounded`, a new
+one takes the place of those that were not used for longest.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import logging
 import math
 import mmap
 import os
 import tempfile
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,6 +32,11 @@ logger = logging.getLogger(__name__)
 _SEAL = hashlib.sha256().digest_size
 _CHUNK = 1 << 22
 _DAMAGED = "the cache entry %s is damaged (%s); it is made anew"
+
+# The bytes that a folder may hold, set by `bounded`.
+_limit = math.inf
+# What this process has mapped, and the entry's file.
+_mapped: weakref.WeakKeyDictionary[mmap.mmap, Path] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,10 +63,63 @@ def array(folder: Path, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
     return _entry(folder, key, write).array
 
 
+def arrays(folder: Path, key: str, make: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """As `array`, for several small arrays that belong together, by name; they come back in memory."""
+
+    def packed() -> np.ndarray:
+        file = io.BytesIO()
+        np.savez(file, **make())  # type: ignore[arg-type]
+        return np.frombuffer(file.getvalue(), np.uint8)
+
+    return _unpacked(array(folder, key, packed))
+
+
 def find(folder: Path, key: str) -> np.ndarray | None:
     """The array kept in `folder` under `key`, as a read-only memory map; None where there is none that is whole."""
     found = _open(_path(folder, key))
     return None if found is None else found.array
+
+
+def find_arrays(folder: Path, key: str) -> dict[str, np.ndarray] | None:
+    """As `find`, for what `arrays` keeps."""
+    packed = find(folder, key)
+    return None if packed is None else _unpacked(packed)
+
+
+def _unpacked(packed: np.ndarray) -> dict[str, np.ndarray]:
+    with np.load(io.BytesIO(packed.tobytes()), allow_pickle=False) as file:
+        return dict(file)
+
+
+@contextmanager
+def bounded(gigabytes: float) -> Iterator[None]:
+    """Meanwhile each new entry makes room in its folder: those that were not used for longest are removed until all
+    together take no more than `gigabytes` (10^9 bytes), or only what this process has in use is left."""
+    global _limit
+    before, _limit = _limit, 1e9 * gigabytes
+    try:
+        yield
+    finally:
+        _limit = before
+
+
+def _make_room(folder: Path) -> None:
+    if _limit == math.inf:
+        return
+    entries: list[tuple[int, int, Path]] = []
+    for path in folder.glob("*.npy"):
+        with suppress(FileNotFoundError):  # another process makes room, too
+            status = path.stat()
+            entries.append((status.st_mtime_ns, status.st_size, path))
+    taken, in_use = sum(size for _, size, _ in entries), set(_mapped.values())
+    for _, size, path in sorted(entries):
+        if taken <= _limit:
+            break
+        if path not in in_use:
+            # Another process that has it mapped keeps its content.
+            _remove(path)
+            taken -= size
+            logger.info("removed %s from the cache, which may hold %g GB", path, _limit / 1e9)
 
 
 def filled(folder: Path, key: str, shape: tuple[int, ...], dtype: Any, fill: Callable[[np.ndarray], None]) -> Entry:
@@ -123,8 +185,10 @@ def _make(folder: Path, path: Path, write: Callable[[Path], None]) -> Entry:
             file.write(seal)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
-        found = _open(path)
+        found = _open(temporary)
+        if found is not None:
+            temporary.replace(path)
+            _make_room(folder)
     except OSError as error:
         raise _unwritable(folder, error) from error
     finally:
@@ -140,16 +204,18 @@ def _open(path: Path) -> Entry | None:
         with path.open("rb") as file:
             found = _Content.of(file, sealed=True)
             file.seek(-_SEAL, os.SEEK_END)
-            seal = file.read(_SEAL)
+            if file.read(_SEAL) != found.seal():
+                raise ValueError("its checksum is wrong")
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, EOFError) as error:
         logger.info(_DAMAGED, path, error)
         return None
-    if seal != found.seal():
-        logger.info(_DAMAGED, path, "its checksum is wrong")
-        return None
-    return Entry(np.load(path, mmap_mode="r", allow_pickle=False), found.sha256())
+    _mapped[values._mmap] = path.with_suffix(".npy")
+    with suppress(OSError):  # a cache that can only be read is used all the same
+        os.utime(path)
+    return Entry(values, found.sha256())
 
 
 @dataclass(frozen=True)

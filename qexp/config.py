@@ -188,6 +188,7 @@ class Latency:
     warmup_calls: int
     warmup_seconds: float
     min_blocks: int
+    reuse: Any  # true, false or auto; a union of types can't be merged by OmegaConf
 
 
 @dataclass
@@ -223,6 +224,13 @@ class Job:
 
 
 @dataclass
+class Cache:
+    """What a run may leave in `outputs`/cache for others, in gigabytes (10^9 bytes)."""
+
+    max_gb: float
+
+
+@dataclass
 class Tracking:
     uri: str | None
     experiment: str | None
@@ -250,6 +258,7 @@ class Config:
     per_layer: PerLayer
     compute: Compute
     job: Job
+    cache: Cache
     tracking: Tracking
     seed: int
     study: str | None
@@ -309,7 +318,7 @@ FIELDS = (
 )
 
 # What is said of a run, and changes nothing in its result.
-RECORDED_ONLY = ("tracking", "job", "study", "resume", "rerun", "objective", "outputs")
+RECORDED_ONLY = ("tracking", "job", "cache", "study", "resume", "rerun", "objective", "outputs")
 
 # What has no effect in a flow. torch's dynamic quantization computes activation ranges as it runs, and reduces them
 # to 7 bits by itself where kernels could saturate.
@@ -395,6 +404,7 @@ def _check_ranges(config: Config) -> None:
         "saturation.emulated_images": config.saturation.emulated_images,
         "job.timeout": config.job.timeout,
         "tracking.timeout": config.tracking.timeout,
+        "cache.max_gb": config.cache.max_gb,
         "observer.bins": config.observer.bins,
         "latency.seconds": latency.seconds,
         "latency.block_ms": latency.block_ms,
@@ -424,6 +434,8 @@ def _check_ranges(config: Config) -> None:
         )
     if latency.processes < 0:
         raise ConfigError(f"latency.processes={latency.processes}: must be 0 (in the running process) or more.")
+    if latency.reuse not in (True, False, "auto"):
+        raise ConfigError(f"latency.reuse={latency.reuse}: must be auto (true in a sweep), true or false.")
     _check_runtimes(latency)
     for name, seed in (("seed", config.seed), ("calib.seed", calib.seed), ("train.seed", train.seed)):
         if not 0 <= seed < 2**32:

@@ -22,7 +22,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qexp import cache, evaluate, latency, machine, metrics, models, quantize, record, saved, sources, target, worker
+from qexp import (
+    cache,
+    evaluate,
+    kept,
+    latency,
+    machine,
+    metrics,
+    models,
+    quantize,
+    record,
+    saved,
+    sources,
+    target,
+    worker,
+)
 from qexp import config as schema
 from qexp.config import ActivationObserver, Calib, Config, Flow, Overflow, QConfig, Runtime, Target
 from qexp.data import Data, count_shared, digest_of, draw, load_data, normalise
@@ -120,16 +134,19 @@ def run_job(config: Config, folder: Path) -> Result:
         here = [runtime for runtime in config.latency.runtimes if runtime is not Runtime.inductor]
         variants = saved.read(config, {"fp32": fused, "int8": skeleton}, folder, here)
         all_int8 = all(layer.int8 for layer in layers)
-        predictions = predicted(config, data, fp32.digest, artifacts, variants, in_memory, all_int8)
+        contents = {precision: content(config, fp32.digest, artifacts, variants, precision) for precision in in_memory}
+        predictions = predicted(config, data, contents, variants, in_memory, all_int8)
         if np.array_equal(predictions["fp32"].logits, predictions["int8"].logits):
             raise RunError("the INT8 logits equal the FP32 logits bit for bit: nothing was quantized.")
         fidelity = per_layer(config, fused, int8, qparams, data)
-        answer = target.answer(config, qconfig, data, prepared, int8, predictions["int8"])
-        timings = timed(config, variants, data, predictions, all_int8, folder)
+        answer = target.answer(config, qconfig, data, prepared, int8, predictions["int8"], contents["int8"])
+        measure = partial(side_by_side, config, variants, data, predictions, all_int8, folder)
+        timings, latency_from = timed(config, data, fp32.digest, int8, folder, measure)
 
     margin = config.dataset["margin"]
     measured = {
         **metrics.latency_tags(timings, target.other_kernels(config)),
+        **({"latency_from": latency_from} if latency_from else {}),
         "accuracy_source": str(answer.source),
         "saturation": str(answer.saturation),
         "verdict": metrics.verdict(predictions["fp32"], answer, margin),
@@ -156,7 +173,7 @@ def run_job(config: Config, folder: Path) -> Result:
         },
         doubts=tuple(metrics.doubts(config, qconfig, data, layers, {**numbers, **measured})),
         files={
-            **record.written(folder, config, data, predictions, qparams, layers, timings, artifacts),
+            **record.written(folder, config, data, predictions, qparams, layers, timings, latency_from, artifacts),
             **record.layers_written(folder, config, layers, fidelity, answer.layers, calibration.narrowed),
         },
         datasets=record.datasets_used(config, data, calibration.images),
@@ -169,8 +186,9 @@ def run_job(config: Config, folder: Path) -> Result:
 
 @contextmanager
 def _globals(config: Config) -> Iterator[None]:
-    """Threads and torch's generator set for this job and put back: nothing leaks into the next."""
-    with latency.threads(config.compute.threads), torch.random.fork_rng(devices=[]):
+    """Threads, torch's generator and the cache's bound set for this job and put back: nothing leaks into the next."""
+    bound = cache.bounded(config.cache.max_gb)
+    with bound, latency.threads(config.compute.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         yield
 
@@ -289,19 +307,27 @@ def checked_layers(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
     return layers
 
 
+def content(
+    config: Config, float_digest: str, artifacts: list[Artifact], variants: Mapping[str, Loaded], precision: str
+) -> str:
+    """The identity of the model whose predictions count: what was saved for the first runtime that executes it."""
+    first = next(name for name in variants if name.startswith(precision))
+    (artifact,) = (a for a in artifacts if f"{a.precision}_{a.runtime}" == first)
+    return kept.content(config, float_digest, artifact, variants[first])
+
+
 def predicted(
     config: Config,
     data: Data,
-    float_digest: str,
-    artifacts: list[Artifact],
+    contents: Mapping[str, str],
     variants: Mapping[str, Loaded],
     in_memory: Mapping[str, nn.Module],
     all_int8: bool,
 ) -> dict[str, Predictions]:
     """Predictions on all evaluation images by precision, with the first of the runtimes that execute it.
 
-    FP32's are kept: they are the same for every way to quantize. Raises RunError where another runtime, or the model
-    that was saved, gives other logits on the first images.
+    They are kept by `contents`. Raises RunError where any of the runtimes, or the model that was saved, gives other
+    logits on the first images.
     """
     few = np.arange(min(len(data.test), AGREEMENT_IMAGES))
 
@@ -314,26 +340,15 @@ def predicted(
     found = {}
     with quantize.engine(config.engine):
         for precision, saved in in_memory.items():
-            first, *others = [name for name in variants if name.startswith(precision)]
-            whole = partial(predict, variants[first], precision)
-            if precision == "fp32":
-                key = _fp32_key(config, data, float_digest, artifacts[0])
-                logits = cache.array(_folder(config, "cache"), key, whole)
-            else:
-                logits = whole()
-            twins: list[Callable[[Tensor], Tensor]] = [saved, *(variants[name] for name in others)]
+            loaded = [variant for name, variant in variants.items() if name.startswith(precision)]
+            whole = partial(predict, loaded[0], precision)
+            logits = cache.array(kept.folder(config), kept.predictions_key(config, data, [contents[precision]]), whole)
+            # The first too: what was kept may be of another process.
+            twins: list[Callable[[Tensor], Tensor]] = [saved, *loaded]
             for twin in twins:
                 agree(logits[few], predict(twin, precision, few), tolerances(all_int8)[precision])
             found[precision] = Predictions(logits, data.test.labels, data.test.ids)
     return found
-
-
-def _fp32_key(config: Config, data: Data, float_digest: str, artifact: Artifact) -> str:
-    """All that the FP32 logits depend on, in their last bit too."""
-    executed = [artifact.sha256, artifact.runtime, config.flow, config.fusion, float_digest]
-    images = [data.test.digest, data.mean, data.std, config.evaluate.batch_size]
-    where = [config.compute.threads, torch.__version__, machine.describe().cpu, machine.describe().isa]
-    return json.dumps(["fp32 logits", executed, images, where, sources.code_hash()])
 
 
 def per_layer(
@@ -350,19 +365,37 @@ def per_layer(
 
 def timed(
     config: Config,
+    data: Data,
+    float_digest: str,
+    int8: nn.Module,
+    folder: Path,
+    measure: Callable[[], list[latency.Timing]],
+) -> tuple[list[latency.Timing], str]:
+    """What `measure` times, one job at a time on the whole machine, and ""; with `latency.reuse` what another run timed
+    whose INT8 model executes the same, and that run."""
+    if not config.latency.enabled:
+        return [], ""
+    if not kept.reuses_timings(config):
+        with machine.lock(TIMING_LOCK):
+            return measure(), ""
+    key = kept.timing_key(config, data, float_digest, int8, _images(data, data.test.pixels(np.arange(1))))
+    where = str(folder.relative_to(config.outputs) if folder.is_relative_to(config.outputs) else folder)
+    name = f"{config.tracking.name} ({where})" if config.tracking.name else where
+    return kept.timings(config, key, TIMING_LOCK, name, measure)
+
+
+def side_by_side(
+    config: Config,
     variants: Mapping[str, Loaded],
     data: Data,
     predictions: Mapping[str, Predictions],
     all_int8: bool,
     folder: Path,
 ) -> list[latency.Timing]:
-    """Every variant timed side by side, at every batch size and number of threads asked for; one job at a time on the
-    whole machine."""
-    if not config.latency.enabled:
-        return []
+    """Every variant timed side by side, at every batch size and number of threads asked for."""
     images = min(len(data.test), LATENCY_IMAGES)
     inputs = _images(data, data.test.pixels(np.arange(images)))
-    with machine.lock(TIMING_LOCK), quantize.engine(config.engine):
+    with quantize.engine(config.engine):
         if config.latency.processes:
             logits = {precision: found.logits[:images] for precision, found in predictions.items()}
             return worker.measure(config, folder, inputs.numpy(), logits, tolerances(all_int8))

@@ -260,6 +260,18 @@ def merged(workers: Sequence[Timing]) -> Timing:
 
 def save(timings: Sequence[Timing], path: Path) -> None:
     """Write timings as one .npz, which `load` reads without unpickling anything."""
+    arrays: dict[str, Any] = to_arrays(timings)
+    np.savez(path, **arrays)
+
+
+def load(path: Path) -> list[Timing]:
+    """The timings that `save` wrote."""
+    with np.load(path, allow_pickle=False) as file:
+        return from_arrays(file)
+
+
+def to_arrays(timings: Sequence[Timing]) -> dict[str, np.ndarray]:
+    """Timings as plain arrays by name, which `from_arrays` takes."""
     arrays = {
         f"{i}.{name}": getattr(t, name) for i, t in enumerate(timings) for name in ("samples", "block", *PER_BLOCK)
     }
@@ -268,20 +280,19 @@ def save(timings: Sequence[Timing], path: Path) -> None:
         | {"conditions": [asdict(condition) for condition in t.conditions]}
         for t in timings
     ]
-    np.savez(path, plain=np.array(json.dumps(plain)), **arrays)
+    return {"plain": np.array(json.dumps(plain)), **arrays}
 
 
-def load(path: Path) -> list[Timing]:
-    """The timings that `save` wrote."""
-    with np.load(path, allow_pickle=False) as file:
-        return [
-            Timing(
-                **{name: file[f"{i}.{name}"] for name in ("samples", "block", *PER_BLOCK)},
-                conditions=tuple(Conditions(**values) for values in plain.pop("conditions")),
-                **plain,
-            )
-            for i, plain in enumerate(json.loads(str(file["plain"])))
-        ]
+def from_arrays(arrays: Mapping[str, Any]) -> list[Timing]:
+    """The timings that `to_arrays` took apart."""
+    return [
+        Timing(
+            **{name: arrays[f"{i}.{name}"] for name in ("samples", "block", *PER_BLOCK)},
+            conditions=tuple(Conditions(**values) for values in plain.pop("conditions")),
+            **plain,
+        )
+        for i, plain in enumerate(json.loads(str(arrays["plain"])))
+    ]
 
 
 def _rounds(

@@ -126,6 +126,7 @@ def written(
     qparams: Mapping[str, QParams],
     layers: tuple[Layer, ...],
     timings: list[latency.Timing],
+    latency_from: str,
     artifacts: list[Artifact],
 ) -> dict[str, str]:
     """Write what is kept of a run into its folder; the paths by their place in the run's artifacts."""
@@ -143,7 +144,8 @@ def written(
         rows = [_timing(t) for t in timings]
         _csv(folder / "latency.csv", list(rows[0]), rows)
         build = {"version": torch.__version__, "build": torch.__config__.show(), "engine": str(config.engine)}
-        where = {"machine": asdict(machine.describe()), "torch": build}
+        measured_by = {"latency_from": latency_from} if latency_from else {}
+        where = {"machine": asdict(machine.describe()), "torch": build, **measured_by}
         _json(folder / "latency.json", {**where, "rows": rows, "speedups": [_pair(*p) for p in latency.pairs(timings)]})
         samples = {f"{t.variant}.batch{t.batch_size}.threads{t.threads}": t.samples for t in timings}
         np.savez_compressed(folder / "latency_samples.npz", **samples)  # type: ignore[arg-type]

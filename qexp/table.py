@@ -119,6 +119,8 @@ def _notes(row: Row) -> dict[str, list[str]]:
         cpu = f"target={target}" if target != NOT_APPLICABLE else "the target's CPU"
         how = f"{ablation.SOURCES[accuracy.source]},{number}"
         notes["FP32 → INT8"] = [f"accuracy on {cpu}, {how}: this CPU's kernels give another."]
+    if carried := row.tags.get("latency_from"):
+        notes["latency, ms"] = [f"timed by {carried}, whose INT8 model executes the same operators."]
     if added := _verdict(row)["added"]:
         notes["verdict"] = [added]
     return notes

@@ -7,13 +7,16 @@ saturating one, the sums are emulated.
 
 from __future__ import annotations
 
+import json
 import logging
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
-from qexp import evaluate, quantize
+from qexp import cache, evaluate, kept, quantize
 from qexp.config import Config, Engine, Flow, QConfig, Target
 from qexp.data import Data
 from qexp.quantize import saturation, sums
@@ -57,11 +60,12 @@ def answer(
     prepared: nn.Module,
     int8: nn.Module,
     executed: Predictions,
+    content: str,
 ) -> Answer:
     """Answer for `config.target`, by the cheapest means that can.
 
     qconfig: resolved; prepared: calibrated; int8: converted from it; executed: INT8 predictions on all evaluation
-    images, made on this machine.
+    images, made on this machine; content: what identifies int8 (see qexp/kept.py).
     """
     everything = np.arange(len(executed.labels))
     signature, engine = saturation.probe(), config.engine
@@ -76,16 +80,17 @@ def answer(
         compared = everything if every else spread(len(everything), config.saturation.exact_images)
         if not len(compared):
             return replace(plain, saturation=Saturation.possible)
-        model = quantize.convert(prepared, config.flow, Engine.qnnpack)
-        found, layers = _run(model, Engine.qnnpack, int8, config, data, compared, "evaluating INT8 with exact sums")
+        exact_model = partial(quantize.convert, prepared, config.flow, Engine.qnnpack)
+        title = "evaluating INT8 with exact sums"
+        found, layers = _run(exact_model, Engine.qnnpack, int8, content, config, data, compared, title)
         source, counts = (Source.exact, found) if every else (Source.executed, executed)
         return Answer(source, everything, counts, _seen(layers), compared, found, executed.at(compared), layers)
     compared = spread(len(everything), config.saturation.emulated_images)
     if left := sums.not_emulated(int8):
         said = "%d layers add up as they do on this CPU, since their 16-bit sums can't be emulated: %s."
         log.warning(said, len(left), ", ".join(left))
-    emulated = sums.with_emulated_sums(int8, engine)
-    found, layers = _run(emulated, engine, int8, config, data, compared, "emulating 16-bit sums")
+    emulated = partial(sums.with_emulated_sums, int8, engine)
+    found, layers = _run(emulated, engine, int8, content, config, data, compared, "emulating 16-bit sums")
     exact = executed.at(compared)
     return Answer(Source.emulated, compared, found, _seen(layers), compared, exact, found, layers)
 
@@ -113,15 +118,28 @@ def _seen(layers: tuple[sums.LayerSums, ...]) -> Saturation:
 
 
 def _run(
-    model: nn.Module, engine: Engine, int8: nn.Module, config: Config, data: Data, images: np.ndarray, title: str
+    make: Callable[[], nn.Module],
+    engine: Engine,
+    int8: nn.Module,
+    content: str,
+    config: Config,
+    data: Data,
+    images: np.ndarray,
+    title: str,
 ) -> tuple[Predictions, tuple[sums.LayerSums, ...]]:
-    """What `model` answers, and how each of its layers differs from its namesake in the model that is executed."""
+    """What the model that `make` gives answers, and how each of its layers differs from its namesake in `int8`.
 
-    def call(batch: Tensor) -> Tensor:
-        logits: Tensor = model(batch)
-        return logits
+    content: of int8, by which the answer is kept (see qexp/kept.py); title: how the model differs.
+    """
 
-    with sums.compared(int8, model, config.engine) as layers, quantize.engine(engine):
-        size = config.evaluate.batch_size
-        predictions = evaluate.predict(call, data.test, data.mean, data.std, size, title, images)
-    return predictions, tuple(layers.values())
+    def run() -> dict[str, np.ndarray]:
+        model = make()
+        with sums.compared(int8, model, config.engine) as layers, quantize.engine(engine):
+            size = config.evaluate.batch_size
+            predictions = evaluate.predict(model, data.test, data.mean, data.std, size, title, images)
+        return {"logits": predictions.logits, "layers": np.array(json.dumps([asdict(one) for one in layers.values()]))}
+
+    found = cache.arrays(kept.folder(config), kept.predictions_key(config, data, [content, title], images), run)
+    ids = tuple(data.test.ids[image] for image in images)
+    layers = tuple(sums.LayerSums(**values) for values in json.loads(str(found["layers"])))
+    return Predictions(found["logits"], data.test.labels[images], ids), layers

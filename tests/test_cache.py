@@ -254,3 +254,70 @@ def test_scratch_is_read_only_leaves_no_file_and_its_checksum_follows_the_conten
     assert entry.sha256 == cache.filled(tmp_path / "kept", "key", VALUES.shape, VALUES.dtype, fill).sha256
     flat = cache.scratch(tmp_path, (5000,), VALUES.dtype, lambda out: np.copyto(out, VALUES.reshape(-1)))
     assert flat.sha256 != entry.sha256
+
+
+def test_several_arrays_are_one_entry_which_can_be_looked_for_without_making_it(tmp_path: Path) -> None:
+    assert cache.find(tmp_path, "key") is None
+    together = {"values": VALUES, "text": np.array("é"), "nothing": np.empty(0)}
+    for found in (cache.arrays(tmp_path, "key", lambda: together), cache.find(tmp_path, "key")):
+        assert found is not None
+        assert found.keys() == together.keys()
+        assert all(np.array_equal(found[name], together[name]) for name in together)
+    cache.arrays(tmp_path, "key", lambda: {"made": refuse()})
+    entry_file(tmp_path).write_bytes(b"")
+    assert cache.find(tmp_path, "key") is None
+
+
+def sizes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.npy"))
+
+
+def kilobyte(value: int) -> Callable[[], np.ndarray]:
+    return lambda: np.full(1000, value, np.uint8)
+
+
+def test_a_bounded_folder_drops_what_was_not_used_for_longest(tmp_path: Path) -> None:
+    with cache.bounded(5e-6):  # four entries of 1160 bytes
+        for value in range(4):
+            cache.array(tmp_path, str(value), kilobyte(value))
+            time.sleep(0.02)  # file systems count time in ticks
+        cache.array(tmp_path, "0", refuse)
+        cache.array(tmp_path, "4", kilobyte(4))
+        assert sizes(tmp_path) <= 5000
+        for value in (0, 2, 3, 4):
+            assert cache.array(tmp_path, str(value), refuse)[0] == value
+        made: list[int] = []
+        cache.array(tmp_path, "1", lambda: made.append(1) or kilobyte(1)())
+        assert made == [1]
+    for value in range(10, 20):
+        cache.array(tmp_path, str(value), kilobyte(value))
+    assert sizes(tmp_path) > 10_000
+
+
+def test_what_this_process_has_in_use_is_not_dropped(tmp_path: Path) -> None:
+    with cache.bounded(1e-6):
+        used = cache.array(tmp_path, "used", kilobyte(7))[10:]  # a part of it keeps all of it
+        for value in range(3):
+            cache.array(tmp_path, str(value), kilobyte(value))
+        assert cache.array(tmp_path, "used", refuse)[0] == 7
+        assert sizes(tmp_path) == 2 * 1160
+        del used
+        cache.array(tmp_path, "last", kilobyte(1))
+        assert sizes(tmp_path) == 1160
+
+
+def _drop(folder: Path) -> None:
+    with cache.bounded(1e-6):
+        for value in range(3):
+            cache.array(folder, str(value), kilobyte(value))
+
+
+def test_a_map_outlives_its_file_which_another_process_dropped(tmp_path: Path) -> None:
+    used = cache.array(tmp_path, "used", kilobyte(7))
+    context = multiprocessing.get_context("spawn")
+    other = context.Process(target=_drop, args=(tmp_path,))
+    other.start()
+    other.join()
+    assert other.exitcode == 0
+    assert cache.find(tmp_path, "used") is None
+    assert (used == 7).all()

@@ -66,6 +66,8 @@ def test_every_observer_has_an_entry_in_the_table_of_parameters() -> None:
         (["latency.threads=[0]"], r"latency\.threads=\[0\]: must be a list of positive numbers"),
         (["latency.batch_sizes=[]"], r"latency\.batch_sizes=\[\]: must be a list of positive numbers"),
         (["latency.runtimes=[]"], r"latency\.runtimes=\[\]: must be one or more of eager"),
+        (["latency.reuse=maybe"], r"latency\.reuse=maybe: must be auto \(true in a sweep\), true or false\."),
+        (["cache.max_gb=0"], r"cache\.max_gb=0\.0: must be positive\."),
         (
             ["engine=onednn", "qconfig.weight.scheme=asymmetric"],
             r"engine=onednn takes symmetric weights only.*use engine=",

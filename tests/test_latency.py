@@ -29,6 +29,7 @@ PROTOCOL = config.Latency(
     warmup_calls=5,
     warmup_seconds=0.05,
     min_blocks=4,
+    reuse=False,
 )
 
 

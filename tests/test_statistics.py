@@ -15,7 +15,7 @@ from torch.ao.quantization import MinMaxObserver, MovingAverageMinMaxObserver
 from qexp import quantize
 from qexp.config import ActivationObserver, Engine, Flow, Observer, QConfig
 from qexp.errors import RunError
-from qexp.quantize import kept
+from qexp.quantize import once
 from qexp.quantize.calibrate import calibrate
 from qexp.quantize.observers import activation_observer, observers
 from qexp.quantize.recorder import Recorder, counting
@@ -253,7 +253,7 @@ class Passes:
             self.images += len(inputs[0])
 
         prepared.register_forward_pre_hook(count)
-        kept.calibrate_once(prepared, batches, lambda batch: torch.from_numpy(batch) / 255, self.folder, on)
+        once.calibrate_once(prepared, batches, lambda batch: torch.from_numpy(batch) / 255, self.folder, on)
         return prepared
 
 
@@ -314,7 +314,7 @@ def test_a_damaged_entry_is_made_anew(tmp_path: Path) -> None:
 
 def test_what_is_packed_comes_back() -> None:
     stats = [statistics(values(kind)) for kind in KINDS]
-    packed = kept.pack(stats)
+    packed = once.pack(stats)
     assert packed.dtype == np.uint8
-    assert all(same(*pair) for pair in zip(stats, kept.unpack(packed), strict=True))
-    assert kept.unpack(kept.pack([])) == []
+    assert all(same(*pair) for pair in zip(stats, once.unpack(packed), strict=True))
+    assert once.unpack(once.pack([])) == []

@@ -342,3 +342,12 @@ def test_sizes_are_read_for_each_combination_of_the_other_settings() -> None:
 def test_one_size_is_no_sweep_over_sizes() -> None:
     assert table.calibration(granularity()) == ""
     assert table.calibration([]) == ""
+
+
+def test_a_timing_that_another_run_made_is_marked_and_named_once() -> None:
+    own, *carried = [measured(f"per_channel {name}", 0.85) for name in ("minmax", "mse", "entropy")]
+    carried = [replace(row, tags={**row.tags, "latency_from": "minmax (sweeps/x/0)"}) for row in carried]
+    text = table.runs([own, *carried])
+    assert text.count("4.90 → 0.86 (1)") == 2
+    assert text.count("4.90 → 0.86") == 3
+    assert text.endswith("\n(1) timed by minmax (sweeps/x/0), whose INT8 model executes the same operators.")

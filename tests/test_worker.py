@@ -135,7 +135,8 @@ def test_two_sweeps_at_once_time_one_after_the_other_and_survive_a_killed_holder
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     arguments = [
         "model=tiny", f"model.checkpoint={checkpoint}", "latency=standard", "latency.seconds=0.3",
-        "latency.warmup_seconds=0.05", "calib.seed=0,1", "saturation.exact_images=0", "per_layer.images=0", "-m",
+        "latency.warmup_seconds=0.05", "latency.reuse=false", "calib.seed=0,1", "saturation.exact_images=0",
+        "per_layer.images=0", "-m",
     ]  # fmt: skip
     with subprocess.Popen([sys.executable, "-c", held], stdout=subprocess.PIPE, env=env) as holder:
         assert holder.stdout is not None

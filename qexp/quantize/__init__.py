@@ -19,11 +19,12 @@ from qexp.quantize.calibrate import calibrate, run_or_refuse
 from qexp.quantize.compare import blame, fusion_difference
 from qexp.quantize.copies import evaluation_copy
 from qexp.quantize.engines import engine, require, supported
+from qexp.quantize.executed import executed
 from qexp.quantize.grid import SAFE_BITS, Grid, Side, executed_bits, grid
-from qexp.quantize.kept import calibrate_once
 from qexp.quantize.layers import layers, read_qparams
 from qexp.quantize.narrowing import Narrowed
 from qexp.quantize.observers import observers, records_range
+from qexp.quantize.once import calibrate_once
 from qexp.quantize.quiet import say_once_silently
 from qexp.quantize.strided import without_strides
 
@@ -38,6 +39,7 @@ __all__ = [
     "convert",
     "dry_run",
     "engine",
+    "executed",
     "executed_bits",
     "fuse",
     "fusion_difference",

@@ -1,0 +1,255 @@
+"""A study of many settings as one sweep, against one fresh process of a plain script (benchmarks/script.py) a setting.
+
+    QEXP_BENCH_DATA=FOLDER QEXP_BENCH_CHECKPOINT=FILE make bench BENCH=study
+
+FOLDER has train/<class>/ and test/<class>/ with images of one size, FILE a state_dict of torchvision's ResNet-18 that
+was trained on them, normalised as ImageNet is. Without the two, they are the digits as PNG files and a model that is
+trained in seconds. Both sides give activations 7 bits, as torch's reduce_range does, and time as `latency=quick` does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from benchmarks.speed import composed, seconds
+from qexp import config as schema
+from qexp import evaluate, experiment, latency, models, quantize, record, saved, target
+from qexp.config import Config
+from qexp.data import load_data
+
+ROOT = Path(__file__).resolve().parent.parent
+GRANULARITIES = ("per_tensor", "per_channel")
+SCHEMES = ("asymmetric", "symmetric")
+OBSERVERS = ("minmax", "moving_average")
+BATCHES = (4, 16, 64)
+# Those that the script has; in place of another it runs the first, a lower bound of its cost.
+SCRIPT_OBSERVERS = ("minmax", "moving_average")
+# Of the settings every fifth is given to the script: each value of each comes up.
+SCRIPT_STRIDE = 5
+BARE_PASSES = 3
+# What a run does, in its order.
+STEPS = (
+    (experiment, "load_data"),
+    (models, "float_model"),
+    (quantize, "fuse"),
+    (experiment, "checked_fusion"),
+    (quantize, "prepare"),
+    (experiment, "calibrated"),
+    (quantize, "convert"),
+    (quantize, "skeleton"),
+    (saved, "write"),
+    (saved, "read"),
+    (experiment, "predicted"),
+    (experiment, "per_layer"),
+    (target, "answer"),
+    (experiment, "timed"),
+    (record, "written"),
+    (record, "layers_written"),
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One run of the study, by the values of what varies."""
+
+    granularity: str
+    scheme: str
+    observer: str
+    batches: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found with one setting; timed: whether its latency was measured, and not carried from another run."""
+
+    fp32: float
+    int8: float
+    timed: bool = True
+
+
+SETTINGS = [Setting(*values) for values in itertools.product(GRANULARITIES, SCHEMES, OBSERVERS, BATCHES)]
+
+
+def study(outputs: str) -> None:
+    """Runs an hour of both, what a run costs beside a bare INT8 pass, and whether accuracies agree."""
+    data, checkpoint = given(Path(outputs))
+    kept = Path(outputs) / "study"
+    fixed = (
+        "dataset=imagefolder", f"dataset.root={data}", f"model.checkpoint={checkpoint}",
+        "latency=quick", "qconfig.overflow=activations",
+    )  # fmt: skip
+    cold = seconds(lambda: sweep(kept, fixed)) / len(SETTINGS)
+    found = read(kept)
+    again = seconds(lambda: sweep(kept, fixed)) / len(SETTINGS)
+    timed = sum(one.timed for one in found.values())
+    say(f"sweep of {len(found)} settings, cold cache", cold)
+    say("the same sweep again", again)
+    print(f"{timed} timings were made, {len(found) - timed} runs carry one", flush=True)
+
+    sample = SETTINGS[::SCRIPT_STRIDE]
+    by_script = {setting: script(setting, data, checkpoint) for setting in tqdm(sample, desc="script", disable=None)}
+    each = statistics.fmean(took for took, _ in by_script.values())
+    say(f"script, a fresh process for each of {len(sample)} settings", each)
+    print(f"factor {each / cold:.2f}; of the same sweep again {each / again:.2f}")
+    said = [one["steps"] for _, one in by_script.values()]
+    by_step = {name: statistics.fmean(one[name] for one in said) for name in said[0]}
+    by_step["start-up, imports"] = each - sum(by_step.values())
+    print(f"the script's time: {listed(by_step)}", flush=True)
+
+    bare, one_run = one_more(str(kept), *fixed)
+    print(f"a bare INT8 pass takes {bare:.2f} s; beside it a run of the sweep takes {cold - bare:.2f} s")
+    print(f"a run's time with nothing of its own in the cache but a timing: {listed(one_run)}")
+    print(f"around it, a job of the sweep: {cold - sum(one_run.values()):.2f} s")
+    both = [setting for setting in sample if setting.observer in SCRIPT_OBSERVERS]
+    agreement({setting: (found[setting], by_script[setting][1]) for setting in both})
+
+
+def say(title: str, each: float) -> None:
+    print(f"{title:58}{each:6.2f} s a run, {3600 / each:5.0f} runs an hour", flush=True)
+
+
+def listed(took: Mapping[str, float]) -> str:
+    """Seconds by name, the longest first; what takes less than a hundredth is left out."""
+    longest = sorted(took.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {value:.2f}" for name, value in longest if value >= 0.01)
+
+
+def given(outputs: Path) -> tuple[Path, Path]:
+    """The folder of images and the checkpoint that the environment names; else both are made, of the digits."""
+    data, checkpoint = os.environ.get("QEXP_BENCH_DATA"), os.environ.get("QEXP_BENCH_CHECKPOINT")
+    if data and checkpoint:
+        return Path(data).absolute(), Path(checkpoint).absolute()
+    if data or checkpoint:
+        sys.exit("QEXP_BENCH_DATA and QEXP_BENCH_CHECKPOINT go together: give both, or none.")
+    folder = outputs / "digits"
+    config = composed(str(outputs))
+    digits = load_data(config.dataset, outputs / "cache")
+    for split, images in (("train", digits.train), ("test", digits.test)):
+        for index, pixels in enumerate(images.pixels(np.arange(len(images)))):
+            path = folder / split / str(images.labels[index]) / f"{index:05}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.transpose(1, 2, 0)).save(path)
+    files = composed(str(outputs), "dataset=imagefolder", f"dataset.root={folder}")
+    trained = models.float_model(
+        files.model, files.train, load_data(files.dataset, outputs / "cache"), 0, outputs / "checkpoints", 2
+    )
+    torch.save(trained.module.state_dict(), folder / "resnet18.pt")
+    return folder, folder / "resnet18.pt"
+
+
+def python(*arguments: str) -> str:
+    """What a fresh interpreter prints; it ends the benchmark where it fails."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(arguments)} failed:\n{done.stdout}\n{done.stderr}")
+    return done.stdout
+
+
+def sweep(outputs: Path, fixed: tuple[str, ...]) -> None:
+    """All settings as one sweep, as a user starts it."""
+    varied = {
+        "qconfig.weight.granularity": GRANULARITIES,
+        "qconfig.activation.scheme": SCHEMES,
+        "observer": OBSERVERS,
+        "calib.batches": map(str, BATCHES),
+    }
+    python("-m", "qexp", "-m", f"outputs={outputs}", *fixed, *(f"{k}={','.join(v)}" for k, v in varied.items()))
+
+
+def read(outputs: Path) -> dict[Setting, Found]:
+    """What the jobs of a sweep left in their folders."""
+    found = {}
+    for file in sorted(outputs.glob("sweeps/*/*/config.json")):
+        config = schema.from_plain(json.loads(file.read_text()))
+        logits = np.load(file.with_name("predictions.npz"))
+        fp32, int8 = (float((logits[name].argmax(1) == logits["labels"]).mean()) for name in ("fp32", "int8"))
+        qconfig, batches = config.qconfig, int(config.calib.batches or 0)
+        setting = Setting(qconfig.weight.granularity, qconfig.activation.scheme, config.observer.name, batches)
+        timed = "latency_from" not in json.loads(file.with_name("latency.json").read_text())
+        found[setting] = Found(fp32, int8, timed)
+    return found
+
+
+def script(setting: Setting, data: Path, checkpoint: Path) -> tuple[float, dict[str, Any]]:
+    """The seconds that a fresh process of the script takes for a setting, start-up and all, and what it prints."""
+    observer = setting.observer if setting.observer in SCRIPT_OBSERVERS else SCRIPT_OBSERVERS[0]
+    started = time.perf_counter()
+    said = python(
+        "-m", "benchmarks.script", f"--data={data}", f"--checkpoint={checkpoint}", f"--observer={observer}",
+        f"--granularity={setting.granularity}", f"--activation={setting.scheme}", f"--batches={setting.batches}",
+    )  # fmt: skip
+    return time.perf_counter() - started, json.loads(said.splitlines()[-1])
+
+
+def one_more(outputs: str, *fixed: str) -> tuple[float, dict[str, float]]:
+    """The seconds of a bare INT8 pass over the evaluation images, and those of each step of one more run of the study,
+    with other calibration images than any before it."""
+    # As a job of the sweep; the first in this process, whose imports and libraries are still cold, is not looked at.
+    jobs = [composed(outputs, *fixed, "tracking.parent=study", f"calib.seed={seed}") for seed in (1, 2)]
+    folder = Path(outputs) / "one_more"
+    folder.mkdir(parents=True)
+    experiment.run_job(jobs[0], folder)
+    took = steps(lambda: experiment.run_job(jobs[1], folder))
+    return bare_pass(jobs[1], folder), took
+
+
+def bare_pass(config: Config, folder: Path) -> float:
+    """Seconds, the median of some passes with the model that a run saved."""
+    model, data = saved.load_int8(folder), load_data(config.dataset, Path(config.outputs) / "cache")
+
+    def whole() -> None:
+        evaluate.predict(model, data.test, data.mean, data.std, config.evaluate.batch_size)
+
+    with quantize.engine(config.engine), latency.threads(config.compute.threads):
+        return statistics.median(seconds(whole) for _ in range(BARE_PASSES))
+
+
+def steps(run: Callable[[], object]) -> dict[str, float]:
+    """Seconds that each of STEPS takes in `run`, by name; one that is a part of another counts as that other."""
+    took: dict[str, float] = {}
+    inside = False
+
+    def watched(name: str, step: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal inside
+            if inside:
+                return step(*args, **kwargs)
+            inside, started = True, time.perf_counter()
+            try:
+                return step(*args, **kwargs)
+            finally:
+                inside = False
+                took[name] = took.get(name, 0) + time.perf_counter() - started
+
+        return call
+
+    with ExitStack() as stack:
+        for owner, name in STEPS:
+            stack.enter_context(patch.object(owner, name, watched(name, getattr(owner, name))))
+        whole = seconds(run)
+    return {**took, "the rest": whole - sum(took.values())}
+
+
+def agreement(pairs: Mapping[Setting, tuple[Found, Mapping[str, Any]]]) -> None:
+    """Print how far the accuracies of qexp and of the script are apart."""
+    for name in ("fp32", "int8"):
+        furthest = max(abs(getattr(mine, name) - theirs[name]) for mine, theirs in pairs.values())
+        print(f"{name.upper()} accuracies of {len(pairs)} settings differ by {100 * furthest:.3f} points at most")

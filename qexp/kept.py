@@ -1,0 +1,117 @@
+"""What another run has found already: the keys of predictions and timings, which name all that these depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qexp import cache, latency, machine, quantize, sources
+from qexp import config as schema
+from qexp.config import Config
+from qexp.data import Data
+from qexp.quantize import saturation
+from qexp.results import Artifact
+from qexp.runtimes.model import Loaded
+
+log = logging.getLogger(__name__)
+
+# Environment variables that change how libraries compute or wait, by how they begin.
+_ENVIRONMENT = ("OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "FBGEMM_", "ATEN_", "TORCHINDUCTOR_", "LD_PRELOAD")
+
+
+def content(config: Config, float_digest: str, artifact: Artifact, loaded: Loaded) -> str:
+    """The identity of a saved model as it is executed: the file, the structure that it was read into, the engine."""
+    structure = [repr(loaded.module), str(getattr(loaded.module, "code", ""))]
+    made_of = [float_digest, config.flow, config.fusion]
+    return _hash([artifact.precision, artifact.runtime, artifact.sha256, artifact.engine, made_of, structure])
+
+
+def predictions_key(config: Config, data: Data, model: Sequence[str], images: np.ndarray | None = None) -> str:
+    """Everything that a model's answers on evaluation images depend on, in their last bit too.
+
+    model: `content`, and in words what was done with it; images: int64 indices, None for all of them.
+    """
+    chosen = None if images is None else hashlib.sha256(np.ascontiguousarray(images, np.int64).tobytes()).hexdigest()
+    shown = [data.test.digest, data.mean, data.std, config.evaluate.batch_size, chosen]
+    here = machine.describe()
+    where = [config.compute.threads, torch.__version__, here.cpu, here.isa, saturation.probe().id, _environment()]
+    return json.dumps(["predictions", model, shown, where, sources.code_hash()])
+
+
+def reuses_timings(config: Config) -> bool:
+    """What `latency.reuse` means for this run: auto is true for the jobs of a sweep."""
+    reuse = config.latency.reuse
+    return config.tracking.parent is not None if reuse == "auto" else bool(reuse)
+
+
+def timing_key(config: Config, data: Data, float_digest: str, int8: nn.Module, image: Tensor) -> str:
+    """Everything that the latencies of a run depend on. Observers and calibration change scales, not what is executed.
+
+    int8: converted; image: float32 [1, 3, H, W]. Beside what the INT8 model executes: the FP32 model, the images, the
+    protocol, the code, and the machine with what the environment sets in it.
+    """
+    operators = _hash(quantize.executed(int8, config.engine, image))
+    models = [float_digest, config.flow, config.fusion, config.engine, operators]
+    protocol = {name: value for name, value in schema.plain(config)["latency"].items() if name != "reuse"}
+    here = {name: value for name, value in asdict(machine.describe()).items() if name != "load"}
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    where = [here, cuda, saturation.probe().id, torch.__version__, _environment()]
+    return json.dumps(["timings", models, data.test.digest, protocol, where, sources.code_hash()], sort_keys=True)
+
+
+def timings(
+    config: Config, key: str, lock: Path, name: str, measure: Callable[[], list[latency.Timing]]
+) -> tuple[list[latency.Timing], str]:
+    """The timings kept under `key` and the name of the run that made them; or those that `measure` makes now, and "".
+
+    lock: held while timing, so that only one process does. name: of this run. Timings that `latency.validity` doubts
+    are not kept.
+    """
+
+    def found() -> tuple[list[latency.Timing], str] | None:
+        kept = cache.find_arrays(folder(config), key)
+        return None if kept is None else (latency.from_arrays(kept), str(kept["made_by"]))
+
+    carried = found()
+    if carried is None:
+        with machine.lock(lock):
+            carried = found()  # another process may have timed it while this one waited
+            if carried is None:
+                made = measure()
+                if trusted(made):
+                    by = np.array(name)
+                    cache.arrays(folder(config), key, lambda: {"made_by": by, **latency.to_arrays(made)})
+                return made, ""
+    log.info("latency is that of %s, whose INT8 model executes the same (latency.reuse=false times again)", carried[1])
+    return carried
+
+
+def trusted(timings: Sequence[latency.Timing]) -> bool:
+    """Whether the measurement at each batch size and number of threads is valid."""
+    measured: dict[tuple[int, int], list[latency.Timing]] = {}
+    for timing in timings:
+        measured.setdefault((timing.batch_size, timing.threads), []).append(timing)
+    return all(latency.validity(side_by_side)[0] for side_by_side in measured.values())
+
+
+def folder(config: Config) -> Path:
+    """The cache of all that runs share."""
+    return Path(config.outputs) / "cache"
+
+
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(_ENVIRONMENT)}
+
+
+def _hash(parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
