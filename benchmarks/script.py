@@ -34,7 +34,7 @@ from qexp.vision import torchvision  # torchvision itself, also beside a torch t
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EVALUATION_BATCH, CALIBRATION_BATCH, THREADS = 32, 16, 2
-WARMUP_CALLS, BLOCK_SECONDS, TIMING_SECONDS, TIMED_IMAGES = 5, 0.01, 1.5, 64
+WARMUP_CALLS, BLOCK_SECONDS, TIMING_SECONDS, TIMED_IMAGES = 5, 0.01, 1.0, 64
 
 
 def options() -> argparse.Namespace:

@@ -37,7 +37,7 @@ from qexp.data import load_data
 ROOT = Path(__file__).resolve().parent.parent
 GRANULARITIES = ("per_tensor", "per_channel")
 SCHEMES = ("asymmetric", "symmetric")
-OBSERVERS = ("minmax", "moving_average")
+OBSERVERS = ("minmax", "moving_average", "percentile", "mse")
 BATCHES = (4, 16, 64)
 # Those that the script has; in place of another it runs the first, a lower bound of its cost.
 SCRIPT_OBSERVERS = ("minmax", "moving_average")

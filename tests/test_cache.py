@@ -257,15 +257,15 @@ def test_scratch_is_read_only_leaves_no_file_and_its_checksum_follows_the_conten
 
 
 def test_several_arrays_are_one_entry_which_can_be_looked_for_without_making_it(tmp_path: Path) -> None:
-    assert cache.find(tmp_path, "key") is None
+    assert cache.find_arrays(tmp_path, "key") is None
     together = {"values": VALUES, "text": np.array("é"), "nothing": np.empty(0)}
-    for found in (cache.arrays(tmp_path, "key", lambda: together), cache.find(tmp_path, "key")):
+    for found in (cache.arrays(tmp_path, "key", lambda: together), cache.find_arrays(tmp_path, "key")):
         assert found is not None
         assert found.keys() == together.keys()
         assert all(np.array_equal(found[name], together[name]) for name in together)
     cache.arrays(tmp_path, "key", lambda: {"made": refuse()})
     entry_file(tmp_path).write_bytes(b"")
-    assert cache.find(tmp_path, "key") is None
+    assert cache.find_arrays(tmp_path, "key") is None
 
 
 def sizes(folder: Path) -> int:
@@ -319,5 +319,5 @@ def test_a_map_outlives_its_file_which_another_process_dropped(tmp_path: Path) -
     other.start()
     other.join()
     assert other.exitcode == 0
-    assert cache.find(tmp_path, "used") is None
+    assert cache.find_arrays(tmp_path, "used") is None
     assert (used == 7).all()
