@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks import speed, study, timing
+from benchmarks import many, speed, study, timing
 from qexp import machine
 
 BENCHMARKS: dict[str, Callable[[str], None]] = {
@@ -19,6 +19,7 @@ BENCHMARKS: dict[str, Callable[[str], None]] = {
     "whole_run": speed.whole_run,
     "order": timing.order,
     "study": study.study,
+    "many": many.many,
     "aa": timing.against_itself,
 }
 

@@ -33,7 +33,6 @@ from qexp import (
     quantize,
     record,
     saved,
-    sources,
     target,
     worker,
 )
@@ -283,20 +282,13 @@ def calibrated(
         if config.observer.name is ActivationObserver.histogram:
             quantize.calibrate(prepared, map(as_input, batches))
         else:
-            depends_on = _activations_key(config, data, float_digest)
+            depends_on = kept.activations_key(config, data, float_digest)
             quantize.calibrate_once(prepared, batches, as_input, _folder(config, "cache"), depends_on)
     narrowed: tuple[quantize.Narrowed, ...] = ()
     if qconfig.overflow is Overflow.layers:
         some = _images(data, pixels[:SATURATION_IMAGES])
         prepared, narrowed = quantize.narrow(prepared, config.flow, qconfig, config.engine, some)
     return prepared, Calibration(len(pixels), time.perf_counter() - started, narrowed, digest_of(pixels))
-
-
-def _activations_key(config: Config, data: Data, float_digest: str) -> str:
-    """All that FP32 activations depend on, in their last bit too, but the images."""
-    executed = [float_digest, config.flow, config.fusion, data.mean, data.std]
-    where = [config.compute.threads, torch.__version__, machine.describe().cpu, machine.describe().isa]
-    return json.dumps([executed, where, sources.code_hash()])
 
 
 def checked_layers(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:

@@ -1,4 +1,5 @@
-"""What another run has found already: the keys of predictions and timings, which name all that these depend on."""
+"""What another run has found already: the keys of calibration, predictions and timings, which name all that these
+depend on."""
 
 from __future__ import annotations
 
@@ -36,6 +37,12 @@ def content(config: Config, float_digest: str, artifact: Artifact, loaded: Loade
     return _hash([artifact.precision, artifact.runtime, artifact.sha256, artifact.engine, made_of, structure])
 
 
+def activations_key(config: Config, data: Data, float_digest: str) -> str:
+    """Everything that FP32 activations depend on, in their last bit too, but the images."""
+    executed = [float_digest, config.flow, config.fusion, data.mean, data.std]
+    return json.dumps(["activations", executed, _where(config), sources.code_hash()])
+
+
 def predictions_key(config: Config, data: Data, model: Sequence[str], images: np.ndarray | None = None) -> str:
     """Everything that a model's answers on evaluation images depend on, in their last bit too.
 
@@ -43,9 +50,7 @@ def predictions_key(config: Config, data: Data, model: Sequence[str], images: np
     """
     chosen = None if images is None else hashlib.sha256(np.ascontiguousarray(images, np.int64).tobytes()).hexdigest()
     shown = [data.test.digest, data.mean, data.std, config.evaluate.batch_size, chosen]
-    here = machine.describe()
-    where = [config.compute.threads, torch.__version__, here.cpu, here.isa, saturation.probe().id, _environment()]
-    return json.dumps(["predictions", model, shown, where, sources.code_hash()])
+    return json.dumps(["predictions", model, shown, _where(config), sources.code_hash()])
 
 
 def reuses_timings(config: Config) -> bool:
@@ -107,6 +112,12 @@ def trusted(timings: Sequence[latency.Timing]) -> bool:
 def folder(config: Config) -> Path:
     """The cache of all that runs share."""
     return Path(config.outputs) / "cache"
+
+
+def _where(config: Config) -> list[Any]:
+    """What computes, and how: on another CPU, or with another number of threads, last bits differ."""
+    here = machine.describe()
+    return [config.compute.threads, torch.__version__, here.cpu, here.isa, saturation.probe().id, _environment()]
 
 
 def _environment() -> dict[str, str]:

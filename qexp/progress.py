@@ -16,9 +16,10 @@ from qexp.results import Row
 
 @dataclass
 class _Jobs:
-    """The bar, and what it says beside the jobs done: how many failed, the best INT8 accuracy so far."""
+    """The bar, and what it says beside the jobs done: the best INT8 accuracy so far, how many failed or were reused."""
 
     bar: Any
+    reused: int = 0
     failed: int = 0
     best: float | None = None
 
@@ -28,7 +29,8 @@ class _Jobs:
         self.best = max((value for value in (self.best, accuracy) if value is not None), default=None)
         best = f"best INT8 {self.best:.4f}" if self.best is not None else ""
         failed = f"{self.failed} failed" if self.failed else ""
-        self.bar.set_postfix_str(", ".join(text for text in (best, failed) if text), refresh=False)
+        reused = f"{self.reused} reused" if self.reused else ""
+        self.bar.set_postfix_str(", ".join(text for text in (best, failed, reused) if text), refresh=False)
         self.bar.update()
 
 
@@ -37,11 +39,11 @@ _jobs: _Jobs | None = None
 
 
 @contextlib.contextmanager
-def over(count: int) -> Iterator[None]:
-    """Show a bar over so many jobs, where stderr is a terminal."""
+def over(count: int, reused: int = 0) -> Iterator[None]:
+    """Show a bar over so many jobs, where stderr is a terminal; reused: how many of them needn't be run again."""
     global _jobs
-    with tqdm(total=count, desc="jobs", unit="job", disable=None, leave=False, smoothing=0.1) as bar:
-        _jobs = _Jobs(bar)
+    with tqdm(total=count, initial=reused, desc="jobs", unit="job", disable=None, leave=False, smoothing=0.1) as bar:
+        _jobs = _Jobs(bar, reused)
         try:
             yield
         finally:

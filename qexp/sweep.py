@@ -378,7 +378,7 @@ def launch(master: DictConfig, planned: Sequence[Planned], launcher: Any, batch_
     returns: list[Any] = []
     status, code = "FINISHED", 0
     try:
-        with stoppable(), progress.over(len(left)):
+        with stoppable(), progress.over(len(planned), len(planned) - len(left)):
             every = [item.overrides for item in left]
             for chunk in BasicSweeper.split_overrides_to_chunks(every, batch_size) if left else []:
                 launched = [[*overrides, f"tracking.parent={parent.id}"] for overrides in chunk]

@@ -23,12 +23,12 @@ def row(accuracy: float | None) -> Row:
     return Row("", "job", "FINISHED", metrics={"accuracy/int8": accuracy})
 
 
-def test_a_bar_tells_jobs_done_failed_and_the_best_so_far(
+def test_a_bar_tells_jobs_done_failed_reused_and_the_best_so_far(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    with progress.over(4):
+    with progress.over(6, reused=2):
         assert progress.shown()
         for number, accuracy in enumerate((0.8, 0.9, None, 0.7)):
             progress.report(f"#{number}", row(accuracy))
@@ -36,8 +36,8 @@ def test_a_bar_tells_jobs_done_failed_and_the_best_so_far(
         progress._jobs.bar.refresh()  # type: ignore[union-attr]
     assert not progress.shown()
     last = [text for text in terminal.getvalue().split("\r") if text.strip()][-1]
-    assert "4/4" in last
-    assert "best INT8 0.9000, 1 failed" in last
+    assert "6/6" in last
+    assert "best INT8 0.9000, 1 failed, 2 reused" in last
 
 
 def test_where_there_is_no_terminal_there_are_lines_alone(capsys: pytest.CaptureFixture[str]) -> None:
