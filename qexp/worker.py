@@ -39,7 +39,7 @@ CHECKED_IMAGES = 8
 class Order:
     """What a worker is told. folder: the run's; scratch: where it finds `inputs.npy` (float32 [n, 3, H, W]) and
     `<precision>.npy` (their logits, float32 [n, classes]); result: where it writes; tolerance: by precision that is
-    timed, a key of model.TOLERANCE; again: variants to be timed a second time, as `<variant>_again`."""
+    timed, a key of model.TOLERANCE."""
 
     config: dict[str, object]
     folder: str
@@ -49,7 +49,6 @@ class Order:
     cores: list[int]
     seed: int
     tolerance: dict[str, str]
-    again: list[str]
 
 
 def measure(
@@ -58,12 +57,11 @@ def measure(
     inputs: np.ndarray,
     logits: Mapping[str, np.ndarray],
     tolerance: Mapping[str, str],
-    again: Sequence[str] = (),
 ) -> list[latency.Timing]:
     """Time every variant in `latency.processes` fresh processes for each number of threads, and merge their timings.
 
     inputs: float32 [n, 3, H, W]; logits: what these give, float32 [n, classes], by precision; no other precision is
-    timed; again: variants to be timed twice. Raises RunError where a worker fails, or its models give other logits.
+    timed. Raises RunError where a worker fails, or its models give other logits.
     """
     protocol = config.latency
     with tempfile.TemporaryDirectory(prefix="qexp-timing-") as scratch, ExitStack() as closing:
@@ -80,7 +78,6 @@ def measure(
                 cores=machine.separate_cores(threads),
                 seed=config.seed + process,
                 tolerance={precision: tolerance[precision] for precision in logits},
-                again=list(again),
             )
             for process in range(protocol.processes)
             for threads in protocol.threads
@@ -181,7 +178,6 @@ def main(path: str) -> None:
             expected = np.load(scratch / f"{precision}.npy")[:CHECKED_IMAGES]
             agree(expected, model(inputs[:CHECKED_IMAGES]).numpy(), order.tolerance[precision])
         timed = with_cuda(variants)
-        timed |= {f"{name}_again": variants[name] for name in order.again}
         for batch_size in config.latency.batch_sizes:
             among = control.get(str(batch_size))
             compiled = _compile(variants, latency.make_batches(inputs, batch_size)[0])

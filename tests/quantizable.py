@@ -106,3 +106,20 @@ class Chain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.pool(self.features(x)).flatten(1))
+
+
+class Upsampling(nn.Module):
+    """Has a layer whose 16-bit sums can't be emulated: a transposed convolution."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=4)
+        self.up = nn.ConvTranspose2d(8, 8, 2)
+        self.fc = nn.Linear(8, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.up(self.conv(x)).mean((2, 3)))
+        return logits
+
+    def fuse_model(self, is_qat: bool = False) -> None:
+        """There is nothing to fuse."""

@@ -85,6 +85,17 @@ def test_where_this_cpu_is_exact_the_other_one_is_emulated(
     assert result.metrics["accuracy/int8_exact"] == executed
 
 
+def test_layers_whose_sums_cannot_be_emulated_are_named(
+    composed: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(saturation, "probe", lambda: signature(200))
+    model = ("model=custom", "model._target_=quantizable.Upsampling", "+model.num_classes=10", "train=fast")
+    asked = ("target=avx2", "qconfig.overflow=none", "engine=onednn", "saturation.emulated_images=9", "latency=off")
+    result = experiment.run_job(composed(*model, *asked), tmp_path)
+    assert result.tags["accuracy_source"] == "emulated"
+    assert "1 layers add up as they do on this CPU, since their 16-bit sums can't be emulated: up." in caplog.text
+
+
 def test_without_images_to_compare_saturation_stays_possible(run: Callable[..., Result]) -> None:
     result = run("qconfig.overflow=none", "saturation.exact_images=0", "engine=fbgemm")
     expected = "possible" if saturation.probe().saturates(Engine.fbgemm) else "impossible"
