@@ -1,0 +1,94 @@
+"""A sweep of hundreds of runs of the smallest model: whether the last costs what the first did, and what of it is
+neither the model's nor Hydra's."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from tqdm import tqdm
+
+from benchmarks.speed import composed
+from benchmarks.study import ROOT, listed, steps
+from qexp import experiment
+
+RUNS = 500
+EDGE = 50  # runs at the start, after the first few, and at the end, that are compared
+FIRST = 5
+HYDRAS = 50
+ALONE = 10
+SMALLEST = ("model=tiny", "train=fast", "latency=off", "per_layer.images=0", "saturation.exact_images=0", "calib=small")
+# What of a run isn't the model's: images looked up, files written.
+RECORDS = ("load_data", "written", "layers_written", "the rest")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A job: when it ended, in seconds, and the megabytes (10^6 bytes) that the sweep's lasting processes held then."""
+
+    at: float
+    megabytes: float
+
+
+def many(outputs: str) -> None:
+    """Seconds a run and memory at both ends of RUNS runs; a run's time by whose it is; the same sweep again."""
+    kept = f"{outputs}/many"
+    asked = ("-m", "qexp", "-m", *SMALLEST, "study=many", f"outputs={kept}", f"calib.seed=range({RUNS})")
+    ended = watched(RUNS, *asked)[FIRST:]
+    ends = [ended[: EDGE + 1], ended[-EDGE - 1 :]]
+    first, last = (each(part) for part in ends)
+    before, after = (statistics.median(one.megabytes for one in part) for part in ends)
+    print(f"{EDGE} runs at the start {first:.3f} s each, at the end {last:.3f} s: {last / first:.2f}×")
+    print(f"memory at the start {before:.0f} MB, at the end {after:.0f} MB: {after / before:.2f}×", flush=True)
+
+    # As a job of the sweep; the first in this process is cold, and not looked at.
+    jobs = [composed(kept, *SMALLEST, "tracking.parent=many", f"calib.seed={RUNS + n}") for n in range(ALONE + 1)]
+    folder = Path(outputs) / "alone"
+    folder.mkdir()
+    runs = [steps(lambda job=job: experiment.run_job(job, folder)) for job in jobs][1:]  # type: ignore[misc]
+    by_step = {name: statistics.median(run.get(name, 0) for run in runs) for name in runs[0]}
+    model = sum(value for name, value in by_step.items() if name not in RECORDS)
+    hydras = each(watched(HYDRAS, "-m", "benchmarks.nothing", "-m", f"calib.seed=range({HYDRAS})")[FIRST:])
+    outside = statistics.fmean([first, last]) - model
+    print(f"of a run {model:.3f} s are the model's, {outside:.3f} s are not; Hydra's own are {hydras:.3f} s of these")
+    print(f"a run by itself: {listed(by_step)}", flush=True)
+
+    started = time.perf_counter()
+    watched(0, *asked)
+    whole = time.perf_counter() - started
+    print(f"the same sweep again, all runs finished: {whole:.1f} s, {whole / RUNS:.3f} s a run", flush=True)
+
+
+def each(ended: list[Ended]) -> float:
+    """Median seconds between one job's end and the next."""
+    return statistics.median(after.at - before.at for before, after in itertools.pairwise(ended))
+
+
+def watched(jobs: int, *arguments: str) -> list[Ended]:
+    """A fresh interpreter that prints a line with # for each job that has ended; it ends the benchmark where it fails
+    or ends another number of jobs than `jobs`."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    found: list[Ended] = []
+    command = [sys.executable, *arguments]
+    with (
+        tqdm(total=jobs, desc=arguments[1], disable=None, leave=False) as bar,
+        subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process,
+    ):
+        root = psutil.Process(process.pid)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("#"):
+                # The sweep, and the server that its jobs are forked from; the jobs are the server's children.
+                lasting = sum(one.memory_info().rss for one in [root, *root.children()])
+                found.append(Ended(time.perf_counter(), lasting / 1e6))
+                bar.update()
+    if process.returncode or len(found) != jobs:
+        sys.exit(f"{' '.join(arguments)}: status {process.returncode}, {len(found)} of {jobs} jobs ended")
+    return found
