@@ -61,10 +61,11 @@ def _path(folder: Path, precision: str, runtime: Runtime) -> Path:
 def read(
     config: Config, structures: Mapping[str, nn.Module], folder: Path, runtimes: Collection[Runtime]
 ) -> dict[str, Loaded]:
-    """The models that `write` saved, by `<precision>_<runtime>`. structures: by precision (see `structures`)."""
+    """The models that `write` saved, by `<precision>_<runtime>`. structures: of the precisions wanted (see below)."""
     found = {}
+    wanted = [(precision, runtime) for precision, runtime in variants(runtimes) if precision in structures]
     with quantize.engine(config.engine):
-        for precision, runtime in variants(runtimes):
+        for precision, runtime in wanted:
             path = _path(folder, precision, runtime)
             engine = config.engine if precision == "int8" else None
             if runtime is Runtime.torchscript:
@@ -78,17 +79,18 @@ def read(
     return found
 
 
-def structures(config: Config, folder: Path) -> dict[str, nn.Module]:
-    """The modules of both precisions of a run, with meaningless weights, made again from what is in its folder."""
+def structures(config: Config, folder: Path, precisions: Collection[str] = PRECISIONS) -> dict[str, nn.Module]:
+    """The modules of a run by precision, with meaningless weights, made again from what is in its folder."""
     images = json.loads((folder / "model" / "images.json").read_text())
     module = models.build(config.model, images["classes"], config.seed)
     example = torch.zeros(2, *images["shape"])
     # A narrowed grid is in the state, not in the structure.
     plain = replace(config.qconfig, overflow=Overflow.none)
-    return {
-        "fp32": quantize.fuse(module, config.flow, config.fusion, example),
-        "int8": quantize.skeleton(module, config.flow, config.fusion, plain, config.engine, example),
+    make = {
+        "fp32": lambda: quantize.fuse(module, config.flow, config.fusion, example),
+        "int8": lambda: quantize.skeleton(module, config.flow, config.fusion, plain, config.engine, example),
     }
+    return {precision: make[precision]() for precision in precisions}
 
 
 def load_int8(folder: Path) -> Loaded:
@@ -98,5 +100,5 @@ def load_int8(folder: Path) -> Loaded:
     """
     config = schema.from_plain(json.loads((folder / "config.json").read_text()))
     with torch.random.fork_rng(devices=[]):
-        made = structures(config, folder)
+        made = structures(config, folder, ["int8"])
     return read(config, made, folder, [Runtime.eager])["int8_eager"]

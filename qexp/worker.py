@@ -169,8 +169,8 @@ def main(path: str) -> None:
     config = schema.from_plain(order.config)
     folder, scratch = Path(order.folder), Path(order.scratch)
     inputs = torch.from_numpy(np.load(scratch / "inputs.npy"))
-    all_variants = saved.read(config, saved.structures(config, folder), folder, config.latency.runtimes)
-    variants = {name: model for name, model in all_variants.items() if name.partition("_")[0] in order.tolerance}
+    structures = saved.structures(config, folder, order.tolerance)
+    variants = saved.read(config, structures, folder, config.latency.runtimes)
     timings: list[latency.Timing] = []
     with quantize.engine(config.engine), torch.inference_mode():
         for name, model in variants.items():
