@@ -2,7 +2,8 @@
 
 All variants are timed side by side. A round holds two blocks of each, in random order and then in the mirrored order
 (A B C C B A), so that a machine that slows down or speeds up steadily during a round does so for all variants alike.
-A block is some calls of one variant in a row, at least `block_ms` long. Every call's duration is kept.
+A block is some calls of one variant in a row, at least `block_ms` long. Every call's duration is kept. Once all
+variants have `min_blocks`, rounds go on with the fastest of either precision alone, for the sake of the headline.
 
 Beside the durations, a block records what else happened meanwhile, from which `validity` says whether to trust it;
 and the fastest of the variants named can be timed twice, as its own control. What fresh processes measured, one after
@@ -87,8 +88,8 @@ class Timing:
     """What was measured of one variant at one batch size and number of threads, by one process or, merged, by several.
 
     samples: float32 [calls], milliseconds of each call, in the order of the calls; block: int32 [calls], which block
-    a call belongs to, from 0. Of each block [blocks]: worker: int32, the process, from 0; round: int32, each a round
-    of one process; position: int32, its place among the blocks of all variants of its process; wall_ms, cpu_ms:
+    a call belongs to, from 0. Of each block [blocks]: worker: int32, the process, from 0; round: int32, the round of
+    that process, from 0; position: int32, its place among the blocks of all variants of its process; wall_ms, cpu_ms:
     float64, its duration and the processor time of the calling thread in it; switches: int32, how often the system
     took the processor away (of all threads where there are several). first_ms: the first call; like all of the
     warm-up it is no sample. compile_ms: what the compilation before it took, None where nothing is compiled (both are
@@ -130,12 +131,23 @@ class Timing:
     @property
     def round_ms(self) -> np.ndarray:
         """float64 [rounds]: milliseconds a call, mean over the two blocks of each round."""
-        return np.bincount(self.round, self.block_ms) / np.bincount(self.round)
+        _, which = np.unique(self._round_ids, return_inverse=True)
+        return np.bincount(which, self.block_ms) / np.bincount(which)
+
+    @property
+    def rounds(self) -> np.ndarray:
+        """int64 [rounds]: a number for each round, the same for all variants that were timed in it."""
+        return np.unique(self._round_ids)
 
     @property
     def workers(self) -> np.ndarray:
-        """int32 [rounds]: the process of each round."""
-        return np.asarray(self.worker[np.unique(self.round, return_index=True)[1]])
+        """int64 [rounds]: the process of each round."""
+        return self.rounds >> 32
+
+    @property
+    def _round_ids(self) -> np.ndarray:
+        ids: np.ndarray = (self.worker.astype(np.int64) << 32) + self.round
+        return ids
 
     @property
     def summary(self) -> stats.Summary:
@@ -197,8 +209,8 @@ def time_blocks(
 ) -> list[Timing]:
     """The protocol itself, for any callables: warm-up, block sizes, then rounds of blocks.
 
-    Rounds go on until `protocol.seconds` are over and every variant has `protocol.min_blocks` blocks. clock: gives
-    nanoseconds.
+    Rounds go on until `protocol.seconds` are over and every variant has `protocol.min_blocks` blocks; those after that
+    are of the contenders (see `_contenders`). clock: gives nanoseconds.
     """
     with no_gc():
         asleep = machine.work()
@@ -238,9 +250,8 @@ def merged(workers: Sequence[Timing]) -> Timing:
     """
     if len({(w.variant, w.control_of, w.batch_size, w.threads) for w in workers}) != 1:
         raise ValueError("only timings of one variant, batch size and number of threads can be merged")
-    blocks, rounds = ([len(of(w)) for w in workers] for of in (lambda w: w.round, lambda w: w.round_ms))
     # What is counted from 0 in each process goes on from one to the next.
-    before = {"block": np.cumsum([0, *blocks]), "round": np.cumsum([0, *rounds]), "worker": np.arange(len(workers))}
+    before = {"block": np.cumsum([0, *(len(w.round) for w in workers)]), "worker": np.arange(len(workers))}
 
     def column(name: str) -> np.ndarray:
         parts = [getattr(w, name) for w in workers]
@@ -299,12 +310,26 @@ def _rounds(
     runners: Sequence[_Runner], protocol: config.Latency, rng: np.random.Generator, clock: Callable[[], int]
 ) -> None:
     deadline = clock() + protocol.seconds * 1e9
-    rounds = 0
+    rounds = blocks = 0
+    timed = runners
     while clock() < deadline or 2 * rounds < max(protocol.min_blocks, 1):
-        order = rng.permutation(len(runners)).tolist()
+        if rounds and 2 * rounds >= protocol.min_blocks and timed is runners:
+            timed = _contenders(runners)
+        order = rng.permutation(len(timed)).tolist()
         for place, index in enumerate(order + order[::-1]):
-            runners[index].measure(rounds, 2 * rounds * len(runners) + place)
-        rounds += 1
+            timed[index].measure(rounds, blocks + place)
+        rounds, blocks = rounds + 1, blocks + 2 * len(timed)
+
+
+def _contenders(runners: Sequence[_Runner]) -> Sequence[_Runner]:
+    """What the headline is made of: on the CPU the fastest of either precision so far, and the control with what it
+    repeats."""
+    controls = [runner for runner in runners if runner.control_of]
+    names = {runner.control_of for runner in controls}
+    plain = [runner for runner in runners if not runner.control_of and runner.variant != "fp32_cuda"]
+    for precision in {runner.precision for runner in plain}:
+        names.add(min((r for r in plain if r.precision == precision), key=lambda runner: runner.p50).variant)
+    return [runner for runner in runners if runner in controls or runner.variant in names]
 
 
 class _Runner:
@@ -330,6 +355,15 @@ class _Runner:
         self.control_of: str | None = None
         self.durations: list[np.ndarray] = []
         self.blocks: list[tuple[int, int, float, float, int]] = []
+
+    @property
+    def precision(self) -> str:
+        return self.variant.partition("_")[0]
+
+    @property
+    def p50(self) -> float:
+        """Milliseconds a call, of what was measured so far."""
+        return float(np.median(np.concatenate(self.durations)))
 
     def control(self) -> _Runner:
         """A second runner of the same warm callable, with blocks of the same size."""
@@ -424,15 +458,16 @@ def fastest(timings: Sequence[Timing]) -> Timing:
 
 def speedup(fp32: Timing, int8: Timing, confidence: float = 0.95) -> Interval:
     """How many times faster INT8 is: the median over rounds of FP32's time over INT8's, with a bootstrap interval that
-    resamples processes, then rounds (see `stats.median_ratio`).
+    resamples processes, then rounds (see `stats.median_ratio`). Rounds count in which both were timed.
 
     Raises ValueError where the two were not timed side by side.
     """
-    if fp32.conditions != int8.conditions or not np.array_equal(fp32.round, int8.round):
+    if fp32.conditions != int8.conditions:
         raise ValueError(f"{fp32.variant} and {int8.variant} were not timed side by side")
     from qexp import stats
 
-    ratios, workers = fp32.round_ms / int8.round_ms, fp32.workers
+    _, mine, others = np.intersect1d(fp32.rounds, int8.rounds, assume_unique=True, return_indices=True)
+    ratios, workers = fp32.round_ms[mine] / int8.round_ms[others], fp32.workers[mine]
     return stats.median_ratio([ratios[workers == worker] for worker in np.unique(workers)], confidence)
 
 
@@ -480,9 +515,12 @@ def _of_blocks(timings: Sequence[Timing]) -> Iterator[str]:
     rate = sum(int(timing.switches.sum()) for timing in timings) / (wall.sum() / 1000)
     if rate > SWITCHES_A_SECOND:
         yield f"{rate:.0f} involuntary context switches a second: another process wanted the same core"
-    # What all variants do alike is the machine's doing, and the same on both sides of every ratio.
-    alike = np.exp(np.mean([np.log(timing.round_ms) for timing in timings], axis=0))
-    for timing in timings:
+    # What all variants do alike is the machine's doing, and the same on both sides of every ratio. Of those that were
+    # timed from the first round to the last.
+    whole = max(len(timing.rounds) for timing in timings)
+    throughout = [timing for timing in timings if len(timing.rounds) == whole]
+    alike = np.exp(np.mean([np.log(timing.round_ms) for timing in throughout], axis=0))
+    for timing in throughout:
         relative, workers = timing.round_ms / alike, timing.workers
         drifts = [_drift(relative[workers == worker]) for worker in np.unique(workers)]
         # A warm-up that isn't over shows in every process.

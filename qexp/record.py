@@ -221,7 +221,7 @@ def _timing(timing: latency.Timing) -> dict[str, Any]:
         "first_ms": timing.first_ms,
         "compile_ms": timing.compile_ms,
         "processes": len(timing.conditions),
-        "rounds": len(timing.round_ms),
+        "rounds": len(timing.rounds),
         "started": timing.started,
         "ended": timing.ended,
     }

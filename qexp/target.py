@@ -80,9 +80,9 @@ def answer(
         compared = everything if every else spread(len(everything), config.saturation.exact_images)
         if not len(compared):
             return replace(plain, saturation=Saturation.possible)
-        exact_model = partial(quantize.convert, prepared, config.flow, Engine.qnnpack)
+        exact_model = partial(quantize.exact, prepared, config.flow)
         title = "evaluating INT8 with exact sums"
-        found, layers = _run(exact_model, Engine.qnnpack, int8, content, config, data, compared, title)
+        found, layers = _run(exact_model, int8, content, config, data, compared, title)
         source, counts = (Source.exact, found) if every else (Source.executed, executed)
         return Answer(source, everything, counts, _seen(layers), compared, found, executed.at(compared), layers)
     compared = spread(len(everything), config.saturation.emulated_images)
@@ -90,7 +90,7 @@ def answer(
         said = "%d layers add up as they do on this CPU, since their 16-bit sums can't be emulated: %s."
         log.warning(said, len(left), ", ".join(left))
     emulated = partial(sums.with_emulated_sums, int8, engine)
-    found, layers = _run(emulated, engine, int8, content, config, data, compared, "emulating 16-bit sums")
+    found, layers = _run(emulated, int8, content, config, data, compared, "emulating 16-bit sums")
     exact = executed.at(compared)
     return Answer(Source.emulated, compared, found, _seen(layers), compared, exact, found, layers)
 
@@ -119,7 +119,6 @@ def _seen(layers: tuple[sums.LayerSums, ...]) -> Saturation:
 
 def _run(
     make: Callable[[], nn.Module],
-    engine: Engine,
     int8: nn.Module,
     content: str,
     config: Config,
@@ -134,7 +133,7 @@ def _run(
 
     def run() -> dict[str, np.ndarray]:
         model = make()
-        with sums.compared(int8, model, config.engine) as layers, quantize.engine(engine):
+        with sums.compared(int8, model) as layers, quantize.engine(config.engine):
             size = config.evaluate.batch_size
             predictions = evaluate.predict(model, data.test, data.mean, data.std, size, title, images)
         return {"logits": predictions.logits, "layers": np.array(json.dumps([asdict(one) for one in layers.values()]))}

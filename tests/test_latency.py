@@ -177,6 +177,39 @@ def test_rounds_go_on_for_the_seconds_and_the_blocks_asked_for() -> None:
     assert len(pair(Simulated(), protocol=replace(PROTOCOL, seconds=0, min_blocks=0))[0].round) == 2
 
 
+SIX = {"fp32_eager": 7, "fp32_ts": 5, "fp32_cuda": 1, "int8_eager": 3, "int8_ts": 2}
+
+
+def six(seconds: float = 4, **other: float) -> list[latency.Timing]:
+    machine = Simulated()
+    variants = {name: machine.model(name, ms) for name, ms in {**SIX, **other}.items()}
+    return machine.time(variants, replace(PROTOCOL, seconds=seconds), control_among=("fp32_eager", "fp32_ts"))
+
+
+def test_once_all_have_their_blocks_the_fastest_of_either_precision_go_on() -> None:
+    timings = {timing.variant: timing for timing in six()}
+    blocks = {name: len(timing.round) for name, timing in timings.items()}
+    assert {name for name, count in blocks.items() if count > PROTOCOL.min_blocks} == {"fp32_ts", "int8_ts", "control"}
+    assert {blocks[name] for name in ("fp32_eager", "fp32_cuda", "int8_eager")} == {PROTOCOL.min_blocks}
+    assert blocks["fp32_ts"] == blocks["int8_ts"] == blocks["control"]
+    places = sorted(place for timing in timings.values() for place in timing.position.tolist())
+    assert places == list(range(len(places)))
+    assert latency.speedup(timings["fp32_eager"], timings["int8_ts"]).value == 3.5
+    assert latency.speedup(timings["fp32_ts"], timings["int8_eager"]).value == pytest.approx(5 / 3)
+    assert latency.validity(quiet(list(timings.values()))) == (True, ())
+
+
+def test_processes_may_go_on_with_others() -> None:
+    together = [latency.merged(pair) for pair in zip(six(), six(int8_ts=4), strict=True)]
+    timings = {timing.variant: timing for timing in together}
+    fp32, eager, ts = (timings[name] for name in ("fp32_ts", "int8_eager", "int8_ts"))
+    assert len(fp32.rounds) == len(np.union1d(eager.rounds, ts.rounds))
+    assert set(np.intersect1d(eager.rounds, ts.rounds) >> 32) == {0, 1}
+    # 5/2 in the whole of the first process, 5/4 in the common rounds of the second.
+    assert latency.speedup(fp32, ts).value == 2.5
+    assert latency.validity(quiet(together)) == (True, ())
+
+
 def test_the_warm_up_is_of_calls_and_of_seconds() -> None:
     by_calls, by_seconds = Simulated(), Simulated()
     by_calls.time({"fp32": by_calls.model("fp32", 100)}, replace(PROTOCOL, seconds=0, min_blocks=2))

@@ -78,16 +78,14 @@ def test_only_layers_that_saturate_are_narrowed(flow: Flow) -> None:
         if name.endswith(".weight"):
             assert (after.qmax < plain[name].qmax) == (sides.get(name.removesuffix(".weight")) is Side.weights)
     converted = quantize.convert(narrowed, flow, Engine.x86)
-    exact = quantize.convert(narrowed, flow, Engine.qnnpack)
+    exact = quantize.exact(narrowed, flow)
     emulated = sums.with_emulated_sums(converted, Engine.x86)
-    rows = sums.layer_by_layer(emulated, exact, [EXAMPLE], Engine.x86, Engine.qnnpack)
+    rows = sums.layer_by_layer(emulated, exact, [EXAMPLE], Engine.x86)
     assert not any(row.saturates for row in rows)
     # And without the guard it does.
     unguarded = quantize.convert(prepared, flow, Engine.x86)
     emulated = sums.with_emulated_sums(unguarded, Engine.x86)
-    before = sums.layer_by_layer(
-        emulated, quantize.convert(prepared, flow, Engine.qnnpack), [EXAMPLE], Engine.x86, Engine.qnnpack
-    )
+    before = sums.layer_by_layer(emulated, quantize.exact(prepared, flow), [EXAMPLE], Engine.x86)
     assert [row.name for row in before if row.saturates] == names
 
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 import torch.ao.nn.intrinsic.quantized as nniq
 import torch.ao.nn.quantized as nnq
-from quantizable import MINMAX, images, settings, trained
+from quantizable import MINMAX, Chain, images, relative_error, settings, trained
 from torch import Tensor, nn
 
 from qexp import nets, quantize
 from qexp.config import Engine, Flow
 from qexp.errors import InputError
 from qexp.quantize import sums
+from qexp.quantize.biases import fit_biases
 from qexp.quantize.saturation import probe
 
 ENGINES = [e for e in (Engine.x86, Engine.fbgemm, Engine.onednn) if e in quantize.supported()]
@@ -255,6 +256,27 @@ def test_a_transposed_convolution_counts_as_one_that_may_overflow() -> None:
         sums.weight_pairs(module, ENGINES[0])
 
 
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("shape", ["conv", "depthwise", "linear"])
+def test_channels_without_weights_keep_their_bias(shape: str, per_channel: bool) -> None:
+    """Exact sums are qnnpack's, which alone wraps around where a bias is many times what the weights can be."""
+    module, inputs = layer(shape, Engine.qnnpack)
+    integers, scales = module.weight().int_repr(), module.weight().q_per_channel_scales().float()
+    scales[: 5 if per_channel else len(scales)] = 1e-12
+    weight, bias = packed(integers, scales, per_channel, 0), torch.linspace(-60, 60, len(scales))
+    geometry = {name: SHAPES[shape][name] for name in ("padding", "groups") if name in SHAPES[shape]}
+    function = nn.functional.linear if shape == "linear" else nn.functional.conv2d
+    expected = function(inputs.dequantize(), weight.dequantize(), bias, **geometry)
+    module.scale, module.zero_point = float(expected.abs().max()) / 127, 128
+    with quantize.engine(Engine.qnnpack):
+        module.set_weight_bias(weight, bias)
+        wrapped = module(inputs).dequantize()
+        fit_biases(nn.Sequential(module))
+        fitting = module(inputs).dequantize()
+    assert float((wrapped - expected).abs().max()) > 10 * module.scale
+    assert float((fitting - expected).abs().max()) <= 0.51 * module.scale
+
+
 # ------------------------------------------------------------------------------------------------ whole models
 
 
@@ -264,7 +286,22 @@ def converted(flow: Flow, engine: Engine) -> tuple[nn.Module, nn.Module, Tensor]
     fused = quantize.fuse(trained(nets.tiny(10)), flow, True, some)
     prepared = quantize.prepare(fused, flow, settings(), MINMAX, engine, some)
     quantize.calibrate(prepared, [some])
-    return quantize.convert(prepared, flow, engine), quantize.convert(prepared, flow, Engine.qnnpack), some
+    return quantize.convert(prepared, flow, engine), quantize.exact(prepared, flow), some
+
+
+@pytest.mark.parametrize("clamp", [nn.ReLU, nn.ReLU6, nn.Hardtanh])
+@pytest.mark.parametrize("engine", ONE_OF_EACH)
+def test_where_nothing_saturates_exact_sums_change_nothing(engine: Engine, clamp: type[nn.Module]) -> None:
+    """With 7-bit activations; whatever layers are between those that add up."""
+    some = images(4)
+    fused = quantize.fuse(trained(Chain(clamp)), Flow.fx, True, some)
+    prepared = quantize.prepare(fused, Flow.fx, settings(activation_bits=7), MINMAX, engine, some)
+    quantize.calibrate(prepared, [some])
+    expected, actual = (
+        executed(model, engine, some)
+        for model in (quantize.convert(prepared, Flow.fx, engine), quantize.exact(prepared, Flow.fx))
+    )
+    assert relative_error(actual, expected) < 0.02
 
 
 @pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
@@ -277,7 +314,7 @@ def test_whole_models_answer_as_executed(engine: Engine, flow: Flow) -> None:
     assert not sums.at_risk(exact, Engine.qnnpack)
     saturating = "conv" in probe().saturating_kinds(engine)
     twin = sums.with_emulated_sums(model, engine, saturating)
-    rows = sums.layer_by_layer(model, twin, [some[:2], some[2:]], engine, engine)
+    rows = sums.layer_by_layer(model, twin, [some[:2], some[2:]], engine)
     assert len(rows) == len(list(sums.int8_layers(model)))
     # See check_against_execution for the step that a machine with VNNI may differ by.
     assert max(row.largest for row in rows) <= (0 if saturating else 1)
@@ -291,12 +328,10 @@ def test_whole_models_answer_as_executed(engine: Engine, flow: Flow) -> None:
 def test_layers_are_compared_each_by_itself(engine: Engine, flow: Flow) -> None:
     model, exact, some = converted(flow, engine)
     saturated = sums.with_emulated_sums(model, engine)
-    rows = {row.name: row for row in sums.layer_by_layer(saturated, exact, [some], engine, Engine.qnnpack)}
+    rows = {row.name: row for row in sums.layer_by_layer(saturated, exact, [some], engine)}
     rounding = {
         row.name: row
-        for row in sums.layer_by_layer(
-            sums.with_emulated_sums(model, engine, saturating=False), exact, [some], engine, Engine.qnnpack
-        )
+        for row in sums.layer_by_layer(sums.with_emulated_sums(model, engine, saturating=False), exact, [some], engine)
     }
     assert {row.kind for row in rows.values()} == {"conv", "pointwise", "linear"}
     assert all(row.largest <= 1 for row in rounding.values())
@@ -314,4 +349,4 @@ def test_qnnpack_has_nothing_to_emulate() -> None:
 def test_models_with_other_layers_are_not_compared() -> None:
     _, exact, some = converted(Flow.eager, ENGINES[0])
     with pytest.raises(InputError, match="has no INT8 layer"):
-        sums.layer_by_layer(nn.Sequential(), exact, [some], ENGINES[0], Engine.qnnpack)
+        sums.layer_by_layer(nn.Sequential(), exact, [some], ENGINES[0])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qexp.config import ActivationObserver, Engine, Flow, Observer, QConfig
 from qexp.errors import InputError, QexpError
 from qexp.quantize import dynamic, eager, fx, narrowing, saturation, sums
+from qexp.quantize.biases import fit_biases
 from qexp.quantize.calibrate import calibrate, run_or_refuse
 from qexp.quantize.compare import blame, fusion_difference
 from qexp.quantize.copies import evaluation_copy
@@ -39,6 +40,7 @@ __all__ = [
     "convert",
     "dry_run",
     "engine",
+    "exact",
     "executed",
     "executed_bits",
     "fuse",
@@ -96,11 +98,10 @@ def narrow(
     if not sums.at_risk(converted, engine_name):
         return prepared, ()
     if saturation.probe().dense_saturates(engine_name, qconfig.weight.scheme):
-        exact = convert(prepared, flow, Engine.qnnpack)
-        rows = sums.layer_by_layer(converted, exact, [images], engine_name, Engine.qnnpack)
+        rows = sums.layer_by_layer(converted, exact(prepared, flow), [images], engine_name)
     else:
         emulated = sums.with_emulated_sums(converted, engine_name)
-        rows = sums.layer_by_layer(emulated, converted, [images], engine_name, engine_name)
+        rows = sums.layer_by_layer(emulated, converted, [images], engine_name)
     risky = [row.name for row in rows if row.saturates]
     return narrowing.narrow(prepared, risky, qconfig, images[:NOISE_IMAGES]) if risky else (prepared, ())
 
@@ -112,6 +113,17 @@ def convert(prepared: nn.Module, flow: Flow, engine_name: Engine) -> nn.Module:
             return dynamic.convert(prepared)
         converted = eager.convert(prepared) if flow is Flow.eager else fx.convert(prepared)
         return without_strides(converted, engine_name)
+
+
+def exact(prepared: nn.Module, flow: Flow) -> nn.Module:
+    """A converted copy whose convolutions and linear layers are qnnpack's, with exact sums, on every engine.
+
+    To be run under the engine that it is compared with: all else is then the same. (Under qnnpack torch 2.13 clamps
+    tensors in channels-last as if they weren't, so that after a ReLU6 nothing is right.)
+    """
+    converted = convert(prepared, flow, Engine.qnnpack)
+    fit_biases(converted)
+    return converted
 
 
 def skeleton(

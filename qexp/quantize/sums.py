@@ -391,7 +391,7 @@ class LayerSums:
 
 
 @contextmanager
-def compared(executed: nn.Module, other: nn.Module, executed_engine: Engine) -> Iterator[dict[str, LayerSums]]:
+def compared(executed: nn.Module, other: nn.Module) -> Iterator[dict[str, LayerSums]]:
     """While `other` runs in this context, give each INT8 layer of `executed` what its namesake in there gets, and
     compare what both answer: by layer, in the order in which layers are called.
 
@@ -407,8 +407,7 @@ def compared(executed: nn.Module, other: nn.Module, executed_engine: Engine) -> 
 
     def compare(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            with engine(executed_engine):
-                answer = mine[name](*inputs)
+            answer = mine[name](*inputs)
             steps = (answer.int_repr().int() - output.int_repr().int()).abs()
             before = found.get(name, LayerSums(name, _kind(layer), 0, 0, 0))
             found[name] = LayerSums(
@@ -430,10 +429,10 @@ def compared(executed: nn.Module, other: nn.Module, executed_engine: Engine) -> 
 
 
 def layer_by_layer(
-    executed: nn.Module, other: nn.Module, batches: Iterable[Tensor], executed_engine: Engine, other_engine: Engine
+    executed: nn.Module, other: nn.Module, batches: Iterable[Tensor], engine_name: Engine
 ) -> tuple[LayerSums, ...]:
     """Run `other` on float32 [n, 3, H, W] batches, and compare its layers with those of `executed` (see `compared`)."""
-    with compared(executed, other, executed_engine) as found, engine(other_engine), torch.inference_mode():
+    with compared(executed, other) as found, engine(engine_name), torch.inference_mode():
         for batch in batches:
             other(batch)
     return tuple(found.values())
