@@ -61,7 +61,7 @@ BUSY_SHARE = 0.25
 STOLEN = 0.02
 # A warm-up is over where two blocks in a row differ by less than this, or after so many blocks more.
 STEADY = 0.05
-BLOCKS_TO_STEADY = 8
+BLOCKS_TO_STEADY = 4
 # Of the first quarter of a variant's rounds against the rest.
 DRIFT = 0.1
 
