@@ -13,7 +13,6 @@ import argparse
 import json
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,7 +113,6 @@ def milliseconds(variants: dict[str, Callable[[Tensor], Tensor]], images: Tensor
 
 def main() -> None:
     asked = options()
-    warnings.filterwarnings("ignore")  # torch.ao.quantization and TorchScript are deprecated
     torch.backends.quantized.engine = "x86"
     torch.set_num_threads(THREADS)
     steps: dict[str, float] = {}

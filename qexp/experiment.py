@@ -72,7 +72,7 @@ def check_inputs(config: Config) -> None:
     if config.latency.enabled and Runtime.inductor in config.latency.runtimes:
         inductor.check_compiler()
     with _globals(config):
-        data = load_data(config.dataset, _folder(config, "cache"))
+        data = load_data(config.dataset, kept.folder(config))
         example = _images(data, data.train.pixels(draw(data.train, config.calib))[:1])
         module = models.check_model(config.model, len(data.classes), data.test.shape)
         quantize.dry_run(module, config.flow, config.fusion, resolved(config), config.observer, config.engine, example)
@@ -96,7 +96,7 @@ def described(configs: Sequence[Config]) -> list[dict[str, str]]:
     found = []
     for config in configs:
         with _globals(config):
-            where = json.dumps(config.dataset), _folder(config, "cache")
+            where = json.dumps(config.dataset), kept.folder(config)
             idle = "calib" in schema.without_effect(config)
             calibration = "" if idle else drawn(where[0], json.dumps(asdict(config.calib)), where[1])
             found.append(record.tags(config) | record.data_tags(config, opened(*where), calibration))
@@ -111,10 +111,10 @@ def run_job(config: Config, folder: Path) -> Result:
     """
     with _globals(config):
         known = record.tags(config)  # of the code as it is now, not when the job ends
-        data = load_data(config.dataset, _folder(config, "cache"))
+        data = load_data(config.dataset, kept.folder(config))
         qconfig = resolved(config)
         fp32 = models.float_model(
-            config.model, config.train, data, config.seed, _folder(config, "checkpoints"), config.compute.threads
+            config.model, config.train, data, config.seed, Path(config.outputs) / "checkpoints", config.compute.threads
         )
         few = _images(data, data.test.pixels(np.arange(min(len(data.test), AGREEMENT_IMAGES))))
         fused = quantize.fuse(fp32.module, config.flow, config.fusion, few[:2])
@@ -190,10 +190,6 @@ def _globals(config: Config) -> Iterator[None]:
     with bound, latency.threads(config.compute.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         yield
-
-
-def _folder(config: Config, name: str) -> Path:
-    return Path(config.outputs) / name
 
 
 def _images(data: Data, pixels: np.ndarray) -> Tensor:
@@ -283,7 +279,7 @@ def calibrated(
             quantize.calibrate(prepared, map(as_input, batches))
         else:
             depends_on = kept.activations_key(config, data, float_digest)
-            quantize.calibrate_once(prepared, batches, as_input, _folder(config, "cache"), depends_on)
+            quantize.calibrate_once(prepared, batches, as_input, kept.folder(config), depends_on)
     narrowed: tuple[quantize.Narrowed, ...] = ()
     if qconfig.overflow is Overflow.layers:
         some = _images(data, pixels[:SATURATION_IMAGES])

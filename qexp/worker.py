@@ -150,7 +150,7 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def main(path: str) -> None:
-    """What a worker does: import torch, say so, wait for a line with what it is to time as its control, and time."""
+    """What a worker does: import torch, say so, wait for word of what is to be its control, and time."""
     order = Order(**json.loads(Path(path).read_text()))
     processes.end_with_parent()  # nobody else's timing is disturbed by an orphan
 

@@ -18,6 +18,13 @@ from qexp.config import (
 )
 
 MINMAX = Observer(ActivationObserver.minmax)
+RECORDED = {
+    "minmax": MINMAX,
+    "moving_average": Observer(ActivationObserver.moving_average, averaging_constant=0.1),
+    "percentile": Observer(ActivationObserver.percentile, percentile=99.5),
+    "mse": Observer(ActivationObserver.mse),
+    "entropy": Observer(ActivationObserver.entropy, bins=1024),
+}
 
 
 def settings(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from quantizable import MINMAX, Chain, images, settings, trained
+from quantizable import MINMAX, RECORDED, Chain, images, settings, trained
 from scipy.stats import entropy as kullback_leibler
 from torch import Tensor
 from torch.ao.quantization import MinMaxObserver
@@ -29,13 +29,6 @@ from qexp.quantize.statistics import merge, statistics
 SYMMETRIC, ASYMMETRIC = Scheme.symmetric, Scheme.asymmetric
 EIGHT = Grid(0, 255)
 QSCHEMES = {SYMMETRIC: torch.per_tensor_symmetric, ASYMMETRIC: torch.per_tensor_affine}
-OBSERVERS = {
-    "minmax": MINMAX,
-    "moving_average": Observer(ActivationObserver.moving_average, averaging_constant=0.1),
-    "percentile": Observer(ActivationObserver.percentile, percentile=99.5),
-    "mse": Observer(ActivationObserver.mse),
-    "entropy": Observer(ActivationObserver.entropy, bins=1024),
-}
 
 
 def values(kind: str, count: int = 20_000, seed: int = 0) -> Tensor:
@@ -265,14 +258,14 @@ def test_entropy_cuts_an_outlier_off() -> None:
 
 
 @pytest.mark.parametrize("scheme", [ASYMMETRIC, SYMMETRIC])
-@pytest.mark.parametrize("name", list(OBSERVERS))
+@pytest.mark.parametrize("name", list(RECORDED))
 @pytest.mark.parametrize("kind", KINDS)
 def test_ranges_scale_with_the_values_and_lie_within_them(kind: str, name: str, scheme: Scheme) -> None:
     x = values(kind, 4000)
-    low, high = solver(OBSERVERS[name])(statistics(x), EIGHT, scheme)
+    low, high = solver(RECORDED[name])(statistics(x), EIGHT, scheme)
     assert float(x.min()) <= low <= high <= float(x.max())
     for exponent in (-10, 10, 90):
-        scaled = solver(OBSERVERS[name])(statistics(x * 2.0**exponent), EIGHT, scheme)
+        scaled = solver(RECORDED[name])(statistics(x * 2.0**exponent), EIGHT, scheme)
         assert scaled == pytest.approx((low * 2.0**exponent, high * 2.0**exponent), rel=1e-6)
 
 
@@ -281,13 +274,13 @@ def test_ranges_scale_with_the_values_and_lie_within_them(kind: str, name: str, 
 def test_ranges_of_the_negatives_are_the_negatives_of_the_ranges(kind: str, name: str) -> None:
     x = values(kind, 4000)
     for scheme in (ASYMMETRIC, SYMMETRIC):
-        low, high = solver(OBSERVERS[name])(statistics(x), EIGHT, scheme)
-        assert solver(OBSERVERS[name])(statistics(-x), EIGHT, scheme) == pytest.approx((-high, -low), rel=1e-6)
+        low, high = solver(RECORDED[name])(statistics(x), EIGHT, scheme)
+        assert solver(RECORDED[name])(statistics(-x), EIGHT, scheme) == pytest.approx((-high, -low), rel=1e-6)
 
 
 @pytest.mark.parametrize("scheme", ["asymmetric", "symmetric"])
 @pytest.mark.parametrize("bits", [2, 8])
-@pytest.mark.parametrize("name", list(OBSERVERS))
+@pytest.mark.parametrize("name", list(RECORDED))
 def test_constant_zero_tiny_and_huge_tensors_have_sound_parameters(name: str, bits: int, scheme: str) -> None:
     normal = values("normal", 1000)
     qconfig = settings(activation_scheme=scheme, activation_bits=bits)
@@ -297,7 +290,7 @@ def test_constant_zero_tiny_and_huge_tensors_have_sound_parameters(name: str, bi
         "tiny, one-sided": 1e-30 * normal.abs(), "huge, one-sided": 1e30 * normal.abs(),
     }  # fmt: skip
     for kind, x in tensors.items():
-        observer, minmax = activation_observer(qconfig, OBSERVERS[name])(), activation_observer(qconfig, MINMAX)()
+        observer, minmax = activation_observer(qconfig, RECORDED[name])(), activation_observer(qconfig, MINMAX)()
         observer(x)
         minmax(x)
         (scale, zero_point), (widest, its_zero_point) = observer.calculate_qparams(), minmax.calculate_qparams()

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from quantizable import MINMAX, Chain, Plain, images, settings, trained
+from quantizable import MINMAX, RECORDED, Chain, Plain, images, settings, trained
 from torch import Tensor, nn
 from torch.ao.quantization import MinMaxObserver, MovingAverageMinMaxObserver
 
 from qexp import quantize
-from qexp.config import ActivationObserver, Engine, Flow, Observer, QConfig
+from qexp.config import Engine, Flow, Observer, QConfig
 from qexp.errors import RunError
 from qexp.quantize import once
 from qexp.quantize.calibrate import calibrate
@@ -21,14 +21,7 @@ from qexp.quantize.observers import activation_observer, observers
 from qexp.quantize.recorder import Recorder, counting
 from qexp.quantize.statistics import TensorStats, merge, statistics
 
-MOVING = Observer(ActivationObserver.moving_average, averaging_constant=0.05)
-RECORDED = {
-    "minmax": MINMAX,
-    "moving_average": MOVING,
-    "percentile": Observer(ActivationObserver.percentile, percentile=99.9),
-    "mse": Observer(ActivationObserver.mse),
-    "entropy": Observer(ActivationObserver.entropy, bins=512),
-}
+MOVING = RECORDED["moving_average"]
 
 
 def values(kind: str, count: int = 5000, seed: int = 0) -> Tensor:
@@ -147,7 +140,7 @@ def test_minmax_and_moving_average_are_torchs_bit_for_bit(kind: str, bits: int, 
         (activation_observer(qconfig, MINMAX)(), MinMaxObserver(qscheme=qscheme, **grid)),
         (
             activation_observer(qconfig, MOVING)(),
-            MovingAverageMinMaxObserver(averaging_constant=0.05, qscheme=qscheme, **grid),
+            MovingAverageMinMaxObserver(averaging_constant=MOVING.averaging_constant, qscheme=qscheme, **grid),
         ),
     ):
         for part in torch.tensor_split(values(kind, 2000), 7):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qexp.config import Engine
 from qexp.quantize.engines import engine
+from qexp.quantize.layers import weight_scales
 
 # Half of int32, so that there is room for the sums that are added.
 _LARGEST = 1 << 30
@@ -32,23 +33,14 @@ def _fit(layer: Any, inputs: tuple[Tensor, ...]) -> None:
     bias = layer.bias()
     if bias is None:
         return
-    weight, scales, zero_points = _per_channel(layer.weight())
+    scales, zero_points = (each.expand(len(bias)) for each in weight_scales(layer.weight()))
     least = bias.detach().abs().double() / (_LARGEST * inputs[0].q_scale())
     if bool((scales >= least).all()):
         return
-    wide = torch.maximum(scales, least)
+    wide, weight = torch.maximum(scales, least), layer.weight().int_repr().int()
     shape = (-1, *[1] * (weight.dim() - 1))
     zero = zero_points.view(shape)
     values = ((weight - zero) * (scales / wide).view(shape)).round() + zero
     fitting = torch._make_per_channel_quantized_tensor(values.to(torch.int8), wide, zero_points, 0)
     with engine(Engine.qnnpack):
         layer.set_weight_bias(fitting, bias)
-
-
-def _per_channel(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Integers of a quantized weight, int32, and of each output channel its scale, float64, and zero point, int64."""
-    values = weight.int_repr().int()
-    if weight.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric):
-        return values, weight.q_per_channel_scales().double(), weight.q_per_channel_zero_points().long()
-    count = len(weight)
-    return values, torch.full((count,), weight.q_scale()).double(), torch.full((count,), weight.q_zero_point())

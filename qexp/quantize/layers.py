@@ -140,12 +140,20 @@ def _converted_qparams(converted: nn.Module) -> dict[str, QParams]:
     return found
 
 
+def weight_scales(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a quantized weight its scales, float64, and zero points, int64: [channels], or [1] where all share one."""
+    if is_per_channel(weight):
+        return weight.q_per_channel_scales().double(), weight.q_per_channel_zero_points().long()
+    return torch.tensor([weight.q_scale()], dtype=torch.float64), torch.tensor([weight.q_zero_point()])
+
+
+def is_per_channel(weight: Tensor) -> bool:
+    return weight.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
+
+
 def _weight_qparams(weight: Tensor) -> QParams:
-    limits = torch.iinfo(torch.int8)
-    if weight.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric):
-        scale, zero_point = weight.q_per_channel_scales(), weight.q_per_channel_zero_points()
-        return _qparams(scale, zero_point, limits, weight.q_per_channel_axis())
-    return _qparams(weight.q_scale(), weight.q_zero_point(), limits)
+    axis = weight.q_per_channel_axis() if is_per_channel(weight) else None
+    return _qparams(*weight_scales(weight), torch.iinfo(torch.int8), axis)
 
 
 def _qparams(scale: Any, zero_point: Any, limits: torch.iinfo, axis: int | None = None) -> QParams:

@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from qexp.config import Engine
 from qexp.errors import InputError
 from qexp.quantize.engines import engine
-from qexp.quantize.layers import conv_kind
+from qexp.quantize.layers import conv_kind, is_per_channel, weight_scales
 from qexp.quantize.names import public
 from qexp.quantize.strided import AfterStride
 
@@ -208,12 +208,8 @@ class _Emulated(nn.Module):
         self.groups, self.terms = _groups(layer), weight[0].numel()
         self.kind = _kind(layer)
         self.run = _run_length(layer, engine_name)
-        self.per_channel = weight.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
-        scale, zero_point = (
-            (weight.q_per_channel_scales(), weight.q_per_channel_zero_points())
-            if self.per_channel
-            else (torch.tensor([weight.q_scale()]), torch.tensor([weight.q_zero_point()]))
-        )
+        self.per_channel = is_per_channel(weight)
+        scale, zero_point = weight_scales(weight)
         bias = layer.bias()
         self.register_buffer("pairs", weight_pairs(layer, engine_name))
         self.register_buffer("bias", None if bias is None else bias.detach().float())
