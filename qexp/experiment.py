@@ -118,7 +118,7 @@ def run_job(config: Config, folder: Path) -> Result:
         )
         few = _images(data, data.test.pixels(np.arange(min(len(data.test), AGREEMENT_IMAGES))))
         fused = quantize.fuse(fp32.module, config.flow, config.fusion, few[:2])
-        difference = checked_fusion(fp32.module, fused, few)
+        difference = checked_fusion(config, data, fp32, fused, few)
 
         prepared = quantize.prepare(fused, config.flow, qconfig, config.observer, config.engine, few[:2])
         prepared, calibration = calibrated(prepared, data, config, qconfig, fp32.digest)
@@ -133,12 +133,13 @@ def run_job(config: Config, folder: Path) -> Result:
         here = [runtime for runtime in config.latency.runtimes if runtime is not Runtime.inductor]
         variants = saved.read(config, {"fp32": fused, "int8": skeleton}, folder, here)
         all_int8 = all(layer.int8 for layer in layers)
-        contents = {precision: content(config, fp32.digest, artifacts, variants, precision) for precision in in_memory}
+        contents = contents_of(config, fp32.digest, artifacts, variants)
         predictions = predicted(config, data, contents, variants, in_memory, all_int8)
         if np.array_equal(predictions["fp32"].logits, predictions["int8"].logits):
             raise RunError("the INT8 logits equal the FP32 logits bit for bit: nothing was quantized.")
         fidelity = per_layer(config, fused, int8, qparams, data)
-        answer = target.answer(config, qconfig, data, prepared, int8, predictions["int8"], contents["int8"])
+        identity = contents[first_of("int8", variants)]
+        answer = target.answer(config, qconfig, data, prepared, int8, predictions["int8"], identity)
         measure = partial(side_by_side, config, variants, data, predictions, all_int8, folder)
         timings, latency_from = timed(config, data, fp32.digest, int8, folder, measure)
 
@@ -232,11 +233,18 @@ def resolved_params(qconfig: QConfig, config: Config, narrowed: tuple[quantize.N
     }
 
 
-def checked_fusion(float_module: nn.Module, fused: nn.Module, images: Tensor) -> float:
-    """How far the fused model is from the float model, as a share of the largest logit; RunError beyond 1e-4."""
-    difference = quantize.fusion_difference(float_module, fused, images)
+def checked_fusion(config: Config, data: Data, fp32: models.FloatModel, fused: nn.Module, few: Tensor) -> float:
+    """How far the fused model is from the float model, as a share of the largest logit; RunError beyond 1e-4.
+
+    few: the first evaluation images, float32 [n, 3, H, W]. What was found is kept.
+    """
+
+    def measured() -> np.ndarray:
+        return np.array([quantize.fusion_difference(fp32.module, fused, few)])
+
+    difference = float(cache.array(kept.folder(config), kept.fusion_key(config, data, fp32.digest), measured)[0])
     if not difference <= FUSION_TOLERANCE:
-        block = quantize.blame(float_module, fused, images)
+        block = quantize.blame(fp32.module, fused, few)
         raise RunError(
             f"the fused model differs from the float model by {difference:.2g} of the largest logit, from {block} on: "
             f"{FUSION_TOLERANCE:g} is allowed. A ReLU module that is used twice is a common cause; use flow=fx, or "
@@ -295,13 +303,17 @@ def checked_layers(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
     return layers
 
 
-def content(
-    config: Config, float_digest: str, artifacts: list[Artifact], variants: Mapping[str, Loaded], precision: str
-) -> str:
-    """The identity of the model whose predictions count: what was saved for the first runtime that executes it."""
-    first = next(name for name in variants if name.startswith(precision))
-    (artifact,) = (a for a in artifacts if f"{a.precision}_{a.runtime}" == first)
-    return kept.content(config, float_digest, artifact, variants[first])
+def contents_of(
+    config: Config, float_digest: str, artifacts: list[Artifact], variants: Mapping[str, Loaded]
+) -> dict[str, str]:
+    """The identity of each variant as it is executed (see `kept.content`)."""
+    by_name = {f"{artifact.precision}_{artifact.runtime}": artifact for artifact in artifacts}
+    return {name: kept.content(config, float_digest, by_name[name], loaded) for name, loaded in variants.items()}
+
+
+def first_of(precision: str, variants: Mapping[str, object]) -> str:
+    """The variant whose predictions count: that of the first runtime which executes the precision."""
+    return next(name for name in variants if name.startswith(precision))
 
 
 def predicted(
@@ -314,27 +326,30 @@ def predicted(
 ) -> dict[str, Predictions]:
     """Predictions on all evaluation images by precision, with the first of the runtimes that execute it.
 
-    They are kept by `contents`. Raises RunError where any of the runtimes, or the model that was saved, gives other
-    logits on the first images.
+    They are kept, and so is what the FP32 variants answer on the first images, which all runs of a model share. Raises
+    RunError where any of the runtimes, or the model that was saved, gives other logits on these.
     """
     few = np.arange(min(len(data.test), AGREEMENT_IMAGES))
 
     def predict(model: Callable[[Tensor], Tensor], precision: str, indices: np.ndarray | None = None) -> np.ndarray:
-        title = f"evaluating {precision.upper()}"
-        return evaluate.predict(
-            model, data.test, data.mean, data.std, config.evaluate.batch_size, title, indices
-        ).logits
+        title, size = f"evaluating {precision.upper()}", config.evaluate.batch_size
+        return evaluate.predict(model, data.test, data.mean, data.std, size, title, indices).logits
+
+    def shared(made: Callable[[], np.ndarray], content: str, indices: np.ndarray | None = None) -> np.ndarray:
+        return cache.array(kept.folder(config), kept.predictions_key(config, data, [content], indices), made)
 
     found = {}
     with quantize.engine(config.engine):
         for precision, saved in in_memory.items():
-            loaded = [variant for name, variant in variants.items() if name.startswith(precision)]
-            whole = partial(predict, loaded[0], precision)
-            logits = cache.array(kept.folder(config), kept.predictions_key(config, data, [contents[precision]]), whole)
+            first = first_of(precision, variants)
+            logits = shared(partial(predict, variants[first], precision), contents[first])
             # The first too: what was kept may be of another process.
-            twins: list[Callable[[Tensor], Tensor]] = [saved, *loaded]
-            for twin in twins:
-                agree(logits[few], predict(twin, precision, few), tolerances(all_int8)[precision])
+            twins: dict[str, Callable[[Tensor], Tensor]] = {f"{contents[first]}, in memory": saved}
+            twins |= {contents[name]: variant for name, variant in variants.items() if name.startswith(precision)}
+            for content, twin in twins.items():
+                answer = partial(predict, twin, precision, few)
+                again = shared(answer, content, few) if precision == "fp32" else answer()
+                agree(logits[few], again, tolerances(all_int8)[precision])
             found[precision] = Predictions(logits, data.test.labels, data.test.ids)
     return found
 

@@ -43,6 +43,11 @@ def activations_key(config: Config, data: Data, float_digest: str) -> str:
     return json.dumps(["activations", executed, _where(config), sources.code_hash()])
 
 
+def fusion_key(config: Config, data: Data, float_digest: str) -> str:
+    """Everything that the difference of the fused from the float model depends on."""
+    return json.dumps(["fusion", activations_key(config, data, float_digest), data.test.digest])
+
+
 def predictions_key(config: Config, data: Data, model: Sequence[str], images: np.ndarray | None = None) -> str:
     """Everything that a model's answers on evaluation images depend on, in their last bit too.
 

@@ -133,7 +133,7 @@ def _run(
 
     def run() -> dict[str, np.ndarray]:
         model = make()
-        with sums.compared(int8, model) as layers, quantize.engine(config.engine):
+        with sums.compared(int8, model, config.engine) as layers, quantize.engine(config.engine):
             size = config.evaluate.batch_size
             predictions = evaluate.predict(model, data.test, data.mean, data.std, size, title, images)
         return {"logits": predictions.logits, "layers": np.array(json.dumps([asdict(one) for one in layers.values()]))}

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from threading import BoundedSemaphore, Lock
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,12 +20,11 @@ from torch.ao.quantization.observer import UniformQuantizationObserverBase
 from qexp.config import Observer, Scheme
 from qexp.quantize.grid import Grid
 from qexp.quantize.ranges import solver
-from qexp.quantize.statistics import Histogram, TensorStats, codes, counted, merge
+from qexp.quantize.statistics import Histogram, TensorStats, counted, leading_bits, merge
 
-# Enough that neither side waits for the other; each holds a copy of one activation.
-_WAITING = 4
-# Whatever is counted, a megabyte or two of counters are gone through: small tensors are counted some batches at a time.
-_WORTH_COUNTING = 1 << 17
+# Whatever is counted, a megabyte or two of counters are gone through, so many batches of small tensors are counted at
+# once; 16 MB of them.
+_WAITING = 1 << 22
 
 
 def destination(observer: Any) -> tuple[Grid, Scheme]:
@@ -35,39 +34,39 @@ def destination(observer: Any) -> tuple[Grid, Scheme]:
 
 
 class Counting:
-    """One thread that counts what the forward pass hands over while that goes on.
+    """Counts what the forward pass hands over, on all of torch's threads and whenever enough of it waits.
 
-    Where it falls behind, the caller counts by itself: memory doesn't grow with the number of images.
+    Not beside the forward pass: a third thread on two cores would make its layers wait for each other.
     """
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1)
-        self._room = BoundedSemaphore(_WAITING)
-        self._adding = Lock()
-        self._failures: list[BaseException] = []
+        threads = torch.get_num_threads()
+        # torch counts on one thread, and each of these would start others for what little it does on several.
+        self._pool = ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1))
+        self._restored = partial(torch.set_num_threads, threads)
+        self._waiting: dict[Histogram, list[Tensor]] = {}
+        self._values = 0
 
-    def count(self, histogram: Histogram, parts: list[Tensor]) -> None:
-        if self._room.acquire(blocking=False):
-            self._thread.submit(self._count, histogram, parts).add_done_callback(self._done)
-        else:
-            self._count(histogram, parts)
+    def add(self, histogram: Histogram, bits: Tensor) -> None:
+        """bits: as `leading_bits` gives them."""
+        self._waiting.setdefault(histogram, []).append(bits)
+        self._values += len(bits)
+        if self._values >= _WAITING:
+            self._count()
 
     def finish(self) -> None:
-        """Wait until all is counted; raises what kept any of it from being counted."""
-        self._thread.shutdown()
-        if self._failures:
-            raise self._failures[0]
+        """Count what waits; raises what kept any of it from being counted."""
+        try:
+            self._count()
+        finally:
+            self._pool.shutdown()
+            self._restored()
 
-    def _count(self, histogram: Histogram, parts: list[Tensor]) -> None:
-        found = counted(parts)
-        with self._adding:
-            histogram.add(found)
-
-    def _done(self, future: Future[None]) -> None:
-        self._room.release()
-        failure = future.exception()
-        if failure is not None:
-            self._failures.append(failure)
+    def _count(self) -> None:
+        waiting, self._waiting, self._values = self._waiting, {}, 0
+        largest_first = sorted(waiting.items(), key=lambda item: sum(map(len, item[1])), reverse=True)
+        for _ in self._pool.map(lambda item: item[0].add(counted(item[1])), largest_first):
+            pass
 
 
 class _Ranges(dict[Grid, tuple[float, float]]):
@@ -78,12 +77,11 @@ class _Ranges(dict[Grid, tuple[float, float]]):
 
 
 class _Open:
-    """What was seen since statistics were last asked for; parts: codes that are not counted yet."""
+    """What was seen since statistics were last asked for."""
 
     def __init__(self) -> None:
         self.minima: list[float] = []
         self.maxima: list[float] = []
-        self.parts: list[Tensor] = []
         self.histogram = Histogram()
         self.finite = True
 
@@ -108,27 +106,20 @@ class Recorder(UniformQuantizationObserverBase):
         seen.minima.append(low)
         seen.maxima.append(high)
         seen.finite = seen.finite and math.isfinite(low) and math.isfinite(high)
-        # Codes are a copy: the tensor itself may be changed in place by the next layer before it is counted.
-        seen.parts.append(codes(x))
-        if sum(map(len, seen.parts)) >= _WORTH_COUNTING:
-            self._count()
+        # A copy: the tensor itself may be changed in place by the next layer before it is counted.
+        bits = leading_bits(x)
+        if self.counting is None:
+            seen.histogram.add(counted([bits]))
+        else:
+            self.counting.add(seen.histogram, bits)
         if self._ranges:
             self._ranges = _Ranges()
         return x_orig
-
-    def _count(self) -> None:
-        parts, self._open.parts = self._open.parts, []
-        if self.counting is None:
-            self._open.histogram.add(counted(parts))
-        else:
-            self.counting.count(self._open.histogram, parts)
 
     @property
     def stats(self) -> TensorStats | None:
         """All that was seen so far; None before anything was. Not to be asked while `counting`."""
         seen = self._open
-        if seen.parts:
-            self._count()
         if seen.minima:
             minima, maxima = (torch.tensor(ends).numpy() for ends in (seen.minima, seen.maxima))
             found = TensorStats(minima, maxima, *seen.histogram.sparse())
@@ -163,7 +154,7 @@ class Recorder(UniformQuantizationObserverBase):
 
 @contextmanager
 def counting(observers: Iterable[Any]) -> Iterator[None]:
-    """While this lasts, recorders among the observers count on a thread of their own; afterwards all is counted."""
+    """While this lasts, recorders among the observers count together, in large portions; afterwards all is counted."""
     recorders = {id(observer): observer for observer in observers if isinstance(observer, Recorder)}.values()
     shared = Counting()
     for recorder in recorders:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 _SHIFT = 14  # of a float32's 32 bits these are dropped: sign, exponent and 9 bits of mantissa stay
+_SHIFT_OF_BITS = torch.tensor(_SHIFT, dtype=torch.int32)  # torch takes longer to make a number one than to shift by it
 _NEGATIVE = 1 << (31 - _SHIFT)  # codes from here on are of negative values
 _CODES = (1 << (32 - _SHIFT)) - 1
 
@@ -102,14 +103,13 @@ def merge(first: TensorStats, second: TensorStats) -> TensorStats:
     )
 
 
-def codes(values: Tensor) -> Tensor:
-    """The leading bits of float32 values, as int32 [n]; a copy, so that the values may change afterwards."""
-    shifted = values.view(torch.int32).bitwise_right_shift(_SHIFT)
-    return shifted.bitwise_and_(_CODES).reshape(-1)
+def leading_bits(values: Tensor) -> Tensor:
+    """Of float32 values, as int32 [n], negative for negative values; a copy, so that the values may change later."""
+    return values.view(torch.int32).bitwise_right_shift(_SHIFT_OF_BITS).reshape(-1)
 
 
 class Histogram:
-    """How often each code came, filled part by part; it grows to 2 MB at most."""
+    """How often each code came, which is a value's leading bits without their sign extended; 2 MB at most."""
 
     def __init__(self) -> None:
         self.counts = np.zeros(0, np.int64)
@@ -131,14 +131,15 @@ class Histogram:
 
 
 def counted(parts: Sequence[Tensor]) -> np.ndarray:
-    """Counts by code, int64 [n], of codes as `codes` gives them."""
-    counts: np.ndarray = torch.bincount(parts[0] if len(parts) == 1 else torch.cat(list(parts))).numpy()
+    """Counts by code, int64 [n], of leading bits as `leading_bits` gives them."""
+    codes = torch.cat(list(parts)).bitwise_and_(_CODES)
+    counts: np.ndarray = torch.bincount(codes).numpy()
     return counts
 
 
 def statistics(values: Tensor) -> TensorStats:
     """Of a tensor, float32 with one value or more, that is seen at once."""
     histogram = Histogram()
-    histogram.add(counted([codes(values)]))
+    histogram.add(counted([leading_bits(values)]))
     low, high = (np.array([end], np.float32) for end in torch.aminmax(values))
     return TensorStats(low, high, *histogram.sparse())

@@ -80,16 +80,27 @@ def overflowing(pairs: Tensor, highest: Tensor | int = _HIGHEST) -> Tensor:
     return (products.clamp(min=0).sum(-1) > _INT16.max) | (products.clamp(max=0).sum(-1) < _INT16.min)
 
 
+def safe_activation(module: nn.Module, engine_name: Engine) -> int:
+    """The largest activation (uint8, beyond 255 too) up to which no pair of a layer's products can leave int16.
+
+    Of a transposed convolution, whose order isn't known, any two weights of one sign may be a pair. Raises InputError
+    for what is no INT8 layer, or an emulated one.
+    """
+    layer: Any = module.conv if isinstance(module, AfterStride) else module
+    if isinstance(layer, _TRANSPOSED):
+        weights = layer.weight().int_repr().int().reshape(-1, 1).expand(-1, 1 if engine_name is Engine.qnnpack else 2)
+    else:
+        weights = (layer.pairs if isinstance(layer, _Emulated) else weight_pairs(layer, engine_name)).int()
+    positive, negative = weights.clamp(min=0).sum(-1).max(), weights.clamp(max=0).sum(-1).min()
+    return min(_INT16.max // max(int(positive), 1), _INT16.min // min(int(negative), -1))
+
+
 def can_overflow(module: nn.Module, engine_name: Engine) -> bool:
     """Whether any pair of products can leave int16: if none can, the layer's sums are exact whatever its input.
 
-    Of a transposed convolution, whose order isn't known, any weights may be a pair. Raises InputError for what is no
-    INT8 layer.
+    Raises InputError for what is no INT8 layer.
     """
-    if isinstance(module, _TRANSPOSED):
-        largest = int(module.weight().int_repr().int().abs().max())
-        return engine_name is not Engine.qnnpack and 2 * largest * _HIGHEST > _INT16.max
-    return bool(overflowing(weight_pairs(module, engine_name)).any())
+    return safe_activation(module, engine_name) < _HIGHEST
 
 
 def _checked(module: nn.Module) -> Any:
@@ -370,12 +381,12 @@ class LayerSums:
     name: str
     kind: str
     outputs: int
-    """How many were compared."""
+    """How many were compared, or found to be the same whatever adds them up."""
     different: int
     """How many differ by more than one step of the output's grid. One step is how libraries round differently: with
     the same sums, FBGEMM and qnnpack give neighbours for about one output in ten thousand."""
     largest: int
-    """Largest difference, in steps."""
+    """Largest difference of those compared, in steps."""
 
     @property
     def share(self) -> float:
@@ -388,31 +399,36 @@ class LayerSums:
 
 
 @contextmanager
-def compared(executed: nn.Module, other: nn.Module) -> Iterator[dict[str, LayerSums]]:
+def compared(executed: nn.Module, other: nn.Module, engine_name: Engine) -> Iterator[dict[str, LayerSums]]:
     """While `other` runs in this context, give each INT8 layer of `executed` what its namesake in there gets, and
     compare what both answer: by layer, in the order in which layers are called.
 
-    So each layer is judged by itself, not by what those before it did. Both are converted from the same prepared model,
-    or one of them is an emulated copy. The kind is conv, pointwise, grouped, depthwise or linear. Raises InputError
-    where `executed` lacks a layer of `other`.
+    So each layer is judged by itself, not by what those before it did. Where no activation that it gets is large enough
+    for 16 bits to overflow, there is nothing to compare. Both are converted from the same prepared model for
+    `engine_name`, or one of them is an emulated copy. The kind is conv, pointwise, grouped, depthwise or linear. Raises
+    InputError where `executed` lacks a layer of `other`.
     """
     theirs, mine = _by_name(other), _by_name(executed)
     missing = [name for name in theirs if name not in mine]
     if missing:
         raise InputError(f"the executed model has no INT8 layer {missing[0]}, so the two can't be compared")
+    safe = {name: safe_activation(mine[name], engine_name) for name in theirs}
     found: dict[str, LayerSums] = {}
 
     def compare(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            answer = mine[name](*inputs)
-            steps = (answer.int_repr().int() - output.int_repr().int()).abs()
             before = found.get(name, LayerSums(name, _kind(layer), 0, 0, 0))
+            different = largest = 0
+            # What fills up the borders is the zero point.
+            if max(int(inputs[0].int_repr().max()), inputs[0].q_zero_point()) > safe[name]:
+                steps = (mine[name](*inputs).int_repr().int() - output.int_repr().int()).abs()
+                different, largest = int((steps > 1).sum()), int(steps.max())
             found[name] = LayerSums(
                 name,
                 before.kind,
-                before.outputs + steps.numel(),
-                before.different + int((steps > 1).sum()),
-                max(before.largest, int(steps.max())),
+                before.outputs + output.numel(),
+                before.different + different,
+                max(before.largest, largest),
             )
 
         return hook
@@ -429,7 +445,7 @@ def layer_by_layer(
     executed: nn.Module, other: nn.Module, batches: Iterable[Tensor], engine_name: Engine
 ) -> tuple[LayerSums, ...]:
     """Run `other` on float32 [n, 3, H, W] batches, and compare its layers with those of `executed` (see `compared`)."""
-    with compared(executed, other) as found, engine(engine_name), torch.inference_mode():
+    with compared(executed, other, engine_name) as found, engine(engine_name), torch.inference_mode():
         for batch in batches:
             other(batch)
     return tuple(found.values())
