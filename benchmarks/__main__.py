@@ -1,6 +1,6 @@
 """`make bench`: what qexp promises of its figures and of its own speed, as ratios measured side by side in one run.
 
-`make bench BENCH="calibration order"` runs some of them; A/A takes an hour and a half.
+`make bench BENCH="calibration order"` runs some of them; A/A takes two hours.
 """
 
 from __future__ import annotations
