@@ -22,8 +22,8 @@ from qexp.quantize.grid import Grid
 from qexp.quantize.ranges import solver
 from qexp.quantize.statistics import Histogram, TensorStats, counted, leading_bits, merge
 
-# Whatever is counted, a megabyte or two of counters are gone through, so many batches of small tensors are counted at
-# once; 16 MB of them.
+# Whatever is counted, a megabyte or two of counters are gone through, so small tensors are counted many batches at a
+# time: up to 16 MB of all wait.
 _WAITING = 1 << 22
 
 
@@ -52,20 +52,27 @@ class Counting:
         self._waiting.setdefault(histogram, []).append(bits)
         self._values += len(bits)
         if self._values >= _WAITING:
-            self._count()
+            self._count(self._values // 2)
 
     def finish(self) -> None:
         """Count what waits; raises what kept any of it from being counted."""
         try:
-            self._count()
+            self._count(self._values)
         finally:
             self._pool.shutdown()
             self._restored()
 
-    def _count(self) -> None:
-        waiting, self._waiting, self._values = self._waiting, {}, 0
-        largest_first = sorted(waiting.items(), key=lambda item: sum(map(len, item[1])), reverse=True)
-        for _ in self._pool.map(lambda item: item[0].add(counted(item[1])), largest_first):
+    def _count(self, values: int) -> None:
+        """Count that many of the values that wait, or a few more: those of the tensors of which there are most."""
+        largest_first = sorted(self._waiting, key=lambda one: sum(map(len, self._waiting[one])), reverse=True)
+        portions = []
+        while values > 0:
+            histogram = largest_first.pop(0)
+            parts = self._waiting.pop(histogram)
+            portions.append((histogram, parts))
+            values -= sum(map(len, parts))
+        self._values = sum(len(part) for parts in self._waiting.values() for part in parts)
+        for _ in self._pool.map(lambda portion: portion[0].add(counted(portion[1])), portions):
             pass
 
 
@@ -100,7 +107,9 @@ class Recorder(UniformQuantizationObserverBase):
     def forward(self, x_orig: Tensor) -> Tensor:
         if x_orig.numel() == 0:
             return x_orig
-        x = x_orig.detach().to(torch.float32)
+        x = x_orig.detach()
+        if x.dtype is not torch.float32:
+            x = x.to(torch.float32)
         low, high = (float(end) for end in torch.aminmax(x))
         seen = self._open
         seen.minima.append(low)
