@@ -138,8 +138,8 @@ def run_job(config: Config, folder: Path) -> Result:
         if np.array_equal(predictions["fp32"].logits, predictions["int8"].logits):
             raise RunError("the INT8 logits equal the FP32 logits bit for bit: nothing was quantized.")
         fidelity = per_layer(config, fused, int8, qparams, data)
-        identity = contents[first_of("int8", variants)]
-        answer = target.answer(config, qconfig, data, prepared, int8, predictions["int8"], identity)
+        executed = contents[first_of("int8", variants)]
+        answer = target.answer(config, qconfig, data, prepared, int8, predictions["int8"], executed)
         measure = partial(side_by_side, config, variants, data, predictions, all_int8, folder)
         timings, latency_from = timed(config, data, fp32.digest, int8, folder, measure)
 

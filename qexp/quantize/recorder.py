@@ -40,10 +40,9 @@ class Counting:
     """
 
     def __init__(self) -> None:
-        threads = torch.get_num_threads()
+        self._threads = torch.get_num_threads()
         # torch counts on one thread, and each of these would start others for what little it does on several.
-        self._pool = ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1))
-        self._restored = partial(torch.set_num_threads, threads)
+        self._pool = ThreadPoolExecutor(self._threads, initializer=partial(torch.set_num_threads, 1))
         self._waiting: dict[Histogram, list[Tensor]] = {}
         self._values = 0
 
@@ -60,18 +59,18 @@ class Counting:
             self._count(self._values)
         finally:
             self._pool.shutdown()
-            self._restored()
+            torch.set_num_threads(self._threads)  # which is what threads yet to come begin with
 
     def _count(self, values: int) -> None:
         """Count that many of the values that wait, or a few more: those of the tensors of which there are most."""
         largest_first = sorted(self._waiting, key=lambda one: sum(map(len, self._waiting[one])), reverse=True)
-        portions = []
-        while values > 0:
-            histogram = largest_first.pop(0)
+        left, portions = self._values - values, []
+        for histogram in largest_first:
+            if self._values <= left:
+                break
             parts = self._waiting.pop(histogram)
             portions.append((histogram, parts))
-            values -= sum(map(len, parts))
-        self._values = sum(len(part) for parts in self._waiting.values() for part in parts)
+            self._values -= sum(map(len, parts))
         for _ in self._pool.map(lambda portion: portion[0].add(counted(portion[1])), portions):
             pass
 

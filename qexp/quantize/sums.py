@@ -84,7 +84,7 @@ def safe_activation(module: nn.Module, engine_name: Engine) -> int:
     """The largest activation (uint8, beyond 255 too) up to which no pair of a layer's products can leave int16.
 
     Of a transposed convolution, whose order isn't known, any two weights of one sign may be a pair. Raises InputError
-    for what is no INT8 layer, or an emulated one.
+    for what is neither an INT8 layer nor an emulated one.
     """
     layer: Any = module.conv if isinstance(module, AfterStride) else module
     if isinstance(layer, _TRANSPOSED):
@@ -222,7 +222,7 @@ class _Emulated(nn.Module):
         scale, zero_point = weight_scales(weight)
         bias = layer.bias()
         self.register_buffer("pairs", weight_pairs(layer, engine_name))
-        self.saturating = saturating and bool(overflowing(self.pairs).any())
+        self.saturating = saturating and can_overflow(self, engine_name)
         self.register_buffer("bias", None if bias is None else bias.detach().float())
         self.register_buffer("weight_scale", scale.float())
         self.register_buffer("weight_zero_point", zero_point.double())
