@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,6 +217,14 @@ def separate_cores(count: int, root: Path = Path("/")) -> list[int]:
     # One thread of each core first, then the second ones.
     ordered = [cpus[turn] for turn in range(max(map(len, cores))) for cpus in reversed(cores) if turn < len(cpus)]
     return sorted(ordered[:count])
+
+
+def pin(cores: Sequence[int]) -> None:
+    """Keep this process, with the threads that it has and those to come, on these processors, where the system can."""
+    if hasattr(os, "sched_setaffinity"):
+        for thread in psutil.Process().threads():
+            with suppress(ProcessLookupError):  # it has just ended
+                os.sched_setaffinity(thread.id, cores)
 
 
 def load() -> float | None:

@@ -160,7 +160,7 @@ def _unwrapped(made: Any) -> Any:
 def _isolated(seed: int) -> Iterator[None]:
     """Seeds every generator that a model's code may draw from; afterwards all of torch's globals are as they were."""
     threads, dtype, device = torch.get_num_threads(), torch.get_default_dtype(), torch.get_default_device()
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    deterministic = torch.get_deterministic_debug_mode()
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
@@ -174,7 +174,8 @@ def _isolated(seed: int) -> Iterator[None]:
             torch.set_default_dtype(dtype)
             if torch.get_default_device() != device:
                 torch.set_default_device(device)
-            torch.use_deterministic_algorithms(deterministic)
+            if torch.get_deterministic_debug_mode() != deterministic:
+                torch.use_deterministic_algorithms(deterministic > 0, warn_only=deterministic == 1)
             if torch.get_num_threads() != threads:
                 torch.set_num_threads(threads)
 

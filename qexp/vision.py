@@ -4,12 +4,17 @@ A torchvision built for CUDA torch can't load its compiled operators beside a CP
 and its import then fails with `operator torchvision::nms does not exist`. Nothing that is used here is compiled, so
 the two operators are declared, without an implementation, and the import is tried again. On a matched pair nothing
 happens.
+
+torchvision's RoI Align, which nothing here calls, imports torch.compile's machinery, two seconds of every process's
+start. It gets a stand-in that imports it when called.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -39,4 +44,25 @@ def _import_torchvision() -> ModuleType:
     return importlib.import_module("torchvision")
 
 
-torchvision = _import_torchvision()
+@contextlib.contextmanager
+def _compiler_when_called() -> Iterator[None]:
+    """Whatever is imported within takes `is_compile_supported` of torch._dynamo.utils without importing it."""
+    package, utils = "torch._dynamo", "torch._dynamo.utils"
+    if package in sys.modules:
+        yield
+        return
+
+    def is_compile_supported(device_type: str) -> object:
+        return importlib.import_module(utils).is_compile_supported(device_type)
+
+    stand_in = ModuleType(utils)
+    vars(stand_in)["is_compile_supported"] = is_compile_supported
+    sys.modules |= {package: ModuleType(package), utils: stand_in}
+    try:
+        yield
+    finally:
+        del sys.modules[package], sys.modules[utils]
+
+
+with _compiler_when_called():
+    torchvision = _import_torchvision()

@@ -2,7 +2,7 @@
 
 A worker is pinned to cores of its own, with its number of threads set before torch is imported; it reads the saved
 models from the run's folder, sees that they answer as the running process found, and times them side by side. As many
-workers as there are cores import torch at the same time; while one times, the others wait.
+workers as there are cores start and read at the same time; while one times, the others wait.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _controls(found: Sequence[latency.Timing], threads: int) -> dict[str, str]:
 
 
 def _ready(orders: Sequence[Order], closing: ExitStack) -> list[tuple[Order, subprocess.Popen[str]]]:
-    """A process for each order, all of them past their imports. `closing` kills those that are left."""
+    """A process for each order, all of them with their models read. `closing` kills those that are left."""
     started = []
     for order in orders:
         path = Path(order.result).with_suffix(".json")
@@ -150,7 +150,7 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def main(path: str) -> None:
-    """What a worker does: import torch, say so, wait for word of what is to be its control, and time."""
+    """What a worker does: read the models, say so, wait for word of what is to be its control, and time."""
     order = Order(**json.loads(Path(path).read_text()))
     processes.end_with_parent()  # nobody else's timing is disturbed by an orphan
 
@@ -159,10 +159,6 @@ def main(path: str) -> None:
     from qexp import quantize, saved
     from qexp.runtimes.model import agree, with_cuda
 
-    print("ready", flush=True)
-    control = json.loads(sys.stdin.read() or sys.exit(1))
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, order.cores)
     torch.set_num_threads(order.threads)
     torch.set_num_interop_threads(1)
     torch.manual_seed(order.seed)
@@ -171,6 +167,9 @@ def main(path: str) -> None:
     inputs = torch.from_numpy(np.load(scratch / "inputs.npy"))
     structures = saved.structures(config, folder, order.tolerance)
     variants = saved.read(config, structures, folder, config.latency.runtimes)
+    print("ready", flush=True)
+    control = json.loads(sys.stdin.read() or sys.exit(1))
+    machine.pin(order.cores)
     timings: list[latency.Timing] = []
     with quantize.engine(config.engine), torch.inference_mode():
         for name, model in variants.items():

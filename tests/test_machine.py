@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -163,6 +164,26 @@ def test_allowed_cores_are_those_of_the_affinity_mask() -> None:
         assert machine.allowed_cores() == 1
     finally:
         os.sched_setaffinity(0, before)
+
+
+def test_a_process_is_pinned_with_all_its_threads() -> None:
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("this system has no affinity masks")
+    before, seen, pinned = os.sched_getaffinity(0), [], threading.Event()
+
+    def wait() -> None:
+        pinned.wait(10)
+        seen.append(os.sched_getaffinity(0))  # of the calling thread
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    try:
+        machine.pin([max(before)])
+        pinned.set()
+        thread.join()
+        assert [os.sched_getaffinity(0), *seen] == [{max(before)}] * 2
+    finally:
+        machine.pin(sorted(before))
 
 
 def test_this_machine_has_a_cpu_and_memory() -> None:

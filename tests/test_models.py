@@ -235,7 +235,7 @@ def test_a_model_s_code_leaves_no_global_changed() -> None:
         return [
             torch.get_num_threads(),
             torch.get_default_dtype(),
-            torch.are_deterministic_algorithms_enabled(),
+            torch.get_deterministic_debug_mode(),
             torch.get_rng_state().tolist(),
             random.getstate(),
             np.random.get_state()[1].tolist(),
@@ -244,6 +244,22 @@ def test_a_model_s_code_leaves_no_global_changed() -> None:
     before = globals_now()
     models.build(here("Rude"), 10, 0)
     assert globals_now() == before
+
+
+def test_a_start_imports_no_compiler_and_leaves_it_whole() -> None:
+    code = """
+import sys
+import qexp.experiment, qexp.models
+qexp.models.build({spec}, 10, seed=0)
+assert not [name for name in sys.modules if name.startswith(("torch._dynamo", "torch._inductor"))]
+from torchvision.ops import roi_align
+asks = sys.modules[roi_align.__module__].is_compile_supported
+answer = asks("cpu")
+from torch._dynamo.utils import is_compile_supported
+assert answer == is_compile_supported("cpu")
+"""
+    code = code.replace("{spec}", repr(model("resnet18")))
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(
