@@ -1,8 +1,8 @@
 """What the INT8 model answers on the CPU that it ships on, where that CPU's kernels add up otherwise than this one's.
 
 Without VNNI, kernels add pairs of products in 16 bits; a *saturating* machine below. Where such a machine has to answer
-for an exact one, the same calibrated model runs on qnnpack, which is exact; where an exact one has to answer for a
-saturating one, the sums are emulated.
+for an exact one, the same calibrated model runs on qnnpack, which is exact (where it answers for itself, those of its
+layers alone in which sums can overflow); where an exact one has to answer for a saturating one, they are emulated.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def answer(
             return replace(plain, saturation=Saturation.possible)
         exact_model = partial(quantize.exact, prepared, config.flow)
         title = "evaluating INT8 with exact sums"
-        found, layers = _run(exact_model, int8, content, config, data, compared, title)
+        found, layers = _run(exact_model, int8, content, config, data, compared, title, whole=every)
         source, counts = (Source.exact, found) if every else (Source.executed, executed)
         return Answer(source, everything, counts, _seen(layers), compared, found, executed.at(compared), layers)
     compared = spread(len(everything), config.saturation.emulated_images)
@@ -125,20 +125,23 @@ def _run(
     data: Data,
     images: np.ndarray,
     title: str,
+    whole: bool = False,
 ) -> tuple[Predictions, tuple[sums.LayerSums, ...]]:
     """What the model that `make` gives answers, and how each of its layers differs from its namesake in `int8`.
 
-    content: of int8, by which the answer is kept (see qexp/kept.py); title: how the model differs.
+    content: of int8, by which the answer is kept (see qexp/kept.py); title: how the model differs; whole: layers in
+    which nothing can overflow run too (see `sums.compared`).
     """
 
     def run() -> dict[str, np.ndarray]:
         model = make()
-        with sums.compared(int8, model, config.engine) as layers, quantize.engine(config.engine):
+        with sums.compared(int8, model, config.engine, whole) as layers, quantize.engine(config.engine):
             size = config.evaluate.batch_size
             predictions = evaluate.predict(model, data.test, data.mean, data.std, size, title, images)
         return {"logits": predictions.logits, "layers": np.array(json.dumps([asdict(one) for one in layers.values()]))}
 
-    found = cache.arrays(kept.folder(config), kept.predictions_key(config, data, [content, title], images), run)
+    key = kept.predictions_key(config, data, [content, title, *(["whole"] if whole else [])], images)
+    found = cache.arrays(kept.folder(config), key, run)
     ids = tuple(data.test.ids[image] for image in images)
     layers = tuple(sums.LayerSums(**values) for values in json.loads(str(found["layers"])))
     return Predictions(found["logits"], data.test.labels[images], ids), layers

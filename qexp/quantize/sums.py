@@ -399,46 +399,58 @@ class LayerSums:
 
 
 @contextmanager
-def compared(executed: nn.Module, other: nn.Module, engine_name: Engine) -> Iterator[dict[str, LayerSums]]:
+def compared(
+    executed: nn.Module, other: nn.Module, engine_name: Engine, whole: bool = False
+) -> Iterator[dict[str, LayerSums]]:
     """While `other` runs in this context, give each INT8 layer of `executed` what its namesake in there gets, and
     compare what both answer: by layer, in the order in which layers are called.
 
     So each layer is judged by itself, not by what those before it did. Where no activation that it gets is large enough
-    for 16 bits to overflow, there is nothing to compare. Both are converted from the same prepared model for
-    `engine_name`, or one of them is an emulated copy. The kind is conv, pointwise, grouped, depthwise or linear. Raises
-    InputError where `executed` lacks a layer of `other`.
+    for 16 bits to overflow, both have the same sums, and the engine's own kernel answers for the two, unless the
+    `whole` of other is to run. Both models are converted from the same prepared one for `engine_name`, or one of them
+    is an emulated copy. The kind is conv, pointwise, grouped, depthwise or linear. Raises InputError where `executed`
+    lacks a layer of `other`.
     """
     theirs, mine = _by_name(other), _by_name(executed)
     missing = [name for name in theirs if name not in mine]
     if missing:
         raise InputError(f"the executed model has no INT8 layer {missing[0]}, so the two can't be compared")
-    safe = {name: safe_activation(mine[name], engine_name) for name in theirs}
     found: dict[str, LayerSums] = {}
 
-    def compare(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            before = found.get(name, LayerSums(name, _kind(layer), 0, 0, 0))
+    def compare(name: str) -> Callable[[Tensor], Tensor]:
+        own, namesake = theirs[name].forward, mine[name]
+        kind, safe = _kind(theirs[name]), safe_activation(namesake, engine_name)
+        kernel = own if whole or isinstance(namesake, _Emulated) else namesake
+
+        def forward(images: Tensor) -> Tensor:
             different = largest = 0
             # What fills up the borders is the zero point.
-            if max(int(inputs[0].int_repr().max()), inputs[0].q_zero_point()) > safe[name]:
-                steps = (mine[name](*inputs).int_repr().int() - output.int_repr().int()).abs()
+            if max(int(images.int_repr().max()), images.q_zero_point()) > safe:
+                output = own(images)
+                steps = (namesake(images).int_repr().int() - output.int_repr().int()).abs()
                 different, largest = int((steps > 1).sum()), int(steps.max())
+            else:
+                output = kernel(images)
+            before = found.get(name, LayerSums(name, kind, 0, 0, 0))
             found[name] = LayerSums(
                 name,
-                before.kind,
+                kind,
                 before.outputs + output.numel(),
                 before.different + different,
                 max(before.largest, largest),
             )
+            return output
 
-        return hook
+        return forward
 
-    handles = [layer.register_forward_hook(compare(name)) for name, layer in theirs.items()]
+    forwards = {name: compare(name) for name in theirs}
+    for name, layer in theirs.items():
+        vars(layer)["forward"] = forwards[name]
     try:
         yield found
     finally:
-        for handle in handles:
-            handle.remove()
+        for layer in theirs.values():
+            del vars(layer)["forward"]
 
 
 def layer_by_layer(
