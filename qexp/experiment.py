@@ -335,20 +335,22 @@ def predicted(
         title, size = f"evaluating {precision.upper()}", config.evaluate.batch_size
         return evaluate.predict(model, data.test, data.mean, data.std, size, title, indices).logits
 
-    def shared(made: Callable[[], np.ndarray], content: str, indices: np.ndarray | None = None) -> np.ndarray:
-        return cache.array(kept.folder(config), kept.predictions_key(config, data, [content], indices), made)
+    def key(content: str, indices: np.ndarray | None = None) -> str:
+        return kept.predictions_key(config, data, [content], indices)
 
-    found = {}
+    found, folder = {}, kept.folder(config)
     with quantize.engine(config.engine):
         for precision, saved in in_memory.items():
             first = first_of(precision, variants)
-            logits = shared(partial(predict, variants[first], precision), contents[first])
-            # The first too: what was kept may be of another process.
+            # What was kept may be of another process: then the first is checked, too.
+            checked = {first} if cache.find(folder, key(contents[first])) is None else set()
+            logits = cache.array(folder, key(contents[first]), partial(predict, variants[first], precision))
             twins: dict[str, Callable[[Tensor], Tensor]] = {f"{contents[first]}, in memory": saved}
-            twins |= {contents[name]: variant for name, variant in variants.items() if name.startswith(precision)}
+            others = [name for name in variants if name.startswith(precision) and name not in checked]
+            twins |= {contents[name]: variants[name] for name in others}
             for content, twin in twins.items():
                 answer = partial(predict, twin, precision, few)
-                again = shared(answer, content, few) if precision == "fp32" else answer()
+                again = cache.array(folder, key(content, few), answer) if precision == "fp32" else answer()
                 agree(logits[few], again, tolerances(all_int8)[precision])
             found[precision] = Predictions(logits, data.test.labels, data.test.ids)
     return found

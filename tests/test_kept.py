@@ -75,6 +75,8 @@ def test_a_run_that_quantizes_as_another_did_evaluates_nothing_but_the_checks(
     asked = (*SMALL, f"flow={flow}", "engine=fbgemm", "qconfig.overflow=none")
     first = run("one", *asked)
     assert counts.count(899) == 2  # FP32 and INT8
+    # Of either precision the model in memory and TorchScript, and FP32 in channels-last.
+    assert counts.count(experiment.AGREEMENT_IMAGES) == 5
     counts.clear()
     second = run("two", *asked, "dataset.margin=0.2")
     # In INT8 the model in memory and both runtimes. In FP32 TorchScript, whose classes are named anew in a process that
