@@ -57,9 +57,11 @@ TIMING_LOCK = (Path("/tmp") if Path("/tmp").is_dir() else Path(tempfile.gettempd
 
 
 def inputs_of(config: Config) -> str:
-    """What `check_inputs` looks at: jobs for which this is equal need one check."""
+    """What `check_inputs` looks at: jobs for which this is equal need one check, and another draw of as many
+    calibration images needs none."""
     names = ("model", "dataset", "calib", "flow", "engine", "fusion", "latency")
-    return json.dumps({name: getattr(config, name) for name in names}, default=asdict, sort_keys=True)
+    looked_at = replace(config, calib=replace(config.calib, seed=0))
+    return json.dumps({name: getattr(looked_at, name) for name in names}, default=asdict, sort_keys=True)
 
 
 def check_inputs(config: Config) -> None:

@@ -13,10 +13,17 @@ processes.end_with_parent()
 # The terminal sends Ctrl-C to all of its processes; what follows from it is the owner's business.
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-from qexp import __main__, experiment, jobs, plots, record  # noqa: E402, F401
+import torch  # noqa: E402
+import torch.utils.serialization.config  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from qexp import __main__, experiment, jobs, nets, plots, record  # noqa: E402, F401
 
 # One answer for all jobs of a sweep, of the code that they run.
 record.git_sha()
+# What libraries look up once, when they are first used.
+Image.init()
+torch.overrides.get_overridable_functions()
 # What is here for good is not looked through again by every job's garbage collector, and stays shared memory.
 gc.collect()
 gc.freeze()
