@@ -4,11 +4,13 @@ neither the model's nor Hydra's."""
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +19,8 @@ from tqdm import tqdm
 
 from benchmarks.speed import composed
 from benchmarks.study import ROOT, listed, steps
-from qexp import experiment
+from qexp import experiment, jobs
+from qexp.config import Config
 
 RUNS = 500
 EDGE = 50  # runs at the start, after the first few, and at the end, that are compared
@@ -48,11 +51,10 @@ def many(outputs: str) -> None:
     print(f"{EDGE} runs at the start {first:.3f} s each, at the end {last:.3f} s: {last / first:.2f}×")
     print(f"memory at the start {before:.0f} MB, at the end {after:.0f} MB: {after / before:.2f}×", flush=True)
 
-    # As a job of the sweep; the first in this process is cold, and not looked at.
-    jobs = [composed(kept, *SMALLEST, "tracking.parent=many", f"calib.seed={RUNS + n}") for n in range(ALONE + 1)]
+    configs = [composed(kept, *SMALLEST, "tracking.parent=many", f"calib.seed={RUNS + n}") for n in range(ALONE)]
     folder = Path(outputs) / "alone"
     folder.mkdir()
-    runs = [steps(lambda job=job: experiment.run_job(job, folder)) for job in jobs][1:]  # type: ignore[misc]
+    runs = in_processes_of_their_own(configs, folder)
     by_step = {name: statistics.median(run.get(name, 0) for run in runs) for name in runs[0]}
     model = sum(value for name, value in by_step.items() if name not in RECORDS)
     hydras = each(watched(HYDRAS, "-m", "benchmarks.nothing", "-m", f"calib.seed=range({HYDRAS})")[FIRST:])
@@ -64,6 +66,19 @@ def many(outputs: str) -> None:
     watched(0, *asked)
     whole = time.perf_counter() - started
     print(f"the same sweep again, all runs finished: {whole:.1f} s, {whole / RUNS:.3f} s a run", flush=True)
+
+
+def in_processes_of_their_own(configs: list[Config], folder: Path) -> list[dict[str, float]]:
+    """The seconds that each step takes (see `study.steps`) in a process as a sweep's job has it, cold and forked."""
+    jobs.start_server()
+    forked = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(1, forked, max_tasks_per_child=1) as executor:
+        return [executor.submit(alone, config, folder).result() for config in configs]
+
+
+def alone(config: Config, folder: Path) -> dict[str, float]:
+    """Seconds by step of one job in this process."""
+    return steps(lambda: experiment.run_job(config, folder))
 
 
 def each(ended: list[Ended]) -> float:

@@ -8,7 +8,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
-from qexp.compose import CONF
+from qexp.compose import CONF, Composition, check_choices
+from qexp.errors import ConfigError
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -18,12 +19,16 @@ def compose_and_run(composed: DictConfig) -> float | None:
 
     with open_dict(composed):
         composed.hydra = HydraConfig.get()
-    return sweep.run(sweep.job_from(composed))
+    return sweep.run(sweep.job_from(Composition.of(composed)))
 
 
 def main() -> None:
     # argparse, and so Hydra, takes overrides in one row only: with -m among them it refuses those that follow.
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
+    try:
+        check_choices(sys.argv[1:])
+    except ConfigError as error:
+        sys.exit(str(error))
     compose_and_run()
 
 

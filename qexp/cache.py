@@ -2,7 +2,8 @@
 
 An entry is `<sha256 of the key>.npy`: a .npy file followed by a SHA-256 over everything before it. A truncated or
 altered entry is therefore recognised, and rebuilt. Using an entry sets its modification time; within `bounded`, a new
-one takes the place of those that were not used for longest.
+one takes the place of those that were not used for longest. A file in another library's format is `<sha256>.file`, and
+the entry beside it holds its digest.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import logging
 import math
 import mmap
 import os
+import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -91,6 +93,72 @@ def _unpacked(packed: np.ndarray) -> dict[str, np.ndarray]:
         return dict(file)
 
 
+def file(folder: Path, key: str, make: Callable[[Path], object], target: Path) -> str:
+    """Put the file kept in `folder` under `key` at `target`, and return its SHA-256 in hex.
+
+    It is kept where there is none yet, as `make` writes it to the path that it is given. `target` becomes another name
+    of the same bytes where the disk allows, else a copy. Raises InputError as `array` does.
+    """
+    path = _path(folder, key)
+    held, temporary = path.with_suffix(".file"), path.with_suffix(".making")
+
+    def placed() -> str | None:
+        digest = find(folder, key)
+        if digest is None:
+            return None
+        try:
+            _link(held, target)
+        except FileNotFoundError:
+            return None
+        if _digest(target) != digest.tobytes():
+            logger.info(_DAMAGED, held, "its checksum is wrong")
+            target.unlink()
+            return None
+        with suppress(OSError):
+            os.utime(held)
+        return digest.tobytes().hex()
+
+    def write() -> np.ndarray:
+        temporary.unlink(missing_ok=True)
+        make(temporary)
+        with temporary.open("rb+") as made:
+            os.fsync(made.fileno())
+        temporary.replace(held)
+        _link(held, target)  # before room is made, which may take this one too
+        return np.frombuffer(_digest(target), np.uint8)
+
+    found = placed()
+    if found is not None:
+        return found
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".file.lock")):
+            found = placed()  # another process may have made it while this one waited
+            if found is None:
+                _remove(path)
+                found = array(folder, key, write).tobytes().hex()
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    finally:
+        _remove(temporary)
+    return found
+
+
+def _link(path: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)  # to write into it would write into the entry of which it is another name
+    try:
+        os.link(path, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(path, target)
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").digest()
+
+
 @contextmanager
 def bounded(gigabytes: float) -> Iterator[None]:
     """Meanwhile each new entry makes room in its folder: those that were not used for longest are removed until all
@@ -107,7 +175,7 @@ def _make_room(folder: Path) -> None:
     if _limit == math.inf:
         return
     entries: list[tuple[int, int, Path]] = []
-    for path in folder.glob("*.npy"):
+    for path in (*folder.glob("*.npy"), *folder.glob("*.file")):
         with suppress(FileNotFoundError):  # another process makes room, too
             status = path.stat()
             entries.append((status.st_mtime_ns, status.st_size, path))

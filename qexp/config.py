@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -349,18 +349,30 @@ def from_hydra(composed: Any, cwd: str) -> Config:
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     missing = sorted(str(key) for key in OmegaConf.missing_keys(composed))
+    missing += [one.name for one in fields(Config) if one.name not in composed]
     if missing:
         raise ConfigError(f"{missing[0]} has no value: give one, as in {missing[0]}=...")
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(Config), composed)
-        config: Config = OmegaConf.to_object(typed)  # type: ignore[assignment]
+        config: Config = OmegaConf.to_object(composed)  # type: ignore[assignment]
     except (MissingMandatoryValue, OmegaConfBaseException) as error:
         raise ConfigError(f"the configuration can't be resolved: {str(error).splitlines()[0]}") from error
+    for name, allowed in _unknown(config):
+        raise ConfigError(f"{name} is no setting; there are {', '.join(allowed)}.")
     config.outputs = absolute(config.outputs, cwd)
     for group, key in ((config.model, "checkpoint"), (config.dataset, "root")):
         if isinstance(group.get(key), str):
             group[key] = absolute(group[key], cwd)
     return config
+
+
+def _unknown(settings: Any, parent: str = "") -> Iterator[tuple[str, list[str]]]:
+    """What was added to these settings with + and is none of them, each with those that stand beside it."""
+    known = [one.name for one in fields(settings)]
+    for name, value in vars(settings).items():
+        if name not in known:
+            yield f"{parent}{name}", [f"{parent}{other}" for other in known]
+        elif is_dataclass(value):
+            yield from _unknown(value, f"{parent}{name}.")
 
 
 def from_plain(values: Mapping[str, Any]) -> Config:

@@ -130,7 +130,7 @@ def run_job(config: Config, folder: Path) -> Result:
 
         skeleton = quantize.skeleton(fp32.module, config.flow, config.fusion, qconfig, config.engine, few[:2])
         in_memory = {"fp32": fused, "int8": int8}
-        artifacts = saved.write(config, in_memory, few, folder, record.images_expected(data))
+        artifacts = saved.write(config, fp32.digest, in_memory, few, folder, record.images_expected(data))
         # torch.compile takes half a minute, and only the processes that time need it.
         here = [runtime for runtime in config.latency.runtimes if runtime is not Runtime.inductor]
         variants = saved.read(config, {"fp32": fused, "int8": skeleton}, folder, here)

@@ -43,6 +43,12 @@ def activations_key(config: Config, data: Data, float_digest: str) -> str:
     return json.dumps(["activations", executed, _where(config), sources.code_hash()])
 
 
+def float_file_key(config: Config, float_digest: str, name: str, shape: Sequence[int]) -> str:
+    """Everything that a file of the fused float model depends on. name: of the file; shape: of an image."""
+    made_of = [float_digest, config.flow, config.fusion, list(shape)]
+    return json.dumps(["file", name, made_of, _where(config), sources.code_hash()])
+
+
 def fusion_key(config: Config, data: Data, float_digest: str) -> str:
     """Everything that the difference of the fused from the float model depends on."""
     return json.dumps(["fusion", activations_key(config, data, float_digest), data.test.digest])

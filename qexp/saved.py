@@ -7,14 +7,15 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qexp import cache, kept, models, quantize
 from qexp import config as schema
-from qexp import models, quantize
 from qexp.config import Config, Overflow, Runtime
 from qexp.results import Artifact
 from qexp.runtimes import eager, inductor, torchscript
@@ -29,27 +30,41 @@ def variants(runtimes: Collection[Runtime]) -> list[tuple[str, Runtime]]:
 
 
 def write(
-    config: Config, module: Mapping[str, nn.Module], images: Tensor, folder: Path, takes: Mapping[str, Any]
+    config: Config,
+    float_digest: str,
+    module: Mapping[str, nn.Module],
+    images: Tensor,
+    folder: Path,
+    takes: Mapping[str, Any],
 ) -> list[Artifact]:
     """Save both models (by precision) for every runtime asked for, into folder/model.
 
-    images: float32 [n, 3, H, W], for the trace; takes: which images the models take (see `record.images_expected`).
+    All runs of a float model share its files. images: float32 [n, 3, H, W], for the trace; takes: which images the
+    models take (see `record.images_expected`).
     """
     where = folder / "model"
     where.mkdir(exist_ok=True)
     (where / "images.json").write_text(json.dumps(takes, indent=1, allow_nan=False) + "\n")
-    artifacts = []
+
+    def export(precision: str, runtime: Runtime, path: Path) -> Path:
+        if runtime is Runtime.torchscript:
+            return torchscript.export(module[precision], images[:2], path)
+        return eager.export(module[precision], path)
+
+    artifacts, digests = [], dict[Path, str]()
     with quantize.engine(config.engine):
         for precision, runtime in variants(config.latency.runtimes):
             path = _path(folder, precision, runtime)
-            if runtime is Runtime.torchscript:
-                torchscript.export(module[precision], images[:2], path)
-            else:
-                eager.export(module[precision], path)
-            content = path.read_bytes()
             engine = str(config.engine) if precision == "int8" else ""
-            digest = hashlib.sha256(content).hexdigest()
-            artifacts.append(Artifact(precision, str(runtime), str(path), digest, len(content), engine))
+            if path not in digests:
+                made = partial(export, precision, runtime)
+                if precision == "fp32":
+                    key = kept.float_file_key(config, float_digest, path.name, images.shape[1:])
+                    digests[path] = cache.file(kept.folder(config), key, made, path)
+                else:
+                    with made(path).open("rb") as content:
+                        digests[path] = hashlib.file_digest(content, "sha256").hexdigest()
+            artifacts.append(Artifact(precision, str(runtime), str(path), digests[path], path.stat().st_size, engine))
     return artifacts
 
 

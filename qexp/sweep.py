@@ -24,12 +24,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from qexp import ablation, jobs, progress, resume, sources, table
-from qexp import compose as _registered  # noqa: F401  (resolvers, in a launcher's process)
 from qexp import config as schema
+from qexp.compose import Composer, Composition
 from qexp.config import Config, LogModel
 from qexp.errors import ConfigError, QexpError
 from qexp.results import Row
@@ -122,15 +122,13 @@ class Job:
         )
 
 
-def job_from(composed: DictConfig) -> Job:
-    """The job that a composition with its `hydra` node describes. Raises ConfigError."""
+def job_from(composed: Composition) -> Job:
+    """The job that a composition describes. Raises ConfigError."""
     hydra = composed.hydra
-    with open_dict(composed):
-        task = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-    config = schema.from_hydra(task, hydra.runtime.cwd)
+    config = schema.from_hydra(composed.task, hydra.runtime.cwd)
     choices = {group: str(choice) for group, choice in hydra.runtime.choices.items() if "/" not in group}
     number = OmegaConf.select(hydra, "job.num", throw_on_missing=False) or 0
-    overrides = dict(_split(text) for text in hydra.overrides.task)
+    overrides = dict(map(_split, composed.overrides))
     alone = hydra.mode is not RunMode.MULTIRUN
     folder, cwd = Path(OmegaConf.select(hydra, "runtime.output_dir") or ""), Path(hydra.runtime.cwd)
     return Job(config, choices, overrides, folder, cwd, number, alone)
@@ -146,7 +144,7 @@ class Door(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         with refusals():
-            job = job_from(config)
+            job = job_from(Composition.of(config))
             schema.check(job.config)
             resume.check(job)
             writable(Path(config.hydra.run.dir))
@@ -313,8 +311,9 @@ def plan(master: DictConfig, arguments: Sequence[str], loader: Any) -> list[Plan
     swept = [override.get_key_element().lstrip("+") for override in overrides if override.is_sweep_override()]
     planned: dict[str, Planned] = {}
     refused: dict[str, str] = {}
+    composer = Composer(master, loader)
     for combination in tqdm(combinations, desc="checking jobs", disable=None, leave=False):
-        composed = loader.load_sweep_config(master, combination)
+        composed = composer(combination)
         try:
             job = job_from(composed)
             schema.check(job.config, swept)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import multiprocessing
 import os
 import resource
@@ -321,3 +323,73 @@ def test_a_map_outlives_its_file_which_another_process_dropped(tmp_path: Path) -
     assert other.exitcode == 0
     assert cache.find_arrays(tmp_path, "used") is None
     assert (used == 7).all()
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def writes(content: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(content)
+
+
+def refuse_file(path: Path) -> None:
+    refuse()
+
+
+def held_file(folder: Path) -> Path:
+    (file,) = folder.glob("*.file")
+    return file
+
+
+def test_a_file_is_made_once_and_all_that_ask_for_it_share_its_bytes(tmp_path: Path) -> None:
+    targets = [tmp_path / name for name in ("one", "two")]
+    digests = [
+        cache.file(tmp_path / "cache", "key", make, target)
+        for make, target in zip([writes(b"content"), refuse_file], targets, strict=True)
+    ]
+    assert digests == [hashlib.sha256(b"content").hexdigest()] * 2
+    assert [target.read_bytes() for target in targets] == [b"content"] * 2
+    assert targets[0].samefile(targets[1])
+    assert cache.file(tmp_path / "cache", "other", writes(b"another"), targets[0]) != digests[0]
+    assert [target.read_bytes() for target in targets] == [b"another", b"content"]
+
+
+def test_where_a_disk_has_no_links_a_file_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse_link(*paths: Path) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse_link)
+    for make in (writes(b"content"), refuse_file):
+        cache.file(tmp_path / "cache", "key", make, tmp_path / "target")
+        assert (tmp_path / "target").read_bytes() == b"content"
+        assert not (tmp_path / "target").samefile(held_file(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"conTent"), Path.unlink])
+def test_a_file_that_is_damaged_or_gone_is_made_anew(tmp_path: Path, damage: Callable[[Path], object]) -> None:
+    cache.file(tmp_path, "key", writes(b"content"), tmp_path / "target")
+    damage(held_file(tmp_path))
+    cache.file(tmp_path, "key", writes(b"anew"), tmp_path / "target")
+    assert (tmp_path / "target").read_bytes() == b"anew"
+    cache.file(tmp_path, "key", refuse_file, tmp_path / "target")
+    assert not list(tmp_path.glob("*.making"))
+
+
+def test_a_file_that_can_not_be_made_leaves_nothing_behind(tmp_path: Path) -> None:
+    def fail(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache.file(tmp_path, "key", fail, tmp_path / "target")
+    assert {path.suffix for path in tmp_path.iterdir()} <= {".lock"}
+
+
+def test_files_count_in_a_bounded_folder_and_one_too_large_for_it_is_given_all_the_same(tmp_path: Path) -> None:
+    with cache.bounded(2e-6):
+        cache.file(tmp_path / "cache", "large", writes(bytes(10_000)), tmp_path / "target")
+        assert (tmp_path / "target").stat().st_size == 10_000
+        cache.file(tmp_path / "cache", "large", writes(bytes(10_000)), tmp_path / "target")
+        cache.array(tmp_path / "cache", "small", kilobyte(1))
+    assert not list((tmp_path / "cache").glob("*.file"))
+    assert cache.array(tmp_path / "cache", "small", refuse)[0] == 1
