@@ -213,7 +213,11 @@ def why_guarded(config: Config, overflow: Overflow) -> str:
     """Why `auto` became what it is, in a few words."""
     where = f"target={config.target}" if config.target is not Target.native else "this CPU"
     if overflow is not Overflow.none:
-        return f"16-bit sums of engine={config.engine} can saturate on {where}, so layers that could get 7 bits"
+        kinds = saturation.overflowing_kinds(
+            config.qconfig, config.engine, config.flow, config.target, saturation.probe()
+        )
+        which = "" if "conv" in kinds else f"of {' and '.join(sorted(kinds))} layers "
+        return f"16-bit sums {which}of engine={config.engine} can saturate on {where}, so layers that could get 7 bits"
     if min(config.qconfig.weight.bits, config.qconfig.activation.bits) < 8:
         return "7 bits or fewer on one side can't saturate"
     return f"engine={config.engine} does not saturate on {where}"
@@ -293,7 +297,7 @@ def calibrated(
     narrowed: tuple[quantize.Narrowed, ...] = ()
     if qconfig.overflow is Overflow.layers:
         some = _images(data, pixels[:SATURATION_IMAGES])
-        prepared, narrowed = quantize.narrow(prepared, config.flow, qconfig, config.engine, some)
+        prepared, narrowed = quantize.narrow(prepared, config.flow, qconfig, config.engine, config.target, some)
     return prepared, Calibration(len(pixels), time.perf_counter() - started, narrowed, digest_of(pixels))
 
 

@@ -159,7 +159,8 @@ def doubts(
     if config.dataset["_target_"] == "qexp.datasets.digits":
         yield f"digits, with {len(data.test)} images of 8x8 pixels, is for trying the tool and not for deciding."
     unguarded = qconfig.overflow is Overflow.none and min(qconfig.weight.bits, qconfig.activation.bits) == 8
-    if unguarded and saturation.can_saturate(qconfig, config.engine, config.flow, Target.native, saturation.probe()):
+    kinds = saturation.overflowing_kinds(qconfig, config.engine, config.flow, Target.native, saturation.probe())
+    if unguarded and any(layer.int8 and layer.kind in kinds for layer in layers):
         yield (
             f"16-bit sums can saturate in the kernels of engine={config.engine}, and the guard is off: this accuracy "
             "holds for this CPU only; qconfig.overflow=auto avoids it."

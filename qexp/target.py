@@ -69,10 +69,12 @@ def answer(
     """
     everything = np.arange(len(executed.labels))
     signature, engine = saturation.probe(), config.engine
-    here = saturation.can_saturate(qconfig, engine, config.flow, Target.native, signature)
-    there = saturation.can_saturate(qconfig, engine, config.flow, config.target, signature)
+    here, there = (
+        saturation.overflowing_kinds(qconfig, engine, config.flow, cpu, signature)
+        for cpu in (Target.native, config.target)
+    )
     plain = Answer(Source.executed, everything, executed, Saturation.impossible)
-    if not (here or there) or not sums.at_risk(int8, engine):
+    if not sums.at_risk(int8, engine, here | there):
         return plain
     # A CPU with VNNI may still have depthwise kernels that saturate: that is no CPU without it.
     if here and (config.target is not Target.avx2 or signature.dense_saturates(engine, qconfig.weight.scheme)):

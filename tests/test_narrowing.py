@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.ao.quantization.observer import UniformQuantizationObserverBase
 
 from qexp import quantize
-from qexp.config import ActivationObserver, Engine, Flow, Observer, Overflow, QConfig
+from qexp.config import ActivationObserver, Engine, Flow, Observer, Overflow, QConfig, Target
 from qexp.quantize import narrowing, sums
 from qexp.quantize.grid import Side
 
@@ -69,7 +69,7 @@ def test_narrowed_tensors_are_those_of_an_observer_made_with_that_grid(flow: Flo
 def test_only_layers_that_saturate_are_narrowed(flow: Flow) -> None:
     qconfig = settings(overflow="layers")
     prepared = calibrated(saturating(Chain(), "features.0"), flow, qconfig)
-    narrowed, found = quantize.narrow(prepared, flow, qconfig, Engine.x86, EXAMPLE)
+    narrowed, found = quantize.narrow(prepared, flow, qconfig, Engine.x86, Target.avx2, EXAMPLE)
     names = [one.name for one in found]
     assert "features.0" in names
     plain = quantize.read_qparams(prepared)
@@ -92,10 +92,10 @@ def test_only_layers_that_saturate_are_narrowed(flow: Flow) -> None:
 def test_nothing_is_narrowed_where_nothing_saturates() -> None:
     qconfig = settings(overflow="layers", weight_bits=7)
     prepared = calibrated(trained(Chain()), Flow.fx, qconfig)
-    same, found = quantize.narrow(prepared, Flow.fx, qconfig, Engine.x86, EXAMPLE)
+    same, found = quantize.narrow(prepared, Flow.fx, qconfig, Engine.x86, Target.avx2, EXAMPLE)
     assert found == ()
     assert same is prepared
-    assert quantize.narrow(prepared, Flow.fx, qconfig, Engine.qnnpack, EXAMPLE)[1] == ()
+    assert quantize.narrow(prepared, Flow.fx, qconfig, Engine.qnnpack, Target.avx2, EXAMPLE)[1] == ()
 
 
 def rounded(values: np.ndarray, low: float, high: float, steps: int) -> np.ndarray:

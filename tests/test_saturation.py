@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qexp import quantize
 from qexp.config import Engine, Flow, Overflow, QConfig, Scheme, Target
-from qexp.quantize.saturation import KernelSignature, Probe, probe, resolve_overflow
+from qexp.quantize.saturation import KINDS, KernelSignature, Probe, overflowing_kinds, probe, resolve_overflow
 
 ENGINES = [e for e in Engine if e in quantize.supported()]
 EXACT = KernelSignature("exact", tuple(Probe(e, s, "conv", 200) for e in Engine for s in Scheme))
@@ -24,7 +24,7 @@ def quantized(net: nn.Module, qconfig: QConfig, engine: Engine, images: Tensor, 
     prepared = quantize.prepare(fused, flow, qconfig, MINMAX, engine, images)
     quantize.calibrate(prepared, [images])
     if qconfig.overflow is Overflow.layers:
-        prepared, _ = quantize.narrow(prepared, flow, qconfig, engine, images)
+        prepared, _ = quantize.narrow(prepared, flow, qconfig, engine, Target.native, images)
     return quantize.convert(prepared, flow, engine)
 
 
@@ -142,6 +142,19 @@ def test_probe_says_what_the_unguarded_sum_of_ones_does(engine: Engine) -> None:
     images = torch.ones(1, 64, 8, 8)
     output = run(quantized(nn.Sequential(conv), settings("per_channel"), engine, images), engine, images)
     assert ("conv" in probe().saturating_kinds(engine)) == (float(output.max()) < 500)
+
+
+def test_what_was_tried_stands_for_the_kinds_of_layer_that_use_the_kernel() -> None:
+    def kinds(*saturating: str, target: Target = Target.native, engine: Engine = Engine.x86) -> frozenset[str]:
+        probes = tuple(Probe(Engine.x86, Scheme.symmetric, kind, 112) for kind in saturating)
+        return overflowing_kinds(settings(), engine, Flow.eager, target, KernelSignature("", probes))
+
+    assert kinds() == frozenset()
+    assert kinds("depthwise_wide") == kinds("depthwise_5x5", "depthwise") == {"depthwise"}
+    assert kinds("stem") == kinds("conv") == {"conv", "conv_transpose"}
+    assert kinds("linear", "grouped", "pointwise") == {"linear", "grouped", "pointwise"}
+    assert kinds("conv", target=Target.vnni) == kinds(target=Target.avx2, engine=Engine.qnnpack) == frozenset()
+    assert kinds(target=Target.avx2) == KINDS
 
 
 @pytest.mark.parametrize(

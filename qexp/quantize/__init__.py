@@ -12,7 +12,7 @@ import logging
 import torch
 from torch import Tensor, nn
 
-from qexp.config import ActivationObserver, Engine, Flow, Observer, QConfig
+from qexp.config import ActivationObserver, Engine, Flow, Observer, QConfig, Target
 from qexp.errors import InputError, QexpError
 from qexp.quantize import dynamic, eager, fx, narrowing, saturation, sums
 from qexp.quantize.biases import fit_biases
@@ -87,21 +87,25 @@ def prepare(
 
 
 def narrow(
-    prepared: nn.Module, flow: Flow, qconfig: QConfig, engine_name: Engine, images: Tensor
+    prepared: nn.Module, flow: Flow, qconfig: QConfig, engine_name: Engine, target: Target, images: Tensor
 ) -> tuple[nn.Module, tuple[Narrowed, ...]]:
-    """A calibrated model with 7 bits on one side of every layer whose 16-bit sums saturate on `images`.
+    """A calibrated model with 7 bits on one side of every layer whose 16-bit sums saturate on `images`, with this
+    machine's kernels; or, where these are exact and `target` is a CPU without VNNI, with emulated ones.
 
-    images: float32 [n, 3, H, W], some of the calibration images. Where this machine's kernels are exact, those of a CPU
-    without VNNI are emulated. Returns a copy, and what was narrowed.
+    images: float32 [n, 3, H, W], some of the calibration images. Returns a copy, and what was narrowed.
     """
     converted = convert(prepared, flow, engine_name)
-    if not sums.at_risk(converted, engine_name):
+    signature = saturation.probe()
+    kinds = saturation.overflowing_kinds(qconfig, engine_name, flow, Target.native, signature)
+    emulate = target is Target.avx2 and not signature.dense_saturates(engine_name, qconfig.weight.scheme)
+    if emulate:
+        kinds |= saturation.overflowing_kinds(qconfig, engine_name, flow, target, signature)
+    if not sums.at_risk(converted, engine_name, kinds):
         return prepared, ()
-    if saturation.probe().dense_saturates(engine_name, qconfig.weight.scheme):
-        rows = sums.layer_by_layer(converted, exact(prepared, flow), [images], engine_name)
+    if emulate:
+        rows = sums.layer_by_layer(sums.with_emulated_sums(converted, engine_name), converted, [images], engine_name)
     else:
-        emulated = sums.with_emulated_sums(converted, engine_name)
-        rows = sums.layer_by_layer(emulated, converted, [images], engine_name)
+        rows = sums.layer_by_layer(converted, exact(prepared, flow), [images], engine_name)
     risky = [row.name for row in rows if row.saturates]
     return narrowing.narrow(prepared, risky, qconfig, images[:NOISE_IMAGES]) if risky else (prepared, ())
 

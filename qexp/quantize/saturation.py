@@ -34,7 +34,11 @@ _CONVOLUTIONS = {
     # x86 hands a convolution of more than 100 groups to FBGEMM even where it has VNNI.
     "depthwise_wide": (128, 128, 3, 128),
 }
+# What was tried, and the kind of layer that it stands for, where the two have other names.
+_BROADER = {"stem": "conv", "depthwise_5x5": "depthwise", "depthwise_wide": "depthwise"}
 _LINEAR_FEATURES = 64
+KINDS = frozenset({"conv", "conv_transpose", "pointwise", "grouped", "depthwise", "linear"})
+"""The kinds of layer that `sums` tells apart."""
 _SATURATES_ON_AVX2 = (Engine.x86, Engine.fbgemm, Engine.onednn)
 
 
@@ -96,8 +100,11 @@ def _conv(kind: str, zero_point: int) -> int:
     images = torch.quantize_per_tensor(torch.full((1, channels_in, 8, 8), 255.0), 1.0, 0, torch.quint8)
     shape = (channels_out, channels_in // groups, size, size)
     weight, terms = _weight(shape, zero_point), channels_in // groups * size * size
-    packed = torch.ops.quantized.conv2d_prepack(weight, torch.zeros(channels_out), [1, 1], [0, 0], [1, 1], groups)
-    return _lowest(torch.ops.quantized.conv2d(images, packed, _scale(terms, zero_point), 0))
+    # FBGEMM has kernels of its own for groups, which add up otherwise, and takes them only with this padding.
+    padding = [size // 2, size // 2]
+    packed = torch.ops.quantized.conv2d_prepack(weight, torch.zeros(channels_out), [1, 1], padding, [1, 1], groups)
+    output = torch.ops.quantized.conv2d(images, packed, _scale(terms, zero_point), 0)
+    return _lowest(output[..., size // 2 : -(size // 2) or None, size // 2 : -(size // 2) or None])
 
 
 def _linear(zero_point: int) -> int:
@@ -119,16 +126,25 @@ def _lowest(output: Tensor) -> int:
     return int(output.int_repr().min())
 
 
-def can_saturate(qconfig: QConfig, name: Engine, flow: Flow, target: Target, signature: KernelSignature) -> bool:
-    """Whether 16-bit sums can overflow with full grids on the CPU that `target` means.
+def overflowing_kinds(
+    qconfig: QConfig, name: Engine, flow: Flow, target: Target, signature: KernelSignature
+) -> frozenset[str]:
+    """The kinds of layer (of KINDS) whose 16-bit sums can overflow with full grids on the CPU that `target` means.
 
-    flow=dynamic can't: torch's dynamic linear gives the activations 7 bits itself.
+    flow=dynamic has none: torch's dynamic linear gives the activations 7 bits itself. A CPU with VNNI may have some:
+    FBGEMM's depthwise kernels add up in 16 bits everywhere.
     """
     if flow is Flow.dynamic or target is Target.vnni:
-        return False
+        return frozenset()
     if target is Target.avx2:
-        return name in _SATURATES_ON_AVX2
-    return signature.saturates(name, qconfig.weight.scheme)
+        return KINDS if name in _SATURATES_ON_AVX2 else frozenset()
+    here = signature.saturating_kinds(name, qconfig.weight.scheme)
+    return frozenset(kind for kind in KINDS for probed in here if kind.startswith(_BROADER.get(probed, probed)))
+
+
+def can_saturate(qconfig: QConfig, name: Engine, flow: Flow, target: Target, signature: KernelSignature) -> bool:
+    """Whether 16-bit sums can overflow in any kind of layer (see `overflowing_kinds`)."""
+    return bool(overflowing_kinds(qconfig, name, flow, target, signature))
 
 
 def resolve_overflow(

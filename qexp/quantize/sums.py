@@ -9,7 +9,7 @@ reduction, so its answer can be computed on any machine. Orders and rounding are
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -49,12 +49,16 @@ def int8_layers(converted: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def at_risk(converted: nn.Module, engine_name: Engine) -> bool:
-    """Whether any layer's weights let 16-bit sums overflow; a layer called as a function counts as one that does."""
-    if engine_name is Engine.qnnpack:
+def at_risk(converted: nn.Module, engine_name: Engine, kinds: Collection[str]) -> bool:
+    """Whether the weights of any layer let 16-bit sums overflow; a layer called as a function counts as one that does.
+
+    kinds: of layer in which kernels add up in 16 bits (see `saturation.overflowing_kinds`).
+    """
+    if engine_name is Engine.qnnpack or not kinds:
         return False
     functions = any(_is_int8_function(n) for n in _nodes(converted))
-    return functions or any(can_overflow(layer, engine_name) for _, layer in int8_layers(converted))
+    layers = (layer for _, layer in int8_layers(converted) if _kind(layer) in kinds)
+    return functions or any(can_overflow(layer, engine_name) for layer in layers)
 
 
 def weight_pairs(module: nn.Module, engine_name: Engine) -> Tensor:
