@@ -35,8 +35,9 @@ _SEAL = hashlib.sha256().digest_size
 _CHUNK = 1 << 22
 _DAMAGED = "the cache entry %s is damaged (%s); it is made anew"
 
-# The bytes that a folder may hold, set by `bounded`.
+# The bytes that a folder may hold, set by `bounded`, and those that each was found to hold since, with what was added.
 _limit = math.inf
+_taken: dict[Path, int] = {}
 # What this process has mapped, and the entry's file.
 _mapped: weakref.WeakKeyDictionary[mmap.mmap, Path] = weakref.WeakKeyDictionary()
 
@@ -124,6 +125,7 @@ def file(folder: Path, key: str, make: Callable[[Path], object], target: Path) -
         with temporary.open("rb+") as made:
             os.fsync(made.fileno())
         temporary.replace(held)
+        _taken.pop(folder, None)  # to be looked through again
         _link(held, target)  # before room is made, which may take this one too
         return np.frombuffer(_digest(target), np.uint8)
 
@@ -162,17 +164,23 @@ def _digest(path: Path) -> bytes:
 @contextmanager
 def bounded(gigabytes: float) -> Iterator[None]:
     """Meanwhile each new entry makes room in its folder: those that were not used for longest are removed until all
-    together take no more than `gigabytes` (10^9 bytes), or only what this process has in use is left."""
+    together take no more than `gigabytes` (10^9 bytes), or only what this process has in use is left. What another
+    process adds is counted by the next context."""
     global _limit
     before, _limit = _limit, 1e9 * gigabytes
+    _taken.clear()
     try:
         yield
     finally:
         _limit = before
 
 
-def _make_room(folder: Path) -> None:
+def _make_room(folder: Path, added: int) -> None:
+    """added: bytes of what is new in there. All of it is looked through only if these may be too many."""
     if _limit == math.inf:
+        return
+    if folder in _taken and _taken[folder] + added <= _limit:
+        _taken[folder] += added
         return
     entries: list[tuple[int, int, Path]] = []
     for path in (*folder.glob("*.npy"), *folder.glob("*.file")):
@@ -188,6 +196,7 @@ def _make_room(folder: Path) -> None:
             _remove(path)
             taken -= size
             logger.info("removed %s from the cache, which may hold %g GB", path, _limit / 1e9)
+    _taken[folder] = taken
 
 
 def filled(folder: Path, key: str, shape: tuple[int, ...], dtype: Any, fill: Callable[[np.ndarray], None]) -> Entry:
@@ -256,7 +265,7 @@ def _make(folder: Path, path: Path, write: Callable[[Path], None]) -> Entry:
         found = _open(temporary)
         if found is not None:
             temporary.replace(path)
-            _make_room(folder)
+            _make_room(folder, path.stat().st_size)
     except OSError as error:
         raise _unwritable(folder, error) from error
     finally:
