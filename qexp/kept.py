@@ -132,7 +132,9 @@ def _where(config: Config) -> list[Any]:
 
 
 def _environment() -> dict[str, str]:
-    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(_ENVIRONMENT)}
+    # torch sets TORCHINDUCTOR_CACHE_DIR itself, when its compiler is first imported.
+    names = (name for name in sorted(os.environ) if name.startswith(_ENVIRONMENT) and not name.endswith("_CACHE_DIR"))
+    return {name: os.environ[name] for name in names}
 
 
 def _hash(parts: Any) -> str:

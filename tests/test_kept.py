@@ -200,6 +200,8 @@ def test_the_operators_alone_tell_models_apart(composed: Composed, flow: Flow) -
 
 def test_the_environment_of_the_kernels_is_in_the_key(key: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     before = key()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/where/torch/puts/what/it/compiles")
+    assert key() == before
     monkeypatch.setenv("OMP_PROC_BIND", "spread")
     assert key() != before
 
