@@ -111,13 +111,14 @@ def file(folder: Path, key: str, make: Callable[[Path], object], target: Path) -
             _link(held, target)
         except FileNotFoundError:
             return None
-        if _digest(target) != digest.tobytes():
+        found = digest_of(target)
+        if found != digest.tobytes().hex():
             logger.info(_DAMAGED, held, "its checksum is wrong")
             target.unlink()
             return None
         with suppress(OSError):
             os.utime(held)
-        return digest.tobytes().hex()
+        return found
 
     def write() -> np.ndarray:
         temporary.unlink(missing_ok=True)
@@ -127,12 +128,12 @@ def file(folder: Path, key: str, make: Callable[[Path], object], target: Path) -
         temporary.replace(held)
         _taken.pop(folder, None)  # to be looked through again
         _link(held, target)  # before room is made, which may take this one too
-        return np.frombuffer(_digest(target), np.uint8)
+        return np.frombuffer(bytes.fromhex(digest_of(target)), np.uint8)
 
-    found = placed()
-    if found is not None:
-        return found
     try:
+        found = placed()
+        if found is not None:
+            return found
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".file.lock")):
             found = placed()  # another process may have made it while this one waited
@@ -150,15 +151,14 @@ def _link(path: Path, target: Path) -> None:
     target.unlink(missing_ok=True)  # to write into it would write into the entry of which it is another name
     try:
         os.link(path, target)
-    except FileNotFoundError:
-        raise
-    except OSError:
+    except OSError:  # of this disk; or there is nothing, which the copy says, too
         shutil.copyfile(path, target)
 
 
-def _digest(path: Path) -> bytes:
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
     with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").digest()
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from qexp.config import Config
+from qexp.config import GROUPS, Config
 from qexp.errors import ConfigError
 
 _HERE = Path(__file__).resolve().parent
@@ -46,7 +46,7 @@ def check_choices(arguments: Sequence[str]) -> None:
     """
     for argument in arguments:
         group, _, given = argument.partition("=")
-        if not (given and (CONF / group).is_dir()):
+        if not given or group not in (*GROUPS, "experiment"):
             continue
         try:
             value = OverridesParser.create().parse_override(argument).value()

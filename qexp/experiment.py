@@ -49,7 +49,7 @@ from qexp.runtimes.model import Loaded, agree, with_cuda
 log = logging.getLogger(__name__)
 
 FUSION_TOLERANCE = 1e-4  # of the largest logit
-AGREEMENT_IMAGES = 64
+AGREEMENT_IMAGES = 256
 SATURATION_IMAGES = 64
 LATENCY_IMAGES = 64
 # One for the whole machine, whoever times on it and whatever TMPDIR is.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -62,8 +61,7 @@ def write(
                     key = kept.float_file_key(config, float_digest, path.name, images.shape[1:])
                     digests[path] = cache.file(kept.folder(config), key, made, path)
                 else:
-                    with made(path).open("rb") as content:
-                        digests[path] = hashlib.file_digest(content, "sha256").hexdigest()
+                    digests[path] = cache.digest_of(made(path))
             artifacts.append(Artifact(precision, str(runtime), str(path), digests[path], path.stat().st_size, engine))
     return artifacts
 

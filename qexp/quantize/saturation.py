@@ -139,12 +139,8 @@ def overflowing_kinds(
     if target is Target.avx2:
         return KINDS if name in _SATURATES_ON_AVX2 else frozenset()
     here = signature.saturating_kinds(name, qconfig.weight.scheme)
+    # By how it begins: what holds for conv does for conv_transpose, which isn't tried.
     return frozenset(kind for kind in KINDS for probed in here if kind.startswith(_BROADER.get(probed, probed)))
-
-
-def can_saturate(qconfig: QConfig, name: Engine, flow: Flow, target: Target, signature: KernelSignature) -> bool:
-    """Whether 16-bit sums can overflow in any kind of layer (see `overflowing_kinds`)."""
-    return bool(overflowing_kinds(qconfig, name, flow, target, signature))
 
 
 def resolve_overflow(
@@ -154,7 +150,7 @@ def resolve_overflow(
     if qconfig.overflow is not Overflow.auto:
         return qconfig.overflow
     narrow = min(qconfig.weight.bits, qconfig.activation.bits) <= SAFE_BITS
-    if narrow or not can_saturate(qconfig, name, flow, target, signature):
+    if narrow or not overflowing_kinds(qconfig, name, flow, target, signature):
         return Overflow.none
     return Overflow.layers
 
