@@ -59,6 +59,7 @@ STEPS = (
     (experiment, "predicted"),
     (experiment, "per_layer"),
     (target, "answer"),
+    (experiment, "timing_key"),
     (experiment, "timed"),
     (record, "written"),
     (record, "layers_written"),

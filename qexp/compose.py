@@ -96,7 +96,7 @@ class Composer:
 
     def __call__(self, arguments: Sequence[str]) -> Composition:
         """What Hydra composes of these overrides, none of which lists several values. Raises Hydra's own errors."""
-        overrides = self._parser.parse_overrides(list(arguments))
+        overrides = self.parse(arguments)
         choices = tuple(str(override.input_line) for override in overrides if not self._sets_value(override))
         if choices not in self._shared:
             self._shared[choices] = Composition.of(self._loader.load_sweep_config(self._master, list(choices)))
@@ -105,6 +105,11 @@ class Composer:
         ConfigLoaderImpl._apply_overrides_to_config([o for o in overrides if self._sets_value(o)], task)
         given = tuple(str(override.input_line) for override in overrides if not override.is_hydra_override())
         return Composition(task, shared.hydra, given)
+
+    def parse(self, arguments: Sequence[str]) -> list[Override]:
+        """Overrides, which may list several values. Raises Hydra's own errors."""
+        parsed: list[Override] = self._parser.parse_overrides(list(arguments))
+        return parsed
 
     def _sets_value(self, override: Override) -> bool:
         if override.is_hydra_override():

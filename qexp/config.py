@@ -218,9 +218,11 @@ class Compute:
 
 @dataclass
 class Job:
-    """timeout: seconds after which a run is ended as FAILED; None: however long it takes."""
+    """timeout: seconds after which a run is ended as FAILED; None: however long it takes. ahead: whether a sweep's next
+    job is prepared while one computes."""
 
     timeout: float | None
+    ahead: bool
 
 
 @dataclass

@@ -6,6 +6,7 @@ of MLflow, so that they can be called in a process of their own.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -45,6 +46,7 @@ from qexp.quantize.fidelity import Fidelity, layer_fidelity
 from qexp.results import Artifact, Layer, Predictions, QParams, Result
 from qexp.runtimes import inductor
 from qexp.runtimes.model import Loaded, agree, with_cuda
+from qexp.turn import Turn
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ FUSION_TOLERANCE = 1e-4  # of the largest logit
 AGREEMENT_IMAGES = 256
 SATURATION_IMAGES = 64
 LATENCY_IMAGES = 64
+ALONE = Turn()
 # One for the whole machine, whoever times on it and whatever TMPDIR is.
 TIMING_LOCK = (Path("/tmp") if Path("/tmp").is_dir() else Path(tempfile.gettempdir())) / "qexp-timing.lock"
 
@@ -105,8 +108,8 @@ def described(configs: Sequence[Config]) -> list[dict[str, str]]:
     return found
 
 
-def run_job(config: Config, folder: Path) -> Result:
-    """One experiment. folder: where everything that it produces is written; it exists.
+def run_job(config: Config, folder: Path, turn: Turn = ALONE) -> Result:
+    """One experiment. folder: where everything that it produces is written; it exists. turn: among the jobs of a sweep.
 
     Raises RunError where the result could not be trusted: the fused model differs from the float model, nothing was
     quantized, what was saved gives other logits than what was evaluated.
@@ -133,17 +136,22 @@ def run_job(config: Config, folder: Path) -> Result:
         artifacts = saved.write(config, fp32.digest, in_memory, few, folder, record.images_expected(data))
         # torch.compile takes half a minute, and only the processes that time need it.
         here = [runtime for runtime in config.latency.runtimes if runtime is not Runtime.inductor]
-        variants = saved.read(config, {"fp32": fused, "int8": skeleton}, folder, here)
+        variants = saved.read(config, {"fp32": copy.deepcopy(fused), "int8": skeleton}, folder, here)
         all_int8 = all(layer.int8 for layer in layers)
         contents = contents_of(config, fp32.digest, artifacts, variants)
-        predictions = predicted(config, data, contents, variants, in_memory, all_int8)
-        if np.array_equal(predictions["fp32"].logits, predictions["int8"].logits):
-            raise RunError("the INT8 logits equal the FP32 logits bit for bit: nothing was quantized.")
-        fidelity = per_layer(config, fused, int8, qparams, data)
-        executed = contents[first_of("int8", variants)]
-        answer = target.answer(config, qconfig, data, prepared, int8, predictions["int8"], executed)
-        measure = partial(side_by_side, config, variants, data, predictions, all_int8, folder)
-        timings, latency_from = timed(config, data, fp32.digest, int8, folder, measure)
+        key = timing_key(config, data, fp32.digest, int8)
+        with turn.computing():
+            if not config.latency.enabled or kept.has_timings(config, key):
+                turn.share()
+            predictions = predicted(config, data, contents, variants, in_memory, all_int8)
+            if np.array_equal(predictions["fp32"].logits, predictions["int8"].logits):
+                raise RunError("the INT8 logits equal the FP32 logits bit for bit: nothing was quantized.")
+            fidelity = per_layer(config, fused, int8, qparams, data)
+            executed = contents[first_of("int8", variants)]
+            answer = target.answer(config, qconfig, data, prepared, int8, predictions["int8"], executed)
+            measure = partial(side_by_side, config, variants, data, predictions, all_int8, folder, turn)
+            timings, latency_from = timed(config, key, folder, measure)
+            turn.share()
 
     margin = config.dataset["margin"]
     measured = {
@@ -374,22 +382,23 @@ def per_layer(
     return layer_fidelity(fused, int8, qparams, config.flow, config.engine, images)
 
 
+def timing_key(config: Config, data: Data, float_digest: str, int8: nn.Module) -> str:
+    """What this run's timings are kept under; empty where they are its own."""
+    if not config.latency.enabled or not kept.reuses_timings(config):
+        return ""
+    return kept.timing_key(config, data, float_digest, int8, _images(data, data.test.pixels(np.arange(1))))
+
+
 def timed(
-    config: Config,
-    data: Data,
-    float_digest: str,
-    int8: nn.Module,
-    folder: Path,
-    measure: Callable[[], list[latency.Timing]],
+    config: Config, key: str, folder: Path, measure: Callable[[], list[latency.Timing]]
 ) -> tuple[list[latency.Timing], str]:
     """What `measure` times, one job at a time on the whole machine, and ""; with `latency.reuse` what another run timed
-    whose INT8 model executes the same, and that run."""
+    whose INT8 model executes the same (see `timing_key`), and that run."""
     if not config.latency.enabled:
         return [], ""
-    if not kept.reuses_timings(config):
+    if not key:
         with machine.lock(TIMING_LOCK):
             return measure(), ""
-    key = kept.timing_key(config, data, float_digest, int8, _images(data, data.test.pixels(np.arange(1))))
     where = str(folder.relative_to(config.outputs) if folder.is_relative_to(config.outputs) else folder)
     name = f"{config.tracking.name} ({where})" if config.tracking.name else where
     return kept.timings(config, key, TIMING_LOCK, name, measure)
@@ -402,8 +411,10 @@ def side_by_side(
     predictions: Mapping[str, Predictions],
     all_int8: bool,
     folder: Path,
+    turn: Turn,
 ) -> list[latency.Timing]:
     """Every variant timed side by side, at every batch size and number of threads asked for."""
+    turn.alone()
     images = min(len(data.test), LATENCY_IMAGES)
     inputs = _images(data, data.test.pixels(np.arange(images)))
     with quantize.engine(config.engine):

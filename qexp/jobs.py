@@ -4,12 +4,17 @@ leaks from one job into the next.
 Jobs are forked from a server process that has imported torch (qexp/server.py), in some hundredths of a second. Every
 process that runs jobs has one such server, multiprocessing's `forkserver`. Linux ends a server with its owner, and a
 job with its server, whatever ends them. torch is not imported here.
+
+Of a sweep's jobs (`in_turn`) the next one's process is begun as soon as the current one has nothing to time any more.
+It reads, prepares and saves while that one computes, and goes on when the machine is free; its owner hears of what it
+does when its turn comes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import logging
 import logging.handlers
 import math
@@ -20,19 +25,21 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from multiprocessing import connection, forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, cast
 
+from filelock import FileLock
 from tqdm import tqdm
 
 from qexp import errors, processes, progress
 from qexp.config import Config
 from qexp.results import Result
+from qexp.turn import Turn
 
 SERVER = "qexp.server"
 GRACE_SECONDS = 3.0  # how long a job that is told to end may take to clean up
@@ -40,8 +47,12 @@ STANDARD_STREAMS = (0, 1, 2)
 CRASH = "crash.txt"  # in a job's folder: where its code was when a signal such as SIGSEGV ended it
 CRASHES = ("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGABRT")
 
+POLL_SECONDS = 0.02  # between two looks at whether it is a job's turn
+
 _context = multiprocessing.get_context("forkserver")
 _warned: set[str] = set()
+
+log = logging.getLogger(__name__)
 
 
 class Elsewhere(Exception):
@@ -90,14 +101,89 @@ def refused(sentence: str, trace: str = "") -> Failure:
 
 @dataclass(frozen=True)
 class Order:
-    """What a job's process is told. environment: its environment variables; levels: of loggers, by name; below: whether
-    its bars are drawn below one of its owner's."""
+    """What a job's process is told. environment: its environment variables; levels: of loggers, by name; turn: a file
+    whose lock is held by the one of the owner's jobs that computes; line: of the terminal, for its bars, counted from
+    the owner's own."""
 
     config: Config
     folder: Path
     environment: dict[str, str]
+    cwd: Path
     levels: dict[str, int]
-    below: bool
+    turn: Path | None
+    line: int = field(compare=False)
+
+
+class _Share:
+    """What a job says when the next one may be begun."""
+
+
+class _Attached:
+    """What a job is told when its owner attends to it, and to nothing else."""
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A job's process, and the connection to it."""
+
+    order: Order
+    process: ForkServerProcess
+    channel: Connection
+
+    def end(self) -> None:
+        _end(self.process)
+        self.channel.close()
+        with contextlib.suppress(OSError):
+            (self.order.folder / CRASH).unlink(missing_ok=True)
+
+
+@dataclass
+class _Queue:
+    """Jobs that are run one after the other. following: what comes after the job in a folder, None where nothing does;
+    turn: see Order; ahead: the job that was begun before its turn."""
+
+    following: Callable[[Path], tuple[Config, Path] | None]
+    turn: Path
+    ahead: _Begun | None = None
+
+    def begin_after(self, current: Order) -> None:
+        following = self.following(current.folder)
+        if following is None or self.ahead is not None:
+            return
+        config, folder = following
+        # If it can't be begun now, that is said when its turn comes.
+        with contextlib.suppress(OSError, errors.RunError):
+            folder.mkdir(parents=True, exist_ok=True)
+            self.ahead = _begin(_order(config, folder, after=current))
+
+    def take(self, order: Order) -> _Begun | None:
+        """The job that was begun ahead, if it is this one."""
+        begun, self.ahead = self.ahead, None
+        if begun is None or begun.order == order:
+            return begun
+        begun.end()
+        log.debug("%s is another job than was foreseen; none is begun ahead any more", order.folder)
+        self.following = lambda folder: None
+        return None
+
+
+# Of the sweep that this process runs.
+_queue: _Queue | None = None
+
+
+@contextlib.contextmanager
+def in_turn(following: Callable[[Path], tuple[Config, Path] | None], turn: Path) -> Iterator[None]:
+    """Jobs run within begin before their turn. following: the configuration and folder of the job after the one in a
+    folder; turn: a file for their lock, which is removed in the end."""
+    global _queue
+    _queue = _Queue(following, turn)
+    try:
+        yield
+    finally:
+        left, _queue = _queue.ahead, None
+        if left is not None:
+            left.end()
+        turn.unlink(missing_ok=True)
 
 
 def start_server() -> None:
@@ -116,24 +202,43 @@ def run(config: Config, folder: Path) -> Result:
     longer than `job.timeout`.
     """
     start_server()
-    order = Order(config, folder, dict(os.environ), _levels(), progress.shown())
+    order = _order(config, folder)
+    begun = (_queue.take(order) if _queue is not None else None) or _begin(order)
+    try:
+        with contextlib.suppress(BrokenPipeError):  # it has ended already: what it ended with is said below
+            begun.channel.send(_Attached())
+        answer = _answer(begun)
+        begun.process.join(GRACE_SECONDS)
+    finally:
+        begun.end()
+    if isinstance(answer, Failure):
+        raise answer.error()
+    return answer
+
+
+def _order(config: Config, folder: Path, after: Order | None = None) -> Order:
+    """after: the job that is being run meanwhile."""
+    line = 0 if not progress.shown() else 1 if after is None else 3 - after.line
+    turn = _queue.turn if _queue is not None else None
+    return Order(config, folder, dict(os.environ), Path.cwd(), _levels(), turn, line)
+
+
+def _begin(order: Order) -> _Begun:
+    start_server()
     channel, other_end = _context.Pipe()
-    with channel, _standard_streams() as streams:
+    with _standard_streams() as streams:
         process = _context.Process(target=_work, args=(other_end, streams), name="qexp job")
+        begun = _Begun(order, process, channel)
         try:
             with other_end:
                 _start(process)
             # Not an argument: if Ctrl-C comes first, the process finds nobody at the other end, and ends.
-            with contextlib.suppress(BrokenPipeError):  # it has ended already: what it ended with is said below
+            with contextlib.suppress(BrokenPipeError):
                 channel.send(order)
-            answer = _answer(process, channel, order)
-            process.join(GRACE_SECONDS)
-        finally:
-            _end(process)
-            (folder / CRASH).unlink(missing_ok=True)
-    if isinstance(answer, Failure):
-        raise answer.error()
-    return answer
+        except BaseException:
+            begun.end()
+            raise
+    return begun
 
 
 @contextlib.contextmanager
@@ -179,34 +284,35 @@ def _start(process: ForkServerProcess) -> None:
         raise errors.RunError(f"the process that jobs are forked from has ended ({type(error).__name__}).") from error
 
 
-def _answer(process: ForkServerProcess, channel: Connection, order: Order) -> Result | Failure:
-    timeout = order.config.job.timeout
-    answer = _listen(process, channel, order, timeout)
+def _answer(job: _Begun) -> Result | Failure:
+    timeout = job.order.config.job.timeout
+    answer = _listen(job, timeout)
     if answer is not None:
         return answer
-    process.terminate()
-    last = _listen(process, channel, order, GRACE_SECONDS)
+    job.process.terminate()
+    last = _listen(job, GRACE_SECONDS)
     where = last.trace if isinstance(last, Failure) else ""
     return refused(f"job.timeout={timeout:g}: the job was not done after {timeout:g} s, and was ended.", where)
 
 
-def _listen(
-    process: ForkServerProcess, channel: Connection, order: Order, seconds: float | None
-) -> Result | Failure | None:
+def _listen(job: _Begun, seconds: float | None) -> Result | Failure | None:
     """What the job gives or fails with, None where it does neither within `seconds`; what it logs is logged here."""
     deadline = time.monotonic() + (math.inf if seconds is None else seconds)
     while (left := deadline - time.monotonic()) > 0:
-        ready = connection.wait([channel, process.sentinel], min(left, 3600.0))
-        if channel in ready:
+        ready = connection.wait([job.channel, job.process.sentinel], min(left, 3600.0))
+        if job.channel in ready:
             try:
-                said: Any = channel.recv()
+                said: Any = job.channel.recv()
             except (EOFError, OSError):
-                return _died(process, order)
-            if not isinstance(said, logging.LogRecord):
+                return _died(job)
+            if isinstance(said, logging.LogRecord):
+                _log(said)
+            elif not isinstance(said, _Share):
                 return said
-            _log(said)
+            elif _queue is not None:
+                _queue.begin_after(job.order)
         elif ready:
-            return _died(process, order)
+            return _died(job)
     return None
 
 
@@ -219,11 +325,11 @@ def _log(record: logging.LogRecord) -> None:
         print(record.getMessage().rstrip(), file=sys.stderr)
 
 
-def _died(process: ForkServerProcess, order: Order) -> Failure:
-    process.join()
-    crash = order.folder / CRASH
+def _died(job: _Begun) -> Failure:
+    job.process.join()
+    crash = job.order.folder / CRASH
     where = crash.read_text(errors="replace") if crash.exists() else ""
-    return refused(ending(process.exitcode or 0), where)
+    return refused(ending(job.process.exitcode or 0), where)
 
 
 def ending(code: int) -> str:
@@ -277,25 +383,44 @@ def _work(channel: Connection, streams: list[Connection]) -> None:
         os.dup2(stream.fileno(), number)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115  (for a debugger in a user's model)
     tqdm.set_lock(threading.RLock())  # its own holds a semaphore, which a killed process would leave to the system
-    # Takes the terminal's first line, so that bars are drawn below the owner's.
-    first_line = tqdm(file=Path(os.devnull).open("w")) if order.below else None  # noqa: SIM115, F841
+    # They take the terminal's first lines, so that bars are drawn below the owner's, and those of the job before.
+    lines = [tqdm(file=Path(os.devnull).open("w")) for _ in range(order.line)]  # noqa: SIM115, F841
     records = _Sender(channel)  # type: ignore[arg-type]
     _configure_logging(records, order.levels)
     with (order.folder / CRASH).open("w") as crash:
         faulthandler.enable(crash)
-        answer = _do(order)
+        answer = _do(order, _turn(order, channel, records))
         faulthandler.disable()
     records.acquire()  # another thread's record must not come between
     channel.send(answer)
     records.release()
 
 
-def _do(order: Order) -> Result | Failure:
+def _turn(order: Order, channel: Connection, records: logging.Handler) -> Turn:
+    """The turn of a job in its own process."""
+    if order.turn is None:
+        return Turn()
+    lock = FileLock(order.turn)
+
+    @functools.cache  # once
+    def share() -> None:
+        records.acquire()  # another thread's record must not come between
+        channel.send(_Share())
+        records.release()
+
+    @functools.cache
+    def alone() -> None:
+        channel.recv()
+
+    return Turn(lambda: lock.acquire(poll_interval=POLL_SECONDS), share, alone)
+
+
+def _do(order: Order, turn: Turn) -> Result | Failure:
     try:
         signal.signal(signal.SIGTERM, _terminate)
         from qexp import experiment
 
-        return experiment.run_job(order.config, order.folder)
+        return experiment.run_job(order.config, order.folder, turn)
     except BaseException as error:
         return Failure.of(error)
     finally:

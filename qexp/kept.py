@@ -85,6 +85,11 @@ def timing_key(config: Config, data: Data, float_digest: str, int8: nn.Module, i
     return json.dumps(["timings", models, data.test.digest, protocol, where, sources.code_hash()], sort_keys=True)
 
 
+def has_timings(config: Config, key: str) -> bool:
+    """Whether timings are kept under `key`, which may be empty: then there are none."""
+    return bool(key) and cache.find(folder(config), key) is not None
+
+
 def timings(
     config: Config, key: str, lock: Path, name: str, measure: Callable[[], list[latency.Timing]]
 ) -> tuple[list[latency.Timing], str]:

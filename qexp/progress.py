@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 from qexp.results import Row
 
+_CLEAR_BELOW = "\x1b[J"
+
 
 @dataclass
 class _Jobs:
@@ -57,6 +59,8 @@ def shown() -> bool:
 
 def report(line: str, row: Row) -> None:
     """A job has ended: print its line, above the bar, which goes on by one."""
+    if shown():
+        sys.stderr.write(_CLEAR_BELOW)  # the next job's bars, which are drawn anew, a line below where they were
     tqdm.write(line)
     sys.stdout.flush()
     if _jobs is not None:

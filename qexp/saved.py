@@ -74,9 +74,16 @@ def _path(folder: Path, precision: str, runtime: Runtime) -> Path:
 def read(
     config: Config, structures: Mapping[str, nn.Module], folder: Path, runtimes: Collection[Runtime]
 ) -> dict[str, Loaded]:
-    """The models that `write` saved, by `<precision>_<runtime>`. structures: of the precisions wanted (see below)."""
+    """The models that `write` saved, by `<precision>_<runtime>`. structures: of the precisions wanted (see below); they
+    are filled in place."""
     found = {}
     wanted = [(precision, runtime) for precision, runtime in variants(runtimes) if precision in structures]
+    last = {precision: runtime for precision, runtime in wanted if runtime is not Runtime.torchscript}
+
+    def blank(precision: str, runtime: Runtime) -> nn.Module:
+        structure = structures[precision]
+        return structure if runtime is last[precision] else copy.deepcopy(structure)
+
     with quantize.engine(config.engine):
         for precision, runtime in wanted:
             path = _path(folder, precision, runtime)
@@ -84,10 +91,10 @@ def read(
             if runtime is Runtime.torchscript:
                 loaded = torchscript.load(path, engine)
             elif runtime is Runtime.inductor:
-                loaded = inductor.load(path, copy.deepcopy(structures[precision]))
+                loaded = inductor.load(path, blank(precision, runtime))
             else:
-                blank = copy.deepcopy(structures[precision])
-                loaded = eager.load(path, blank, engine, channels_last=runtime is Runtime.eager_channels_last)
+                channels_last = runtime is Runtime.eager_channels_last
+                loaded = eager.load(path, blank(precision, runtime), engine, channels_last)
             found[f"{precision}_{runtime}"] = loaded
     return found
 

@@ -14,13 +14,13 @@ import sys
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -299,12 +299,13 @@ def own(master: DictConfig, arguments: Sequence[str], loader: Any, launcher: Any
     first job launched. Exits with status 1 where a job failed, 128 + signal where it was stopped.
     """
     with refusals(), until_stopped():
-        return launch(master, plan(master, arguments, loader), launcher, batch_size)
+        composer = Composer(master, loader)
+        return launch(master, composer, plan(composer, arguments), launcher, batch_size)
 
 
-def plan(master: DictConfig, arguments: Sequence[str], loader: Any) -> list[Planned]:
+def plan(composer: Composer, arguments: Sequence[str]) -> list[Planned]:
     """Every distinct job, composed and checked. Raises ConfigError for the whole sweep where one can't run."""
-    overrides = OverridesParser.create(config_loader=loader).parse_overrides(list(arguments))
+    overrides = composer.parse(arguments)
     for override in overrides:
         if override.is_sweep_override() and override.get_key_element() == "experiment":
             raise ConfigError(
@@ -315,7 +316,6 @@ def plan(master: DictConfig, arguments: Sequence[str], loader: Any) -> list[Plan
     swept = [override.get_key_element().lstrip("+") for override in overrides if override.is_sweep_override()]
     planned: dict[str, Planned] = {}
     refused: dict[str, str] = {}
-    composer = Composer(master, loader)
     for combination in tqdm(combinations, desc="checking jobs", disable=None, leave=False):
         composed = composer(combination)
         try:
@@ -354,13 +354,15 @@ def quoted(text: str) -> str:
     return f"'{escaped}'"
 
 
-def launch(master: DictConfig, planned: Sequence[Planned], launcher: Any, batch_size: int | None) -> Any:
+def launch(
+    master: DictConfig, composer: Composer, planned: Sequence[Planned], launcher: Any, batch_size: int | None
+) -> Any:
     """Open the parent run, launch the jobs, close the parent with the table, and exit with 1 where a job failed."""
     from qexp import experiment, tracking
 
     jobs.start_server()  # ready by the time that inputs are checked
     first = planned[0].job
-    folder = Path(master.hydra.sweep.dir).absolute()
+    folder = Path(os.path.abspath(master.hydra.sweep.dir))  # noqa: PTH100  (as Hydra does, links are not followed)
     writable(folder)
     store = tracking.connect(first.config.tracking, Path(first.config.outputs), first.cwd)
     experiments = sorted({store.experiment_name(item.job.choices["dataset"]) for item in planned})
@@ -382,10 +384,12 @@ def launch(master: DictConfig, planned: Sequence[Planned], launcher: Any, batch_
     status, code = "FINISHED", 0
     try:
         with stoppable(), progress.over(len(planned), len(planned) - len(left)):
-            every = [item.overrides for item in left]
-            for chunk in BasicSweeper.split_overrides_to_chunks(every, batch_size) if left else []:
-                launched = [[*overrides, f"tracking.parent={parent.id}"] for overrides in chunk]
-                returns.append(launcher.launch(launched, initial_job_idx=sum(map(len, returns))))
+            every = [[*item.overrides, f"tracking.parent={parent.id}"] for item in left]
+            one_by_one = isinstance(launcher, BasicLauncher) and first.config.job.ahead
+            following = successor(composer, every, folder)
+            with jobs.in_turn(following, folder / ".turn") if one_by_one else contextlib.nullcontext():
+                for chunk in BasicSweeper.split_overrides_to_chunks(every, batch_size) if left else []:
+                    returns.append(launcher.launch(chunk, initial_job_idx=sum(map(len, returns))))
     except Stop as stop:
         status, code = "KILLED", stop.code
     except BaseException:
@@ -408,6 +412,22 @@ def launch(master: DictConfig, planned: Sequence[Planned], launcher: Any, batch_
     if code:
         sys.exit(code)
     return returns
+
+
+def successor(
+    composer: Composer, launched: Sequence[Sequence[str]], folder: Path
+) -> Callable[[Path], tuple[Config, Path] | None]:
+    """From the folder of a job to the next one's configuration and folder, as Hydra's own launcher will have them.
+
+    launched: the overrides of each job; folder: the sweep's, with a job's number in it as that job's.
+    """
+    folders = [folder / str(number) for number in range(len(launched))]
+
+    def after(current: Path) -> tuple[Config, Path] | None:
+        number = folders.index(current) + 1 if current in folders else len(folders)
+        return (job_from(composer(launched[number])).config, folders[number]) if number < len(folders) else None
+
+    return after
 
 
 def unstarted(returned: Any) -> Row | None:

@@ -41,6 +41,11 @@ def _recorded() -> Iterator[list[str]]:
     calls: list[str] = []
 
     class Recorder(TorchDispatchMode):
+        @classmethod
+        def _should_skip_dynamo(cls) -> bool:
+            """torch would wrap the method below for its compiler, whose import takes two seconds."""
+            return False
+
         def __torch_dispatch__(
             self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
         ) -> Any:

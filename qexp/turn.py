@@ -1,0 +1,26 @@
+"""When a job of a sweep may do what, so that the next one is prepared while it computes. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A job among those of its sweep; by itself, it may do anything at any time.
+
+    computing: held while the machine's cores are busy with it; one job of a sweep holds it at a time.
+    share: called when nothing is left to be timed; from then on the next job may be prepared.
+    alone: called before something is timed; returns when the job before has ended in all respects.
+    """
+
+    computing: Callable[[], AbstractContextManager[Any]] = nullcontext
+    share: Callable[[], None] = _nothing
+    alone: Callable[[], None] = _nothing
