@@ -155,6 +155,7 @@ class _Queue:
         with contextlib.suppress(OSError, errors.RunError):
             folder.mkdir(parents=True, exist_ok=True)
             self.ahead = _begin(_order(config, folder, after=current))
+            log.debug("%s is begun while %s computes", folder, current.folder)
 
     def take(self, order: Order) -> _Begun | None:
         """The job that was begun ahead, if it is this one."""

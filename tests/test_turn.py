@@ -1,0 +1,130 @@
+"""A sweep's next job is begun while one computes: it changes no result, waits its turn, and never disturbs a timing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from test_kept import TIMED
+
+from qexp import config as schema
+from qexp import jobs
+from qexp.results import Result
+
+Composed = Callable[..., schema.Config]
+
+SMALL = ("model=tiny", "latency=off", "per_layer.images=0", "saturation.exact_images=0", "calib=small")
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Of a job's process: its folder's name, when, and its process id."""
+
+    name: str
+    at: float
+    pid: int | None
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[Beginning]:
+    """Every job's process that is begun from now on."""
+    found: list[Beginning] = []
+    begin = jobs._begin
+
+    def watched(order: jobs.Order) -> jobs._Begun:
+        at, job = time.time(), begin(order)
+        found.append(Beginning(order.folder.name, at, job.process.pid))
+        return job
+
+    monkeypatch.setattr(jobs, "_begin", watched)
+    return found
+
+
+def one_after_the_other(
+    asked: Sequence[schema.Config], tmp_path: Path, foreseen: Sequence[schema.Config]
+) -> tuple[list[Result], list[float]]:
+    """What each job gives, and when it had ended; foreseen: what is thought to come."""
+    folders = [tmp_path / f"job{number}" for number in range(len(asked))]
+    following = dict(zip(folders, zip(foreseen[1:], folders[1:], strict=True), strict=False))
+    results, ended = [], []
+    with jobs.in_turn(following.get, tmp_path / "turn"):
+        for config, folder in zip(asked, folders, strict=True):
+            folder.mkdir(exist_ok=True)
+            results.append(jobs.run(config, folder))
+            ended.append(time.time())
+    return results, ended
+
+
+def numbers(result: Result) -> dict[str, float]:
+    return {name: value for name, value in result.metrics.items() if name != "calib/seconds"}
+
+
+def test_the_next_job_is_begun_before_its_turn_and_gives_what_it_gives_by_itself(
+    composed: Composed, checkpoint: Path, tmp_path: Path, begun: list[Beginning]
+) -> None:
+    asked = [composed(*SMALL, f"model.checkpoint={checkpoint}", f"calib.seed={seed}") for seed in range(3)]
+    results, ended = one_after_the_other(asked, tmp_path, foreseen=asked)
+    assert [one.name for one in begun] == ["job0", "job1", "job2"]
+    assert begun[1].at < ended[0]
+    assert begun[2].at < ended[1]
+    assert not (tmp_path / "turn").exists()
+    (tmp_path / "alone").mkdir()
+    alone = [jobs.run(config, tmp_path / "alone") for config in asked]
+    assert list(map(numbers, results)) == list(map(numbers, alone))
+    assert len({result.tags["calib_digest"] for result in results}) == 3
+
+
+def test_another_job_than_was_foreseen_is_run_as_asked_and_none_is_begun_ahead_after_it(
+    composed: Composed, checkpoint: Path, tmp_path: Path, begun: list[Beginning]
+) -> None:
+    asked = [composed(*SMALL, f"model.checkpoint={checkpoint}", f"calib.seed={seed}") for seed in range(3)]
+    other = composed(*SMALL, f"model.checkpoint={checkpoint}", "calib.seed=7")
+    results, ended = one_after_the_other(asked, tmp_path, foreseen=[asked[0], other, asked[2]])
+    assert [one.name for one in begun] == ["job0", "job1", "job1", "job2"]
+    assert begun[3].at > ended[1]
+    (tmp_path / "alone").mkdir()
+    assert numbers(results[1]) == numbers(jobs.run(asked[1], tmp_path / "alone"))
+
+
+def test_a_job_whose_turn_never_comes_is_ended(
+    composed: Composed, checkpoint: Path, tmp_path: Path, begun: list[Beginning]
+) -> None:
+    config = composed(*SMALL, f"model.checkpoint={checkpoint}")
+    first = tmp_path / "first"
+    first.mkdir()
+    with jobs.in_turn({first: (config, tmp_path / "second")}.get, tmp_path / "turn"):
+        jobs.run(config, first)
+    assert [one.name for one in begun] == ["first", "second"]
+    assert not psutil.pid_exists(begun[1].pid or 0)
+    assert not (tmp_path / "second" / jobs.CRASH).exists()
+
+
+def test_nothing_is_begun_beside_a_timing(
+    composed: Composed, checkpoint: Path, tmp_path: Path, begun: list[Beginning]
+) -> None:
+    settings = (*TIMED, f"model.checkpoint={checkpoint}", "latency.reuse=false")
+    asked = [composed(*settings, f"calib.seed={seed}") for seed in range(3)]
+    one_after_the_other(asked, tmp_path, foreseen=asked)
+    assert [one.name for one in begun] == ["job0", "job1", "job2"]
+    timings = [json.loads((tmp_path / one.name / "latency.json").read_text())["rows"] for one in begun]
+    for timed, following in zip(timings, begun[1:], strict=False):
+        assert following.at > max(row["ended"] for row in timed)
+
+
+@pytest.mark.parametrize(("ahead", "lines"), [("true", 2), ("false", 0)])
+def test_a_sweep_begins_its_jobs_ahead_unless_told_otherwise(
+    qexp: Callable[..., subprocess.CompletedProcess[str]], checkpoint: Path, ahead: str, lines: int
+) -> None:
+    result = qexp(
+        *SMALL, f"model.checkpoint={checkpoint}", "calib.seed=1,2,3", f"job.ahead={ahead}",
+        "hydra.verbose=[qexp.jobs]", "-m",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert (result.stdout + result.stderr).count("is begun while") == lines
+    assert "foreseen" not in result.stdout + result.stderr
