@@ -222,7 +222,7 @@ class Job:
     job is prepared while one computes."""
 
     timeout: float | None
-    ahead: bool
+    ahead: bool = True  # what was saved before there was this setting can still be read
 
 
 @dataclass

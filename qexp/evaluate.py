@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from queue import SimpleQueue
 
 import numpy as np
 import torch
@@ -12,34 +16,66 @@ from tqdm import tqdm
 from qexp.data import Split, normalise
 from qexp.results import Predictions
 
+Model = Callable[[Tensor], Tensor]
+
 
 def predict(
-    model: Callable[[Tensor], Tensor],
+    model: Model,
     split: Split,
     mean: Sequence[float],
     std: Sequence[float],
     batch_size: int,
     title: str = "evaluating",
     indices: np.ndarray | None = None,
+    copies: Sequence[Model] = (),
 ) -> Predictions:
     """Logits of every image of a split, or of `indices` (int64) of it, in this order.
 
     Every batch has `batch_size` images, the last one filled up with copies: the size of a batch can change FP32
     activations in their last bit, and with them INT8 logits. Call it with torch's engine set.
+
+    copies: more of the same model, for as many batches at a time, each on one thread. So nobody waits: with several
+    threads to a layer, each layer waits for the slowest of them, and there is always something else that runs, too.
     """
     chosen = np.arange(len(split.labels)) if indices is None else indices
     if indices is None:
         split.pixels()  # decoded once for all, and memory-mapped from then on
-    logits: list[np.ndarray] = []
-    starts = range(0, len(chosen), batch_size)
-    for start in tqdm(starts, desc=title, unit="batch", disable=None, leave=False):
+    free: SimpleQueue[Model] = SimpleQueue()
+    for one in (model, *copies):
+        free.put(one)
+
+    def batch(start: int) -> np.ndarray:
         part = chosen[start : start + batch_size]
-        filled = np.resize(part, batch_size)
-        images = normalise(split.pixels(filled), mean, std)
-        with torch.inference_mode():
-            logits.append(model(images)[: len(part)].numpy().astype(np.float32))
+        images = normalise(split.pixels(np.resize(part, batch_size)), mean, std)
+        mine = free.get()
+        try:
+            with torch.inference_mode():
+                logits: np.ndarray = mine(images)[: len(part)].numpy().astype(np.float32)
+        finally:
+            free.put(mine)
+        return logits
+
+    starts = range(0, len(chosen), batch_size)
+    with _side_by_side(1 + len(copies)) as mapped:
+        found = mapped(batch, starts)
+        logits = list(tqdm(found, desc=title, total=len(starts), unit="batch", disable=None, leave=False))
     return Predictions(
         logits=np.concatenate(logits),
         labels=split.labels[chosen],
         image_ids=tuple(split.ids[i] for i in chosen),
     )
+
+
+@contextmanager
+def _side_by_side(count: int) -> Iterator[Callable[..., Iterator[np.ndarray]]]:
+    """`map`, with so many calls at a time, each with one of torch's threads; a single one has all of them."""
+    if count == 1:
+        yield map
+        return
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(count, initializer=partial(torch.set_num_threads, 1))
+    try:
+        yield pool.map
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # which is what threads yet to come begin with

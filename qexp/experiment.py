@@ -345,9 +345,14 @@ def predicted(
     """
     few = np.arange(min(len(data.test), AGREEMENT_IMAGES))
 
-    def predict(model: Callable[[Tensor], Tensor], precision: str, indices: np.ndarray | None = None) -> np.ndarray:
+    def predict(
+        model: evaluate.Model, precision: str, indices: np.ndarray | None = None, copies: Sequence[evaluate.Model] = ()
+    ) -> np.ndarray:
         title, size = f"evaluating {precision.upper()}", config.evaluate.batch_size
-        return evaluate.predict(model, data.test, data.mean, data.std, size, title, indices).logits
+        return evaluate.predict(model, data.test, data.mean, data.std, size, title, indices, copies).logits
+
+    def predict_all(model: Loaded, precision: str) -> np.ndarray:
+        return predict(model, precision, copies=model.copies(config.compute.threads - 1))
 
     def key(content: str, indices: np.ndarray | None = None) -> str:
         return kept.predictions_key(config, data, [content], indices)
@@ -358,8 +363,8 @@ def predicted(
             first = first_of(precision, variants)
             # What was kept may be of another process: then the first is checked, too.
             checked = {first} if cache.find(folder, key(contents[first])) is None else set()
-            logits = cache.array(folder, key(contents[first]), partial(predict, variants[first], precision))
-            twins: dict[str, Callable[[Tensor], Tensor]] = {f"{contents[first]}, in memory": saved}
+            logits = cache.array(folder, key(contents[first]), partial(predict_all, variants[first], precision))
+            twins: dict[str, evaluate.Model] = {f"{contents[first]}, in memory": saved}
             others = [name for name in variants if name.startswith(precision) and name not in checked]
             twins |= {contents[name]: variants[name] for name in others}
             for content, twin in twins.items():

@@ -67,7 +67,7 @@ def test_a_run_that_quantizes_as_another_did_evaluates_nothing_but_the_checks(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flow: Flow
 ) -> None:
     def how_many(
-        model: object, split: Any, mean: object, std: object, size: int, title: str, chosen: Any = None
+        model: object, split: Any, mean: object, std: object, size: int, title: str, chosen: Any = None, *copies: object
     ) -> int:
         return len(split) if chosen is None else len(chosen)
 

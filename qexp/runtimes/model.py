@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -47,6 +47,17 @@ class Loaded:
         with torch.inference_mode():
             logits: Tensor = self.module(images)
         return logits
+
+    def copies(self, count: int) -> list[Loaded]:
+        """So many more that can run at the same time, whatever the model keeps in itself while it runs.
+
+        Weights are shared, but for those that are packed for INT8 kernels. A traced and frozen model keeps nothing.
+        """
+        if isinstance(self.module, torch.jit.ScriptModule):
+            return [self] * count
+        weights = {id(one): one for one in (*self.module.parameters(), *self.module.buffers())}
+        with packing_for(self.engine):
+            return [replace(self, module=copy.deepcopy(self.module, dict(weights))) for _ in range(count)]
 
 
 def with_cuda(variants: Mapping[str, Loaded]) -> dict[str, Callable[[Tensor], Tensor]]:
