@@ -164,16 +164,17 @@ class Data:
     digest: str
 
 
-def load_data(dataset: Mapping[str, Any], cache: Path) -> Data:
+def load_data(dataset: Mapping[str, Any], cache: Path, sweep: str = "") -> Data:
     """The data set that `dataset` (plain values, as in Config.dataset) describes; decoded images are kept in `cache`.
 
-    All evaluation images are decoded here the first time. Raises ConfigError for what the settings alone show to be
-    wrong, InputError for a data set that can't be used, in a sentence that names the image, folder or label.
+    All evaluation images are decoded here the first time. sweep: identity of a sweep, whose jobs take folders of images
+    to hold what the first of them found there. Raises ConfigError for what the settings alone show to be wrong,
+    InputError for a data set that can't be used, in a sentence that names the image, folder or label.
     """
     settings = images.check(dataset)
     name = str(dataset.get("_target_")).rpartition(".")[2]
-    train = _open(dataset, "train", name, settings.preprocessing, cache)
-    test = _open(dataset, "test", name, settings.preprocessing, cache)
+    train = _open(dataset, "train", name, settings.preprocessing, cache, sweep)
+    test = _open(dataset, "test", name, settings.preprocessing, cache, sweep)
     if isinstance(train.dataset, datasets.ImageFolder) and isinstance(test.dataset, datasets.ImageFolder):
         datasets.refuse_shared_files(train.dataset, test.dataset)
     classes, train_labels, test_labels = _meaning(name, settings, train, test)
@@ -264,7 +265,9 @@ _ORDERS: dict[Sampling, Callable[[np.ndarray, int], np.ndarray]] = {
 }
 
 
-def _open(dataset: Mapping[str, Any], split: str, name: str, preprocessing: Preprocessing, folder: Path) -> Source:
+def _open(
+    dataset: Mapping[str, Any], split: str, name: str, preprocessing: Preprocessing, folder: Path, sweep: str
+) -> Source:
     """Call `_target_` for `split`, and find labels and names of what it returns."""
     spec = {key: value for key, value in dataset.items() if not (key == "root" and value is None)}
     if "root" in spec:
@@ -272,7 +275,7 @@ def _open(dataset: Mapping[str, Any], split: str, name: str, preprocessing: Prep
     function, arguments = targets.resolve("dataset", spec, reserved=RESERVED, supplied={"split"})
     target = str(spec["_target_"])
     try:
-        made = function(**arguments, split=split)
+        made = _made(function, {**arguments, "split": split}, folder, sweep)
         size = len(made) if hasattr(made, "__getitem__") else 0
     except QexpError:
         raise
@@ -296,6 +299,19 @@ def _open(dataset: Mapping[str, Any], split: str, name: str, preprocessing: Prep
     if not target.startswith("qexp.datasets."):
         _refuse_random(source, target)
     return source
+
+
+def _made(function: Callable[..., Any], arguments: Mapping[str, Any], folder: Path, sweep: str) -> Any:
+    """What `_target_` returns. Folders of images are listed once for a sweep: that takes a second for 100,000 files."""
+    if function is not datasets.imagefolder or not sweep:
+        return function(**arguments)
+    key = json.dumps(["listing", sweep, dict(arguments)], sort_keys=True)
+    found = cache.find_arrays(folder, key)
+    if found is not None:
+        return datasets.ImageFolder.unpacked(found)
+    made = datasets.imagefolder(**arguments)
+    cache.arrays(folder, key, made.packed)
+    return made
 
 
 @functools.cache

@@ -18,8 +18,10 @@ import logging
 import os
 import urllib.request
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -209,8 +211,8 @@ def imagefolder(split: str, root: str, train: str = "train", test: str | None = 
         what = "is a file" if base.exists() else "does not exist"
         raise InputError(f"dataset.root={root} {what}; give a folder with train/<class>/ and test/<class>/ (or val/).")
     if split == "train":
-        return ImageFolder(base, _split_folder(base, train, "train", (train,)))
-    return ImageFolder(base, _split_folder(base, test, "test", _TEST_NAMES))
+        return list_images(base, _split_folder(base, train, "train", (train,)))
+    return list_images(base, _split_folder(base, test, "test", _TEST_NAMES))
 
 
 def _split_folder(base: Path, asked: str | None, setting: str, candidates: Sequence[str]) -> str:
@@ -230,41 +232,36 @@ def _split_folder(base: Path, asked: str | None, setting: str, candidates: Seque
     return found[0]
 
 
+@dataclass(frozen=True, eq=False)
 class ImageFolder:
-    """The images of one split: (PIL image, label), labels counted over the sorted names of its class folders."""
+    """The images of one split: (PIL image, label), labels counted over the sorted names of its class folders.
 
-    def __init__(self, base: Path, split: str) -> None:
-        folder = base / split
-        entries = _scan(folder)
-        self.classes = tuple(sorted(e.name for e in entries if e.is_dir() and not _hidden(e.name)))
-        loose = [e.name for e in entries if not e.is_dir() and _is_image(e.name)]
-        if not self.classes:
-            what = f"images but no class folders ({loose[0]})" if loose else "no class folders"
-            raise InputError(f"dataset.root={base}: {folder} has {what}; sort the images into {split}/<class>/.")
-        ignored = Counter([f"images outside of class folders in {split}/"] * len(loose))
-        files: list[tuple[str, os.stat_result]] = []
-        counts = []
-        for name in self.classes:
-            before = len(files)
-            files += sorted(_walk(folder / name, f"{split}/{name}", ignored, frozenset()), key=lambda file: file[0])
-            counts.append(len(files) - before)
-        if ignored:
-            left_out = ", ".join(f"{count} {what}" for what, count in sorted(ignored.items()))
-            logger.info("%s: left out %s", folder, left_out)
-        if not files:
-            raise InputError(
-                f"dataset.root={base}: the class folders of {split} ({self.classes[0]}, say) hold no images; images end"
-                f" in {', '.join(sorted(EXTENSIONS))}."
-            )
-        self.base = base
-        self.targets = np.repeat(np.arange(len(self.classes)), counts)
-        self.paths = tuple(path for path, _ in files)
-        self.ids = tuple(map(_readable, self.paths))
-        self.inodes = {(s.st_dev, s.st_ino): i for i, (_, s) in enumerate(files)}
-        # An extracted archive can give another image the same size and time of modification, but not of change.
-        listed = "".join(f"{path}\0{s.st_size}\0{s.st_mtime_ns}\0{s.st_ctime_ns}\n" for path, s in files)
-        digest = hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()
-        self.fingerprint = f"imagefolder {base} {digest}"
+    targets: int64 [N]; paths: below base; inodes: what the files are, whatever their names, and their positions.
+    """
+
+    base: Path
+    classes: tuple[str, ...]
+    targets: np.ndarray
+    paths: tuple[str, ...]
+    fingerprint: str
+    inodes: Mapping[tuple[int, int], int]
+
+    @cached_property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(map(_readable, self.paths))
+
+    def packed(self) -> dict[str, np.ndarray]:
+        """All but the inodes, as arrays."""
+        texts = [str(self.base), self.fingerprint, *self.classes]
+        return {"targets": self.targets, "paths": _packed(self.paths), "texts": _packed(texts)}
+
+    @staticmethod
+    def unpacked(arrays: Mapping[str, np.ndarray]) -> ImageFolder:
+        """What `packed` gave."""
+        base, fingerprint, *classes = _unpacked(arrays["texts"])
+        return ImageFolder(
+            Path(base), tuple(classes), arrays["targets"], tuple(_unpacked(arrays["paths"])), fingerprint, {}
+        )
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -273,6 +270,51 @@ class ImageFolder:
         with Image.open(self.base / self.paths[index]) as image:
             image.load()  # the first frame, where there are several
             return image, int(self.targets[index])
+
+
+def list_images(base: Path, split: str) -> ImageFolder:
+    """What there is in `base`/`split`/<class>/. Raises InputError where it can't be used."""
+    folder = base / split
+    entries = _scan(folder)
+    classes = tuple(sorted(e.name for e in entries if e.is_dir() and not _hidden(e.name)))
+    loose = [e.name for e in entries if not e.is_dir() and _is_image(e.name)]
+    if not classes:
+        what = f"images but no class folders ({loose[0]})" if loose else "no class folders"
+        raise InputError(f"dataset.root={base}: {folder} has {what}; sort the images into {split}/<class>/.")
+    ignored = Counter([f"images outside of class folders in {split}/"] * len(loose))
+    files: list[tuple[str, os.stat_result]] = []
+    counts = []
+    for name in classes:
+        before = len(files)
+        files += sorted(_walk(folder / name, f"{split}/{name}", ignored, frozenset()), key=lambda file: file[0])
+        counts.append(len(files) - before)
+    if ignored:
+        left_out = ", ".join(f"{count} {what}" for what, count in sorted(ignored.items()))
+        logger.info("%s: left out %s", folder, left_out)
+    if not files:
+        raise InputError(
+            f"dataset.root={base}: the class folders of {split} ({classes[0]}, say) hold no images; images end"
+            f" in {', '.join(sorted(EXTENSIONS))}."
+        )
+    # An extracted archive can give another image the same size and time of modification, but not of change.
+    listed = "".join(f"{path}\0{s.st_size}\0{s.st_mtime_ns}\0{s.st_ctime_ns}\n" for path, s in files)
+    digest = hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()
+    return ImageFolder(
+        base,
+        classes,
+        np.repeat(np.arange(len(classes)), counts),
+        tuple(path for path, _ in files),
+        f"imagefolder {base} {digest}",
+        {(s.st_dev, s.st_ino): i for i, (_, s) in enumerate(files)},
+    )
+
+
+def _packed(texts: Sequence[str]) -> np.ndarray:
+    return np.frombuffer("\0".join(texts).encode("utf-8", "surrogateescape"), np.uint8)
+
+
+def _unpacked(texts: np.ndarray) -> list[str]:
+    return texts.tobytes().decode("utf-8", "surrogateescape").split("\0")
 
 
 def refuse_shared_files(train: ImageFolder, test: ImageFolder) -> None:
@@ -294,10 +336,7 @@ def _readable(path: str) -> str:
 def _walk(
     folder: Path, relative: str, ignored: Counter[str], above: frozenset[tuple[int, int]]
 ) -> Iterator[tuple[str, os.stat_result]]:
-    """Relative path and stat of every image below `folder`; links are followed. Counts in `ignored` what is none.
-
-    Every job of a sweep comes through here: for 60,000 files what is asked of each name takes as long as the disk.
-    """
+    """Relative path and stat of every image below `folder`; links are followed. Counts in `ignored` what is none."""
     here = folder.stat()
     inode = (here.st_dev, here.st_ino)
     if inode in above:

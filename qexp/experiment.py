@@ -116,7 +116,7 @@ def run_job(config: Config, folder: Path, turn: Turn = ALONE) -> Result:
     """
     with _globals(config):
         known = record.tags(config)  # of the code as it is now, not when the job ends
-        data = load_data(config.dataset, kept.folder(config))
+        data = load_data(config.dataset, kept.folder(config), turn.sweep)
         qconfig = resolved(config)
         fp32 = models.float_model(
             config.model, config.train, data, config.seed, Path(config.outputs) / "checkpoints", config.compute.threads

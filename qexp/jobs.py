@@ -413,7 +413,7 @@ def _turn(order: Order, channel: Connection, records: logging.Handler) -> Turn:
     def alone() -> None:
         channel.recv()
 
-    return Turn(lambda: lock.acquire(poll_interval=POLL_SECONDS), share, alone)
+    return Turn(str(order.turn), lambda: lock.acquire(poll_interval=POLL_SECONDS), share, alone)
 
 
 def _do(order: Order, turn: Turn) -> Result | Failure:

@@ -16,11 +16,13 @@ def _nothing() -> None:
 class Turn:
     """A job among those of its sweep; by itself, it may do anything at any time.
 
+    sweep: the identity of the sweep; empty for a job by itself.
     computing: held while the machine's cores are busy with it; one job of a sweep holds it at a time.
     share: called when nothing is left to be timed; from then on the next job may be prepared.
     alone: called before something is timed; returns when the job before has ended in all respects.
     """
 
+    sweep: str = ""
     computing: Callable[[], AbstractContextManager[Any]] = nullcontext
     share: Callable[[], None] = _nothing
     alone: Callable[[], None] = _nothing

@@ -413,6 +413,27 @@ def test_a_file_name_that_is_no_utf_8_gets_a_printable_id(folder: Path, tmp_path
     assert data.test.ids[2].isascii()
 
 
+def test_the_jobs_of_a_sweep_take_a_folder_to_hold_what_the_first_of_them_found(folder: Path, tmp_path: Path) -> None:
+    def loaded(sweep: str) -> Data:
+        return load_data(spec("imagefolder", root=str(folder)), tmp_path / "cache", sweep)
+
+    (folder / "test" / "cat" / "1.png").rename(folder / "test" / "cat" / os.fsdecode(b"\xff.png"))
+    first = loaded("sweep")
+    noise(seed=99).save(folder / "test" / "cat" / "later.png")
+    again, other, alone = loaded("sweep"), loaded("other sweep"), loaded("")
+    assert (again.digest, again.classes) == (first.digest, first.classes)
+    for split in ("train", "test"):
+        mine, before = getattr(again, split), getattr(first, split)
+        assert (mine.ids, mine.source.key) == (before.ids, before.source.key)
+        assert np.array_equal(mine.labels, before.labels)
+        assert np.array_equal(mine.pixels(np.arange(2)), before.pixels(np.arange(2)))
+    assert "test/cat/\\xff.png" in again.test.ids
+    assert len(other.test) == len(alone.test) == len(first.test) + 1
+    (folder / "train" / "dog" / "0.png").unlink()
+    with pytest.raises(InputError, match=r"the image .*dog/0.png can't be read"):
+        loaded("sweep").train.pixels(np.arange(5))
+
+
 def test_a_root_is_relative_to_the_current_folder_and_may_begin_with_a_tilde(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
