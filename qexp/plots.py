@@ -70,7 +70,8 @@ def layers(fidelities: Iterable[Fidelity], title: str, marked: int = 5) -> Figur
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, at a resolution at which the smallest labels of `layers` can be read."""
-    figure.savefig(path, format="png", dpi=150, facecolor="white")
+    # Every run of a sweep has one: a sixth more bytes, for a fifth less time.
+    figure.savefig(path, format="png", dpi=150, facecolor="white", pil_kwargs={"compress_level": 1})
 
 
 def shortened(name: str, length: int = _NAME) -> str:
