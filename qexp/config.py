@@ -219,7 +219,7 @@ class Compute:
 @dataclass
 class Job:
     """timeout: seconds after which a run is ended as FAILED; None: however long it takes. ahead: whether a sweep's next
-    job is prepared while one computes."""
+    job is prepared while one evaluates."""
 
     timeout: float | None
     ahead: bool = True  # what was saved before there was this setting can still be read

@@ -140,18 +140,18 @@ def run_job(config: Config, folder: Path, turn: Turn = ALONE) -> Result:
         all_int8 = all(layer.int8 for layer in layers)
         contents = contents_of(config, fp32.digest, artifacts, variants)
         key = timing_key(config, data, fp32.digest, int8)
-        with turn.computing():
+        with turn.evaluating():
             if not config.latency.enabled or kept.has_timings(config, key):
                 turn.share()
             predictions = predicted(config, data, contents, variants, in_memory, all_int8)
-            if np.array_equal(predictions["fp32"].logits, predictions["int8"].logits):
-                raise RunError("the INT8 logits equal the FP32 logits bit for bit: nothing was quantized.")
-            fidelity = per_layer(config, fused, int8, qparams, data)
-            executed = contents[first_of("int8", variants)]
-            answer = target.answer(config, qconfig, data, prepared, int8, predictions["int8"], executed)
-            measure = partial(side_by_side, config, variants, data, predictions, all_int8, folder, turn)
-            timings, latency_from = timed(config, key, folder, measure)
-            turn.share()
+        if np.array_equal(predictions["fp32"].logits, predictions["int8"].logits):
+            raise RunError("the INT8 logits equal the FP32 logits bit for bit: nothing was quantized.")
+        fidelity = per_layer(config, fused, int8, qparams, data)
+        executed = contents[first_of("int8", variants)]
+        answer = target.answer(config, qconfig, data, prepared, int8, predictions["int8"], executed)
+        measure = partial(side_by_side, config, variants, data, predictions, all_int8, folder, turn)
+        timings, latency_from = timed(config, key, folder, measure)
+        turn.share()
 
     margin = config.dataset["margin"]
     measured = {

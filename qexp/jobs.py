@@ -6,8 +6,8 @@ process that runs jobs has one such server, multiprocessing's `forkserver`. Linu
 job with its server, whatever ends them. torch is not imported here.
 
 Of a sweep's jobs (`in_turn`) the next one's process is begun as soon as the current one has nothing to time any more.
-It reads, prepares and saves while that one computes, and goes on when the machine is free; its owner hears of what it
-does when its turn comes.
+It reads, prepares and saves while that one evaluates, and evaluates when that one has done so; its owner hears of what
+it does when the one before has ended.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def refused(sentence: str, trace: str = "") -> Failure:
 @dataclass(frozen=True)
 class Order:
     """What a job's process is told. environment: its environment variables; levels: of loggers, by name; turn: a file
-    whose lock is held by the one of the owner's jobs that computes; line: of the terminal, for its bars, counted from
+    whose lock is held by the one of the owner's jobs that evaluates; line: of the terminal, for its bars, counted from
     the owner's own."""
 
     config: Config
@@ -155,7 +155,7 @@ class _Queue:
         with contextlib.suppress(OSError, errors.RunError):
             folder.mkdir(parents=True, exist_ok=True)
             self.ahead = _begin(_order(config, folder, after=current))
-            log.debug("%s is begun while %s computes", folder, current.folder)
+            log.debug("%s is begun while %s evaluates", folder, current.folder)
 
     def take(self, order: Order) -> _Begun | None:
         """The job that was begun ahead, if it is this one."""

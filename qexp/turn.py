@@ -17,12 +17,13 @@ class Turn:
     """A job among those of its sweep; by itself, it may do anything at any time.
 
     sweep: the identity of the sweep; empty for a job by itself.
-    computing: held while the machine's cores are busy with it; one job of a sweep holds it at a time.
-    share: called when nothing is left to be timed; from then on the next job may be prepared.
+    evaluating: held while all evaluation images are gone through; one job of a sweep holds it at a time.
+    share: called when nothing is left to be timed, and the turn to evaluate has come; from then on the next job may be
+        prepared.
     alone: called before something is timed; returns when the job before has ended in all respects.
     """
 
     sweep: str = ""
-    computing: Callable[[], AbstractContextManager[Any]] = nullcontext
+    evaluating: Callable[[], AbstractContextManager[Any]] = nullcontext
     share: Callable[[], None] = _nothing
     alone: Callable[[], None] = _nothing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from qexp import nets, quantize
 from qexp.config import Activation, Engine, Flow, QConfig
-from qexp.data import load_data, normalise
+from qexp.data import Data, load_data, normalise
 from qexp.errors import RunError
 from qexp.evaluate import predict
 from qexp.runtimes import eager, torchscript
@@ -180,9 +181,13 @@ def test_narrow_grids_run_on_the_same_kernels_and_cost_accuracy(bits: int) -> No
 # ------------------------------------------------------------------------------------------------ evaluate
 
 
-def test_predictions_are_those_of_one_batch_size_in_the_order_asked(tmp_path: Path) -> None:
+def digits(folder: Path) -> Data:
     spec = yaml.safe_load((Path(__file__).parent.parent / "conf" / "dataset" / "digits.yaml").read_text())
-    data = load_data(spec, tmp_path)
+    return load_data(spec, folder)
+
+
+def test_predictions_are_those_of_one_batch_size_in_the_order_asked(tmp_path: Path) -> None:
+    data = digits(tmp_path)
     seen: list[int] = []
 
     def model(batch: Tensor) -> Tensor:
@@ -200,3 +205,49 @@ def test_predictions_are_those_of_one_batch_size_in_the_order_asked(tmp_path: Pa
     everything = predict(model, data.test, data.mean, data.std, 256)
     assert everything.logits.shape == (len(data.test), 2)
     assert np.array_equal(everything.logits[indices], expected)
+
+
+class Forgetful(nn.Module):
+    """A model that keeps something in itself while it runs, as many do."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net, self.batch = net, torch.zeros(0)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        self.batch = batch
+        time.sleep(0.002)
+        return self.net(self.batch)
+
+
+@pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
+def test_batches_side_by_side_give_the_same_logits_in_the_same_order(flow: Flow, tmp_path: Path) -> None:
+    data, engine = digits(tmp_path), ENGINES[0]
+    int8 = int8_of(float_net(flow), flow, engine)
+    with quantize.engine(engine):
+        traced = torchscript.load(torchscript.export(int8, TWO, tmp_path / "model.ts"), engine)
+        for model in (Loaded(Forgetful(int8), engine), traced):
+            one = predict(model, data.test, data.mean, data.std, 32)
+            several = predict(model, data.test, data.mean, data.std, 32, copies=model.copies(2))
+            assert np.array_equal(one.logits, several.logits)
+            assert one.image_ids == several.image_ids
+    # What they share costs no memory.
+    net = float_net(flow)
+    (copied,) = Loaded(net, None).copies(1)
+    assert copied.module is not net
+    assert all(a is b for a, b in zip(net.parameters(), copied.module.parameters(), strict=True))
+
+
+def test_a_batch_that_fails_ends_the_others_and_gives_the_threads_back(tmp_path: Path) -> None:
+    data = digits(tmp_path)
+    calls: list[int] = []
+
+    def failing(batch: Tensor) -> Tensor:
+        calls.append(len(batch))
+        raise RuntimeError("no")
+
+    before = torch.get_num_threads()
+    with pytest.raises(RuntimeError, match="no"):
+        predict(failing, data.test, data.mean, data.std, 4, copies=[failing])
+    assert torch.get_num_threads() == before
+    assert len(calls) < 20  # of 225

@@ -1,4 +1,4 @@
-"""A sweep's next job is begun while one computes: it changes no result, waits its turn, and never disturbs a timing."""
+"""A sweep's next job is begun while one evaluates: it changes no result, waits its turn, disturbs no timing."""
 
 from __future__ import annotations
 
