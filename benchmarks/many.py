@@ -59,7 +59,8 @@ def many(outputs: str) -> None:
     model = sum(value for name, value in by_step.items() if name not in RECORDS)
     hydras = each(watched(HYDRAS, "-m", "benchmarks.nothing", "-m", f"calib.seed=range({HYDRAS})")[FIRST:])
     outside = statistics.fmean([first, last]) - model
-    print(f"of a run {model:.3f} s are the model's, {outside:.3f} s are not; Hydra's own are {hydras:.3f} s of these")
+    print(f"beyond the {model:.3f} s that a run's model takes by itself: {outside:.3f} s, beside which jobs overlap")
+    print(f"a job of Hydra's that does nothing takes {hydras:.3f} s")
     print(f"a run by itself: {listed(by_step)}", flush=True)
 
     started = time.perf_counter()
