@@ -302,7 +302,7 @@ def _open(
 
 
 def _made(function: Callable[..., Any], arguments: Mapping[str, Any], folder: Path, sweep: str) -> Any:
-    """What `_target_` returns. Folders of images are listed once for a sweep: that takes a second for 100,000 files."""
+    """What `_target_` returns. Folders of images are listed once for a sweep: that takes 0.7 s for 60,000 files."""
     if function is not datasets.imagefolder or not sweep:
         return function(**arguments)
     key = json.dumps(["listing", sweep, dict(arguments)], sort_keys=True)

@@ -202,7 +202,6 @@ def run(config: Config, folder: Path) -> Result:
     Raises what it raised, with its traceback as the cause, and RunError where its process ended otherwise or took
     longer than `job.timeout`.
     """
-    start_server()
     order = _order(config, folder)
     begun = (_queue.take(order) if _queue is not None else None) or _begin(order)
     try:

@@ -1,4 +1,4 @@
-"""When a job of a sweep may do what, so that the next one is prepared while it computes. No torch."""
+"""When a job of a sweep may do what, so that the next one is prepared while it evaluates. No torch."""
 
 from __future__ import annotations
 

@@ -244,6 +244,7 @@ def test_a_batch_that_fails_ends_the_others_and_gives_the_threads_back(tmp_path:
 
     def failing(batch: Tensor) -> Tensor:
         calls.append(len(batch))
+        time.sleep(0.05)  # or all are through before anybody hears of the first
         raise RuntimeError("no")
 
     before = torch.get_num_threads()
