@@ -253,12 +253,59 @@ def test_pairs_are_neighbours_in_the_order_of_the_kernel(engine: Engine) -> None
     assert not sums.can_overflow(module, engine)
 
 
+@pytest.mark.parametrize("shape", ["conv", "odd", "pointwise", "grouped", "odd groups", "depthwise", "odd linear"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_largest_activation_of_each_channel_tells_whether_sums_can_overflow(engine: Engine, shape: str) -> None:
+    module, inputs = layer(shape, engine)
+    weight, scales = module.weight().int_repr(), torch.full((len(module.weight()),), 0.01)
+    bias, groups = module.bias(), getattr(module, "groups", 1)
+
+    def pairs_of(weight: Tensor) -> list:
+        with quantize.engine(engine):
+            module.set_weight_bias(packed(weight, scales, True, 0), bias)
+        return sums.weight_pairs(module, engine).tolist()
+
+    # Where weights are the numbers of their channels, pairs tell which channels they take.
+    shown = torch.arange(weight.shape[1]).view(-1, *[1] * (weight.dim() - 2)).expand_as(weight).to(torch.int8)
+    channels = pairs_of(shown)
+    generator = torch.Generator().manual_seed(4)
+    answers = []
+    for _ in range(20):
+        pairs = pairs_of(torch.where(torch.rand(weight.shape, generator=generator) < 0.02, weight, weight // 3))
+        test = sums.overflow_test(module, engine)
+        twins = [emulated(module, engine, saturating) for saturating in (True, False)]
+        for share in (0.1, 0.3, 0.6, 1.0):
+            limits = 255 * torch.rand(inputs.shape[1], generator=generator) ** (1 / share - 1)
+            values = torch.minimum(inputs.int_repr(), limits.view(-1, *[1] * (inputs.dim() - 2))).to(torch.uint8)
+            given = torch._make_per_tensor_quantized_tensor(values, inputs.q_scale(), 20)
+            highest = [max(20, int(values[:, channel].max())) for channel in range(values.shape[1])]
+            expected = False
+            for output, (of_output, taken) in enumerate(zip(pairs, channels, strict=True)):
+                first = output // (len(pairs) // groups) * weight.shape[1]
+                for pair, of in zip(of_output, taken, strict=True):
+                    products = [factor * highest[first + channel] for factor, channel in zip(pair, of, strict=True)]
+                    expected |= sum(p for p in products if p > 0) > 32767 or sum(p for p in products if p < 0) < -32768
+            assert test(given) == expected
+            if not expected:
+                assert steps(twins[0](given), twins[1](given)) == 0
+            answers.append(expected)
+    # oneDNN's depthwise weights have no neighbours, nor have groups of 3.
+    neighbours = bool(sums.weight_pairs(module, engine)[..., 1].any())
+    assert set(answers) == ({True, False} if neighbours else {False})
+
+
 def test_a_transposed_convolution_counts_as_one_that_may_overflow() -> None:
-    with quantize.engine(ENGINES[0]):
+    with quantize.engine(Engine.qnnpack):  # FBGEMM doesn't give back the weights that it was given
         module = nnq.ConvTranspose2d(8, 8, 2)
         module.set_weight_bias(torch.quantize_per_tensor(torch.full((8, 8, 2, 2), 65.0), 1.0, 0, torch.qint8), None)
     assert sums.can_overflow(module, ENGINES[0])
     assert not sums.can_overflow(module, Engine.qnnpack)
+    for highest in (252, 253):  # 2 * 65 * 252 = 32760
+        values = torch.zeros(1, 8, 4, 4, dtype=torch.uint8)
+        values[0, 3, 1, 1] = highest
+        given = torch._make_per_tensor_quantized_tensor(values, 1.0, 0)
+        assert sums.overflow_test(module, ENGINES[0])(given) == (highest > 252)
+        assert not sums.overflow_test(module, Engine.qnnpack)(given)
     assert sums.not_emulated(nn.Sequential(module)) == ("0",)
     with pytest.raises(InputError, match="ConvTranspose2d"):
         sums.weight_pairs(module, ENGINES[0])

@@ -70,46 +70,77 @@ def weight_pairs(module: nn.Module, engine_name: Engine) -> Tensor:
     known, and for what is no INT8 layer.
     """
     layer = _checked(module)
-    return _paired(_flat(layer.weight()), _run_length(layer, engine_name))
+    weight = layer.weight()
+    return _paired(_flat(weight), _run_length(layer, weight, engine_name))
 
 
-def overflowing(pairs: Tensor, highest: Tensor | int = _HIGHEST) -> Tensor:
-    """Which pairs of weights can leave int16, bool [out, pairs], with activations of 0 to `highest` (uint8).
+def overflowing(pairs: Tensor, highest: Tensor | None = None) -> Tensor:
+    """Which pairs of weights can leave int16, bool [...], with activations of 0 to `highest` (None: to 255, as uint8).
 
-    pairs: int16 [out, pairs, 2]; highest: one bound for all activations, or int32 [1 or out, pairs, 2]. The extremes of
-    a pair are the sums of its positive and of its negative products: with 255, only weights of one sign can overflow,
-    whose sum is beyond 128 or -128.
+    pairs: int16 [..., 2]; highest: int32 that broadcasts to it. The extremes of a pair are the sums of its positive and
+    of its negative products: with 255, only weights of one sign can overflow, whose sum is beyond 128 or -128.
     """
+    if highest is None:
+        return (pairs[..., 0] + pairs[..., 1]).abs() > 128
     products = pairs.to(torch.int32) * highest
     return (products.clamp(min=0).sum(-1) > _INT16.max) | (products.clamp(max=0).sum(-1) < _INT16.min)
-
-
-def safe_activation(module: nn.Module, engine_name: Engine) -> int:
-    """The largest activation (uint8, beyond 255 too) up to which no pair of a layer's products can leave int16.
-
-    Of a transposed convolution, whose order isn't known, any two weights of one sign may be a pair. Raises InputError
-    for what is neither an INT8 layer nor an emulated one.
-    """
-    layer: Any = module.conv if isinstance(module, AfterStride) else module
-    if isinstance(layer, _TRANSPOSED):
-        weights = layer.weight().int_repr().int().reshape(-1, 1).expand(-1, 1 if engine_name is Engine.qnnpack else 2)
-    else:
-        weights = (layer.pairs if isinstance(layer, _Emulated) else weight_pairs(layer, engine_name)).int()
-    positive, negative = weights.clamp(min=0).sum(-1).max(), weights.clamp(max=0).sum(-1).min()
-    return min(_INT16.max // max(int(positive), 1), _INT16.min // min(int(negative), -1))
 
 
 def can_overflow(module: nn.Module, engine_name: Engine) -> bool:
     """Whether any pair of products can leave int16: if none can, the layer's sums are exact whatever its input.
 
-    Raises InputError for what is no INT8 layer.
+    Raises InputError for what is neither an INT8 layer nor an emulated one.
     """
-    return safe_activation(module, engine_name) < _HIGHEST
+    return bool(overflowing(_possible_pairs(_inner(module), engine_name)).any())
+
+
+def overflow_test(module: nn.Module, engine_name: Engine) -> Callable[[Tensor], bool]:
+    """A test of what an INT8 layer gets, quint8 [n, channels, ...] or [..., features]: whether any pair of products can
+    leave int16 with the largest activation of each channel in there. If none can, these sums are exact.
+
+    Raises InputError for what is neither an INT8 layer nor an emulated one.
+    """
+    layer = _inner(module)
+    pairs = _possible_pairs(layer, engine_name)
+    outputs, which = overflowing(pairs).nonzero(as_tuple=True)
+    if not len(outputs):
+        return lambda images: False
+    risky = pairs[outputs, which]
+    if isinstance(layer, _TRANSPOSED):
+        channels = torch.zeros_like(risky, dtype=torch.int64)
+    else:
+        of_group, terms, run = _reduction(layer, engine_name)
+        taken = _paired((torch.arange(terms) % of_group)[None], run)[0]
+        channels = taken[which] + (outputs // (len(pairs) // _groups(layer)) * of_group)[:, None]
+    along = -1 if isinstance(layer, (nnq.Linear, EmulatedLinear)) else 1
+
+    def test(images: Tensor) -> bool:
+        highest = images.int_repr().movedim(along, -1).flatten(0, -2).amax(0).int()
+        if isinstance(layer, _TRANSPOSED):
+            highest = highest.max()[None]
+        # What fills up the borders is the zero point.
+        return bool(overflowing(risky, highest.clamp(min=images.q_zero_point())[channels]).any())
+
+    return test
+
+
+def _possible_pairs(layer: Any, engine_name: Engine) -> Tensor:
+    """`weight_pairs`; of a transposed convolution, whose order isn't known, the extremes of any two weights."""
+    if isinstance(layer, _Emulated):
+        return layer.pairs
+    if not isinstance(layer, _TRANSPOSED):
+        return weight_pairs(layer, engine_name)
+    extremes = torch.stack(layer.weight().int_repr().to(torch.int16).aminmax())
+    return torch.stack([extremes, extremes * (engine_name is not Engine.qnnpack)], dim=1)[:, None]
+
+
+def _inner(module: nn.Module) -> Any:
+    """The layer itself; Any, since of torch.ao's classes only the names are typed."""
+    return module.conv if isinstance(module, AfterStride) else module
 
 
 def _checked(module: nn.Module) -> Any:
-    """The layer itself; Any, since of torch.ao's classes only the names are typed."""
-    layer = module.conv if isinstance(module, AfterStride) else module
+    layer = _inner(module)
     if not isinstance(layer, _LAYERS) or isinstance(layer, _TRANSPOSED):
         raise InputError(f"{type(layer).__name__} is no INT8 layer whose order of sums is known")
     return layer
@@ -119,13 +150,21 @@ def _groups(layer: nn.Module) -> int:
     return int(getattr(layer, "groups", 1))
 
 
+def _reduction(layer: Any, engine_name: Engine) -> tuple[int, int, int]:
+    """How many channels a group has, how many terms are added up for an output, and `_run_length`."""
+    if isinstance(layer, _Emulated):
+        return layer.channels, layer.terms, layer.run
+    weight = layer.weight()
+    return weight.shape[1], weight[0].numel(), _run_length(layer, weight, engine_name)
+
+
 def _flat(weight: Tensor) -> Tensor:
     """Quantized weights [out, channels, ...] as int16 [out, terms], the channels of a tap side by side."""
     out, channels = weight.shape[:2]
     return weight.int_repr().to(torch.int16).reshape(out, channels, -1).transpose(1, 2).flatten(1)
 
 
-def _run_length(layer: Any, engine_name: Engine) -> int:
+def _run_length(layer: Any, weight: Tensor, engine_name: Engine) -> int:
     """After how many terms of a reduction pairing begins anew.
 
     FBGEMM: PackAWithIm2Col and GenerateI8Depthwise pack four terms at a time, whatever they are. oneDNN: the
@@ -133,7 +172,6 @@ def _run_length(layer: Any, engine_name: Engine) -> int:
     channels are no multiple of 4 go to an exact kernel; its matrix product halves a reduction of 257 to 767 terms
     (get_k_padd in gemm_driver.cpp; longer ones it cuts into blocks of 384, which makes no difference).
     """
-    weight = layer.weight()
     terms, channels = weight[0].numel(), weight.shape[1]
     if engine_name is Engine.qnnpack:
         return 1
@@ -219,9 +257,8 @@ class _Emulated(nn.Module):
         weight = layer.weight()
         self.relu = type(layer) in _RELUS
         self.scale, self.zero_point = float(layer.scale), int(layer.zero_point)
-        self.groups, self.terms = _groups(layer), weight[0].numel()
-        self.kind = _kind(layer)
-        self.run = _run_length(layer, engine_name)
+        self.groups, self.kind = _groups(layer), _kind(layer)
+        self.channels, self.terms, self.run = _reduction(layer, engine_name)
         self.per_channel = is_per_channel(weight)
         scale, zero_point = weight_scales(weight)
         bias = layer.bias()
@@ -409,11 +446,11 @@ def compared(
     """While `other` runs in this context, give each INT8 layer of `executed` what its namesake in there gets, and
     compare what both answer: by layer, in the order in which layers are called.
 
-    So each layer is judged by itself, not by what those before it did. Where no activation that it gets is large enough
-    for 16 bits to overflow, both have the same sums, and the engine's own kernel answers for the two, unless the
-    `whole` of other is to run. Both models are converted from the same prepared one for `engine_name`, or one of them
-    is an emulated copy. The kind is conv, pointwise, grouped, depthwise or linear. Raises InputError where `executed`
-    lacks a layer of `other`.
+    So each layer is judged by itself, not by what those before it did. Where the activations that it gets are too small
+    for 16 bits to overflow (see `overflow_test`), both have the same sums, and the engine's own kernel answers for the
+    two, unless the `whole` of other is to run. Both models are converted from the same prepared one for `engine_name`,
+    or one of them is an emulated copy. The kind is conv, pointwise, grouped, depthwise or linear. Raises InputError
+    where `executed` lacks a layer of `other`.
     """
     theirs, mine = _by_name(other), _by_name(executed)
     missing = [name for name in theirs if name not in mine]
@@ -423,13 +460,12 @@ def compared(
 
     def compare(name: str) -> Callable[[Tensor], Tensor]:
         own, namesake = theirs[name].forward, mine[name]
-        kind, safe = _kind(theirs[name]), safe_activation(namesake, engine_name)
+        kind, can_overflow_with = _kind(theirs[name]), overflow_test(namesake, engine_name)
         kernel = own if whole or isinstance(namesake, _Emulated) else namesake
 
         def forward(images: Tensor) -> Tensor:
             different = largest = 0
-            # What fills up the borders is the zero point.
-            if max(int(images.int_repr().max()), images.q_zero_point()) > safe:
+            if can_overflow_with(images):
                 output = own(images)
                 steps = (namesake(images).int_repr().int() - output.int_repr().int()).abs()
                 different, largest = int((steps > 1).sum()), int(steps.max())
@@ -477,7 +513,7 @@ def _by_name(converted: nn.Module) -> dict[str, nn.Module]:
 
 
 def _kind(module: Any) -> str:
-    layer = module.conv if isinstance(module, AfterStride) else module
+    layer = _inner(module)
     if isinstance(layer, _Emulated):
         return layer.kind
     if isinstance(layer, nnq.Linear):
