@@ -70,7 +70,7 @@ def weight_pairs(module: nn.Module, engine_name: Engine) -> Tensor:
     known, and for what is no INT8 layer.
     """
     layer = _checked(module)
-    weight = layer.weight()
+    weight = layer.weight()  # unpacked at every call
     return _paired(_flat(weight), _run_length(layer, weight, engine_name))
 
 
@@ -107,17 +107,16 @@ def overflow_test(module: nn.Module, engine_name: Engine) -> Callable[[Tensor], 
         return lambda images: False
     risky = pairs[outputs, which]
     if isinstance(layer, _TRANSPOSED):
-        channels = torch.zeros_like(risky, dtype=torch.int64)
+        # Any activation may meet any weight, as if all were of one channel.
+        width, channels = 1, torch.zeros_like(risky, dtype=torch.int64)
     else:
-        of_group, terms, run = _reduction(layer, engine_name)
-        taken = _paired((torch.arange(terms) % of_group)[None], run)[0]
-        channels = taken[which] + (outputs // (len(pairs) // _groups(layer)) * of_group)[:, None]
+        groups, (of_group, terms, run) = _groups(layer), _reduction(layer, engine_name)
+        width, taken = groups * of_group, _paired((torch.arange(terms) % of_group)[None], run)[0]
+        channels = taken[which] + (outputs // (len(pairs) // groups) * of_group)[:, None]
     along = -1 if isinstance(layer, (nnq.Linear, EmulatedLinear)) else 1
 
     def test(images: Tensor) -> bool:
-        highest = images.int_repr().movedim(along, -1).flatten(0, -2).amax(0).int()
-        if isinstance(layer, _TRANSPOSED):
-            highest = highest.max()[None]
+        highest = images.int_repr().movedim(along, -1).reshape(-1, width).amax(0).int()
         # What fills up the borders is the zero point.
         return bool(overflowing(risky, highest.clamp(min=images.q_zero_point())[channels]).any())
 
