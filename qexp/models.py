@@ -15,7 +15,6 @@ import os
 import random
 import re
 import sys
-import sysconfig
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
-from qexp import config
+from qexp import config, sources
 from qexp.checkpoints import load_checkpoint
 from qexp.data import Data
 from qexp.errors import ConfigError, InputError, QexpError
@@ -380,10 +379,11 @@ def _code(setting: str, model: Mapping[str, Any]) -> dict[str, str]:
     todo = [first] if first is not None and package != "torch" else []  # torch's version counts already
     while todo:
         module = todo.pop()
-        file = getattr(module, "__file__", None)
-        if module.__name__ in found or not file or not file.endswith(".py") or not _is_own(module, package):
+        file = Path(getattr(module, "__file__", None) or "")
+        # torch.ops has a file that doesn't exist.
+        if module.__name__ in found or file.suffix != ".py" or not file.is_file() or not _is_own(module, package):
             continue
-        found[module.__name__] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        found[module.__name__] = hashlib.sha256(file.read_bytes()).hexdigest()
         todo.extend(_referenced(module))
     return found
 
@@ -398,5 +398,4 @@ def _referenced(module: ModuleType) -> list[ModuleType]:
 def _is_own(module: ModuleType, package: str) -> bool:
     if module.__name__.partition(".")[0] == package:
         return True
-    installed = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    return not any(str(module.__file__).startswith(folder) for folder in installed)
+    return not sources.installed(Path(str(module.__file__)))

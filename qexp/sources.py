@@ -68,7 +68,7 @@ def files_of(target: str) -> list[Path]:
         if name in found or name == "qexp":
             continue
         places = _places(name)
-        own = [place for place in places if not _installed(place)]
+        own = [place for place in places if not installed(place)]
         # An installed package counts where the target itself is in it.
         found[name] = [file for place in (own if found else places) for file in _within(place)]
         if own:
@@ -97,7 +97,8 @@ def _within(place: Path) -> list[Path]:
     return [file for file in files if not any(part.startswith(".") for part in file.relative_to(place).parts)]
 
 
-def _installed(place: Path) -> bool:
+def installed(place: Path) -> bool:
+    """Whether a file or folder is of Python itself or of an installed package, and not of a user's project."""
     # By name too: a virtual environment may see the packages of the Python that it was made from.
     roots = (sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
     return bool({"site-packages", "dist-packages"} & {*place.parts}) or any(map(place.is_relative_to, roots))

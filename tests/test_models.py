@@ -441,7 +441,7 @@ def test_the_code_of_a_user_s_model_and_of_what_it_imports_is_part_of_its_key(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "usersmodel.py").write_text(
-        "from usersblocks import net\ndef make(num_classes): return net(num_classes)\n"
+        "from torch import classes, ops\nfrom usersblocks import net\ndef make(num_classes): return net(num_classes)\n"
     )
     blocks = "from qexp.nets import tiny\ndef net(classes): return tiny(classes)\n"
     spec = {"_target_": "usersmodel.make", "num_classes": None}
