@@ -69,6 +69,34 @@ def test_int8_logits_are_the_same_after_loading_in_every_flow_engine_and_runtime
     assert not torch.equal(expected, net(batch))
 
 
+class Branching(nn.Module):
+    """Only a scripted module can have a condition in TorchScript."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((1,), 0.5))
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values * self.weight if values.size(0) > 2 else values
+
+
+@pytest.mark.parametrize("flow", [*Flow, "scripted part"])
+def test_torchscript_holds_what_a_trace_of_the_model_itself_does(flow: Flow | str, tmp_path: Path) -> None:
+    with quantize.engine(Engine.fbgemm), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        if isinstance(flow, Flow):
+            net = int8_of(float_net(flow), flow, Engine.fbgemm)
+        else:
+            net = nn.Sequential(trained(nets.tiny()), torch.jit.script(Branching())).eval().requires_grad_(False)
+        torch.jit.save(torch.jit.freeze(torch.jit.trace(net, TWO)), tmp_path / "plain.ts")
+        plain = torch.jit.load(tmp_path / "plain.ts")
+        exported = torch.jit.load(torchscript.export(net, TWO, tmp_path / "model.ts"))
+    nodes = [[node.kind() for node in model.graph.nodes()] for model in (plain, exported)]
+    assert nodes[0] == nodes[1]
+    for batch in (TWO, images(8)):
+        assert torch.equal(run(exported, Engine.fbgemm, batch), run(plain, Engine.fbgemm, batch))
+
+
 @pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
 def test_fp32_runtimes_agree_with_the_float_model(flow: Flow, tmp_path: Path) -> None:
     net, batch = float_net(flow), images(32, seed=1)
