@@ -341,14 +341,19 @@ def _larger(found: Sequence[ablation.Draws]) -> str:
 
 
 def calibration(rows: Sequence[Row]) -> str:
-    """A sentence on how many calibration images are enough, for each combination of the other settings.
+    """A sentence on how many calibration images are enough, for each combination of the other settings; combinations of
+    which the same is to be said share one.
 
     Empty where `calib.batches` didn't vary. See `stats.plateau` for the rule.
     """
-    lines = []
+    readings: dict[str, list[str]] = {}
     for found in ablation.calibrations(rows):
         which = "".join(f", {name}={value}" for name, value in found.settings.items())
-        lines.append(f"calibration size{which}: {_reading(found)}")
+        readings.setdefault(_reading(found), []).append(which)
+    lines = []
+    for said, (first, *others) in readings.items():
+        which = f", {1 + len(others)} combinations of the other settings" if others else first
+        lines.append(f"calibration size{which}: {said}")
     return "\n".join(lines)
 
 

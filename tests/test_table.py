@@ -331,12 +331,21 @@ def test_draws_that_dont_differ_give_no_spread_to_judge_by() -> None:
 
 
 def test_sizes_are_read_for_each_combination_of_the_other_settings() -> None:
-    rows = [*by_size(RISING, qconfig="per_tensor"), *by_size(RISING, qconfig="per_channel")]
+    higher = {size: tuple(accuracy + 0.01 for accuracy in drawn) for size, drawn in list(RISING.items())[:-1]}
+    rows = [*by_size(RISING, qconfig="per_tensor"), *by_size(higher, qconfig="per_channel")]
     lines = table.calibration(rows).splitlines()
     assert [line.split(":")[0] for line in lines] == [
         "calibration size, qconfig=per_tensor",
         "calibration size, qconfig=per_channel",
     ]
+
+
+def test_what_holds_for_several_combinations_is_said_once() -> None:
+    once = {"1": (0.80,), "8": (0.85,)}
+    rows = [*by_size(once, qconfig="per_tensor"), *by_size(once, qconfig="per_channel"), *by_size(RISING, qconfig="x")]
+    undecided, decided = table.calibration(rows).splitlines()
+    assert undecided.startswith("calibration size, 2 combinations of the other settings: with one draw")
+    assert decided.startswith("calibration size, qconfig=x: from")
 
 
 def test_one_size_is_no_sweep_over_sizes() -> None:
