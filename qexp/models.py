@@ -396,6 +396,4 @@ def _referenced(module: ModuleType) -> list[ModuleType]:
 
 
 def _is_own(module: ModuleType, package: str) -> bool:
-    if module.__name__.partition(".")[0] == package:
-        return True
-    return not sources.installed(Path(str(module.__file__)))
+    return module.__name__.partition(".")[0] == package or not sources.installed(Path(str(module.__file__)))

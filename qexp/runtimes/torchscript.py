@@ -15,7 +15,7 @@ from qexp.runtimes.model import Loaded, packing_for
 
 class _Shell(nn.Module):
     """Gives what `module` gives, to be traced and frozen: torch makes a scripted module of every module that belongs to
-    a traced one, which took half of a saved run's time, and freezing makes constants of them all in the end.
+    a traced one, which takes far longer than the trace, and freezing leaves nothing of them.
 
     Only what a trace can't take as a constant belongs to it: packed weights, and modules that are scripted already.
     """
