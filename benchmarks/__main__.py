@@ -30,7 +30,7 @@ def main() -> None:
     if unknown:
         sys.exit(f"{' '.join(unknown)}: there is no such benchmark; choose among {', '.join(BENCHMARKS)}.")
     here = machine.describe()
-    print(f"{here.cpu} ({here.isa}), torch {torch.__version__}, load {here.load}: ResNet-18 on digits")
+    print(f"{here.cpu} ({here.isa}), torch {torch.__version__}, load {here.load}")
     for name in names:
         with tempfile.TemporaryDirectory() as outputs:
             print(f"\n{name}", flush=True)

@@ -26,6 +26,9 @@ from qexp.runtimes.model import Loaded
 
 log = logging.getLogger(__name__)
 
+# How often a sweep times what executes the same until it takes a timing that can't be trusted for what it is.
+TIMING_ATTEMPTS = 3
+
 # Environment variables that change how libraries compute or wait, by how they begin.
 _ENVIRONMENT = ("OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "FBGEMM_", "ATEN_", "TORCHINDUCTOR_", "LD_PRELOAD")
 
@@ -87,7 +90,7 @@ def timing_key(config: Config, data: Data, float_digest: str, int8: nn.Module, i
 
 def has_timings(config: Config, key: str) -> bool:
     """Whether timings are kept under `key`, which may be empty: then there are none."""
-    return bool(key) and cache.find(folder(config), key) is not None
+    return bool(key) and _kept_timings(config, key) is not None
 
 
 def timings(
@@ -96,25 +99,40 @@ def timings(
     """The timings kept under `key` and the name of the run that made them; or those that `measure` makes now, and "".
 
     lock: held while timing, so that only one process does. name: of this run. Timings that `latency.validity` doubts
-    are not kept.
+    are kept for the jobs of the same sweep alone, and the last of `TIMING_ATTEMPTS` stands for all of them: on a machine
+    that is never quiet the others would not be better, only different.
     """
-
-    def found() -> tuple[list[latency.Timing], str] | None:
-        kept = cache.find_arrays(folder(config), key)
-        return None if kept is None else (latency.from_arrays(kept), str(kept["made_by"]))
-
-    carried = found()
+    carried = _kept_timings(config, key)
     if carried is None:
         with machine.lock(lock):
-            carried = found()  # another process may have timed it while this one waited
+            carried = _kept_timings(config, key)  # another process may have timed it while this one waited
             if carried is None:
                 made = measure()
-                if trusted(made):
+                if place := key if trusted(made) else _free_attempt(config, key):
                     by = np.array(name)
-                    cache.arrays(folder(config), key, lambda: {"made_by": by, **latency.to_arrays(made)})
+                    cache.arrays(folder(config), place, lambda: {"made_by": by, **latency.to_arrays(made)})
                 return made, ""
     log.info("latency is that of %s, whose INT8 model executes the same (latency.reuse=false times again)", carried[1])
     return carried
+
+
+def _kept_timings(config: Config, key: str) -> tuple[list[latency.Timing], str] | None:
+    """Those under `key`, else the last of the attempts if all were made; and who made them."""
+    for place in (key, *_attempts(config, key)[-1:]):
+        if (kept := cache.find_arrays(folder(config), place)) is not None:
+            return latency.from_arrays(kept), str(kept["made_by"])
+    return None
+
+
+def _attempts(config: Config, key: str) -> list[str]:
+    """What the timings of a sweep that can't be trusted are kept under, in the order in which they are made."""
+    sweep = config.tracking.parent
+    return [] if sweep is None else [json.dumps([key, sweep, attempt]) for attempt in range(TIMING_ATTEMPTS)]
+
+
+def _free_attempt(config: Config, key: str) -> str:
+    """The first that is not taken; empty where none may be."""
+    return next((place for place in _attempts(config, key) if cache.find(folder(config), place) is None), "")
 
 
 def trusted(timings: Sequence[latency.Timing]) -> bool:

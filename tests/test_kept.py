@@ -262,6 +262,33 @@ def test_a_timing_that_is_not_valid_is_not_kept(
     assert len(made) == 4
 
 
+def test_a_sweep_on_a_machine_that_is_never_quiet_times_the_same_thrice(
+    composed: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "trusted", lambda timings: False)
+    lock, made = tmp_path / "lock", []
+
+    def measure() -> list[latency.Timing]:
+        made.append(1)
+        return timing(composed().latency)
+
+    def timed_by(name: str, *overrides: str) -> str:
+        config = composed(*overrides)
+        known = kept.has_timings(config, "key")
+        by = kept.timings(config, "key", lock, name, measure)[1]
+        assert known == bool(by)
+        return by
+
+    noisy = [timed_by(name, "tracking.parent=noisy") for name in "abcde"]
+    assert noisy == ["", "", "", "c", "c"]
+    assert timed_by("f", "tracking.parent=later") == ""  # another day it may be quiet
+    assert timed_by("g") == ""
+    monkeypatch.setattr(kept, "trusted", lambda timings: True)
+    assert timed_by("h", "tracking.parent=later") == ""
+    assert timed_by("i", "tracking.parent=noisy") == "h"
+    assert len(made) == 6
+
+
 def test_each_batch_size_must_be_valid(composed: Composed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "validity", lambda timings: ({t.batch_size for t in timings} == {1}, ()))
     protocol = composed().latency
