@@ -99,8 +99,8 @@ def timings(
     """The timings kept under `key` and the name of the run that made them; or those that `measure` makes now, and "".
 
     lock: held while timing, so that only one process does. name: of this run. Timings that `latency.validity` doubts
-    are kept for the jobs of the same sweep alone, and the last of `TIMING_ATTEMPTS` stands for all of them: on a machine
-    that is never quiet the others would not be better, only different.
+    are kept for the jobs of the same sweep alone, which make `TIMING_ATTEMPTS` of them and then share the last: on a
+    machine that is never quiet more of them would not be better, only different.
     """
     carried = _kept_timings(config, key)
     if carried is None:
