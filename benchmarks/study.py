@@ -31,7 +31,6 @@ from tqdm import tqdm
 from benchmarks.speed import composed, seconds
 from qexp import config as schema
 from qexp import evaluate, experiment, latency, models, quantize, record, saved, target
-from qexp.config import Config
 from qexp.data import load_data
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,16 +95,23 @@ def study(outputs: str) -> None:
         "dataset=imagefolder", f"dataset.root={data}", f"model.checkpoint={checkpoint}",
         "latency=quick", "qconfig.overflow=activations",
     )  # fmt: skip
+    # Of a run of its own, elsewhere, and between all else: a machine that others use is not as fast at all times.
+    passes = BarePasses(str(Path(outputs) / "elsewhere"), fixed)
+    passes.measure()
     cold = seconds(lambda: sweep(kept, fixed)) / len(SETTINGS)
+    passes.measure()
     found = read(kept)
-    again = seconds(lambda: sweep(kept, fixed)) / len(SETTINGS)
-    timed = sum(one.timed for one in found.values())
     say(f"sweep of {len(found)} settings, cold cache", cold)
-    say("the same sweep again", again)
+    timed = sum(one.timed for one in found.values())
     print(f"{timed} timings were made, {len(found) - timed} runs carry one", flush=True)
+    again = seconds(lambda: sweep(kept, fixed)) / len(SETTINGS)
+    passes.measure()
+    say("the same sweep again", again)
 
-    sample = SETTINGS[::SCRIPT_STRIDE]
-    by_script = {setting: script(setting, data, checkpoint) for setting in tqdm(sample, desc="script", disable=None)}
+    sample, by_script = SETTINGS[::SCRIPT_STRIDE], {}
+    for setting in tqdm(sample, desc="script", disable=None):
+        by_script[setting] = script(setting, data, checkpoint)
+        passes.measure()
     each = statistics.fmean(took for took, _ in by_script.values())
     say(f"script, a fresh process for each of {len(sample)} settings", each)
     print(f"factor {each / cold:.2f}; of the same sweep again {each / again:.2f}")
@@ -114,8 +120,10 @@ def study(outputs: str) -> None:
     by_step["start-up, imports"] = each - sum(by_step.values())
     print(f"the script's time: {listed(by_step)}", flush=True)
 
-    bare, one_run = one_more(str(kept), *fixed)
-    print(f"a bare INT8 pass takes {bare:.2f} s; beside it a run of the sweep takes {cold - bare:.2f} s")
+    bare = statistics.median(passes.took)
+    print(f"a bare INT8 pass takes {bare:.2f} s [{min(passes.took):.2f}, {max(passes.took):.2f}], the median of all")
+    print(f"beside it a run of the sweep takes {cold - bare:.2f} s")
+    one_run = one_more(str(kept), *fixed)
     print(f"a run's time with nothing of its own in the cache but a timing: {listed(one_run)}")
     print(f"around it, a job of the sweep: {cold - sum(one_run.values()):.2f} s")
     both = [setting for setting in sample if setting.observer in SCRIPT_OBSERVERS]
@@ -200,27 +208,37 @@ def script(setting: Setting, data: Path, checkpoint: Path) -> tuple[float, dict[
     return time.perf_counter() - started, json.loads(said.splitlines()[-1])
 
 
-def one_more(outputs: str, *fixed: str) -> tuple[float, dict[str, float]]:
-    """The seconds of a bare INT8 pass over the evaluation images, and those of each step of one more run of the study,
-    with other calibration images than any before it."""
+def one_more(outputs: str, *fixed: str) -> dict[str, float]:
+    """The seconds of each step of one more run of the study, with other calibration images than any before it."""
     # As a job of the sweep; the first in this process, whose imports and libraries are still cold, is not looked at.
     jobs = [composed(outputs, *fixed, "tracking.parent=study", f"calib.seed={seed}") for seed in (1, 2)]
     folder = Path(outputs) / "one_more"
     folder.mkdir(parents=True)
     experiment.run_job(jobs[0], folder)
-    took = steps(lambda: experiment.run_job(jobs[1], folder))
-    return bare_pass(jobs[1], folder), took
+    return steps(lambda: experiment.run_job(jobs[1], folder))
 
 
-def bare_pass(config: Config, folder: Path) -> float:
-    """Seconds, the median of some passes with the model that a run saved."""
-    model, data = saved.load_int8(folder), load_data(config.dataset, Path(config.outputs) / "cache")
+class BarePasses:
+    """Seconds of bare INT8 forward passes over the evaluation images, with the model that a run saved."""
 
-    def whole() -> None:
-        evaluate.predict(model, data.test, data.mean, data.std, config.evaluate.batch_size)
+    def __init__(self, outputs: str, fixed: tuple[str, ...]) -> None:
+        self.took: list[float] = []
+        self._config = composed(outputs, *fixed, "latency=off")
+        folder = Path(outputs) / "run"
+        folder.mkdir(parents=True)
+        experiment.run_job(self._config, folder)
+        self._model = saved.load_int8(folder)
+        self._data = load_data(self._config.dataset, Path(self._config.outputs) / "cache")
 
-    with quantize.engine(config.engine), latency.threads(config.compute.threads):
-        return statistics.median(seconds(whole) for _ in range(BARE_PASSES))
+    def measure(self) -> None:
+        """Some more passes, after one that isn't counted."""
+        config, data = self._config, self._data
+
+        def whole() -> None:
+            evaluate.predict(self._model, data.test, data.mean, data.std, config.evaluate.batch_size)
+
+        with quantize.engine(config.engine), latency.threads(config.compute.threads):
+            self.took += [seconds(whole) for _ in range(1 + BARE_PASSES)][1:]
 
 
 def steps(run: Callable[[], object]) -> dict[str, float]:
