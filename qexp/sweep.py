@@ -358,9 +358,9 @@ def launch(
     master: DictConfig, composer: Composer, planned: Sequence[Planned], launcher: Any, batch_size: int | None
 ) -> Any:
     """Open the parent run, launch the jobs, close the parent with the table, and exit with 1 where a job failed."""
+    jobs.start_server()  # it imports torch while this process imports MLflow
     from qexp import experiment, tracking
 
-    jobs.start_server()  # ready by the time that inputs are checked
     first = planned[0].job
     folder = Path(os.path.abspath(master.hydra.sweep.dir))  # noqa: PTH100  (as Hydra does, links are not followed)
     writable(folder)
