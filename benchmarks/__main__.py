@@ -31,6 +31,7 @@ def main() -> None:
         sys.exit(f"{' '.join(unknown)}: there is no such benchmark; choose among {', '.join(BENCHMARKS)}.")
     here = machine.describe()
     print(f"{here.cpu} ({here.isa}), torch {torch.__version__}, load {here.load}")
+    print("ResNet-18 on digits, unless a line says otherwise")
     for name in names:
         with tempfile.TemporaryDirectory() as outputs:
             print(f"\n{name}", flush=True)

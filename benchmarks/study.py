@@ -90,28 +90,35 @@ SETTINGS = [Setting(*values) for values in itertools.product(GRANULARITIES, SCHE
 def study(outputs: str) -> None:
     """Runs an hour of both, what a run costs beside a bare INT8 pass, and whether accuracies agree."""
     data, checkpoint = given(Path(outputs))
+    print(f"images of {data}")
     kept = Path(outputs) / "study"
     fixed = (
         "dataset=imagefolder", f"dataset.root={data}", f"model.checkpoint={checkpoint}",
         "latency=quick", "qconfig.overflow=activations",
     )  # fmt: skip
-    # Of a run of its own, elsewhere, and between all else: a machine that others use is not as fast at all times.
-    passes = BarePasses(str(Path(outputs) / "elsewhere"), fixed)
-    passes.measure()
+    # Of a run of its own, elsewhere, and between all else: a machine that others use is not as fast at all times. (The
+    # system has read the image files by then, so both sides find them in its memory.)
+    bare, passes = bare_pass(str(Path(outputs) / "elsewhere"), fixed), list[float]()
+
+    def measure() -> None:
+        bare()  # after other work the first is slower
+        passes.extend(seconds(bare) for _ in range(BARE_PASSES))
+
+    measure()
     cold = seconds(lambda: sweep(kept, fixed)) / len(SETTINGS)
-    passes.measure()
+    measure()
     found = read(kept)
     say(f"sweep of {len(found)} settings, cold cache", cold)
     timed = sum(one.timed for one in found.values())
     print(f"{timed} timings were made, {len(found) - timed} runs carry one", flush=True)
     again = seconds(lambda: sweep(kept, fixed)) / len(SETTINGS)
-    passes.measure()
+    measure()
     say("the same sweep again", again)
 
     sample, by_script = SETTINGS[::SCRIPT_STRIDE], {}
     for setting in tqdm(sample, desc="script", disable=None):
         by_script[setting] = script(setting, data, checkpoint)
-        passes.measure()
+        measure()
     each = statistics.fmean(took for took, _ in by_script.values())
     say(f"script, a fresh process for each of {len(sample)} settings", each)
     print(f"factor {each / cold:.2f}; of the same sweep again {each / again:.2f}")
@@ -120,9 +127,9 @@ def study(outputs: str) -> None:
     by_step["start-up, imports"] = each - sum(by_step.values())
     print(f"the script's time: {listed(by_step)}", flush=True)
 
-    bare = statistics.median(passes.took)
-    print(f"a bare INT8 pass takes {bare:.2f} s [{min(passes.took):.2f}, {max(passes.took):.2f}], the median of all")
-    print(f"beside it a run of the sweep takes {cold - bare:.2f} s")
+    median = statistics.median(passes)
+    print(f"a bare INT8 pass takes {median:.2f} s [{min(passes):.2f}, {max(passes):.2f}], the median of {len(passes)}")
+    print(f"beside it a run of the sweep takes {cold - median:.2f} s")
     one_run = one_more(str(kept), *fixed)
     print(f"a run's time with nothing of its own in the cache but a timing: {listed(one_run)}")
     print(f"around it, a job of the sweep: {cold - sum(one_run.values()):.2f} s")
@@ -218,27 +225,19 @@ def one_more(outputs: str, *fixed: str) -> dict[str, float]:
     return steps(lambda: experiment.run_job(jobs[1], folder))
 
 
-class BarePasses:
-    """Seconds of bare INT8 forward passes over the evaluation images, with the model that a run saved."""
+def bare_pass(outputs: str, fixed: tuple[str, ...]) -> Callable[[], None]:
+    """A forward pass over the evaluation images with the INT8 model of a run that is made for it."""
+    config = composed(outputs, *fixed, "latency=off")
+    folder = Path(outputs) / "run"
+    folder.mkdir(parents=True)
+    experiment.run_job(config, folder)
+    model, data = saved.load_int8(folder), load_data(config.dataset, Path(config.outputs) / "cache")
 
-    def __init__(self, outputs: str, fixed: tuple[str, ...]) -> None:
-        self.took: list[float] = []
-        self._config = composed(outputs, *fixed, "latency=off")
-        folder = Path(outputs) / "run"
-        folder.mkdir(parents=True)
-        experiment.run_job(self._config, folder)
-        self._model = saved.load_int8(folder)
-        self._data = load_data(self._config.dataset, Path(self._config.outputs) / "cache")
-
-    def measure(self) -> None:
-        """Some more passes, after one that isn't counted."""
-        config, data = self._config, self._data
-
-        def whole() -> None:
-            evaluate.predict(self._model, data.test, data.mean, data.std, config.evaluate.batch_size)
-
+    def whole() -> None:
         with quantize.engine(config.engine), latency.threads(config.compute.threads):
-            self.took += [seconds(whole) for _ in range(1 + BARE_PASSES)][1:]
+            evaluate.predict(model, data.test, data.mean, data.std, config.evaluate.batch_size)
+
+    return whole
 
 
 def steps(run: Callable[[], object]) -> dict[str, float]:

@@ -108,7 +108,10 @@ def timings(
             carried = _kept_timings(config, key)  # another process may have timed it while this one waited
             if carried is None:
                 made = measure()
-                if place := key if trusted(made) else _free_attempt(config, key):
+                places = [key] if trusted(made) else _attempts(config, key)
+                # The first that is free; of the attempts one is, or the last of them would have been carried.
+                place = next((one for one in places if cache.find(folder(config), one) is None), None)
+                if place is not None:
                     by = np.array(name)
                     cache.arrays(folder(config), place, lambda: {"made_by": by, **latency.to_arrays(made)})
                 return made, ""
@@ -125,14 +128,10 @@ def _kept_timings(config: Config, key: str) -> tuple[list[latency.Timing], str] 
 
 
 def _attempts(config: Config, key: str) -> list[str]:
-    """What the timings of a sweep that can't be trusted are kept under, in the order in which they are made."""
+    """What the timings of a sweep that can't be trusted are kept under, in the order in which they are made; a run by
+    itself keeps none."""
     sweep = config.tracking.parent
     return [] if sweep is None else [json.dumps([key, sweep, attempt]) for attempt in range(TIMING_ATTEMPTS)]
-
-
-def _free_attempt(config: Config, key: str) -> str:
-    """The first that is not taken; empty where none may be."""
-    return next((place for place in _attempts(config, key) if cache.find(folder(config), place) is None), "")
 
 
 def trusted(timings: Sequence[latency.Timing]) -> bool:
