@@ -6,7 +6,6 @@ of MLflow, so that they can be called in a process of their own.
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import os
@@ -131,12 +130,12 @@ def run_job(config: Config, folder: Path, turn: Turn = ALONE) -> Result:
         int8 = quantize.convert(prepared, config.flow, config.engine)
         layers = checked_layers(quantize.layers(int8, config.flow, config.engine))
 
-        skeleton = quantize.skeleton(fp32.module, config.flow, config.fusion, qconfig, config.engine, few[:2])
+        skeleton = quantize.skeleton(fused, config.flow, qconfig, config.engine, few[:2])
         in_memory = {"fp32": fused, "int8": int8}
         artifacts = saved.write(config, fp32.digest, in_memory, few, folder, record.images_expected(data))
         # torch.compile takes half a minute, and only the processes that time need it.
         here = [runtime for runtime in config.latency.runtimes if runtime is not Runtime.inductor]
-        variants = saved.read(config, {"fp32": copy.deepcopy(fused), "int8": skeleton}, folder, here)
+        variants = saved.read(config, {"fp32": fused, "int8": skeleton}, folder, here)
         all_int8 = all(layer.int8 for layer in layers)
         contents = contents_of(config, fp32.digest, artifacts, variants)
         key = timing_key(config, data, fp32.digest, int8)
@@ -322,7 +321,8 @@ def contents_of(
 ) -> dict[str, str]:
     """The identity of each variant as it is executed (see `kept.content`)."""
     by_name = {f"{artifact.precision}_{artifact.runtime}": artifact for artifact in artifacts}
-    return {name: kept.content(config, float_digest, by_name[name], loaded) for name, loaded in variants.items()}
+    int8 = {name: variants[name] for name in variants if by_name[name].precision == "int8"}
+    return {name: kept.content(config, float_digest, by_name[name], int8.get(name)) for name in variants}
 
 
 def first_of(precision: str, variants: Mapping[str, object]) -> str:
@@ -351,8 +351,13 @@ def predicted(
         title, size = f"evaluating {precision.upper()}", config.evaluate.batch_size
         return evaluate.predict(model, data.test, data.mean, data.std, size, title, indices, copies).logits
 
-    def predict_all(model: Loaded, precision: str) -> np.ndarray:
+    # Of which variant: one whose answers are kept is not even read.
+    def predict_all(name: str, precision: str) -> np.ndarray:
+        model = variants[name]
         return predict(model, precision, copies=model.copies(config.compute.threads - 1))
+
+    def predict_few(name: str, precision: str) -> np.ndarray:
+        return predict(variants[name], precision, few)
 
     def key(content: str, indices: np.ndarray | None = None) -> str:
         return kept.predictions_key(config, data, [content], indices)
@@ -363,12 +368,11 @@ def predicted(
             first = first_of(precision, variants)
             # What was kept may be of another process: then the first is checked, too.
             checked = {first} if cache.find(folder, key(contents[first])) is None else set()
-            logits = cache.array(folder, key(contents[first]), partial(predict_all, variants[first], precision))
-            twins: dict[str, evaluate.Model] = {f"{contents[first]}, in memory": saved}
+            logits = cache.array(folder, key(contents[first]), partial(predict_all, first, precision))
+            twins = {f"{contents[first]}, in memory": partial(predict, saved, precision, few)}
             others = [name for name in variants if name.startswith(precision) and name not in checked]
-            twins |= {contents[name]: variants[name] for name in others}
-            for content, twin in twins.items():
-                answer = partial(predict, twin, precision, few)
+            twins |= {contents[name]: partial(predict_few, name, precision) for name in others}
+            for content, answer in twins.items():
                 again = cache.array(folder, key(content, few), answer) if precision == "fp32" else answer()
                 agree(logits[few], again, tolerances(all_int8)[precision])
             found[precision] = Predictions(logits, data.test.labels, data.test.ids)

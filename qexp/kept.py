@@ -33,9 +33,12 @@ TIMING_ATTEMPTS = 3
 _ENVIRONMENT = ("OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "FBGEMM_", "ATEN_", "TORCHINDUCTOR_", "LD_PRELOAD")
 
 
-def content(config: Config, float_digest: str, artifact: Artifact, loaded: Loaded) -> str:
-    """The identity of a saved model as it is executed: the file, the structure that it was read into, the engine."""
-    structure = [repr(loaded.module), str(getattr(loaded.module, "code", ""))]
+def content(config: Config, float_digest: str, artifact: Artifact, int8: Loaded | None) -> str:
+    """The identity of a saved model as it is executed: the file, the structure that it was read into, the engine.
+
+    int8: the model, if it is one; the structure of others follows from the float model's.
+    """
+    structure = [repr(int8.module), str(getattr(int8.module, "code", ""))] if int8 is not None else []
     made_of = [float_digest, config.flow, config.fusion]
     return _hash([artifact.precision, artifact.runtime, artifact.sha256, artifact.engine, made_of, structure])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -18,7 +17,7 @@ from qexp import config as schema
 from qexp.config import Config, Overflow, Runtime
 from qexp.results import Artifact
 from qexp.runtimes import eager, inductor, torchscript
-from qexp.runtimes.model import Loaded
+from qexp.runtimes.model import Loaded, OnDemand
 
 PRECISIONS = ("fp32", "int8")
 
@@ -71,32 +70,23 @@ def _path(folder: Path, precision: str, runtime: Runtime) -> Path:
     return folder / "model" / f"{precision}_{'torchscript' if runtime is Runtime.torchscript else 'eager'}.pt"
 
 
-def read(
-    config: Config, structures: Mapping[str, nn.Module], folder: Path, runtimes: Collection[Runtime]
-) -> dict[str, Loaded]:
-    """The models that `write` saved, by `<precision>_<runtime>`. structures: of the precisions wanted (see below); they
-    are filled in place."""
-    found = {}
+def read(config: Config, structures: Mapping[str, nn.Module], folder: Path, runtimes: Collection[Runtime]) -> OnDemand:
+    """The models that `write` saved, by `<precision>_<runtime>`. structures: of the precisions wanted (see below); the
+    INT8 one becomes the model that is read."""
+
+    def load(precision: str, runtime: Runtime) -> Loaded:
+        path = _path(folder, precision, runtime)
+        engine = config.engine if precision == "int8" else None
+        if runtime is Runtime.torchscript:
+            return torchscript.load(path, engine)
+        # One runtime alone takes a structure for INT8.
+        structure = structures[precision] if precision == "int8" else quantize.sharing_copy(structures[precision])
+        if runtime is Runtime.inductor:
+            return inductor.load(path, structure)
+        return eager.load(path, structure, engine, channels_last=runtime is Runtime.eager_channels_last)
+
     wanted = [(precision, runtime) for precision, runtime in variants(runtimes) if precision in structures]
-    last = {precision: runtime for precision, runtime in wanted if runtime is not Runtime.torchscript}
-
-    def blank(precision: str, runtime: Runtime) -> nn.Module:
-        structure = structures[precision]
-        return structure if runtime is last[precision] else copy.deepcopy(structure)
-
-    with quantize.engine(config.engine):
-        for precision, runtime in wanted:
-            path = _path(folder, precision, runtime)
-            engine = config.engine if precision == "int8" else None
-            if runtime is Runtime.torchscript:
-                loaded = torchscript.load(path, engine)
-            elif runtime is Runtime.inductor:
-                loaded = inductor.load(path, blank(precision, runtime))
-            else:
-                channels_last = runtime is Runtime.eager_channels_last
-                loaded = eager.load(path, blank(precision, runtime), engine, channels_last)
-            found[f"{precision}_{runtime}"] = loaded
-    return found
+    return OnDemand({f"{precision}_{runtime}": partial(load, precision, runtime) for precision, runtime in wanted})
 
 
 def structures(config: Config, folder: Path, precisions: Collection[str] = PRECISIONS) -> dict[str, nn.Module]:
@@ -104,11 +94,12 @@ def structures(config: Config, folder: Path, precisions: Collection[str] = PRECI
     images = json.loads((folder / "model" / "images.json").read_text())
     module = models.build(config.model, images["classes"], config.seed)
     example = torch.zeros(2, *images["shape"])
+    fused = quantize.fuse(module, config.flow, config.fusion, example)
     # A narrowed grid is in the state, not in the structure.
     plain = replace(config.qconfig, overflow=Overflow.none)
     make = {
-        "fp32": lambda: quantize.fuse(module, config.flow, config.fusion, example),
-        "int8": lambda: quantize.skeleton(module, config.flow, config.fusion, plain, config.engine, example),
+        "fp32": lambda: fused,
+        "int8": lambda: quantize.skeleton(fused, config.flow, plain, config.engine, example),
     }
     return {precision: make[precision]() for precision in precisions}
 

@@ -166,7 +166,7 @@ def main(path: str) -> None:
     folder, scratch = Path(order.folder), Path(order.scratch)
     inputs = torch.from_numpy(np.load(scratch / "inputs.npy"))
     structures = saved.structures(config, folder, order.tolerance)
-    variants = saved.read(config, structures, folder, config.latency.runtimes)
+    variants = dict(saved.read(config, structures, folder, config.latency.runtimes))
     print("ready", flush=True)
     control = json.loads(sys.stdin.read() or sys.exit(1))
     machine.pin(order.cores)

@@ -204,8 +204,9 @@ def test_skeleton_takes_the_saved_state_and_says_nothing(flow: Flow, tmp_path: o
     converted = quantize.convert(prepared, flow, Engine.x86)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        skeleton = quantize.skeleton(trained(nets.tiny(), seed=9), flow, True, qconfig, Engine.x86, TWO)
-    skeleton.load_state_dict(converted.state_dict())
+        other = quantize.fuse(trained(nets.tiny(), seed=9), flow, True, TWO)
+        skeleton = quantize.skeleton(other, flow, qconfig, Engine.x86, TWO)
+    skeleton.load_state_dict(converted.state_dict(), assign=True)
     with quantize.engine(Engine.x86), torch.inference_mode():
         assert torch.equal(skeleton(TWO), converted(TWO))
 

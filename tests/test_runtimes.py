@@ -39,6 +39,10 @@ def int8_of(net: nn.Module, flow: Flow, engine: Engine, qconfig: QConfig = QCONF
     return quantize.convert(prepared, flow, engine)
 
 
+def blank(net: nn.Module, flow: Flow, engine: Engine) -> nn.Module:
+    return quantize.skeleton(quantize.fuse(net, flow, True, TWO), flow, QCONFIG, engine, TWO)
+
+
 def run(net: nn.Module | Loaded, engine: Engine, batch: Tensor) -> Tensor:
     with quantize.engine(engine), torch.inference_mode():
         return net(batch)
@@ -55,7 +59,7 @@ def test_int8_logits_are_the_same_after_loading_in_every_flow_engine_and_runtime
         # Nothing is printed that a reader of a first run can't act on.
         warnings.simplefilter("error")
         saved = eager.export(int8, tmp_path / "model.pt")
-        loaded = eager.load(saved, quantize.skeleton(net, flow, True, QCONFIG, engine, TWO), engine)
+        loaded = eager.load(saved, blank(net, flow, engine), engine)
         with quantize.engine(engine):
             scripted = torchscript.load(torchscript.export(int8, TWO, tmp_path / "model.ts"), engine)
         # In flow=dynamic the convolutions stay in FP32, whose last bits TorchScript may compute otherwise.
@@ -114,11 +118,32 @@ def test_fp32_runtimes_agree_with_the_float_model(flow: Flow, tmp_path: Path) ->
     assert variants[1].module.state_dict().keys() == fused.state_dict().keys()
 
 
+@pytest.mark.parametrize("flow", list(Flow))
+def test_steps_share_the_weights_of_the_fused_model_and_leave_them_as_they_are(flow: Flow, tmp_path: Path) -> None:
+    fused = quantize.fuse(float_net(flow), flow, True, TWO)
+    before = {name: value.clone() for name, value in fused.state_dict().items()}
+    prepared = quantize.prepare(fused, flow, QCONFIG, MINMAX, Engine.x86, TWO)
+    own = {id(parameter) for parameter in fused.parameters()}
+    assert all(id(parameter) in own for parameter in prepared.parameters())
+    if flow is not Flow.dynamic:
+        quantize.calibrate(prepared, [images(8)])
+    quantize.convert(prepared, flow, Engine.x86)
+    # Of flow=dynamic, layers stay in FP32, and are read from the file of a model with other weights.
+    other = trained(Plain() if flow is Flow.fx else nets.tiny(), seed=9)
+    saved = eager.export(int8_of(other, flow, Engine.x86), tmp_path / "model.pt")
+    eager.load(saved, quantize.skeleton(fused, flow, QCONFIG, Engine.x86, TWO), Engine.x86)
+    saved = eager.export(quantize.fuse(other, flow, True, TWO), tmp_path / "fp32.pt")
+    eager.load(saved, quantize.sharing_copy(fused), None, channels_last=True)
+    for name, value in fused.state_dict().items():
+        assert torch.equal(value, before[name]), name
+        assert value.stride() == before[name].stride(), name
+
+
 def test_an_int8_model_refuses_another_engine(tmp_path: Path) -> None:
     net = float_net(Flow.eager)
     int8 = int8_of(net, Flow.eager, Engine.fbgemm)
     saved = eager.export(int8, tmp_path / "model.pt")
-    loaded = eager.load(saved, quantize.skeleton(net, Flow.eager, True, QCONFIG, Engine.fbgemm, TWO), Engine.fbgemm)
+    loaded = eager.load(saved, blank(net, Flow.eager, Engine.fbgemm), Engine.fbgemm)
     with quantize.engine(Engine.fbgemm):
         scripted = torchscript.load(torchscript.export(int8, TWO, tmp_path / "model.ts"), Engine.fbgemm)
     for model in (loaded, scripted):
@@ -143,7 +168,7 @@ def test_the_engine_is_put_back_after_an_error() -> None:
 
 def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
     saved = eager.export(int8_of(trained(nets.tiny(width=16)), Flow.eager, Engine.x86), tmp_path / "model.pt")
-    skeleton = quantize.skeleton(trained(Plain()), Flow.fx, True, QCONFIG, Engine.x86, TWO)
+    skeleton = blank(trained(Plain()), Flow.fx, Engine.x86)
     with pytest.raises(RunError, match=r"model\.pt doesn't hold the model that these settings make"):
         eager.load(saved, skeleton, Engine.x86)
 
@@ -178,7 +203,8 @@ from qexp.config import Engine, Flow
 from qexp.runtimes import eager, torchscript
 folder = Path(sys.argv[1])
 images, expected = torch.load(folder / "expected.pt")
-skeleton = quantize.skeleton(nets.tiny(), Flow.eager, True, settings(overflow="weights"), Engine.x86, images)
+fused = quantize.fuse(nets.tiny(), Flow.eager, True, images)
+skeleton = quantize.skeleton(fused, Flow.eager, settings(overflow="weights"), Engine.x86, images)
 with quantize.engine(Engine.x86):
     assert torch.equal(eager.load(folder / "model.pt", skeleton, Engine.x86)(images), expected)
     assert torch.equal(torchscript.load(folder / "model.ts", Engine.x86)(images), expected)

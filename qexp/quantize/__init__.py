@@ -18,7 +18,7 @@ from qexp.quantize import dynamic, eager, fx, narrowing, saturation, sums
 from qexp.quantize.biases import fit_biases
 from qexp.quantize.calibrate import calibrate, run_or_refuse
 from qexp.quantize.compare import blame, fusion_difference
-from qexp.quantize.copies import evaluation_copy
+from qexp.quantize.copies import evaluation_copy, sharing_copy
 from qexp.quantize.engines import engine, require, supported
 from qexp.quantize.executed import executed
 from qexp.quantize.grid import SAFE_BITS, Grid, Side, executed_bits, grid
@@ -51,6 +51,7 @@ __all__ = [
     "prepare",
     "read_qparams",
     "require",
+    "sharing_copy",
     "skeleton",
     "supported",
 ]
@@ -130,17 +131,16 @@ def exact(prepared: nn.Module, flow: Flow) -> nn.Module:
     return converted
 
 
-def skeleton(
-    module: nn.Module, flow: Flow, fusion: bool, qconfig: QConfig, engine_name: Engine, example: Tensor
-) -> nn.Module:
+def skeleton(fused: nn.Module, flow: Flow, qconfig: QConfig, engine_name: Engine, example: Tensor) -> nn.Module:
     """A converted model with the structure that these settings give and meaningless ranges, to load a state_dict into.
 
-    module: the float model (its weights don't matter).
+    fused: as from `fuse`. Its weights don't matter; those of layers that stay in FP32 are the skeleton's, too, until
+    others are assigned.
     """
     minmax = Observer(ActivationObserver.minmax)
     # The structure doesn't depend on where ranges are taken.
     plain = dataclasses.replace(qconfig, range_after_clamp=False)
-    prepared = prepare(fuse(module, flow, fusion, example), flow, plain, minmax, engine_name, example)
+    prepared = prepare(fused, flow, plain, minmax, engine_name, example)
     for watching in observers(prepared).values():
         if records_range(watching):
             watching(torch.tensor([0.0, 1.0]))

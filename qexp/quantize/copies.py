@@ -1,4 +1,4 @@
-"""The copy that each flow begins with: in evaluation mode, its weights as they are then."""
+"""Copies of a model: the one that each flow begins with, and those that its steps make of it."""
 
 from __future__ import annotations
 
@@ -30,6 +30,11 @@ def evaluation_copy(module: nn.Module) -> nn.Module:
         if isinstance(part, _ConvNd) and isinstance(part.padding, str):
             number_padding(part)
     return module.requires_grad_(False)
+
+
+def sharing_copy(module: nn.Module) -> nn.Module:
+    """A deep copy but for the parameters, which are the same objects: for steps that read weights and change none."""
+    return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
 
 
 def _settle(part: nn.Module) -> None:

@@ -7,7 +7,6 @@ linear layer; qnnpack, whose sums are exact, keeps 8), so that nothing overflows
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from typing import Any
 
@@ -18,13 +17,14 @@ from torch.ao.quantization import quantize_dynamic
 from torch.ao.quantization.observer import default_dynamic_quant_observer
 
 from qexp.config import Overflow, QConfig
+from qexp.quantize.copies import sharing_copy
 from qexp.quantize.observers import weight_observer
 from qexp.quantize.quiet import known_deprecations_silenced
 
 
 def prepare(module: nn.Module, qconfig: QConfig) -> nn.Module:
     """A copy that carries its qconfig, ready for convert: there is nothing to observe."""
-    module = copy.deepcopy(module)
+    module = sharing_copy(module)
     unguarded = dataclasses.replace(qconfig, overflow=Overflow.none)
     weight = weight_observer(unguarded, qconfig.weight.granularity)
     carried: Any = TorchQConfig(activation=default_dynamic_quant_observer, weight=weight)
@@ -35,4 +35,6 @@ def prepare(module: nn.Module, qconfig: QConfig) -> nn.Module:
 def convert(prepared: nn.Module) -> nn.Module:
     """A copy with dynamically quantized linear layers; torch's engine must be set."""
     with known_deprecations_silenced():
-        return quantize_dynamic(prepared, {nn.Linear: prepared.qexp_dynamic}, dtype=torch.qint8)
+        return quantize_dynamic(
+            sharing_copy(prepared), {nn.Linear: prepared.qexp_dynamic}, dtype=torch.qint8, inplace=True
+        )

@@ -5,7 +5,6 @@ torch's documentation calls it eager mode quantization: https://docs.pytorch.org
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from torch.ao.quantization import prepare as torch_prepare
 from qexp.config import Granularity, Observer, QConfig
 from qexp.errors import InputError
 from qexp.quantize.clamps import Interval, clamp_after
-from qexp.quantize.copies import evaluation_copy
+from qexp.quantize.copies import evaluation_copy, sharing_copy
 from qexp.quantize.names import place
 from qexp.quantize.observers import ClampFirst, torch_qconfig
 from qexp.quantize.quiet import known_deprecations_silenced
@@ -150,14 +149,14 @@ def _unfused_batchnorm(graph_module: fx.GraphModule, chains: list[list[str]]) ->
 
 def prepare(fused: nn.Module, qconfig: QConfig, observer: Observer, example: Tensor) -> nn.Module:
     """A copy with torch's observers; stubs are put around a model that has none."""
-    module = copy.deepcopy(fused).eval()
+    module = sharing_copy(fused).eval()
     # torchvision's quantizable models bring stubs, and a second pair would quantize twice.
     if not any(isinstance(m, QuantStub) for m in module.modules()):
         module = QuantWrapper(module).eval()
     clamped = _clamped(module, example) if qconfig.range_after_clamp else {}
     _choose(module, qconfig, observer, example)
     with known_deprecations_silenced():
-        prepared = torch_prepare(module)
+        prepared = torch_prepare(module, inplace=True)
     for name, interval in clamped.items():
         owner = prepared.get_submodule(name)
         target = getattr(owner, "activation_post_process", None) if name.rpartition(".")[2] != _POST else owner
@@ -221,4 +220,4 @@ def _clamped(module: nn.Module, example: Tensor) -> dict[str, Interval]:
 def convert(prepared: nn.Module) -> nn.Module:
     """A converted copy; torch's engine must be set."""
     with known_deprecations_silenced():
-        return torch_convert(prepared)
+        return torch_convert(sharing_copy(prepared), inplace=True)

@@ -5,7 +5,6 @@ https://docs.pytorch.org/docs/stable/quantization.html#prototype-fx-graph-mode-q
 
 from __future__ import annotations
 
-import copy
 from typing import cast
 
 import torch
@@ -20,6 +19,7 @@ from torch.ao.quantization.quantize_fx import convert_fx, fuse_fx, prepare_fx
 from qexp.config import Engine, Granularity, Observer, QConfig
 from qexp.errors import InputError
 from qexp.quantize.clamps import EVERYTHING, Interval, clamp_after, clamp_of
+from qexp.quantize.copies import sharing_copy
 from qexp.quantize.names import place
 from qexp.quantize.normalise import normalise
 from qexp.quantize.observers import ClampFirst, activation_observer, observers, torch_qconfig
@@ -71,7 +71,7 @@ def fuse(module: nn.Module, example: Tensor) -> nn.Module:
 def prepare(fused: nn.Module, qconfig: QConfig, observer: Observer, example: Tensor) -> nn.Module:
     """A copy with observers at every tensor that torch can quantize."""
     with known_deprecations_silenced():
-        prepared = prepare_fx(copy.deepcopy(fused).eval(), _mapping(qconfig, observer), (example[:1],))
+        prepared = prepare_fx(sharing_copy(fused).eval(), _mapping(qconfig, observer), (example[:1],))
     if qconfig.range_after_clamp:
         _clamp_first(prepared)
     return prepared
@@ -100,7 +100,7 @@ def _mapping(qconfig: QConfig, observer: Observer) -> QConfigMapping:
 def convert(prepared: nn.Module) -> nn.Module:
     """A converted copy; torch's engine must be set."""
     with known_deprecations_silenced():
-        return convert_fx(cast(fx.GraphModule, copy.deepcopy(prepared)))
+        return convert_fx(cast(fx.GraphModule, sharing_copy(prepared)))
 
 
 def _clamp_first(prepared: fx.GraphModule) -> None:

@@ -19,6 +19,7 @@ from torch.ao.nn.intrinsic.modules.fused import _FusedModule
 from torch.ao.quantization import QConfig as TorchQConfig
 
 from qexp.config import Overflow, QConfig
+from qexp.quantize.copies import sharing_copy
 from qexp.quantize.grid import Side, grid
 from qexp.quantize.names import public
 from qexp.quantize.observers import observers, records_range, weight_observer
@@ -71,7 +72,7 @@ def narrow(
     risky: names in the user's model; example: float32 [n, 3, H, W], some of the calibration images, on which the noise
     is measured.
     """
-    prepared = copy.deepcopy(prepared)
+    prepared = sharing_copy(prepared)
     readers = _readers(prepared, risky, qconfig, example)
     chosen: list[Narrowed] = []
     for group in _by_tensor(readers):

@@ -23,7 +23,8 @@ def export(module: nn.Module, path: Path) -> Path:
 
 
 def load(path: Path, structure: nn.Module, engine: Engine | None, channels_last: bool = False) -> Loaded:
-    """Fill `structure` (`quantize.fuse` for FP32, `quantize.skeleton` for INT8) in place with what `path` holds.
+    """Give `structure` (`quantize.fuse` for FP32, `quantize.skeleton` for INT8) what `path` holds in place of its own
+    tensors, which are left as they are.
 
     engine: what an INT8 model was converted for; None for FP32. Raises RunError where the two don't fit.
     """
@@ -33,7 +34,7 @@ def load(path: Path, structure: nn.Module, engine: Engine | None, channels_last:
         state = torch.load(path, weights_only=True)
     try:
         with packing_for(engine):
-            structure.load_state_dict(state)
+            structure.load_state_dict(state, assign=True)
     except (RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise RunError(f"{path} doesn't hold the model that these settings make: {reason}") from error

@@ -17,7 +17,7 @@ export = eager.export
 
 
 def load(path: Path, structure: nn.Module) -> Loaded:
-    """Fill `structure` in place with what `path` holds; the first call with each batch size compiles, for seconds."""
+    """As `eager.load`; the first call with each batch size compiles, for seconds."""
     module = eager.load(path, structure, None).module
     options: dict[str, Any] = {"freezing": True}
     return Loaded(torch.compile(module, options=options, dynamic=False), None)  # type: ignore[arg-type]

@@ -60,6 +60,24 @@ class Loaded:
             return [replace(self, module=copy.deepcopy(self.module, dict(weights))) for _ in range(count)]
 
 
+class OnDemand(Mapping[str, Loaded]):
+    """Models by name, each of which is read from disk when it is first asked for."""
+
+    def __init__(self, read: Mapping[str, Callable[[], Loaded]]) -> None:
+        self._read, self._loaded = read, dict[str, Loaded]()
+
+    def __getitem__(self, name: str) -> Loaded:
+        if name not in self._loaded:
+            self._loaded[name] = self._read[name]()
+        return self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read)
+
+    def __len__(self) -> int:
+        return len(self._read)
+
+
 def with_cuda(variants: Mapping[str, Loaded]) -> dict[str, Callable[[Tensor], Tensor]]:
     """The variants, and where torch finds a GPU the eager float model on it as `fp32_cuda`: a call takes an image from
     the CPU and gives its logits back there."""
