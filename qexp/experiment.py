@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from qexp import (
     cache,
@@ -58,28 +59,48 @@ ALONE = Turn()
 TIMING_LOCK = (Path("/tmp") if Path("/tmp").is_dir() else Path(tempfile.gettempdir())) / "qexp-timing.lock"
 
 
-def inputs_of(config: Config) -> str:
-    """What `check_inputs` looks at: jobs for which this is equal need one check, and another draw of as many
-    calibration images needs none."""
-    names = ("model", "dataset", "calib", "flow", "engine", "fusion", "latency")
-    looked_at = replace(config, calib=replace(config.calib, seed=0))
-    return json.dumps({name: getattr(looked_at, name) for name in names}, default=asdict, sort_keys=True)
-
-
-def check_inputs(config: Config) -> None:
-    """Open the data and the checkpoint, draw the calibration images, and take the model through the flow once.
+def check_inputs(configs: Sequence[Config]) -> None:
+    """Open each data set and checkpoint of these jobs, draw as many calibration images as each asks for, and take each
+    model through each flow once.
 
     Raises InputError (ConfigError where the machine allows fewer threads than asked for) before any run is started.
     """
-    latency.check_threads(config.latency.threads, machine.allowed_cores())
-    saturation.check_environment(config.engine, saturation.probe(), os.environ)
-    if config.latency.enabled and Runtime.inductor in config.latency.runtimes:
-        inductor.check_compiler()
-    with _globals(config):
-        data = load_data(config.dataset, kept.folder(config))
-        example = _images(data, data.train.pixels(draw(data.train, config.calib))[:1])
-        module = models.check_model(config.model, len(data.classes), data.test.shape)
-        quantize.dry_run(module, config.flow, config.fusion, resolved(config), config.observer, config.engine, example)
+    opened: dict[str, Data] = {}
+    modules: dict[str, nn.Module] = {}
+    done: set[str] = set()
+
+    def is_new(*looked_at: object) -> bool:
+        key = _plain(looked_at)
+        new = key not in done
+        done.add(key)
+        return new
+
+    for config in tqdm(configs, desc="checking inputs", disable=None, leave=False):
+        if is_new("machine", config.latency, config.engine):
+            latency.check_threads(config.latency.threads, machine.allowed_cores())
+            saturation.check_environment(config.engine, saturation.probe(), os.environ)
+            if config.latency.enabled and Runtime.inductor in config.latency.runtimes:
+                inductor.check_compiler()
+        of_data, of_model = _plain(config.dataset), _plain([config.dataset, config.model])
+        with _globals(config):
+            if of_data not in opened:
+                opened[of_data] = load_data(config.dataset, kept.folder(config))
+            data = opened[of_data]
+            if is_new("images", config.dataset, replace(config.calib, seed=0)):
+                draw(data.train, config.calib)
+            if of_model not in modules:
+                modules[of_model] = models.check_model(config.model, len(data.classes), data.test.shape)
+            if is_new("flow", of_model, config.flow, config.fusion, config.engine):
+                example = _images(data, data.train.pixels(draw(data.train, config.calib)[:1]))
+                quantize.dry_run(
+                    modules[of_model], config.flow, config.fusion, resolved(config), config.observer, config.engine,
+                    example,
+                )  # fmt: skip
+
+
+def _plain(looked_at: object) -> str:
+    """Settings as text, the same for those that are alike."""
+    return json.dumps(looked_at, default=asdict, sort_keys=True)
 
 
 def described(configs: Sequence[Config]) -> list[dict[str, str]]:
@@ -140,17 +161,17 @@ def run_job(config: Config, folder: Path, turn: Turn = ALONE) -> Result:
         contents = contents_of(config, fp32.digest, artifacts, variants)
         key = timing_key(config, data, fp32.digest, int8)
         with turn.evaluating():
-            if not config.latency.enabled or kept.has_timings(config, key):
-                turn.share()
+            turn.share()
             predictions = predicted(config, data, contents, variants, in_memory, all_int8)
-        if np.array_equal(predictions["fp32"].logits, predictions["int8"].logits):
-            raise RunError("the INT8 logits equal the FP32 logits bit for bit: nothing was quantized.")
+            if np.array_equal(predictions["fp32"].logits, predictions["int8"].logits):
+                raise RunError("the INT8 logits equal the FP32 logits bit for bit: nothing was quantized.")
+            if config.latency.enabled and not kept.has_timings(config, key):
+                turn.alone()
+            measure = partial(side_by_side, config, variants, data, predictions, all_int8, folder)
+            timings, latency_from = timed(config, key, folder, measure)
         fidelity = per_layer(config, fused, int8, qparams, data)
         executed = contents[first_of("int8", variants)]
         answer = target.answer(config, qconfig, data, prepared, int8, predictions["int8"], executed)
-        measure = partial(side_by_side, config, variants, data, predictions, all_int8, folder, turn)
-        timings, latency_from = timed(config, key, folder, measure)
-        turn.share()
 
     margin = config.dataset["margin"]
     measured = {
@@ -420,10 +441,8 @@ def side_by_side(
     predictions: Mapping[str, Predictions],
     all_int8: bool,
     folder: Path,
-    turn: Turn,
 ) -> list[latency.Timing]:
     """Every variant timed side by side, at every batch size and number of threads asked for."""
-    turn.alone()
     images = min(len(data.test), LATENCY_IMAGES)
     inputs = _images(data, data.test.pixels(np.arange(images)))
     with quantize.engine(config.engine):

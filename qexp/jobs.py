@@ -5,16 +5,15 @@ Jobs are forked from a server process that has imported torch (qexp/server.py), 
 process that runs jobs has one such server, multiprocessing's `forkserver`. Linux ends a server with its owner, and a
 job with its server, whatever ends them. torch is not imported here.
 
-Of a sweep's jobs (`in_turn`) the next one's process is begun as soon as the current one has nothing to time any more.
-It reads, prepares and saves while that one evaluates, and evaluates when that one has done so; its owner hears of what
-it does when the one before has ended.
+Of a sweep's jobs (`in_turn`) the next one's process is begun as soon as the current one evaluates. It reads, prepares
+and saves meanwhile, and waits until the current one has evaluated and timed; its owner hears of what it does when the
+one before has ended.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
-import functools
 import logging
 import logging.handlers
 import math
@@ -22,10 +21,12 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection, forkserver
 from multiprocessing.connection import Connection
@@ -101,15 +102,18 @@ def refused(sentence: str, trace: str = "") -> Failure:
 
 @dataclass(frozen=True)
 class Order:
-    """What a job's process is told. environment: its environment variables; levels: of loggers, by name; turn: a file
+    """What a job's process is told. function: of `experiment`, with its arguments; folder: what is known of a crash is
+    put there; timeout: `job.timeout`; environment: its environment variables; levels: of loggers, by name; turn: a file
     whose lock is held by the one of the owner's jobs that evaluates; line: of the terminal, for its bars, counted from
     the owner's own."""
 
-    config: Config
+    function: str
+    arguments: tuple[Any, ...]
     folder: Path
+    timeout: float | None
     environment: dict[str, str]
     cwd: Path
-    levels: dict[str, int]
+    levels: dict[str, int] = field(compare=False)  # libraries give some to loggers whenever they are imported
     turn: Path | None
     line: int = field(compare=False)
 
@@ -118,17 +122,33 @@ class _Share:
     """What a job says when the next one may be begun."""
 
 
-class _Attached:
-    """What a job is told when its owner attends to it, and to nothing else."""
+class _Waiting:
+    """What a job says when it is prepared, before it waits for its turn to evaluate."""
 
 
-@dataclass(frozen=True)
+class _Alone:
+    """What a job asks for before it times, and is told once its owner attends to it and the next one waits."""
+
+
+@dataclass
 class _Begun:
-    """A job's process, and the connection to it."""
+    """A job's process, and the connection to it. said: what it has said and its owner has not attended to yet; waits:
+    whether it will do nothing until its turn comes, or has ended."""
 
     order: Order
     process: ForkServerProcess
     channel: Connection
+    said: deque[Any] = field(default_factory=deque)
+    waits: bool = False
+
+    def listen(self) -> None:
+        """Take what it says next, for later."""
+        try:
+            self.said.append(self.channel.recv())
+        except (EOFError, OSError):  # it has ended, which will be found when its turn comes
+            self.waits = True
+        else:
+            self.waits = isinstance(self.said[-1], _Waiting)
 
     def end(self) -> None:
         _end(self.process)
@@ -154,7 +174,7 @@ class _Queue:
         # If it can't be begun now, that is said when its turn comes.
         with contextlib.suppress(OSError, errors.RunError):
             folder.mkdir(parents=True, exist_ok=True)
-            self.ahead = _begin(_order(config, folder, after=current))
+            self.ahead = _begin(_run_order(config, folder, after=current))
             log.debug("%s is begun while %s evaluates", folder, current.folder)
 
     def take(self, order: Order) -> _Begun | None:
@@ -202,11 +222,30 @@ def run(config: Config, folder: Path) -> Result:
     Raises what it raised, with its traceback as the cause, and RunError where its process ended otherwise or took
     longer than `job.timeout`.
     """
-    order = _order(config, folder)
-    begun = (_queue.take(order) if _queue is not None else None) or _begin(order)
+    order = _run_order(config, folder)
+    result: Result = _outcome((_queue.take(order) if _queue is not None else None) or _begin(order))
+    return result
+
+
+def check_inputs(configs: Sequence[Config]) -> None:
+    """`experiment.check_inputs` in a process of its own, as `run`."""
+    _call("check_inputs", configs)
+
+
+def described(configs: Sequence[Config]) -> list[dict[str, str]]:
+    """`experiment.described` in a process of its own, as `run`."""
+    found: list[dict[str, str]] = _call("described", configs)
+    return found
+
+
+def _call(function: str, *arguments: Any) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        return _outcome(_begin(_order(function, arguments, Path(folder))))
+
+
+def _outcome(begun: _Begun) -> Any:
+    """What the job gives; raises what it raised."""
     try:
-        with contextlib.suppress(BrokenPipeError):  # it has ended already: what it ended with is said below
-            begun.channel.send(_Attached())
         answer = _answer(begun)
         begun.process.join(GRACE_SECONDS)
     finally:
@@ -216,11 +255,22 @@ def run(config: Config, folder: Path) -> Result:
     return answer
 
 
-def _order(config: Config, folder: Path, after: Order | None = None) -> Order:
+def _run_order(config: Config, folder: Path, after: Order | None = None) -> Order:
     """after: the job that is being run meanwhile."""
     line = 0 if not progress.shown() else 1 if after is None else 3 - after.line
     turn = _queue.turn if _queue is not None else None
-    return Order(config, folder, dict(os.environ), Path.cwd(), _levels(), turn, line)
+    return _order("run_job", (config, folder), folder, config.job.timeout, turn, line)
+
+
+def _order(
+    function: str,
+    arguments: tuple[Any, ...],
+    folder: Path,
+    timeout: float | None = None,
+    turn: Path | None = None,
+    line: int = 0,
+) -> Order:
+    return Order(function, arguments, folder, timeout, dict(os.environ), Path.cwd(), _levels(), turn, line)
 
 
 def _begin(order: Order) -> _Begun:
@@ -284,36 +334,59 @@ def _start(process: ForkServerProcess) -> None:
         raise errors.RunError(f"the process that jobs are forked from has ended ({type(error).__name__}).") from error
 
 
-def _answer(job: _Begun) -> Result | Failure:
-    timeout = job.order.config.job.timeout
-    answer = _listen(job, timeout)
-    if answer is not None:
+def _answer(job: _Begun) -> Any:
+    """What the job gives, a Failure where it fails."""
+    timeout = job.order.timeout
+    ended, answer = _listen(job, timeout)
+    if ended:
         return answer
     job.process.terminate()
-    last = _listen(job, GRACE_SECONDS)
+    _, last = _listen(job, GRACE_SECONDS)
     where = last.trace if isinstance(last, Failure) else ""
     return refused(f"job.timeout={timeout:g}: the job was not done after {timeout:g} s, and was ended.", where)
 
 
-def _listen(job: _Begun, seconds: float | None) -> Result | Failure | None:
-    """What the job gives or fails with, None where it does neither within `seconds`; what it logs is logged here."""
+def _listen(job: _Begun, seconds: float | None) -> tuple[bool, Any]:
+    """Whether the job ends within `seconds`, and what it gives or fails with; what it logs is logged here.
+
+    The time that it waits for the next one isn't its own.
+    """
     deadline = time.monotonic() + (math.inf if seconds is None else seconds)
     while (left := deadline - time.monotonic()) > 0:
-        ready = connection.wait([job.channel, job.process.sentinel], min(left, 3600.0))
-        if job.channel in ready:
-            try:
-                said: Any = job.channel.recv()
-            except (EOFError, OSError):
-                return _died(job)
-            if isinstance(said, logging.LogRecord):
-                _log(said)
-            elif not isinstance(said, _Share):
-                return said
-            elif _queue is not None:
+        if not job.said:
+            ready = connection.wait([job.channel, job.process.sentinel], min(left, 3600.0))
+            if job.channel in ready:
+                try:
+                    job.said.append(job.channel.recv())
+                except (EOFError, OSError):
+                    return True, _died(job)
+            elif ready:
+                return True, _died(job)
+            continue
+        said = job.said.popleft()
+        if isinstance(said, logging.LogRecord):
+            _log(said)
+        elif isinstance(said, _Share):
+            if _queue is not None:
                 _queue.begin_after(job.order)
-        elif ready:
-            return _died(job)
-    return None
+        elif isinstance(said, _Alone):
+            asked = time.monotonic()
+            _let_wait(job)
+            deadline += time.monotonic() - asked
+            with contextlib.suppress(BrokenPipeError):  # it has ended meanwhile, which is found above
+                job.channel.send(said)
+        elif not isinstance(said, _Waiting):
+            return True, said
+    return False, None
+
+
+def _let_wait(job: _Begun) -> None:
+    """Return when the job that was begun ahead waits for its turn, or `job` has ended."""
+    ahead = _queue.ahead if _queue is not None else None
+    while ahead is not None and not ahead.waits:
+        if job.process.sentinel in connection.wait([ahead.channel, job.process.sentinel]):
+            return
+        ahead.listen()
 
 
 def _log(record: logging.LogRecord) -> None:
@@ -389,7 +462,7 @@ def _work(channel: Connection, streams: list[Connection]) -> None:
     _configure_logging(records, order.levels)
     with (order.folder / CRASH).open("w") as crash:
         faulthandler.enable(crash)
-        answer = _do(order, _turn(order, channel, records))
+        answer = _do(order, channel, records)
         faulthandler.disable()
     records.acquire()  # another thread's record must not come between
     channel.send(answer)
@@ -398,29 +471,34 @@ def _work(channel: Connection, streams: list[Connection]) -> None:
 
 def _turn(order: Order, channel: Connection, records: logging.Handler) -> Turn:
     """The turn of a job in its own process."""
-    if order.turn is None:
-        return Turn()
-    lock = FileLock(order.turn)
+    lock = FileLock(cast(Path, order.turn))
 
-    @functools.cache  # once
-    def share() -> None:
+    def say(what: object) -> None:
         records.acquire()  # another thread's record must not come between
-        channel.send(_Share())
+        channel.send(what)
         records.release()
 
-    @functools.cache
+    @contextlib.contextmanager
+    def evaluating() -> Iterator[None]:
+        say(_Waiting())
+        with lock.acquire(poll_interval=POLL_SECONDS):
+            yield
+
     def alone() -> None:
+        say(_Alone())
         channel.recv()
 
-    return Turn(str(order.turn), lambda: lock.acquire(poll_interval=POLL_SECONDS), share, alone)
+    return Turn(str(order.turn), evaluating, lambda: say(_Share()), alone)
 
 
-def _do(order: Order, turn: Turn) -> Result | Failure:
+def _do(order: Order, channel: Connection, records: logging.Handler) -> Any:
+    """What the function gives, a Failure where it fails."""
     try:
         signal.signal(signal.SIGTERM, _terminate)
         from qexp import experiment
 
-        return experiment.run_job(order.config, order.folder, turn)
+        turn = {} if order.turn is None else {"turn": _turn(order, channel, records)}
+        return getattr(experiment, order.function)(*order.arguments, **turn)
     except BaseException as error:
         return Failure.of(error)
     finally:

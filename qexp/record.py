@@ -31,7 +31,7 @@ def tags(config: Config) -> dict[str, str]:
     return {
         "cpu": here.cpu,
         "isa": here.isa,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # of a class of torch's, which would be imported wherever this is unpickled
         "kernel_signature": saturation.probe().id,
         **sources.tags(config),
         "git_sha": git_sha(),

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tabulate import tabulate
 
 from qexp import config as schema
+from qexp import jobs
 from qexp.ablation import together
 from qexp.config import Config
 from qexp.errors import ConfigError, InputError
@@ -122,7 +123,7 @@ class Study:
 
 def study(store: Store, planned: Sequence[Planned], experiments: Sequence[str]) -> Study:
     """What there is of the study that these jobs belong to, and say what of it is not run again."""
-    from qexp import experiment, tracking
+    from qexp import tracking
 
     config = planned[0].job.config
     if not (config.study and config.resume):
@@ -139,7 +140,7 @@ def study(store: Store, planned: Sequence[Planned], experiments: Sequence[str]) 
     asked = [item.job.config for item in planned if schema.config_hash(item.job.config) in finished]
     done: dict[str, Row] = {}
     changed: dict[str, None] = {}
-    for job, today in zip(asked, experiment.described(asked) if asked else [], strict=True):
+    for job, today in zip(asked, jobs.described(asked) if asked else [], strict=True):
         key = today["config_hash"]
         differences = [(row, differing(row.tags, today, job.latency.enabled)) for row in finished[key]]
         same = [row for row, names in differences if not names]

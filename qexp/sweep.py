@@ -209,7 +209,7 @@ def run(job: Job) -> float | None:
 
 def single(job: Job) -> float | None:
     """One run by itself: configuration, tracking server and inputs are checked before it starts."""
-    from qexp import experiment, tracking
+    from qexp import tracking
 
     schema.check(job.config)
     jobs.start_server()
@@ -218,7 +218,7 @@ def single(job: Job) -> float | None:
     earlier = resume.earlier(store, job)
     if earlier:
         job = earlier.job
-    experiment.check_inputs(job.config)
+    jobs.check_inputs([job.config])
     row, handle = tracked(job, swept=schema.GROUPS if earlier else ())
     print(f"\n{summary([row])}\n")
     if earlier:
@@ -299,6 +299,7 @@ def own(master: DictConfig, arguments: Sequence[str], loader: Any, launcher: Any
     first job launched. Exits with status 1 where a job failed, 128 + signal where it was stopped.
     """
     with refusals(), until_stopped():
+        jobs.start_server()  # it imports torch while this process composes the jobs and imports MLflow
         composer = Composer(master, loader)
         return launch(master, composer, plan(composer, arguments), launcher, batch_size)
 
@@ -358,8 +359,7 @@ def launch(
     master: DictConfig, composer: Composer, planned: Sequence[Planned], launcher: Any, batch_size: int | None
 ) -> Any:
     """Open the parent run, launch the jobs, close the parent with the table, and exit with 1 where a job failed."""
-    jobs.start_server()  # it imports torch while this process imports MLflow
-    from qexp import experiment, tracking
+    from qexp import tracking
 
     first = planned[0].job
     folder = Path(os.path.abspath(master.hydra.sweep.dir))  # noqa: PTH100  (as Hydra does, links are not followed)
@@ -371,9 +371,8 @@ def launch(
     resume.close_orphans(store)
     study = resume.study(store, planned, experiments)
     left = study.left(planned)
-    distinct = {experiment.inputs_of(item.job.config): item.job.config for item in left}
-    for config in tqdm(distinct.values(), desc="checking inputs", disable=None, leave=False):
-        experiment.check_inputs(config)
+    if left:
+        jobs.check_inputs([item.job.config for item in left])
     OmegaConf.save(master, folder / "multirun.yaml")
 
     title = f"{tags(first).get('experiment', 'sweep')} {first.config.study or folder.name}"

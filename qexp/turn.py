@@ -17,10 +17,11 @@ class Turn:
     """A job among those of its sweep; by itself, it may do anything at any time.
 
     sweep: the identity of the sweep; empty for a job by itself.
-    evaluating: held while all evaluation images are gone through; one job of a sweep holds it at a time.
-    share: called when nothing is left to be timed, and the turn to evaluate has come; from then on the next job may be
-        prepared.
-    alone: called before something is timed; returns when the job before has ended in all respects.
+    evaluating: held while all evaluation images are gone through and models are timed; one job of a sweep holds it at a
+        time, and the next one waits for it when it is prepared.
+    share: called when the turn to evaluate has come; from then on the next job may be prepared.
+    alone: called before something is timed, while `evaluating` is held; returns when the job before has ended in all
+        respects, and the next one waits.
     """
 
     sweep: str = ""

@@ -29,7 +29,7 @@ def run(composed: Composed, checkpoint: Path, tmp_path: Path) -> Callable[..., R
         config = composed(*SMALL, f"model.checkpoint={checkpoint}", *overrides)
         folder = tmp_path / "run"
         folder.mkdir(exist_ok=True)
-        experiment.check_inputs(config)
+        experiment.check_inputs([config])
         return experiment.run_job(config, folder)
 
     return job
@@ -138,8 +138,8 @@ def test_an_eager_model_with_a_bare_plus_is_refused_before_any_work(composed: Co
     exec(PLUS, sys.modules["plus"].__dict__)
     overrides = ("model=custom", "model._target_=plus.Net", "train=fast", "latency=off")
     with pytest.raises(InputError, match="flow=fx"):
-        experiment.check_inputs(composed(*overrides, "flow=eager"))
-    experiment.check_inputs(composed(*overrides, "flow=fx"))
+        experiment.check_inputs([composed(*overrides, "flow=eager")])
+    experiment.check_inputs([composed(*overrides, "flow=fx")])
 
 
 TWICE = """

@@ -309,6 +309,26 @@ def test_the_owner_does_not_grow_and_imports_no_torch(trap: Callable[..., schema
     subprocess.run([sys.executable, "-c", MANY, "config"], env=env, check=True, timeout=120)
 
 
+ORDINARY = """
+import pickle, sys
+from pathlib import Path
+from qexp import jobs
+config = pickle.loads(Path("config").read_bytes())
+jobs.check_inputs([config])
+assert jobs.described([config])[0]["torch"]
+assert jobs.run(config, Path("run")).metrics["accuracy/int8"] > 0.6
+assert "torch" not in sys.modules
+"""
+
+
+def test_whoever_has_a_job_checked_and_run_needs_no_torch(composed: Composed, checkpoint: Path, tmp_path: Path) -> None:
+    config = composed("model=tiny", f"model.checkpoint={checkpoint}", "latency=off")
+    (tmp_path / "config").write_bytes(pickle.dumps(config))
+    (tmp_path / "run").mkdir()
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", ORDINARY], env=env, cwd=tmp_path, check=True, timeout=120)
+
+
 @pytest.mark.slow
 def test_three_jobs_in_a_row_give_the_same(composed: Composed, checkpoint: Path, tmp_path: Path) -> None:
     config = composed("model=tiny", f"model.checkpoint={checkpoint}", "latency=off", "compute.threads=2")

@@ -214,7 +214,7 @@ def test_of_three_observers_one_is_timed_and_two_carry_its_timing(
 ) -> None:
     monkeypatch.setattr(kept, "trusted", lambda timings: True)  # whatever else this machine does meanwhile
     caplog.set_level("INFO", logger="qexp.kept")
-    timed = counted(monkeypatch, experiment, "side_by_side", lambda *args: args[-2].name)
+    timed = counted(monkeypatch, experiment, "side_by_side", lambda *args: args[-1].name)
     names = ("minmax", "moving_average", "histogram")
     results = [run(name, *TIMED, *JOB, f"observer={name}", f"tracking.name={name}") for name in names]
     assert timed == ["minmax"]

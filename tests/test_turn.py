@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import time
@@ -15,6 +16,7 @@ from test_kept import TIMED
 
 from qexp import config as schema
 from qexp import jobs
+from qexp.errors import RunError
 from qexp.results import Result
 
 Composed = Callable[..., schema.Config]
@@ -105,16 +107,70 @@ def test_a_job_whose_turn_never_comes_is_ended(
     assert not (tmp_path / "second" / jobs.CRASH).exists()
 
 
-def test_nothing_is_begun_beside_a_timing(
+def timing_of(folder: Path) -> tuple[float, float]:
+    """When a job began to time, and when it had done so."""
+    rows = json.loads((folder / "latency.json").read_text())["rows"]
+    return min(row["started"] for row in rows), max(row["ended"] for row in rows)
+
+
+def test_the_next_job_is_prepared_when_one_times_and_waits_until_it_has(
     composed: Composed, checkpoint: Path, tmp_path: Path, begun: list[Beginning]
 ) -> None:
     settings = (*TIMED, f"model.checkpoint={checkpoint}", "latency.reuse=false")
     asked = [composed(*settings, f"calib.seed={seed}") for seed in range(3)]
     one_after_the_other(asked, tmp_path, foreseen=asked)
-    assert [one.name for one in begun] == ["job0", "job1", "job2"]
-    timings = [json.loads((tmp_path / one.name / "latency.json").read_text())["rows"] for one in begun]
-    for timed, following in zip(timings, begun[1:], strict=False):
-        assert following.at > max(row["ended"] for row in timed)
+    folders = [tmp_path / one.name for one in begun]
+    assert [folder.name for folder in folders] == ["job0", "job1", "job2"]
+    for timing, following in itertools.pairwise(folders):
+        started, ended = timing_of(timing)
+        saved = [path.stat().st_mtime for path in (following / "model").glob("int8_*.pt")]
+        assert saved
+        assert max(saved) < started
+        assert (following / "predictions.npz").stat().st_mtime > ended
+
+
+TROUBLE = """
+import os, time
+
+
+def make(split, seconds):
+    time.sleep(seconds)
+    os._exit(3)
+"""
+
+
+@pytest.fixture
+def trouble(composed: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], schema.Config]:
+    """trouble(seconds) -> the configuration of a job whose process ends after so long, in its first step."""
+    (tmp_path / "trouble.py").write_text(TROUBLE)
+    monkeypatch.syspath_prepend(tmp_path)
+    custom = ("dataset=custom", "dataset._target_=trouble.make")
+    return lambda seconds: composed(*custom, f"+dataset.seconds={seconds}")
+
+
+def test_a_job_that_ends_while_it_is_prepared_is_no_hindrance_to_the_one_that_times(
+    composed: Composed,
+    checkpoint: Path,
+    tmp_path: Path,
+    begun: list[Beginning],
+    trouble: Callable[[float], schema.Config],
+) -> None:
+    asked = [composed(*TIMED, f"model.checkpoint={checkpoint}"), trouble(0)]
+    with pytest.raises(RunError, match="ended with exit status 3"):
+        one_after_the_other(asked, tmp_path, foreseen=asked)
+    assert [one.name for one in begun] == ["job0", "job1"]
+    assert begun[1].at < timing_of(tmp_path / "job0")[0]
+
+
+@pytest.mark.slow
+def test_waiting_for_the_next_job_does_not_count_for_the_timeout(
+    composed: Composed, checkpoint: Path, tmp_path: Path, trouble: Callable[[float], schema.Config]
+) -> None:
+    asked = [composed(*TIMED, f"model.checkpoint={checkpoint}", "job.timeout=30"), trouble(40)]
+    began = time.time()
+    with pytest.raises(RunError, match="ended with exit status 3"):
+        one_after_the_other(asked, tmp_path, foreseen=asked)
+    assert timing_of(tmp_path / "job0")[0] > began + 40
 
 
 @pytest.mark.parametrize(("ahead", "lines"), [("true", 2), ("false", 0)])
