@@ -116,7 +116,7 @@ def described(configs: Sequence[Config]) -> list[dict[str, str]]:
     @once
     def drawn(dataset: str, calib: str, folder: Path) -> str:
         train = opened(dataset, folder).train
-        return digest_of(train.pixels(draw(train, Calib(**json.loads(calib)))))
+        return digest_of(train.drawn(draw(train, Calib(**json.loads(calib)))))
 
     found = []
     for config in configs:
@@ -309,7 +309,7 @@ def calibrated(
     """
     if "calib" in schema.without_effect(config):
         return prepared, Calibration()
-    pixels = data.train.pixels(draw(data.train, config.calib))
+    pixels = data.train.drawn(draw(data.train, config.calib))
     shared = count_shared(pixels, data.test)
     if shared:
         log.warning("%d of the %d calibration images are evaluation images too, pixel for pixel.", shared, len(pixels))

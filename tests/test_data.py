@@ -597,6 +597,21 @@ def test_a_second_load_decodes_no_evaluation_image(
     assert len(reads) == 1  # the first one, for its size
 
 
+def test_images_that_were_drawn_before_are_not_decoded_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = load(folder, tmp_path)
+    chosen, other = np.array([3, 0, 2]), np.array([2, 0, 3])
+    expected = data.train.pixels(chosen).copy()
+    np.testing.assert_array_equal(data.train.drawn(chosen), expected)
+    again = load(folder, tmp_path)
+    monkeypatch.setattr(data_module.Source, "read", lambda self, i, *rest: pytest.fail(f"image {i} is read again"))
+    np.testing.assert_array_equal(again.train.drawn(chosen), expected)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(again.train.drawn(other), expected[::-1])
+    assert digest_of(again.train.drawn(chosen)) == digest_of(expected)
+
+
 def test_an_image_that_changes_under_the_same_name_size_and_time_is_decoded_anew(folder: Path, tmp_path: Path) -> None:
     file = folder / "test" / "cat" / "0.bmp"
     noise(seed=200).save(file)
