@@ -42,7 +42,7 @@ from qexp.config import ActivationObserver, Calib, Config, Flow, Overflow, QConf
 from qexp.data import Data, count_shared, digest_of, draw, load_data, normalise
 from qexp.errors import RunError
 from qexp.quantize import saturation
-from qexp.quantize.fidelity import Fidelity, layer_fidelity
+from qexp.quantize.fidelity import Fidelity, at_a_time, layer_fidelity
 from qexp.results import Artifact, Layer, Predictions, QParams, Result
 from qexp.runtimes import inductor
 from qexp.runtimes.model import Loaded, agree, with_cuda
@@ -372,13 +372,9 @@ def predicted(
         title, size = f"evaluating {precision.upper()}", config.evaluate.batch_size
         return evaluate.predict(model, data.test, data.mean, data.std, size, title, indices, copies).logits
 
-    # Of which variant: one whose answers are kept is not even read.
-    def predict_all(name: str, precision: str) -> np.ndarray:
-        model = variants[name]
-        return predict(model, precision, copies=model.copies(config.compute.threads - 1))
-
-    def predict_few(name: str, precision: str) -> np.ndarray:
-        return predict(variants[name], precision, few)
+    def answers(name: str, precision: str, indices: np.ndarray | None = None) -> np.ndarray:
+        model = variants[name]  # one whose answers are kept is not even read
+        return predict(model, precision, indices, model.copies(config.compute.threads - 1))
 
     def key(content: str, indices: np.ndarray | None = None) -> str:
         return kept.predictions_key(config, data, [content], indices)
@@ -389,10 +385,10 @@ def predicted(
             first = first_of(precision, variants)
             # What was kept may be of another process: then the first is checked, too.
             checked = {first} if cache.find(folder, key(contents[first])) is None else set()
-            logits = cache.array(folder, key(contents[first]), partial(predict_all, first, precision))
+            logits = cache.array(folder, key(contents[first]), partial(answers, first, precision))
             twins = {f"{contents[first]}, in memory": partial(predict, saved, precision, few)}
             others = [name for name in variants if name.startswith(precision) and name not in checked]
-            twins |= {contents[name]: partial(predict_few, name, precision) for name in others}
+            twins |= {contents[name]: partial(answers, name, precision, few) for name in others}
             for content, answer in twins.items():
                 again = cache.array(folder, key(content, few), answer) if precision == "fp32" else answer()
                 agree(logits[few], again, tolerances(all_int8)[precision])
@@ -407,7 +403,8 @@ def per_layer(
     chosen = target.spread(len(data.test), config.per_layer.images)
     if "per_layer" in schema.without_effect(config) or not len(chosen):
         return ()
-    batches = np.split(chosen, range(config.evaluate.batch_size, len(chosen), config.evaluate.batch_size))
+    size = at_a_time(data.test.shape)
+    batches = np.split(chosen, range(size, len(chosen), size))
     images = (_images(data, data.test.pixels(batch)) for batch in batches)
     return layer_fidelity(fused, int8, qparams, config.flow, config.engine, images)
 

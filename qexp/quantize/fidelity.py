@@ -196,15 +196,20 @@ def _decibels(signal: float, error: float) -> float:
 
 # ------------------------------------------------------------------------------------------------ the two passes
 
-# Of images taken at a time: what the layers of that many give fits into memory, and nearly into caches.
-_PIXELS = 1 << 16
+_PIXELS = 1 << 17
+
+
+def at_a_time(shape: tuple[int, ...]) -> int:
+    """How many images of this shape, (3, H, W), are taken at a time: what all layers give of them fits into memory, and
+    is far more than what it takes to call the layers."""
+    return max(1, _PIXELS // (shape[-1] * shape[-2]))
 
 
 def _parts(batches: Iterable[Tensor]) -> Iterator[Tensor]:
     for batch in batches:
         # INT8 kernels answer in this format: two that differ are slow to compare.
         batch = batch.contiguous(memory_format=torch.channels_last)
-        yield from batch.split(max(1, _PIXELS // (batch.shape[-1] * batch.shape[-2])))
+        yield from batch.split(at_a_time(batch.shape))
 
 
 @dataclass(frozen=True)
