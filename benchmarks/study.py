@@ -42,7 +42,7 @@ BATCHES = (4, 16, 56)  # the digits have images for 56
 SCRIPT_OBSERVERS = ("minmax", "moving_average")
 # Of the settings every fifth is given to the script: each value of each comes up.
 SCRIPT_STRIDE = 5
-BARE_PASSES = 3
+BARE_PASSES = 2
 # What a run does, in its order.
 STEPS = (
     (experiment, "load_data"),
@@ -96,13 +96,15 @@ def study(outputs: str) -> None:
         "dataset=imagefolder", f"dataset.root={data}", f"model.checkpoint={checkpoint}",
         "latency=quick", "qconfig.overflow=activations",
     )  # fmt: skip
-    # Of a run of its own, elsewhere, and between all else: a machine that others use is not as fast at all times. (The
-    # system has read the image files by then, so both sides find them in its memory.)
-    bare, passes = bare_pass(str(Path(outputs) / "elsewhere"), fixed), list[float]()
+    # Of runs of their own, elsewhere, one for each kind of kernels, and between all else: a machine that others use is
+    # not as fast at all times. (The system has read the image files by then, so both sides find them in its memory.)
+    bare = bare_passes(Path(outputs) / "elsewhere", fixed)
+    passes: dict[str, list[float]] = {name: [] for name in bare}
 
     def measure() -> None:
-        bare()  # after other work the first is slower
-        passes.extend(seconds(bare) for _ in range(BARE_PASSES))
+        for name, one in bare.items():
+            one()  # after other work the first is slower
+            passes[name].extend(seconds(one) for _ in range(BARE_PASSES))
 
     measure()
     cold = seconds(lambda: sweep(kept, fixed)) / len(SETTINGS)
@@ -127,9 +129,11 @@ def study(outputs: str) -> None:
     by_step["start-up, imports"] = each - sum(by_step.values())
     print(f"the script's time: {listed(by_step)}", flush=True)
 
-    median = statistics.median(passes)
-    print(f"a bare INT8 pass takes {median:.2f} s [{min(passes):.2f}, {max(passes):.2f}], the median of {len(passes)}")
-    print(f"beside it a run of the sweep takes {cold - median:.2f} s")
+    for name, took in passes.items():
+        each = f"{statistics.median(took):.2f} s [{min(took):.2f}, {max(took):.2f}], the median of {len(took)}"
+        print(f"a bare INT8 pass, {name}, takes {each}")
+    beside = cold - statistics.fmean(map(statistics.median, passes.values()))
+    print(f"beside the mean of these, a run of the sweep takes {beside:.2f} s")
     one_run = one_more(str(kept), *fixed)
     print(f"a run's time with nothing of its own in the cache but a timing: {listed(one_run)}")
     print(f"around it, a job of the sweep: {cold - sum(one_run.values()):.2f} s")
@@ -225,10 +229,21 @@ def one_more(outputs: str, *fixed: str) -> dict[str, float]:
     return steps(lambda: experiment.run_job(jobs[1], folder))
 
 
-def bare_pass(outputs: str, fixed: tuple[str, ...]) -> Callable[[], None]:
+def bare_passes(outputs: Path, fixed: tuple[str, ...]) -> dict[str, Callable[[], None]]:
+    """By name, a bare pass for every granularity and scheme of the study."""
+    return {
+        f"{granularity} {scheme}": bare_pass(
+            outputs, f"{granularity}_{scheme}", *fixed, f"qconfig.weight.granularity={granularity}",
+            f"qconfig.activation.scheme={scheme}",
+        )
+        for granularity, scheme in itertools.product(GRANULARITIES, SCHEMES)
+    }  # fmt: skip
+
+
+def bare_pass(outputs: Path, run: str, *settings: str) -> Callable[[], None]:
     """A forward pass over the evaluation images with the INT8 model of a run that is made for it."""
-    config = composed(outputs, *fixed, "latency=off")
-    folder = Path(outputs) / "run"
+    config = composed(str(outputs), *settings, "latency=off")
+    folder = outputs / run
     folder.mkdir(parents=True)
     experiment.run_job(config, folder)
     model, data = saved.load_int8(folder), load_data(config.dataset, Path(config.outputs) / "cache")
