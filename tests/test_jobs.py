@@ -329,6 +329,29 @@ def test_whoever_has_a_job_checked_and_run_needs_no_torch(composed: Composed, ch
     subprocess.run([sys.executable, "-c", ORDINARY], env=env, cwd=tmp_path, check=True, timeout=120)
 
 
+IMPORTS = """
+import pickle, sys
+from pathlib import Path
+from qexp import server
+from qexp import experiment
+known = set(sys.modules)
+experiment.run_job(pickle.loads(Path("config").read_bytes()), Path("run"))
+new = sorted(set(sys.modules) - known)
+assert len(new) < 10, (len(new), new[:20])
+"""
+
+
+@pytest.mark.parametrize("flow", ["eager", "fx", "dynamic"])
+def test_a_job_imports_next_to_nothing_that_its_server_has_not(
+    composed: Composed, checkpoint: Path, tmp_path: Path, flow: str
+) -> None:
+    config = composed("model=tiny", f"model.checkpoint={checkpoint}", f"flow={flow}", "latency=quick", "calib=small")
+    (tmp_path / "config").write_bytes(pickle.dumps(config))
+    (tmp_path / "run").mkdir()
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", IMPORTS], env=env, cwd=tmp_path, check=True, timeout=120)
+
+
 @pytest.mark.slow
 def test_three_jobs_in_a_row_give_the_same(composed: Composed, checkpoint: Path, tmp_path: Path) -> None:
     config = composed("model=tiny", f"model.checkpoint={checkpoint}", "latency=off", "compute.threads=2")

@@ -5,9 +5,12 @@ https://docs.pytorch.org/docs/stable/quantization.html#prototype-fx-graph-mode-q
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
+import torch.fx.config
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.ao.quantization import QConfig as TorchQConfig
@@ -70,11 +73,23 @@ def fuse(module: nn.Module, example: Tensor) -> nn.Module:
 
 def prepare(fused: nn.Module, qconfig: QConfig, observer: Observer, example: Tensor) -> nn.Module:
     """A copy with observers at every tensor that torch can quantize."""
-    with known_deprecations_silenced():
+    with known_deprecations_silenced(), _without_origins():
         prepared = prepare_fx(sharing_copy(fused).eval(), _mapping(qconfig, observer), (example[:1],))
     if qconfig.range_after_clamp:
         _clamp_first(prepared)
     return prepared
+
+
+@contextmanager
+def _without_origins() -> Iterator[None]:
+    """torch's tracer notes where in the code each node is from, for which torch imports its compiler: a second in every
+    process that nobody gains by."""
+    before = torch.fx.config.do_not_emit_stack_traces
+    torch.fx.config.do_not_emit_stack_traces = True
+    try:
+        yield
+    finally:
+        torch.fx.config.do_not_emit_stack_traces = before
 
 
 def _explained(reason: str) -> str:
