@@ -66,36 +66,38 @@ def check_inputs(configs: Sequence[Config]) -> None:
     Raises InputError (ConfigError where the machine allows fewer threads than asked for) before any run is started.
     """
     opened: dict[str, Data] = {}
-    modules: dict[str, nn.Module] = {}
-    done: set[str] = set()
+    known: set[str] = set()
+    of_models: dict[str, list[Config]] = {}
+    for config in configs:
+        of_models.setdefault(_plain([config.dataset, config.model]), []).append(config)
 
     def is_new(*looked_at: object) -> bool:
         key = _plain(looked_at)
-        new = key not in done
-        done.add(key)
+        new = key not in known
+        known.add(key)
         return new
 
-    for config in tqdm(configs, desc="checking inputs", disable=None, leave=False):
-        if is_new("machine", config.latency, config.engine):
-            latency.check_threads(config.latency.threads, machine.allowed_cores())
-            saturation.check_environment(config.engine, saturation.probe(), os.environ)
-            if config.latency.enabled and Runtime.inductor in config.latency.runtimes:
-                inductor.check_compiler()
-        of_data, of_model = _plain(config.dataset), _plain([config.dataset, config.model])
-        with _globals(config):
-            if of_data not in opened:
-                opened[of_data] = load_data(config.dataset, kept.folder(config))
-            data = opened[of_data]
-            if is_new("images", config.dataset, replace(config.calib, seed=0)):
-                draw(data.train, config.calib)
-            if of_model not in modules:
-                modules[of_model] = models.check_model(config.model, len(data.classes), data.test.shape)
-            if is_new("flow", of_model, config.flow, config.fusion, config.engine):
-                example = _images(data, data.train.pixels(draw(data.train, config.calib)[:1]))
-                quantize.dry_run(
-                    modules[of_model], config.flow, config.fusion, resolved(config), config.observer, config.engine,
-                    example,
-                )  # fmt: skip
+    for of_model, alike in tqdm(of_models.items(), desc="checking inputs", disable=None, leave=False):
+        module: nn.Module | None = None  # one is in memory at a time
+        for config in alike:
+            if is_new("machine", config.latency, config.engine):
+                latency.check_threads(config.latency.threads, machine.allowed_cores())
+                saturation.check_environment(config.engine, saturation.probe(), os.environ)
+                if config.latency.enabled and Runtime.inductor in config.latency.runtimes:
+                    inductor.check_compiler()
+            with _globals(config):
+                of_data = _plain(config.dataset)
+                if of_data not in opened:
+                    opened[of_data] = load_data(config.dataset, kept.folder(config))
+                data = opened[of_data]
+                if is_new("images", of_data, replace(config.calib, seed=0)):
+                    draw(data.train, config.calib)
+                if module is None:
+                    module = models.check_model(config.model, len(data.classes), data.test.shape)
+                if is_new("flow", of_model, config.flow, config.fusion, config.engine):
+                    image = _images(data, data.train.pixels(draw(data.train, config.calib)[:1]))
+                    qconfig = resolved(config)
+                    quantize.dry_run(module, config.flow, config.fusion, qconfig, config.observer, config.engine, image)
 
 
 def _plain(looked_at: object) -> str:
