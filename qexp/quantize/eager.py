@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.ao.nn.intrinsic.modules.fused import _FusedModule
 from torch.ao.nn.quantized import FloatFunctional
 from torch.ao.quantization import QuantStub, QuantWrapper, fuse_modules
 from torch.ao.quantization import convert as torch_convert
@@ -24,6 +25,7 @@ from qexp.quantize.copies import evaluation_copy, sharing_copy
 from qexp.quantize.names import place
 from qexp.quantize.observers import ClampFirst, torch_qconfig
 from qexp.quantize.quiet import known_deprecations_silenced
+from qexp.quantize.recorder import Recorder
 from qexp.quantize.trace import UntraceableError, trace
 
 logger = logging.getLogger(__name__)
@@ -157,6 +159,10 @@ def prepare(fused: nn.Module, qconfig: QConfig, observer: Observer, example: Ten
     _choose(module, qconfig, observer, example)
     with known_deprecations_silenced():
         prepared = torch_prepare(module, inplace=True)
+    for part in prepared.modules():
+        watching = getattr(part, "activation_post_process", None)
+        if isinstance(part, _FusedModule) and isinstance(watching, Recorder):
+            watching.in_sequence = True
     for name, interval in clamped.items():
         owner = prepared.get_submodule(name)
         target = getattr(owner, "activation_post_process", None) if name.rpartition(".")[2] != _POST else owner

@@ -7,6 +7,7 @@ formula makes scale and zero point from the range that the solver finds, and con
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -93,12 +94,19 @@ class _Open:
 
 
 class Recorder(UniformQuantizationObserverBase):
-    """Stands for the activation observer `observer`; keywords as for any of torch's (dtype, qscheme, quant_min, …)."""
+    """Stands for the activation observer `observer`; keywords as for any of torch's (dtype, qscheme, quant_min, …).
+
+    in_sequence: whether it is one of the parts that a fused module of torch's (an `nn.Sequential`) calls one after the
+    other, and so gets each tensor twice. To a moving average that is two batches, as with torch's own observers; the
+    values are counted once.
+    """
 
     def __init__(self, observer: Observer, **keywords: Any) -> None:
         super().__init__(**keywords)
         self.observer = observer
         self.counting: Counting | None = None
+        self.in_sequence = False
+        self._latest: weakref.ref[Tensor] | None = None
         self._closed: TensorStats | None = None
         self._open = _Open()
         self._ranges = _Ranges()
@@ -106,11 +114,18 @@ class Recorder(UniformQuantizationObserverBase):
     def forward(self, x_orig: Tensor) -> Tensor:
         if x_orig.numel() == 0:
             return x_orig
+        seen = self._open
+        if self.in_sequence:
+            again = self._latest is not None and self._latest() is x_orig and bool(seen.minima)
+            self._latest = None if again else weakref.ref(x_orig)
+            if again:
+                seen.minima.append(seen.minima[-1])
+                seen.maxima.append(seen.maxima[-1])
+                return x_orig
         x = x_orig.detach()
         if x.dtype is not torch.float32:
             x = x.to(torch.float32)
         low, high = (float(end) for end in torch.aminmax(x))
-        seen = self._open
         seen.minima.append(low)
         seen.maxima.append(high)
         seen.finite = seen.finite and math.isfinite(low) and math.isfinite(high)
