@@ -24,8 +24,8 @@ from qexp.quantize.ranges import solver
 from qexp.quantize.statistics import Histogram, TensorStats, counted, leading_bits, merge
 
 # Whatever is counted, a megabyte or two of counters are gone through, so small tensors are counted many batches at a
-# time: up to 16 MB of all wait.
-_WAITING = 1 << 22
+# time: up to 32 MB of all wait.
+_WAITING = 1 << 23
 
 
 def destination(observer: Any) -> tuple[Grid, Scheme]:
