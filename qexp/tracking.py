@@ -70,6 +70,7 @@ BESIDE_TAG = "qexp.artifacts_beside_database"
 SWEEP_TAG = "qexp.sweep"  # of a sweep's own run, which others are children of
 PARENT_TAG = "mlflow.parentRunId"
 LOCK_SECONDS = 120.0  # creating the tables takes 3 s, and several times that on a busy machine
+INPUT_ATTEMPTS = 10  # how often runs that record the same data sets for the first time may come in between
 END_SECONDS = 15.0  # how long an ending run waits for its server
 
 
@@ -415,7 +416,7 @@ class Run:
         with self._taking("the results"):
             self._log_batch(finite, params, all_tags)
             if datasets:
-                self.store.client.log_inputs(self.id, [_dataset_input(use) for use in datasets])
+                self._log_inputs([_dataset_input(use) for use in datasets])
         self.log_artifacts({**_long(params or {}), **(artifacts or {})})
 
     def log_params(self, params: Mapping[str, str], tags: Mapping[str, str] | None = None) -> None:
@@ -523,6 +524,18 @@ class Run:
             [Param(name, _cut(value, PARAM_LENGTH, LONG_PARAMS)) for name, value in _named(params or {}).items()],
             [RunTag(name, _cut(value, TAG_LENGTH)) for name, value in _named(tags or {}).items()],
         )
+
+    def _log_inputs(self, inputs: Sequence[DatasetInput]) -> None:
+        """MLflow looks whether it has a data set, and if not inserts it; when another run does so in between, the whole
+        request fails, and is made again."""
+        for attempt in range(INPUT_ATTEMPTS):
+            try:
+                self.store.client.log_inputs(self.id, inputs)
+                return
+            except MlflowException as error:
+                taken = any(word in str(error).lower() for word in ("unique", "duplicate"))
+                if not taken or attempt == INPUT_ATTEMPTS - 1:
+                    raise
 
     def _end(self, status: str) -> None:
         if self.status == "RUNNING":

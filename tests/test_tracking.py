@@ -19,6 +19,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,24 @@ def test_a_run_holds_what_was_logged(store: tracking.Store, outputs: Path, tmp_p
     assert json.loads(artifact(store, run, "a/b.json")) == {"scale": 2.0, "x": [1, None]}
     assert (outputs / "artifacts" / run.id / "artifacts" / "raw" / "samples.bin").read_bytes() == b"\x00\x01"
     assert store.client.get_experiment(run.experiment_id).name == "qexp/digits"
+
+
+def test_runs_that_record_a_data_set_for_the_first_time_at_the_same_moment_all_do(store: tracking.Store) -> None:
+    runs = [begin(store, f"run {number}") for number in range(6)]
+    ready = threading.Barrier(len(runs))
+
+    def log(run: tracking.Run, digest: str) -> None:
+        ready.wait()
+        run.log_result({}, datasets=[tracking.DatasetUse("digits", digest, "sklearn", "evaluation")])
+
+    with ThreadPoolExecutor(len(runs)) as pool:
+        for attempt in range(5):
+            for done in [pool.submit(log, run, f"digest {attempt}") for run in runs]:
+                done.result()
+    for run in runs:
+        logged = store.client.get_run(run.id).inputs.dataset_inputs
+        assert sorted(one.dataset.digest for one in logged) == [f"digest {attempt}" for attempt in range(5)]
+        run.finish()
 
 
 def test_metrics_that_are_not_finite_are_left_out_and_named(store: tracking.Store) -> None:
