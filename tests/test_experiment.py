@@ -178,3 +178,25 @@ class Net(nn.Module):
     def forward(self, x):
         return self.fc((self.conv1(x) + self.conv2(x)).mean((2, 3)))
 """
+
+
+def test_inputs_of_jobs_that_share_them_are_looked_at_once(
+    composed: Composed, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+    for owner, name in (
+        (experiment, "load_data"),
+        (experiment.models, "check_model"),
+        (experiment.quantize, "dry_run"),
+    ):
+        step = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, step=step, name=name: (looked.append(name), step(*args))[1])
+    tiny = ("model=tiny", f"model.checkpoint={checkpoint}", "latency=off")
+    sizes = [composed(*tiny, f"calib.batches={size}", f"calib.seed={size}") for size in (1, 2, 3)]
+    experiment.check_inputs(sizes)
+    assert looked == ["load_data", "check_model", "dry_run"]
+    looked.clear()
+    experiment.check_inputs([sizes[0], composed(*tiny, "flow=fx"), composed("model=tiny", "latency=off"), sizes[1]])
+    assert looked == ["load_data", "check_model", "dry_run", "dry_run", "check_model", "dry_run"]
+    with pytest.raises(InputError, match=r"calib\.batches=400"):
+        experiment.check_inputs([*sizes, composed(*tiny, "calib.batches=400")])

@@ -12,7 +12,7 @@ from quantizable import MINMAX, RECORDED, Chain, Plain, images, settings, traine
 from torch import Tensor, nn
 from torch.ao.quantization import MinMaxObserver, MovingAverageMinMaxObserver
 
-from qexp import quantize
+from qexp import nets, quantize
 from qexp.config import Engine, Flow, Observer, QConfig
 from qexp.errors import RunError
 from qexp.quantize import once
@@ -311,3 +311,26 @@ def test_what_is_packed_comes_back() -> None:
     assert packed.dtype == np.uint8
     assert all(same(*pair) for pair in zip(stats, once.unpack(packed), strict=True))
     assert once.unpack(once.pack([])) == []
+
+
+def test_what_a_fused_module_of_torchs_gives_is_counted_once_and_is_two_batches_to_a_moving_average() -> None:
+    net, batches = trained(nets.tiny()), images(16).split(8)
+    qconfig = settings()
+    fused = quantize.fuse(net, Flow.eager, True, batches[0])
+    prepared = quantize.prepare(fused, Flow.eager, qconfig, MINMAX, Engine.x86, batches[0])
+    given: dict[str, list[Tensor]] = {}
+    twice = {name for name, module in prepared.named_modules() if isinstance(module, nn.Sequential) and name}
+    for name, module in prepared.named_modules():
+        module.register_forward_hook(lambda m, i, output, name=name: given.setdefault(name, []).append(output.clone()))
+    quantize.calibrate(prepared, batches)
+    seen = {
+        name: part.activation_post_process.stats
+        for name, part in prepared.named_modules()
+        if isinstance(getattr(part, "activation_post_process", None), Recorder)
+    }
+    assert twice & set(seen)
+    for name, stats in seen.items():
+        if name in twice:
+            assert stats.count == sum(output.numel() for output in given[name]), name
+            assert [len(stats.minima), len(stats.maxima)] == [4, 4], name
+            assert list(stats.maxima[::2]) == list(stats.maxima[1::2]) == [float(o.max()) for o in given[name]], name
