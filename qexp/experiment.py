@@ -344,8 +344,11 @@ def contents_of(
 ) -> dict[str, str]:
     """The identity of each variant as it is executed (see `kept.content`)."""
     by_name = {f"{artifact.precision}_{artifact.runtime}": artifact for artifact in artifacts}
-    int8 = {name: variants[name] for name in variants if by_name[name].precision == "int8"}
-    return {name: kept.content(config, float_digest, by_name[name], int8.get(name)) for name in variants}
+    contents = {}
+    for name in variants:
+        int8 = variants[name] if by_name[name].precision == "int8" else None
+        contents[name] = kept.content(config, float_digest, by_name[name], int8)
+    return contents
 
 
 def first_of(precision: str, variants: Mapping[str, object]) -> str:

@@ -141,14 +141,15 @@ class _Begun:
     said: deque[Any] = field(default_factory=deque)
     waits: bool = False
 
-    def listen(self) -> None:
-        """Take what it says next, for later."""
+    def listen(self) -> bool:
+        """Take what it says next, for later; False where it has ended."""
         try:
             self.said.append(self.channel.recv())
-        except (EOFError, OSError):  # it has ended, which will be found when its turn comes
+        except (EOFError, OSError):
             self.waits = True
-        else:
-            self.waits = isinstance(self.said[-1], _Waiting)
+            return False
+        self.waits = isinstance(self.said[-1], _Waiting)
+        return True
 
     def end(self) -> None:
         _end(self.process)
@@ -355,12 +356,7 @@ def _listen(job: _Begun, seconds: float | None) -> tuple[bool, Any]:
     while (left := deadline - time.monotonic()) > 0:
         if not job.said:
             ready = connection.wait([job.channel, job.process.sentinel], min(left, 3600.0))
-            if job.channel in ready:
-                try:
-                    job.said.append(job.channel.recv())
-                except (EOFError, OSError):
-                    return True, _died(job)
-            elif ready:
+            if ready and not (job.channel in ready and job.listen()):
                 return True, _died(job)
             continue
         said = job.said.popleft()
@@ -386,7 +382,7 @@ def _let_wait(job: _Begun) -> None:
     while ahead is not None and not ahead.waits:
         if job.process.sentinel in connection.wait([ahead.channel, job.process.sentinel]):
             return
-        ahead.listen()
+        ahead.listen()  # if it has ended, that is found when its turn comes
 
 
 def _log(record: logging.LogRecord) -> None:
@@ -438,6 +434,14 @@ class _Sender(logging.handlers.QueueHandler):
     def enqueue(self, record: logging.LogRecord) -> None:
         cast(Connection, self.queue).send(record)
 
+    def say(self, what: object) -> None:
+        """Send something else; another thread's record must not come between."""
+        self.acquire()
+        try:
+            cast(Connection, self.queue).send(what)
+        finally:
+            self.release()
+
 
 def _work(channel: Connection, streams: list[Connection]) -> None:
     """What a job's process does."""
@@ -462,21 +466,14 @@ def _work(channel: Connection, streams: list[Connection]) -> None:
     _configure_logging(records, order.levels)
     with (order.folder / CRASH).open("w") as crash:
         faulthandler.enable(crash)
-        answer = _do(order, channel, records)
+        answer = _do(order, channel, records.say)
         faulthandler.disable()
-    records.acquire()  # another thread's record must not come between
-    channel.send(answer)
-    records.release()
+    records.say(answer)
 
 
-def _turn(order: Order, channel: Connection, records: logging.Handler) -> Turn:
-    """The turn of a job in its own process."""
-    lock = FileLock(cast(Path, order.turn))
-
-    def say(what: object) -> None:
-        records.acquire()  # another thread's record must not come between
-        channel.send(what)
-        records.release()
+def _turn(file: Path, channel: Connection, say: Callable[[object], None]) -> Turn:
+    """The turn of a job in its own process. file: for the lock of its owner's jobs."""
+    lock = FileLock(file)
 
     @contextlib.contextmanager
     def evaluating() -> Iterator[None]:
@@ -488,16 +485,16 @@ def _turn(order: Order, channel: Connection, records: logging.Handler) -> Turn:
         say(_Alone())
         channel.recv()
 
-    return Turn(str(order.turn), evaluating, lambda: say(_Share()), alone)
+    return Turn(str(file), evaluating, lambda: say(_Share()), alone)
 
 
-def _do(order: Order, channel: Connection, records: logging.Handler) -> Any:
+def _do(order: Order, channel: Connection, say: Callable[[object], None]) -> Any:
     """What the function gives, a Failure where it fails."""
     try:
         signal.signal(signal.SIGTERM, _terminate)
         from qexp import experiment
 
-        turn = {} if order.turn is None else {"turn": _turn(order, channel, records)}
+        turn = {} if order.turn is None else {"turn": _turn(order.turn, channel, say)}
         return getattr(experiment, order.function)(*order.arguments, **turn)
     except BaseException as error:
         return Failure.of(error)

@@ -95,13 +95,12 @@ def structures(config: Config, folder: Path, precisions: Collection[str] = PRECI
     module = models.build(config.model, images["classes"], config.seed)
     example = torch.zeros(2, *images["shape"])
     fused = quantize.fuse(module, config.flow, config.fusion, example)
-    # A narrowed grid is in the state, not in the structure.
-    plain = replace(config.qconfig, overflow=Overflow.none)
-    make = {
-        "fp32": lambda: fused,
-        "int8": lambda: quantize.skeleton(fused, config.flow, plain, config.engine, example),
-    }
-    return {precision: make[precision]() for precision in precisions}
+    made = {"fp32": fused}
+    if "int8" in precisions:
+        # A narrowed grid is in the state, not in the structure.
+        plain = replace(config.qconfig, overflow=Overflow.none)
+        made["int8"] = quantize.skeleton(fused, config.flow, plain, config.engine, example)
+    return {precision: made[precision] for precision in precisions}
 
 
 def load_int8(folder: Path) -> Loaded:

@@ -55,9 +55,8 @@ class Loaded:
         """
         if isinstance(self.module, torch.jit.ScriptModule):
             return [self] * count
-        weights = {id(one): one for one in (*self.module.parameters(), *self.module.buffers())}
         with packing_for(self.engine):
-            return [replace(self, module=copy.deepcopy(self.module, dict(weights))) for _ in range(count)]
+            return [replace(self, module=quantize.sharing_copy(self.module)) for _ in range(count)]
 
 
 class OnDemand(Mapping[str, Loaded]):
@@ -70,6 +69,9 @@ class OnDemand(Mapping[str, Loaded]):
         if name not in self._loaded:
             self._loaded[name] = self._read[name]()
         return self._loaded[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._read  # Mapping's own would read it
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._read)
