@@ -185,7 +185,7 @@ def test_a_job_finds_what_its_owner_has_and_nothing_of_the_job_before(
 def test_every_child_computes_with_as_many_threads_as_asked_for(trap: Callable[..., schema.Config]) -> None:
     """One that waits for OpenMP threads of the process that it was forked from would never end."""
     for _ in range(3):
-        total, _, threads, _ = str(failure(trap("compute", "compute.threads=2"))).split()
+        total, _, threads, _ = str(failure(trap("compute", "compute.threads=2", "job.timeout=60"))).split()
         assert int(total) == 2000 * 2000 * 500
         assert int(threads) >= 2
 

@@ -13,6 +13,7 @@ from torch.ao.quantization import MinMaxObserver
 from qexp import quantize
 from qexp.config import ActivationObserver, Engine, Flow, Granularity, Observer, Scheme
 from qexp.quantize.calibrate import calibrate
+from qexp.quantize.counting import statistics
 from qexp.quantize.grid import Grid, Side, grid
 from qexp.quantize.observers import activation_observer, weight_observer
 from qexp.quantize.ranges import (
@@ -24,7 +25,7 @@ from qexp.quantize.ranges import (
     range_percentile,
     solver,
 )
-from qexp.quantize.statistics import merge, statistics
+from qexp.quantize.statistics import merge
 
 SYMMETRIC, ASYMMETRIC = Scheme.symmetric, Scheme.asymmetric
 EIGHT = Grid(0, 255)

@@ -12,14 +12,15 @@ from quantizable import MINMAX, RECORDED, Chain, Plain, images, settings, traine
 from torch import Tensor, nn
 from torch.ao.quantization import MinMaxObserver, MovingAverageMinMaxObserver
 
-from qexp import nets, quantize
+from qexp import latency, nets, quantize
 from qexp.config import Engine, Flow, Observer, QConfig
 from qexp.errors import RunError
-from qexp.quantize import once
+from qexp.quantize import counting, once
 from qexp.quantize.calibrate import calibrate
+from qexp.quantize.counting import Seen, statistics
 from qexp.quantize.observers import activation_observer, observers
-from qexp.quantize.recorder import Recorder, counting
-from qexp.quantize.statistics import TensorStats, merge, statistics
+from qexp.quantize.recorder import Recorder
+from qexp.quantize.statistics import SHIFT, TensorStats, merge
 
 MOVING = RECORDED["moving_average"]
 
@@ -159,18 +160,36 @@ def test_an_answer_follows_what_was_seen_since() -> None:
     assert torch.equal(recorder.calculate_qparams()[0], 2 * first)
 
 
-def test_a_tensor_may_be_changed_as_soon_as_it_was_recorded() -> None:
-    parts = [values("normal", 200_000, seed) for seed in range(12)]
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("sizes", [[7] * 12, [200_000] * 3, [100_001, 20_000, 20_000, 3, 300_007, 20_000]])
+def test_tensors_may_be_changed_as_soon_as_they_were_recorded(sizes: list[int], threads: int) -> None:
+    parts = [values("after a ReLU", size, seed) - seed % 2 for seed, size in enumerate(sizes)]
     recorder = Recorder(MINMAX)
-    with counting([recorder]):
+    with latency.threads(threads), torch.inference_mode():
         for part in parts:
             recorder(changing := part.clone())
             changing.zero_()
-    assert recorder.counting is None
-    expected = statistics(torch.cat(parts))
-    assert recorder.stats is not None
-    assert np.array_equal(recorder.stats.keys, expected.keys)
-    assert np.array_equal(recorder.stats.counts, expected.counts)
+    stats, exact = recorder.stats, torch.cat(parts)
+    assert stats is not None
+    assert [*stats.minima] == [float(part.min()) for part in parts]
+    assert [*stats.maxima] == [float(part.max()) for part in parts]
+    magnitudes = exact.abs().view(torch.int32).numpy() >> SHIFT
+    keys, counts = np.unique(np.where(np.signbit(exact.numpy()), -magnitudes - 1, magnitudes), return_counts=True)
+    assert np.array_equal(stats.keys, keys)
+    assert np.array_equal(stats.counts, counts)
+
+
+def test_counters_never_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counting, "_FULL", 3)
+    seen, part = Seen(), values("after a ReLU", 200_000)
+    for _ in range(8):
+        seen.add(part)
+    assert seen._histogram is not None
+    assert seen._histogram._before is not None
+    seen._histogram._before *= 2**20  # as if the first six had been that many
+    alone, several = statistics(part), seen.stats()
+    assert np.array_equal(several.keys, alone.keys)
+    assert np.array_equal(several.counts, (6 * 2**20 + 2) * alone.counts)
 
 
 class InPlace(nn.Module):

@@ -12,7 +12,6 @@ from qexp.config import Flow
 from qexp.errors import InputError, RunError
 from qexp.quantize.names import place, public, tensor_names
 from qexp.quantize.observers import is_fed, is_finite, observers, records_range
-from qexp.quantize.recorder import counting
 
 
 def calibrate(prepared: nn.Module, batches: Iterable[Tensor]) -> int:
@@ -23,19 +22,23 @@ def calibrate(prepared: nn.Module, batches: Iterable[Tensor]) -> int:
     before = _batchnorm_state(prepared)
     recording = [observer for observer in observers(prepared).values() if records_range(observer)]
     images = 0
-    with counting(recording), torch.inference_mode():
+    with torch.inference_mode():
         for batch in batches:
+            if not batch.isfinite().all():
+                raise RunError(
+                    "calibration: a calibration image holds NaN or infinity after normalisation: check dataset.std"
+                )
             try:
                 prepared(batch)
             except RuntimeError as error:
-                # torch's histogram raises at once where minmax keeps the NaN.
+                # torch's histogram raises at once where others keep the NaN.
                 _refuse_not_finite(prepared, batch, error)
                 raise
             images += len(batch)
-            if not all(is_finite(observer) for observer in recording if is_fed(observer)):
-                _refuse_not_finite(prepared, batch, None)
     if images == 0:
         raise RunError("calib: there were no calibration images, so no range is known")
+    if not all(is_finite(observer) for observer in recording if is_fed(observer)):
+        _refuse_not_finite(prepared, batch, None)
     _refuse_unfed(prepared)
     for name, state in _batchnorm_state(prepared).items():
         if not torch.equal(state, before[name]):
@@ -53,15 +56,14 @@ def _batchnorm_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _refuse_not_finite(prepared: nn.Module, batch: Tensor, error: Exception | None) -> None:
-    """Run the batch once more to name the first tensor that is not finite; raises RunError if there is one."""
+    """Run a batch once more to name the first tensor that was not finite; raises RunError if there is one."""
     names = tensor_names(prepared)
     found: list[str] = []
-    if not batch.isfinite().all():
-        raise RunError("calibration: a calibration image holds NaN or infinity after normalisation: check dataset.std")
+    broken = {id(o) for o in observers(prepared).values() if records_range(o) and is_fed(o) and not is_finite(o)}
 
     def look(name: str) -> Callable[..., None]:
         def hook(observer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if not found and not inputs[0].isfinite().all():
+            if not found and (id(observer) in broken or not inputs[0].isfinite().all()):
                 found.append(name)
 
         return hook

@@ -18,10 +18,10 @@ from torch.ao.quantization.observer import (
 )
 
 from qexp.config import ActivationObserver, Granularity, Observer, QConfig, Scheme, WeightObserver
+from qexp.quantize.counting import statistics
 from qexp.quantize.grid import Grid, Side, grid
 from qexp.quantize.ranges import range_mse, range_mse_rows
 from qexp.quantize.recorder import Recorder, destination
-from qexp.quantize.statistics import statistics
 from qexp.results import QParams
 
 _TENSOR_SCHEME = {Scheme.symmetric: torch.per_tensor_symmetric, Scheme.asymmetric: torch.per_tensor_affine}

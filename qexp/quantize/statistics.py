@@ -6,18 +6,12 @@ passes counted can be added up, and the sum is what one pass would have counted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import torch
-from torch import Tensor
 
-_SHIFT = 14  # of a float32's 32 bits these are dropped: sign, exponent and 9 bits of mantissa stay
-_SHIFT_OF_BITS = torch.tensor(_SHIFT, dtype=torch.int32)  # torch takes longer to make a number one than to shift by it
-_NEGATIVE = 1 << (31 - _SHIFT)  # codes from here on are of negative values
-_CODES = (1 << (32 - _SHIFT)) - 1
+SHIFT = 14  # of a float32's 32 bits these are dropped: sign, exponent and 9 bits of mantissa stay
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +83,7 @@ class TensorStats:
 
 def _edge(magnitude: np.ndarray) -> np.ndarray:
     """Where the bin of these leading bits begins, as float64; that after the last finite one is infinity."""
-    edge: np.ndarray = (magnitude.astype(np.int32) << _SHIFT).view(np.float32).astype(np.float64)
+    edge: np.ndarray = (magnitude.astype(np.int32) << SHIFT).view(np.float32).astype(np.float64)
     return edge
 
 
@@ -101,45 +95,3 @@ def merge(first: TensorStats, second: TensorStats) -> TensorStats:
     return TensorStats(
         np.concatenate([first.minima, second.minima]), np.concatenate([first.maxima, second.maxima]), keys, counts
     )
-
-
-def leading_bits(values: Tensor) -> Tensor:
-    """Of float32 values, as int32 [n], negative for negative values; a copy, so that the values may change later."""
-    return values.view(torch.int32).bitwise_right_shift(_SHIFT_OF_BITS).reshape(-1)
-
-
-class Histogram:
-    """How often each code came, which is a value's leading bits without their sign extended; 2 MB at most."""
-
-    def __init__(self) -> None:
-        self.counts = np.zeros(0, np.int64)
-
-    def add(self, found: np.ndarray) -> None:
-        """found: counts by code, int64 [n]; it may be kept."""
-        if len(found) > len(self.counts):
-            found[: len(self.counts)] += self.counts
-            self.counts = found
-        else:
-            self.counts[: len(found)] += found
-
-    def sparse(self) -> tuple[np.ndarray, np.ndarray]:
-        """keys and counts, as in TensorStats."""
-        (code,) = np.nonzero(self.counts)
-        positive, negative = code[code < _NEGATIVE], code[code >= _NEGATIVE][::-1]
-        keys = np.concatenate([_NEGATIVE - 1 - negative, positive]).astype(np.int32)
-        return keys, self.counts[np.concatenate([negative, positive])]
-
-
-def counted(parts: Sequence[Tensor]) -> np.ndarray:
-    """Counts by code, int64 [n], of leading bits as `leading_bits` gives them."""
-    codes = torch.cat(list(parts)).bitwise_and_(_CODES)
-    counts: np.ndarray = torch.bincount(codes).numpy()
-    return counts
-
-
-def statistics(values: Tensor) -> TensorStats:
-    """Of a tensor, float32 with one value or more, that is seen at once."""
-    histogram = Histogram()
-    histogram.add(counted([leading_bits(values)]))
-    low, high = (np.array([end], np.float32) for end in torch.aminmax(values))
-    return TensorStats(low, high, *histogram.sparse())
