@@ -522,7 +522,7 @@ class Run:
             self.id,
             [Metric(name, value, now, 0) for name, value in _named(metrics or {}).items()],
             [Param(name, _cut(value, PARAM_LENGTH, LONG_PARAMS)) for name, value in _named(params or {}).items()],
-            [RunTag(name, _cut(value, TAG_LENGTH)) for name, value in _named(tags or {}).items()],
+            [RunTag(name, value) for name, value in _cut_tags(tags or {}).items()],
         )
 
     def _log_inputs(self, inputs: Sequence[DatasetInput]) -> None:
@@ -598,7 +598,9 @@ def start_run(
             run = _opened(store, lambda: _resume(store, resumed, system))
         else:
             experiment_id = _experiment_id(store, experiment)
-            run = _opened(store, lambda: store.client.create_run(experiment_id, tags=system, run_name=name))
+            # Complete at once: a resumed sweep knows by its tags which job it was, were it killed the next moment.
+            known = {**_cut_tags(tags), **system}
+            run = _opened(store, lambda: store.client.create_run(experiment_id, tags=known, run_name=name))
     try:
         run.log_params(params, tags)
     except RunError as error:
@@ -911,6 +913,10 @@ def _system_tags(tags: Mapping[str, str], description: str | None) -> dict[str, 
     if description:
         system["mlflow.note.content"] = description
     return system
+
+
+def _cut_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    return {name: _cut(value, TAG_LENGTH) for name, value in _named(tags).items()}
 
 
 def _requirement(package: str) -> str:

@@ -69,6 +69,17 @@ def artifact(store: tracking.Store, run: tracking.Run, path: str) -> str:
 # ------------------------------------------------------------------------------------------- what a run records
 
 
+def test_a_run_has_its_tags_from_its_first_moment(store: tracking.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is killed before its params are logged must be known for the job that it was."""
+    seen: dict[str, str] = {}
+    monkeypatch.setattr(tracking.Run, "log_params", lambda run, *_: seen.update(store.client.get_run(run.id).data.tags))
+    tags = {"study": "s", "config_hash": "0123", "long": "x" * 10_000}
+    tracking.start_run(store, experiment="x", name="n", params={"a": "1"}, tags=tags).finish()
+    assert seen["pid"] == str(os.getpid())
+    assert (seen["study"], seen["config_hash"]) == ("s", "0123")
+    assert seen["long"].endswith("... (10000 characters)")
+
+
 def test_a_run_holds_what_was_logged(store: tracking.Store, outputs: Path, tmp_path: Path) -> None:
     (tmp_path / "samples.bin").write_bytes(b"\x00\x01")
     with tracking.start_run(

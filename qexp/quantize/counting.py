@@ -15,10 +15,10 @@ from torch import Tensor
 from qexp.quantize.statistics import SHIFT, TensorStats
 
 _PORTION = 1 << 18  # values that are counted at once
-_CODES = 1 << (32 - SHIFT)  # of leading bits as an unsigned number
+_CODES = 1 << (32 - SHIFT)  # how many there are: leading bits as an unsigned number
 _NEGATIVE = _CODES // 2  # codes from here on are of negative values
 
-_ROWS = 4
+_ROWS = 4  # of counters, at most
 # Not torch's ones: that starts its threads, and jobs are forked from a process that has imported this.
 _ONES = torch.from_numpy(np.ones(_PORTION, np.int32))
 _FULL = (1 << 31) // _PORTION - 1  # portions after which a counter might be
@@ -32,7 +32,8 @@ _IN_TURN = _CODES - 1 - torch.arange(4096, dtype=torch.int32) % _OF_ZERO
 class Histogram:
     """How often each code came.
 
-    torch adds on one thread for each row of counters. So there are a few rows, and values are dealt out to them.
+    torch adds on one thread for each row of counters. So there are a few rows, and values are dealt out to them. Its
+    documentation asks for int64 indices, but int32 are taken as well, and need not be made first.
     """
 
     def __init__(self) -> None:
