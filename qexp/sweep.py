@@ -117,9 +117,8 @@ class Job:
     def name(self) -> str:
         """What was given, else the settings that tell one run from another."""
         p = self.params
-        return self.config.tracking.name or " ".join(
-            [p["model"], p["dataset"], p["qconfig"], p["observer"], p["calib.batches"]]
-        )
+        batches = "all" if self.config.calib.batches is None else p["calib.batches"]
+        return self.config.tracking.name or " ".join([p["model"], p["dataset"], p["qconfig"], p["observer"], batches])
 
 
 def job_from(composed: Composition) -> Job:

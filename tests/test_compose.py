@@ -56,6 +56,12 @@ def test_jobs_are_what_hydra_composes_whichever_came_before(loader: Any) -> None
         assert ours.params == hydras.params
 
 
+def test_a_run_is_named_for_what_tells_it_from_another(loader: Any) -> None:
+    composer = Composer(master(loader, "outputs=here"), loader)
+    names = [sweep.job_from(composer(["outputs=here", f"calib={calib}"])).name for calib in ("small", "all")]
+    assert names == ["resnet18 digits per_channel minmax 8", "resnet18 digits per_channel minmax all"]
+
+
 @pytest.mark.parametrize("overrides", [["calib.bathces=4"], ["calib=none_such"], ["calib.batches=many"], ["~nothing"]])
 def test_what_hydra_refuses_is_refused_in_its_words(loader: Any, overrides: list[str]) -> None:
     given = master(loader)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 
 import numpy as np
@@ -187,6 +188,15 @@ def test_a_model_that_every_flow_refuses_is_told_so() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Softmax(1))
     with pytest.raises(InputError, match="no flow takes this model"):
         quantize.dry_run(net, Flow.dynamic, True, settings(), MINMAX, Engine.x86, TWO)
+
+
+def test_what_is_wrong_with_weights_or_images_is_not_laid_on_the_flow() -> None:
+    net = trained(nets.tiny())
+    with torch.no_grad():
+        next(net.parameters())[0] = math.nan
+    for given, reason in ((TWO, "check model.checkpoint"), (TWO * math.inf, "check dataset.std")):
+        with pytest.raises(InputError, match=rf"{reason}$"):
+            quantize.dry_run(net, Flow.eager, True, settings(), MINMAX, Engine.x86, given)
 
 
 def test_dry_run_takes_what_the_flow_takes() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp.config import ActivationObserver, Engine, Flow, Observer, QConfig, Target
-from qexp.errors import InputError, QexpError
+from qexp.errors import InputError, QexpError, RunError
 from qexp.quantize import dynamic, eager, fx, narrowing, saturation, sums
 from qexp.quantize.biases import fit_biases
 from qexp.quantize.calibrate import calibrate, run_or_refuse
@@ -182,6 +182,8 @@ def dry_run(
 
     try:
         through(flow, fusion)
+    except RunError as error:  # of the weights or the images, whichever the flow
+        raise InputError(str(error)) from error
     except Exception as error:
         # What torch raises on a model that it can't quantize is of many classes.
         sentence = str(error) if isinstance(error, QexpError) else _of_torch(error, module, flow)
