@@ -39,7 +39,7 @@ class Histogram:
     def __init__(self) -> None:
         rows = min(torch.get_num_threads(), _ROWS)
         # Counters that are never written to take no memory this way.
-        memory = mmap.mmap(-1, 4 * rows * _CODES)
+        memory = mmap.mmap(-1, 4 * rows * _CODES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._counters = torch.frombuffer(memory, dtype=torch.int32).view(rows, _CODES)
         self._portions = 0
         self._before: np.ndarray | None = None
