@@ -602,7 +602,7 @@ def start_run(
             known = {**_cut_tags(tags), **system}
             run = _opened(store, lambda: store.client.create_run(experiment_id, tags=known, run_name=name))
     try:
-        run.log_params(params, tags)
+        run.log_params(params, tags if resumed else None)
     except RunError as error:
         run.fail(str(error), traceback.format_exc())
         if resumed:

@@ -130,6 +130,18 @@ def test_a_layer_whose_output_is_not_finite_is_named(observer: str, bad: float) 
         calibrate(prepared, [images()])
 
 
+@pytest.mark.parametrize("observer", list(RECORDED))
+def test_a_layer_is_named_though_later_images_are_fine_there(observer: str) -> None:
+    net = trained(Chain())
+    with torch.no_grad():
+        net.features[0].weight *= 1e20
+    prepared = quantize.prepare(
+        quantize.fuse(net, Flow.fx, True, images()), Flow.fx, settings(), RECORDED[observer], Engine.x86, images()
+    )
+    with pytest.raises(RunError, match=r"features\.0 holds NaN or infinity"):
+        calibrate(prepared, [images() * 1e20, images() * 1e-20])
+
+
 @pytest.mark.parametrize("scheme", ["asymmetric", "symmetric"])
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "largest"])

@@ -26,7 +26,7 @@ _FULL = (1 << 31) // _PORTION - 1  # portions after which a counter might be
 # Counter i is that of code i + 1, and the last ones, which would be NaN's, are those of 0. That is half of what a ReLU
 # gives, and with one counter each addition would wait for the one before: 16 take turns.
 _OF_ZERO = 16
-_IN_TURN = _CODES - 1 - torch.arange(4096, dtype=torch.int32) % _OF_ZERO
+_IN_TURN = torch.from_numpy(_CODES - 1 - np.arange(4096, dtype=np.int32) % _OF_ZERO)
 
 
 class Histogram:
