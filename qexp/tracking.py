@@ -599,7 +599,7 @@ def start_run(
         else:
             experiment_id = _experiment_id(store, experiment)
             # Complete at once: a resumed sweep knows by its tags which job it was, were it killed the next moment.
-            known = {**_cut_tags(tags), **system}
+            known = {**system, **_cut_tags(tags)}
             run = _opened(store, lambda: store.client.create_run(experiment_id, tags=known, run_name=name))
     try:
         run.log_params(params, tags if resumed else None)
