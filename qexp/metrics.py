@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qexp import latency, stats
-from qexp.config import Config, Flow, Overflow, QConfig, Target
+from qexp.config import Config, Engine, Flow, Overflow, QConfig, Target
 from qexp.data import Data
 from qexp.quantize import saturation
 from qexp.results import Artifact, Interval, Layer, Predictions
@@ -164,6 +164,11 @@ def doubts(
         yield (
             f"16-bit sums can saturate in the kernels of engine={config.engine}, and the guard is off: this accuracy "
             "holds for this CPU only; qconfig.overflow=auto avoids it."
+        )
+    if config.flow is Flow.dynamic and config.engine is Engine.onednn:
+        yield (
+            "two threads that call one dynamic model of engine=onednn at a time get wrong answers (a fault of torch): "
+            "serve it with a model for each thread, or with engine=x86."
         )
     if found.get("latency_valid") == "false":
         yield "the timing can't be trusted (the tag latency_reason says why): repeat it on a quiet machine."

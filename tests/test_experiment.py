@@ -53,6 +53,8 @@ def test_every_flow_on_every_engine_gives_a_whole_result(
     assert result.metrics["quant/layers_int8"] == (1 if flow is Flow.dynamic else 7)
     assert abs(result.metrics["accuracy/delta"]) < 0.1
     assert {"cpu", "isa", "kernel_signature", "torch", "fastest.int8", "latency_valid"} <= set(result.tags)
+    warned = any("a model for each thread" in doubt for doubt in result.doubts)
+    assert warned == (flow is Flow.dynamic and engine is Engine.onednn)
     kept = np.load(tmp_path / "run" / "predictions.npz")
     accuracy = (kept["int8"].argmax(1) == kept["labels"]).mean()
     assert accuracy == pytest.approx(result.metrics["accuracy/int8"])

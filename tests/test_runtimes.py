@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from qexp.config import Activation, Engine, Flow, QConfig
 from qexp.data import Data, load_data, normalise
 from qexp.errors import RunError
 from qexp.evaluate import predict
+from qexp.latency import threads
 from qexp.runtimes import eager, torchscript
 from qexp.runtimes.model import Loaded, agree
 
@@ -290,6 +292,27 @@ def test_batches_side_by_side_give_the_same_logits_in_the_same_order(flow: Flow,
     (copied,) = Loaded(net, None).copies(1)
     assert copied.module is not net
     assert all(a is b for a, b in zip(net.parameters(), copied.module.parameters(), strict=True))
+
+
+def test_dynamic_layers_of_onednn_answer_batches_side_by_side_with_ranges_of_their_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    # Enough work before the layer that two threads reach it at all sorts of moments.
+    convolutions = (nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net = nn.Sequential(*convolutions, nn.Linear(64, 10)).requires_grad_(False)
+    batches = [torch.randn(32, 3, 32, 32) * (1 + scale) + scale for scale in range(8)]
+    with quantize.engine(Engine.onednn), threads(1), torch.inference_mode():
+        int8 = int8_of(net, Flow.dynamic, Engine.onednn)
+        model = torchscript.load(torchscript.export(int8, batches[0], tmp_path / "model.ts"), Engine.onednn)
+        expected = [model(batch) for batch in batches]
+        (copy,) = model.copies(1)
+
+        def wrong(one: Loaded, order: list[int]) -> list[int]:
+            return [index for index in order if not torch.equal(one(batches[index]), expected[index])]
+
+        orders = [0, 1, 2, 3, 4, 5, 6, 7], [7, 6, 5, 4, 3, 2, 1, 0]
+        for _ in range(30):
+            with ThreadPoolExecutor(2, initializer=lambda: torch.set_num_threads(1)) as pool:
+                assert list(pool.map(wrong, (model, copy), orders)) == [[], []]
 
 
 def test_a_batch_that_fails_ends_the_others_and_gives_the_threads_back(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -51,12 +52,25 @@ class Loaded:
     def copies(self, count: int) -> list[Loaded]:
         """So many more that can run at the same time, whatever the model keeps in itself while it runs.
 
-        Weights are shared, but for those that are packed for INT8 kernels. A traced and frozen model keeps nothing.
+        Weights are shared, but for those that are packed for INT8 kernels. A traced and frozen model keeps nothing in
+        itself, but oneDNN's dynamic linear layer keeps what it needs for the range of its input: called twice at a
+        time, it answers with the range of the other call (torch 2.13).
         """
-        if isinstance(self.module, torch.jit.ScriptModule):
+        script = isinstance(self.module, torch.jit.ScriptModule)
+        if script and self.engine is not Engine.onednn:
             return [self] * count
+        again = _reread if script else quantize.sharing_copy
         with packing_for(self.engine):
-            return [replace(self, module=quantize.sharing_copy(self.module)) for _ in range(count)]
+            return [replace(self, module=again(self.module)) for _ in range(count)]
+
+
+def _reread(script: nn.Module) -> nn.Module:
+    """A scripted model, written and read back: a deep copy would share what freezing made a constant."""
+    written = io.BytesIO()
+    torch.jit.save(script, written)
+    written.seek(0)
+    read: nn.Module = torch.jit.load(written)
+    return read
 
 
 class OnDemand(Mapping[str, Loaded]):
