@@ -49,8 +49,11 @@ def options() -> argparse.Namespace:
 
 
 def normalised(pixels: list[np.ndarray]) -> Tensor:
-    """uint8 [H, W, 3] each to float32 [n, 3, H, W]."""
-    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float().div(255)
+    """uint8 [H, W, 3] each to float32 [n, 3, H, W], contiguous as torchvision's ToTensor gives them.
+
+    (In channels-last FP32 convolutions add up in another order, and ranges differ in their last bits.)
+    """
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous().float().div(255)
     return (images - torch.tensor(MEAN).view(-1, 1, 1)) / torch.tensor(STD).view(-1, 1, 1)
 
 
