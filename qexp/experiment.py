@@ -149,19 +149,21 @@ def run_job(config: Config, folder: Path, turn: Turn = ALONE) -> Result:
 
         prepared = quantize.prepare(fused, config.flow, qconfig, config.observer, config.engine, few[:2])
         prepared, calibration = calibrated(prepared, data, config, qconfig, fp32.digest)
-        qparams = quantize.read_qparams(prepared)
-        int8 = quantize.convert(prepared, config.flow, config.engine)
-        layers = checked_layers(quantize.layers(int8, config.flow, config.engine))
+        # Around small steps torch's other threads wait for work by spinning, which takes time from the job beside.
+        with latency.threads(1):
+            qparams = quantize.read_qparams(prepared)
+            int8 = quantize.convert(prepared, config.flow, config.engine)
+            layers = checked_layers(quantize.layers(int8, config.flow, config.engine))
 
-        skeleton = quantize.skeleton(fused, config.flow, qconfig, config.engine, few[:2])
-        in_memory = {"fp32": fused, "int8": int8}
-        artifacts = saved.write(config, fp32.digest, in_memory, few, folder, record.images_expected(data))
-        # torch.compile takes half a minute, and only the processes that time need it.
-        here = [runtime for runtime in config.latency.runtimes if runtime is not Runtime.inductor]
-        variants = saved.read(config, {"fp32": fused, "int8": skeleton}, folder, here)
-        all_int8 = all(layer.int8 for layer in layers)
-        contents = contents_of(config, fp32.digest, artifacts, variants)
-        key = timing_key(config, data, fp32.digest, int8)
+            skeleton = quantize.skeleton(fused, config.flow, qconfig, config.engine, few[:2])
+            in_memory = {"fp32": fused, "int8": int8}
+            artifacts = saved.write(config, fp32.digest, in_memory, few, folder, record.images_expected(data))
+            # torch.compile takes half a minute, and only the processes that time need it.
+            here = [runtime for runtime in config.latency.runtimes if runtime is not Runtime.inductor]
+            variants = saved.read(config, {"fp32": fused, "int8": skeleton}, folder, here)
+            all_int8 = all(layer.int8 for layer in layers)
+            contents = contents_of(config, fp32.digest, artifacts, variants)
+            key = timing_key(config, data, fp32.digest, int8)
         with turn.evaluating():
             turn.share()
             predictions = predicted(config, data, contents, variants, in_memory, all_int8)
@@ -173,7 +175,9 @@ def run_job(config: Config, folder: Path, turn: Turn = ALONE) -> Result:
             timings, latency_from = timed(config, key, folder, measure)
         fidelity = per_layer(config, fused, int8, qparams, data)
         executed = contents[first_of("int8", variants)]
-        answer = target.answer(config, qconfig, data, prepared, int8, predictions["int8"], executed)
+        # In a sweep another job evaluates meanwhile.
+        with latency.threads(1 if turn.sweep else config.compute.threads):
+            answer = target.answer(config, qconfig, data, prepared, int8, predictions["int8"], executed)
 
     margin = config.dataset["margin"]
     measured = {
@@ -356,6 +360,13 @@ def first_of(precision: str, variants: Mapping[str, object]) -> str:
     return next(name for name in variants if name.startswith(precision))
 
 
+def answering(precision: str, variants: Mapping[str, object], all_int8: bool) -> str:
+    """The variant that predicts in place of the first: where all is INT8 every runtime gives the same bit for bit, and
+    TorchScript has the least around its kernels."""
+    traced = "int8_torchscript"
+    return traced if precision == "int8" and all_int8 and traced in variants else first_of(precision, variants)
+
+
 def predicted(
     config: Config,
     data: Data,
@@ -387,11 +398,12 @@ def predicted(
     found, folder = {}, kept.folder(config)
     with quantize.engine(config.engine):
         for precision, saved in in_memory.items():
-            first = first_of(precision, variants)
-            # What was kept may be of another process: then the first is checked, too.
-            checked = {first} if cache.find(folder, key(contents[first])) is None else set()
-            logits = cache.array(folder, key(contents[first]), partial(answers, first, precision))
-            twins = {f"{contents[first]}, in memory": partial(predict, saved, precision, few)}
+            known_by = key(contents[first_of(precision, variants)])
+            answered_by = answering(precision, variants, all_int8)
+            # What was kept may be of another process: then all are checked.
+            checked = {answered_by} if cache.find(folder, known_by) is None else set()
+            logits = cache.array(folder, known_by, partial(answers, answered_by, precision))
+            twins = {f"{contents[answered_by]}, in memory": partial(predict, saved, precision, few)}
             others = [name for name in variants if name.startswith(precision) and name not in checked]
             twins |= {contents[name]: partial(answers, name, precision, few) for name in others}
             for content, answer in twins.items():
