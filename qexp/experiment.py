@@ -173,10 +173,10 @@ def run_job(config: Config, folder: Path, turn: Turn = ALONE) -> Result:
                 turn.alone()
             measure = partial(side_by_side, config, variants, data, predictions, all_int8, folder)
             timings, latency_from = timed(config, key, folder, measure)
-        fidelity = per_layer(config, fused, int8, qparams, data)
         executed = contents[first_of("int8", variants)]
         # In a sweep another job evaluates meanwhile.
         with latency.threads(1 if turn.sweep else config.compute.threads):
+            fidelity = per_layer(config, fused, int8, qparams, data)
             answer = target.answer(config, qconfig, data, prepared, int8, predictions["int8"], executed)
 
     margin = config.dataset["margin"]
