@@ -276,9 +276,12 @@ class Forgetful(nn.Module):
         return self.net(self.batch)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
-def test_batches_side_by_side_give_the_same_logits_in_the_same_order(flow: Flow, tmp_path: Path) -> None:
-    data, engine = digits(tmp_path), ENGINES[0]
+def test_batches_side_by_side_give_the_same_logits_in_the_same_order(
+    flow: Flow, engine: Engine, tmp_path: Path
+) -> None:
+    data = digits(tmp_path)
     int8 = int8_of(float_net(flow), flow, engine)
     with quantize.engine(engine):
         traced = torchscript.load(torchscript.export(int8, TWO, tmp_path / "model.ts"), engine)
