@@ -360,7 +360,7 @@ def first_of(precision: str, variants: Mapping[str, object]) -> str:
     return next(name for name in variants if name.startswith(precision))
 
 
-def answering(precision: str, variants: Mapping[str, object], all_int8: bool) -> str:
+def quickest_of(precision: str, variants: Mapping[str, object], all_int8: bool) -> str:
     """The variant that predicts in place of the first: where all is INT8 every runtime gives the same bit for bit, and
     TorchScript has the least around its kernels."""
     traced = "int8_torchscript"
@@ -375,7 +375,7 @@ def predicted(
     in_memory: Mapping[str, nn.Module],
     all_int8: bool,
 ) -> dict[str, Predictions]:
-    """Predictions on all evaluation images by precision, with the first of the runtimes that execute it.
+    """Predictions on all evaluation images by precision, those of the first of the runtimes that execute it.
 
     They are kept, and so is what the FP32 variants answer on the first images, which all runs of a model share. Raises
     RunError where any of the runtimes, or the model that was saved, gives other logits on these.
@@ -398,12 +398,11 @@ def predicted(
     found, folder = {}, kept.folder(config)
     with quantize.engine(config.engine):
         for precision, saved in in_memory.items():
-            known_by = key(contents[first_of(precision, variants)])
-            answered_by = answering(precision, variants, all_int8)
+            first, quickest = first_of(precision, variants), quickest_of(precision, variants, all_int8)
             # What was kept may be of another process: then all are checked.
-            checked = {answered_by} if cache.find(folder, known_by) is None else set()
-            logits = cache.array(folder, known_by, partial(answers, answered_by, precision))
-            twins = {f"{contents[answered_by]}, in memory": partial(predict, saved, precision, few)}
+            checked = {quickest} if cache.find(folder, key(contents[first])) is None else set()
+            logits = cache.array(folder, key(contents[first]), partial(answers, quickest, precision))
+            twins = {f"{contents[first]}, in memory": partial(predict, saved, precision, few)}
             others = [name for name in variants if name.startswith(precision) and name not in checked]
             twins |= {contents[name]: partial(answers, name, precision, few) for name in others}
             for content, answer in twins.items():

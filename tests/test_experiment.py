@@ -87,6 +87,14 @@ with quantize.engine(Engine.x86), torch.inference_mode():
         assert torch.equal(logits, expected)
 
 
+def test_torchscript_predicts_where_it_gives_the_same_bit_for_bit() -> None:
+    both = dict.fromkeys(["fp32_eager", "fp32_torchscript", "int8_eager", "int8_torchscript"])
+    assert experiment.quickest_of("int8", both, all_int8=True) == "int8_torchscript"
+    assert experiment.quickest_of("int8", both, all_int8=False) == "int8_eager"
+    assert experiment.quickest_of("fp32", both, all_int8=True) == "fp32_eager"
+    assert experiment.quickest_of("int8", dict.fromkeys(["fp32_eager", "int8_eager"]), all_int8=True) == "int8_eager"
+
+
 def test_a_job_leaks_no_global(run: Callable[..., Result]) -> None:
     threads, engine, state = torch.get_num_threads(), torch.backends.quantized.engine, torch.get_rng_state()
     run("engine=qnnpack", "compute.threads=1", "latency=off")

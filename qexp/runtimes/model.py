@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -33,12 +32,14 @@ def packing_for(engine: Engine | None) -> Iterator[None]:
 class Loaded:
     """A model read back from disk: float32 [n, 3, H, W] to float32 [n, classes], for any n.
 
-    engine: what an INT8 model was converted for (None: FP32); calling it under another raises RunError.
+    engine: what an INT8 model was converted for (None: FP32); calling it under another raises RunError. again: reads it
+    once more, where no copy in memory would be a model of its own: what freezing made constants is shared.
     """
 
     module: nn.Module
     engine: Engine | None
     channels_last: bool = False
+    again: Callable[[], Loaded] | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
         if self.engine is not None:
@@ -56,21 +57,10 @@ class Loaded:
         itself, but oneDNN's dynamic linear layer keeps what it needs for the range of its input: called twice at a
         time, it answers with the range of the other call (torch 2.13).
         """
-        script = isinstance(self.module, torch.jit.ScriptModule)
-        if script and self.engine is not Engine.onednn:
-            return [self] * count
-        again = _reread if script else quantize.sharing_copy
+        if self.again is not None:
+            return [self.again() if self.engine is Engine.onednn else self for _ in range(count)]
         with packing_for(self.engine):
-            return [replace(self, module=again(self.module)) for _ in range(count)]
-
-
-def _reread(script: nn.Module) -> nn.Module:
-    """A scripted model, written and read back: a deep copy would share what freezing made a constant."""
-    written = io.BytesIO()
-    torch.jit.save(script, written)
-    written.seek(0)
-    read: nn.Module = torch.jit.load(written)
-    return read
+            return [replace(self, module=quantize.sharing_copy(self.module)) for _ in range(count)]
 
 
 class OnDemand(Mapping[str, Loaded]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -56,4 +57,4 @@ def export(module: nn.Module, example: Tensor, path: Path) -> Path:
 def load(path: Path, engine: Engine | None) -> Loaded:
     """engine: what an INT8 model was converted for; None for FP32."""
     with known_deprecations_silenced(), packing_for(engine):
-        return Loaded(torch.jit.load(path), engine)
+        return Loaded(torch.jit.load(path), engine, again=partial(load, path, engine))
