@@ -13,9 +13,9 @@ import torch
 
 _KNOWN = (
     # typing_extensions.deprecated on prepare, convert, prepare_fx, convert_fx, quantize_dynamic
-    (r"torch\.ao\.quantization is deprecated and will be removed", DeprecationWarning),
-    # trace, freeze, save, load
-    (r"`torch\.jit\.\w+` is (deprecated|not supported)", DeprecationWarning),
+    r"torch\.ao\.quantization is deprecated and will be removed",
+    # trace, freeze, save, load: a DeprecationWarning in torch 2.13, a FutureWarning from 2.14 on
+    r"`torch\.jit\.\w+` is (deprecated|not supported)",
 )
 
 
@@ -23,8 +23,8 @@ _KNOWN = (
 def known_deprecations_silenced() -> Iterator[None]:
     """Silence, by message, what torch says about itself at each call of a deprecated function."""
     with warnings.catch_warnings():
-        for message, category in _KNOWN:
-            warnings.filterwarnings("ignore", message=message, category=category)
+        for message in _KNOWN:
+            warnings.filterwarnings("ignore", message=message)
         yield
 
 
