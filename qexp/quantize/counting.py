@@ -15,6 +15,7 @@ from torch import Tensor
 from qexp.quantize.statistics import SHIFT, TensorStats
 
 _PORTION = 1 << 18  # values that are counted at once
+_WAITING = 8  # tensors that are, at most: more would save little time, and memory would grow with small tensors
 _CODES = 1 << (32 - SHIFT)  # how many there are: leading bits as an unsigned number
 _NEGATIVE = _CODES // 2  # codes from here on are of negative values
 
@@ -83,7 +84,7 @@ def _leading_bits(value: float) -> int:
 
 
 class Seen:
-    """What was seen of a tensor so far. Small ones wait, a megabyte at most, and are looked at together."""
+    """What was seen of a tensor so far. Small ones wait, a few and a megabyte at most, and are looked at together."""
 
     def __init__(self) -> None:
         self._minima: list[float] = []
@@ -108,7 +109,7 @@ class Seen:
             return
         if self._waiting is None:
             with torch.inference_mode(False):  # what is made in it can't be changed outside
-                self._waiting = torch.empty(_PORTION // one.shape[1], one.shape[1])
+                self._waiting = torch.empty(min(_WAITING, _PORTION // one.shape[1]), one.shape[1])
         self._waiting[self._filled].copy_(one[0])
         self._filled += 1
         if self._filled == len(self._waiting):
