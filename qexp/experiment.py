@@ -390,7 +390,9 @@ def predicted(
 
     def answers(name: str, precision: str, indices: np.ndarray | None = None) -> np.ndarray:
         model = variants[name]  # one whose answers are kept is not even read
-        return predict(model, precision, indices, model.copies(config.compute.threads - 1))
+        # To make copies takes longer than a few images do.
+        copies = model.copies(config.compute.threads - 1) if indices is None else ()
+        return predict(model, precision, indices, copies)
 
     def key(content: str, indices: np.ndarray | None = None) -> str:
         return kept.predictions_key(config, data, [content], indices)

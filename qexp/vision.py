@@ -17,10 +17,10 @@ import sys
 from collections.abc import Iterator
 from types import ModuleType
 
-import torch
+from torch.library import Library
 
 # Kept for the life of the process: the declarations vanish with the Library object.
-_declared: list[torch.library.Library] = []
+_declared: list[Library] = []
 
 
 def is_mismatch(error: BaseException) -> bool:
@@ -34,7 +34,7 @@ def _import_torchvision() -> ModuleType:
     except RuntimeError as error:
         if not is_mismatch(error):
             raise
-    library = torch.library.Library("torchvision", "DEF")
+    library = Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _declared.append(library)

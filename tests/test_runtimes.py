@@ -22,6 +22,7 @@ from qexp.data import Data, load_data, normalise
 from qexp.errors import RunError
 from qexp.evaluate import predict
 from qexp.latency import threads
+from qexp.quantize.quiet import known_deprecations_silenced
 from qexp.runtimes import eager, torchscript
 from qexp.runtimes.model import Loaded, agree
 
@@ -261,6 +262,17 @@ def test_predictions_are_those_of_one_batch_size_in_the_order_asked(tmp_path: Pa
     everything = predict(model, data.test, data.mean, data.std, 256)
     assert everything.logits.shape == (len(data.test), 2)
     assert np.array_equal(everything.logits[indices], expected)
+
+
+@pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning])  # torch 2.13's, and 2.14's
+def test_what_torch_says_of_its_own_end_is_silenced_and_nothing_else(category: type[Warning]) -> None:
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        with known_deprecations_silenced():
+            warnings.warn("`torch.jit.trace` is deprecated. Please switch to `torch.export`.", category, stacklevel=1)
+            warnings.warn("torch.ao.quantization is deprecated and will be removed in 2.10.", category, stacklevel=1)
+            warnings.warn("`torch.elsewhere` is deprecated.", category, stacklevel=1)
+    assert [str(one.message) for one in heard] == ["`torch.elsewhere` is deprecated."]
 
 
 class Forgetful(nn.Module):

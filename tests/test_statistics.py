@@ -191,6 +191,14 @@ def test_tensors_may_be_changed_as_soon_as_they_were_recorded(sizes: list[int], 
     assert np.array_equal(stats.counts, counts)
 
 
+@pytest.mark.parametrize(("size", "most"), [(1000, 8_000), (30_000, 240_000), (100_000, 200_000), (200_000, 0)])
+def test_what_waits_to_be_counted_does_not_grow_with_the_images(size: int, most: int) -> None:
+    seen, part = Seen(), values("normal", size)
+    for _ in range(20):
+        seen.add(part)
+        assert (0 if seen._waiting is None else seen._waiting.numel()) <= most
+
+
 def test_counters_never_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(counting, "_FULL", 3)
     seen, part = Seen(), values("after a ReLU", 200_000)

@@ -15,7 +15,7 @@ from torch import Tensor
 from qexp.quantize.statistics import SHIFT, TensorStats
 
 _PORTION = 1 << 18  # values that are counted at once
-_WAITING = 8  # tensors that are, at most: more would save little time, and memory would grow with small tensors
+_WAITING = 8  # small tensors that wait for that, at most: with more, memory grows for longer, and no time is saved
 _CODES = 1 << (32 - SHIFT)  # how many there are: leading bits as an unsigned number
 _NEGATIVE = _CODES // 2  # codes from here on are of negative values
 
@@ -84,7 +84,7 @@ def _leading_bits(value: float) -> int:
 
 
 class Seen:
-    """What was seen of a tensor so far. Small ones wait, a few and a megabyte at most, and are looked at together."""
+    """What was seen of a tensor so far. Small ones wait, eight and a megabyte at most, to be looked at together."""
 
     def __init__(self) -> None:
         self._minima: list[float] = []
