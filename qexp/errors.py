@@ -17,3 +17,7 @@ class InputError(QexpError):
 
 class RunError(QexpError):
     """A run that had started can't be finished, or its result can't be trusted: the run ends as FAILED."""
+
+
+class NotFinite(RunError):
+    """The model gives NaN or infinity, for one image or for all of them."""

@@ -63,6 +63,19 @@ class Elsewhere(Exception):
         return f"\n{self.args[0]}"
 
 
+class _Foreign(Exception):
+    """An error whose class is of code that need not be imported here: subclasses have its module and name."""
+
+    def __reduce__(self) -> tuple[Callable[..., Exception], tuple[str, ...]]:
+        return foreign, (type(self).__module__, type(self).__name__, str(self))
+
+
+def foreign(module: str, kind: str, message: str) -> Exception:
+    """An error of the class `module`.`kind`, which is known by its name alone."""
+    made: type[Exception] = type(kind, (_Foreign,), {"__module__": module})
+    return made(message)
+
+
 class _Terminated(BaseException):
     """SIGTERM in a job's process: what is open is closed on the way out."""
 
@@ -81,16 +94,14 @@ class Failure:
         trace = "".join(traceback.format_exception(error))
         if isinstance(error, _Terminated):
             return refused("the job's process was ended by SIGTERM.", trace)
-        return Failure(type(error).__module__, type(error).__name__, str(error), trace)
+        # Of a subclass that code elsewhere made of one of ours, the nearest that is ours.
+        kind = next((kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__), type(error))
+        return Failure(kind.__module__, kind.__name__, str(error), trace)
 
     def error(self) -> Exception:
-        """The same error to be raised here, caused by the one there: ours as what they are, others by their names.
-
-        Their own classes may be of code that is not imported here.
-        """
+        """The same error to be raised here, caused by the one there: ours as what they are, others by their names."""
         ours = self.module == errors.__name__
-        kind = getattr(errors, self.kind) if ours else type(self.kind, (Exception,), {"__module__": self.module})
-        error: Exception = kind(self.message)
+        error = getattr(errors, self.kind)(self.message) if ours else foreign(self.module, self.kind, self.message)
         error.__cause__ = Elsewhere(self.trace) if self.trace else None
         return error
 

@@ -42,7 +42,10 @@ class Stop(BaseException):
 
     def __init__(self, number: int) -> None:
         self.code = 128 + number
-        super().__init__(signal.Signals(number).name)
+        super().__init__(number)  # as given, for pickle makes it again from this
+
+    def __str__(self) -> str:
+        return signal.Signals(self.args[0]).name
 
 
 # The signal that this process has received, until the outermost `stoppable` is left.

@@ -5,9 +5,11 @@ The jobs are traps: data sets that do what a job must survive, in the first step
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import pickle
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -20,9 +22,10 @@ import pytest
 from conftest import ROOT
 from test_cli import runs
 
+import qexp as package
 from qexp import config as schema
 from qexp import jobs
-from qexp.errors import InputError, RunError
+from qexp.errors import InputError, NotFinite, QexpError, RunError
 from qexp.results import Result
 
 Composed = Callable[..., schema.Config]
@@ -33,7 +36,7 @@ import logging, multiprocessing, os, pathlib, signal, sys, time, warnings
 import torch
 
 from qexp import config
-from qexp.errors import InputError
+from qexp.errors import InputError, NotFinite
 
 
 class Odd(BaseException):
@@ -58,6 +61,19 @@ def odd():
 
 def refuse():
     raise InputError("there is nothing to see.")
+
+
+def diverge():
+    raise NotFinite("it is infinite.")
+
+
+class Mine(InputError):
+    def __init__(self, where, what):
+        super().__init__(f"{where} has {what}.")
+
+
+def own():
+    raise Mine("my data", "a hole")
 
 
 def hang():
@@ -153,11 +169,38 @@ def test_what_a_job_raises_is_raised_with_its_traceback(trap: Callable[..., sche
     assert type(ours) is InputError
     assert str(ours) == "there is nothing to see."
     assert "in refuse" in str(ours.__cause__)
+    for what, kind, sentence in (("diverge", NotFinite, "it is infinite."), ("own", InputError, "my data has a hole.")):
+        error = failure(trap(what))
+        assert type(error) is kind
+        assert str(error) == sentence
     other = failure(trap("odd"))
     assert isinstance(other, Exception)
     assert (type(other).__module__, type(other).__name__, str(other)) == ("traps", "Odd", "strange things")
     assert "in odd" in str(other.__cause__)
     assert "traps" not in sys.modules  # what is the user's is imported there
+    again = pickle.loads(pickle.dumps(other))
+    assert (type(again).__module__, type(again).__name__, str(again)) == ("traps", "Odd", "strange things")
+
+
+def exceptions() -> list[type[BaseException]]:
+    """Every class of exception that a module of qexp defines."""
+    names = [module.name for module in pkgutil.walk_packages(package.__path__, "qexp.")]
+    programs = ("qexp.__main__", "qexp.served_model")  # which do something when they are imported
+    modules = [importlib.import_module(name) for name in names if name not in programs]
+    values = [(module, value) for module in modules for value in vars(module).values() if isinstance(value, type)]
+    return [kind for module, kind in values if issubclass(kind, BaseException) and kind.__module__ == module.__name__]
+
+
+def test_every_exception_survives_pickle() -> None:
+    given = {"UntraceableError": ("layer1.0", "BasicBlock", "an if"), "Stop": (signal.SIGINT,)}
+    kinds = exceptions()
+    assert {RunError, NotFinite, InputError, QexpError, jobs.Elsewhere} <= set(kinds)
+    assert set(given) <= {kind.__name__ for kind in kinds}
+    for kind in kinds:
+        error = kind(*given.get(kind.__name__, ("what happened",)))
+        again = pickle.loads(pickle.dumps(error))
+        assert type(again) is kind or isinstance(error, jobs._Foreign)
+        assert (str(again), vars(again)) == (str(error), vars(error))
 
 
 @pytest.mark.slow

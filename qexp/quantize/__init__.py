@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from qexp.config import ActivationObserver, Engine, Flow, Observer, QConfig, Target
-from qexp.errors import InputError, QexpError
+from qexp.errors import InputError, NotFinite, QexpError
 from qexp.quantize import dynamic, eager, fx, narrowing, saturation, sums
 from qexp.quantize.biases import fit_biases
-from qexp.quantize.calibrate import NotFinite, calibrate, run_or_refuse
+from qexp.quantize.calibrate import calibrate, run_or_refuse
 from qexp.quantize.compare import blame, fusion_difference
 from qexp.quantize.copies import evaluation_copy, sharing_copy
 from qexp.quantize.engines import engine, require, supported

@@ -10,13 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qexp.config import Flow
-from qexp.errors import InputError, RunError
+from qexp.errors import InputError, NotFinite, RunError
 from qexp.quantize.names import place, public, tensor_names
 from qexp.quantize.observers import is_fed, is_finite, observers, records_range
-
-
-class NotFinite(RunError):
-    """The float model or the images give NaN or infinity, whichever the flow."""
 
 
 def calibrate(prepared: nn.Module, batches: Iterable[Tensor]) -> int:

@@ -44,8 +44,11 @@ class UntraceableError(Exception):
     """The model's Python needs values that only a run has."""
 
     def __init__(self, module: str, kind: str, reason: str):
-        super().__init__(f"{module} ({kind}): {reason}")
+        super().__init__(module, kind, reason)  # as given, for pickle makes it again from these
         self.module, self.kind, self.reason = module, kind, reason
+
+    def __str__(self) -> str:
+        return f"{self.module} ({self.kind}): {self.reason}"
 
 
 def standard_type(module: nn.Module) -> type[nn.Module] | None:
