@@ -43,7 +43,7 @@ from qexp.data import Data, count_shared, digest_of, draw, load_data, normalise
 from qexp.errors import RunError
 from qexp.quantize import saturation
 from qexp.quantize.fidelity import Fidelity, at_a_time, layer_fidelity
-from qexp.results import Artifact, Layer, Predictions, QParams, Result
+from qexp.results import Artifact, Layer, Predictions, Result
 from qexp.runtimes import inductor
 from qexp.runtimes.model import Loaded, agree, with_cuda
 from qexp.turn import Turn
@@ -176,7 +176,7 @@ def run_job(config: Config, folder: Path, turn: Turn = ALONE) -> Result:
         executed = contents[first_of("int8", variants)]
         # In a sweep another job evaluates meanwhile.
         with latency.threads(1 if turn.sweep else config.compute.threads):
-            fidelity = per_layer(config, fused, int8, qparams, data)
+            fidelity = per_layer(config, fused, int8, data)
             answer = target.answer(config, qconfig, data, prepared, int8, predictions["int8"], executed)
 
     margin = config.dataset["margin"]
@@ -414,9 +414,7 @@ def predicted(
     return found
 
 
-def per_layer(
-    config: Config, fused: nn.Module, int8: nn.Module, qparams: Mapping[str, QParams], data: Data
-) -> tuple[Fidelity, ...]:
+def per_layer(config: Config, fused: nn.Module, int8: nn.Module, data: Data) -> tuple[Fidelity, ...]:
     """How well each layer of the INT8 model does what it does in FP32, on evaluation images."""
     chosen = target.spread(len(data.test), config.per_layer.images)
     if "per_layer" in schema.without_effect(config) or not len(chosen):
@@ -424,7 +422,7 @@ def per_layer(
     size = at_a_time(data.test.shape)
     batches = np.split(chosen, range(size, len(chosen), size))
     images = (_images(data, data.test.pixels(batch)) for batch in batches)
-    return layer_fidelity(fused, int8, qparams, config.flow, config.engine, images)
+    return layer_fidelity(fused, int8, config.flow, config.engine, images)
 
 
 def timing_key(config: Config, data: Data, float_digest: str, int8: nn.Module) -> str:

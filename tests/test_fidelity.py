@@ -34,7 +34,7 @@ class Case:
     engine: Engine
 
     def rows(self, batches: Iterable[Tensor]) -> tuple[Fidelity, ...]:
-        return layer_fidelity(self.fused, self.int8, self.qparams, self.flow, self.engine, batches)
+        return layer_fidelity(self.fused, self.int8, self.flow, self.engine, batches)
 
     def by_name(self, batches: Iterable[Tensor]) -> dict[str, Fidelity]:
         return {row.name: row for row in self.rows(batches)}
@@ -343,4 +343,35 @@ def test_no_images_is_an_error_and_the_dynamic_flow_has_no_scales() -> None:
     tiny = case(nets.tiny(), Flow.eager)
     with pytest.raises(ValueError, match="at least one image"):
         tiny.rows([])
-    assert layer_fidelity(tiny.fused, tiny.int8, {}, Flow.dynamic, Engine.x86, [TWO]) == ()
+    assert layer_fidelity(tiny.fused, tiny.int8, Flow.dynamic, Engine.x86, [TWO]) == ()
+
+
+class Again(nn.Module):
+    """An activation and a name of torch's own for it, both called more than once; and an addition with a ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.hardswish, self.fc = nn.Hardswish(), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.hardswish(self.one(x))
+        y = self.hardswish(self.two(x) * 8)
+        x = F.relu(x + y)
+        x = F.relu(x + self.hardswish(y))
+        return self.fc(x.mean((2, 3)))
+
+
+def test_each_call_of_a_module_is_a_tensor_of_its_own_in_fx() -> None:
+    one = case(Again(), Flow.fx)
+    second, third = "hardswish_hardswish_1", "hardswish_hardswish_2"
+    tensors = ["x", "one", "hardswish", "two", "mul", second, "relu", third, "relu_1", "mean", "fc"]
+    assert [name for name in one.qparams if not name.endswith(".weight")] == tensors
+    rows = one.by_name([images(4, seed=4)])
+    assert list(rows) == [name for name in tensors if name != "mean"]  # which keeps the scale of what it reads
+    for name, row in rows.items():
+        # A number that is multiplied with goes into the scale, of which the observer knows nothing.
+        times = 8 if name == "mul" else 1
+        assert row.scale == pytest.approx(float(one.qparams[name].scale[0]) * times)
+    assert rows[second].scale > 2 * rows["hardswish"].scale
+    assert all(row.own_sqnr_db is not None and row.own_sqnr_db > 25 for row in rows.values())

@@ -6,8 +6,7 @@ number of images.
 
 What is compared: the layers of the converted model whose output is quantized with a scale of its own. Convolutions,
 linear layers, BatchNorms and additions always are; ReLU, max-pooling, flatten and whatever else hands on its input's
-scale is not. They find their float twins by name in the eager flow; in fx modules do, and operations between them
-(which torch renames) by what they compute from which twins.
+scale is not. They find their float twins by the names of tensors (see names.py).
 
 A tensor that feeds nothing but a clamp (ReLU, ReLU6, Hardtanh; found by tracing) is compared as the clamp leaves it, on
 both sides: what the clamp takes away is no loss, and `qconfig.range_after_clamp` lets the grid end there.
@@ -16,11 +15,10 @@ both sides: what the clamp takes away is no loss, and `qconfig.range_after_clamp
 from __future__ import annotations
 
 import math
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,13 +29,12 @@ from torch.ao.quantization import QuantWrapper
 from torch.fx.node import map_aggregate
 
 from qexp.config import Engine, Flow
-from qexp.quantize.clamps import Interval, clamp_after, clamp_of
+from qexp.quantize.clamps import Interval, clamp_after
 from qexp.quantize.engines import engine as torch_engine
 from qexp.quantize.layers import layers
-from qexp.quantize.names import public
+from qexp.quantize.names import public, tensor_of
 from qexp.quantize.strided import AfterStride
 from qexp.quantize.trace import UntraceableError, standard_type, trace
-from qexp.results import QParams
 
 
 @dataclass(frozen=True)
@@ -74,17 +71,16 @@ class Fidelity:
 def layer_fidelity(
     fused: nn.Module,
     int8: nn.Module,
-    qparams: Mapping[str, QParams],
     flow: Flow,
     engine: Engine,
     batches: Iterable[Tensor],
 ) -> tuple[Fidelity, ...]:
     """The fidelity of every layer that has a scale of its own, in the order of execution.
 
-    fused: as from `quantize.fuse`; int8: converted from it by the same flow; qparams: as `quantize.read_qparams` gives
-    them of the prepared model (they name what fx computes between modules); batches: float32 [n, 3, H, W]. A layer that
-    is called more than once is one row over all its calls. How images are cut into batches moves the numbers by a few
-    hundredths of a dB at most: FP32 convolutions differ in the last bit then, and so does what is rounded from them.
+    fused: as from `quantize.fuse`; int8: converted from it by the same flow; batches: float32 [n, 3, H, W]. A layer
+    that is called more than once is one row over all its calls in the eager flow, where these share one grid, and a row
+    for each in fx. How images are cut into batches moves the numbers by a few hundredths of a dB at most: FP32
+    convolutions differ in the last bit then, and so does what is rounded from them.
     flow=dynamic keeps no scales: nothing is returned. Raises ValueError where there are no images.
     """
     if flow is Flow.dynamic:
@@ -101,10 +97,9 @@ def layer_fidelity(
             images += len(part)
     if images == 0:
         raise ValueError("the fidelity of layers needs at least one image")
-    names = _Names(flow_models, qparams)
     return tuple(
         Fidelity(
-            name=names.of(label, one.grid),
+            name=label,
             kind=one.kind,
             sqnr_db=_decibels(one.signal, one.error),
             own_sqnr_db=None if one.own_error is None else _decibels(one.signal, one.own_error),
@@ -264,7 +259,7 @@ def _run_int8(flow_models: _Modules | _Graphs, kinds: Mapping[str, str], images:
         call, inputs = running.pop(key)
         if not isinstance(output, Tensor) or not output.is_quantized:
             return
-        computes = flow_models.label(key) in kinds or call.operation in ("add", "mul", "matmul")
+        computes = flow_models.layer(key) in kinds or call.operation in ("add", "mul", "matmul")
         if computes or not inputs or any(one.grid != _grid(output) for one in inputs):
             # A copy, for a ReLU may work in place on it.
             seen.setdefault(key, deque()).append(_Seen(call, inputs, output.clone()))
@@ -297,7 +292,7 @@ def _compare(
             return
         own = _alone(one, output, inputs.pop(key, None))
         label = flow_models.label(key)
-        kind = kinds.get(label, one.call.operation)
+        kind = kinds.get(flow_models.layer(key), one.call.operation)
         total = sums.setdefault(label, _Sums(kind, _grid(one.output)))
         total.add(output, one.output, own, clamps.get(label))
 
@@ -353,6 +348,9 @@ class _Modules:
     def label(self, key: str) -> str:
         return public(key, self._int8)
 
+    def layer(self, key: str) -> str:
+        return self.label(key)
+
     def run_int8(self, images: Tensor, before: _Before, after: _After) -> None:
         with _watched(self._int8, self._layers, before, after):
             self._int8(images)
@@ -371,13 +369,8 @@ class _Modules:
                 # Nor was any range taken behind a clamp then.
                 self._clamps = {}
             else:
-                by_name = _clamps(graph_module)
-                suffix = ".activation_post_process"
-                self._clamps = {self.label(name.removesuffix(suffix)): clamp for name, clamp in by_name.items()}
+                self._clamps = {self.label(name): clamp for name, clamp in _clamps(graph_module).items()}
         return self._clamps
-
-    def operation_names(self) -> Mapping[str, str]:
-        return {}
 
     def weight_sqnr_db(self, label: str) -> float | None:
         name = next(name for name in self._layers if self.label(name) == label)
@@ -431,18 +424,15 @@ def _method_watched(module: nn.Module, operation: str, name: str, before: _Befor
 
 
 def _clamps(graph_module: fx.GraphModule) -> dict[str, Interval]:
-    """By module or operation, the clamp that is all that reads its output, wherever it is called."""
+    """By module, or by FloatFunctional, the clamp that is all that reads its output, wherever it is called."""
     modules = dict(graph_module.named_modules(remove_duplicate=False))
     found: dict[str, Interval | None] = {}
     for node in graph_module.graph.nodes:
-        after, name = clamp_after(node, modules), _name_of(node)
-        # One of several calls that is read by something else, or by another clamp, is compared as it is.
-        found[name] = after if found.get(name, after) == after else None
+        if node.op == "call_module":
+            after, name = clamp_after(node, modules), str(node.target).removesuffix(".activation_post_process")
+            # One of several calls that is read by something else, or by another clamp, is compared as it is.
+            found[name] = after if found.get(name, after) == after else None
     return {name: clamp for name, clamp in found.items() if clamp is not None}
-
-
-def _name_of(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_module" else node.name
 
 
 def _weight_sqnr_db(fused: nn.Module, int8: nn.Module, name: str) -> float | None:
@@ -462,38 +452,44 @@ def _weight_sqnr_db(fused: nn.Module, int8: nn.Module, name: str) -> float | Non
 class _Graphs:
     """The models of the fx flow: layers are nodes of two graphs.
 
-    A key is the name of the float model's node that gives the tensor.
+    A key is the name of the tensor that a node gives.
     """
 
     def __init__(self, fused: nn.Module, int8: fx.GraphModule):
         assert isinstance(fused, fx.GraphModule)
         self._fused, self._int8 = fused, int8
-        self._twins = _twins(fused, int8)
-        self._labels = {node.name: _name_of(node) for node in fused.graph.nodes}
-        self._clamps = _clamps(fused)
+        self._modules = dict(fused.named_modules(remove_duplicate=False))
+        self._nodes = {tensor_of(node): node for node in fused.graph.nodes if tensor_of(node)}
 
     def label(self, key: str) -> str:
-        return self._labels[key]
+        return key
+
+    def layer(self, key: str) -> str:
+        node = self._nodes[key]
+        return str(node.target) if node.op == "call_module" else key
 
     def run_int8(self, images: Tensor, before: _Before, after: _After) -> None:
-        keys = {node: twin.last.name for node, twin in self._twins.items() if node.op.startswith("call_")}
+        keys = {node: tensor_of(node) for node in self._int8.graph.nodes if tensor_of(node) in self._nodes}
         _Watching(self._int8, keys, keys, before, after).run(images)
 
     def run_float(self, images: Tensor, before: _Before, after: _After) -> None:
-        first = {twin.first: twin.last.name for twin in self._twins.values()}
-        last = {twin.last: twin.last.name for twin in self._twins.values()}
+        last = {node: tensor for tensor, node in self._nodes.items()}
+        first = dict(last)
+        for node in self._int8.graph.nodes:
+            if str(node.target).endswith("_relu"):
+                # torch took a ReLU into the operation before it, and gives what the ReLU does.
+                relu = self._nodes[tensor_of(node)]
+                del first[relu]
+                first[relu.all_input_nodes[0]] = tensor_of(node)
         _Watching(self._fused, first, last, before, after).run(images)
 
     def clamps(self, images: Tensor) -> Mapping[str, Interval]:
-        return self._clamps
-
-    def operation_names(self) -> Mapping[str, str]:
-        """By label, what operations between modules are called before torch numbers them."""
-        return {node.name: _unnumbered(node.name) for node in self._fused.graph.nodes if node.op != "call_module"}
+        found = {tensor: clamp_after(node, self._modules) for tensor, node in self._nodes.items()}
+        return {tensor: clamp for tensor, clamp in found.items() if clamp is not None}
 
     def weight_sqnr_db(self, label: str) -> float | None:
-        known = dict(self._int8.named_modules(remove_duplicate=False))
-        return _weight_sqnr_db(self._fused, self._int8, label) if label in known else None
+        node = self._nodes[label]
+        return _weight_sqnr_db(self._fused, self._int8, str(node.target)) if node.op == "call_module" else None
 
 
 class _Watching(fx.Interpreter):
@@ -524,58 +520,6 @@ class _Watching(fx.Interpreter):
         return output
 
 
-@dataclass(frozen=True)
-class _Twin:
-    """What a node of the converted graph is in the float graph: two nodes where torch took a ReLU into an operation."""
-
-    first: fx.Node
-    last: fx.Node
-
-
-_HANDED_ON = ("quantize", "dequantize", "to")
-
-
-def _twins(fused: fx.GraphModule, int8: fx.GraphModule) -> dict[fx.Node, _Twin]:
-    """The float twin of every node of the converted graph that has one."""
-    modules = dict(fused.named_modules(remove_duplicate=False))
-    placeholders = deque(node for node in fused.graph.nodes if node.op == "placeholder")
-    calls: dict[str, deque[fx.Node]] = {}
-    for node in fused.graph.nodes:
-        if node.op == "call_module":
-            calls.setdefault(str(node.target), deque()).append(node)
-    twins: dict[fx.Node, _Twin] = {}
-    taken: set[fx.Node] = set()
-    for node in int8.graph.nodes:
-        sources = [twins[source].last for source in node.all_input_nodes if source in twins]
-        found: fx.Node | None = None
-        if node.op == "placeholder":
-            found = placeholders.popleft()
-        elif node.op == "call_module":
-            found = calls[str(node.target)].popleft() if calls.get(str(node.target)) else None
-        elif _operation(node) in _HANDED_ON:
-            found = sources[0] if sources else None
-        elif sources:
-            found = _same_operation(node, sources, taken)
-        if found is None:
-            continue
-        last = found
-        if node.op == "call_function" and _spelling(node).endswith("_relu") and len(found.users) == 1:
-            after = next(iter(found.users))
-            last = after if clamp_of(after, modules) == Interval(0.0, math.inf) else found
-        taken.add(found)
-        twins[node] = _Twin(found, last)
-    return twins
-
-
-def _same_operation(node: fx.Node, sources: list[fx.Node], taken: set[fx.Node]) -> fx.Node | None:
-    """The node that computes from `sources` what `node` computes from their twins; constants are not looked at."""
-    for user in sources[0].users:
-        values = [source for source in user.all_input_nodes if source.op != "get_attr"]
-        if user not in taken and values == sources and _operation(user) == _operation(node):
-            return user
-    return None
-
-
 def _spelling(node: fx.Node) -> str:
     return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
@@ -588,34 +532,3 @@ def _operation(node: fx.Node) -> str:
     name = _spelling(node).removesuffix("_").removesuffix("_relu")
     name = {"iadd": "add", "imul": "mul"}.get(name, name)
     return "quantize" if name.startswith("quantize_per_tensor") else name
-
-
-# ------------------------------------------------------------------------------------------------ names
-
-
-def _unnumbered(name: str) -> str:
-    return re.sub(r"_\d+$", "", name)
-
-
-@dataclass
-class _Names:
-    """The names that rows get: those of modules as they are, and those of fx's operations as in the QParams.
-
-    torch numbers the nodes of a graph anew whenever it copies it. The tensor is the first in the QParams, in order,
-    that is made by the same operation with the same scale and zero point, and that no row has yet.
-    """
-
-    flow_models: _Modules | _Graphs
-    qparams: Mapping[str, QParams]
-    taken: set[str] = field(default_factory=set)
-
-    def of(self, label: str, grid: _Grid) -> str:
-        operation = self.flow_models.operation_names().get(label)
-        if operation is None:
-            return label
-        for name, known in self.qparams.items():
-            same = float(known.scale[0]) == grid.scale and int(known.zero_point[0]) == grid.zero_point
-            if same and _unnumbered(name) == operation and name not in self.taken:
-                self.taken.add(name)
-                return name
-        return label

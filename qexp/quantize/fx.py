@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.ao.quantization import QConfig as TorchQConfig
 from torch.ao.quantization import get_default_qconfig_mapping
+from torch.ao.quantization.fx.tracer import QuantizationTracer
 from torch.ao.quantization.observer import default_placeholder_observer
 from torch.ao.quantization.qconfig_mapping import QConfigMapping
 from torch.ao.quantization.quantize_fx import convert_fx, fuse_fx, prepare_fx
@@ -23,7 +24,7 @@ from qexp.config import Engine, Granularity, Observer, QConfig
 from qexp.errors import InputError
 from qexp.quantize.clamps import EVERYTHING, Interval, clamp_after, clamp_of
 from qexp.quantize.copies import sharing_copy
-from qexp.quantize.names import place
+from qexp.quantize.names import carry_to_converted, carry_to_prepared, name_tensors, note_origins, place
 from qexp.quantize.normalise import normalise
 from qexp.quantize.observers import ClampFirst, activation_observer, observers, torch_qconfig
 from qexp.quantize.quiet import known_deprecations_silenced
@@ -68,13 +69,22 @@ def fuse(module: nn.Module, example: Tensor) -> nn.Module:
     except UntraceableError as error:
         what = f"{place(error.module, error.kind)} {_explained(error.reason)}"
         raise InputError(f"flow=fx can't trace {type(module).__name__}: its {what}") from error
-    return fuse_fx(graph_module)
+    return _named(fuse_fx(graph_module))
+
+
+def _named(fused: fx.GraphModule) -> fx.GraphModule:
+    """The same with names for its tensors (see names.py), traced as prepare_fx will, which numbers nodes so, too."""
+    with _without_origins():
+        named = fx.GraphModule(fused, QuantizationTracer([], []).trace(fused))
+    name_tensors(named)
+    return named
 
 
 def prepare(fused: nn.Module, qconfig: QConfig, observer: Observer, example: Tensor) -> nn.Module:
     """A copy with observers at every tensor that torch can quantize."""
     with known_deprecations_silenced(), _without_origins():
         prepared = prepare_fx(sharing_copy(fused).eval(), _mapping(qconfig, observer), (example[:1],))
+    carry_to_prepared(cast(fx.GraphModule, fused), prepared)
     if qconfig.range_after_clamp:
         _clamp_first(prepared)
     return prepared
@@ -114,8 +124,12 @@ def _mapping(qconfig: QConfig, observer: Observer) -> QConfigMapping:
 
 def convert(prepared: nn.Module) -> nn.Module:
     """A converted copy; torch's engine must be set."""
+    copied = cast(fx.GraphModule, sharing_copy(prepared))
+    note_origins(copied)
     with known_deprecations_silenced():
-        return convert_fx(cast(fx.GraphModule, sharing_copy(prepared)))
+        converted = convert_fx(copied)
+    carry_to_converted(cast(fx.GraphModule, prepared), converted)
+    return converted
 
 
 def _clamp_first(prepared: fx.GraphModule) -> None:

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from qexp.config import Engine, Flow
-from qexp.quantize.names import public, tensor_names
+from qexp.quantize.names import public, tensor_names, tensor_of
 from qexp.quantize.observers import observers, to_qparams
 from qexp.results import Layer, QParams
 
@@ -90,13 +90,13 @@ def _functional_layers(graph: fx.Graph, engine: Engine) -> Iterator[Layer]:
             continue
         if node.target in _FUNCTIONS:
             reason = "its weights are computed by the model, not constant"
-            yield Layer(node.name, _FUNCTIONS[node.target], False, reason=reason)
+            yield Layer(tensor_of(node), _FUNCTIONS[node.target], False, reason=reason)
         elif getattr(node.target, "__module__", "") == "torch._ops.quantized" or "quantized." in str(node.target):
             operation = str(node.target).removeprefix("quantized.")
             kind = next((k for k in ("conv", "linear", "batch_norm") if operation.startswith(k)), None)
             if kind is not None:
                 kind = "batchnorm" if kind == "batch_norm" else kind
-                yield Layer(node.name, kind, True, kernel=f"{engine.value} {kind}")
+                yield Layer(tensor_of(node), kind, True, kernel=f"{engine.value} {kind}")
 
 
 def read_qparams(module: nn.Module) -> dict[str, QParams]:

@@ -1,13 +1,23 @@
-"""What the tensors of a prepared or converted model are called: by the module, or the operation, that makes them."""
+"""What the tensors of a model are called: by the module, or the operation, that makes them.
+
+In the eager flow a module's name stays as it is. A graph's nodes are named anew at every step of torch's fx flow, so
+there the name is given once, to the fused graph, and carried from node to node.
+"""
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import fx, nn
 from torch.ao.quantization import QuantWrapper
 
+from qexp.quantize.clamps import Interval, clamp_of
 from qexp.quantize.strided import AfterStride
 
 _POST = "activation_post_process"
+_TENSOR = "tensor"
+_RELU = Interval(0.0, math.inf)
 
 
 def public(name: str, module: nn.Module) -> str:
@@ -21,17 +31,82 @@ def public(name: str, module: nn.Module) -> str:
 def tensor_names(prepared: nn.Module) -> dict[str, str]:
     """From the name of each observer to that of the tensor it watches."""
     if isinstance(prepared, fx.GraphModule):
-        return {
-            str(node.target): str(source.target) if source.op == "call_module" else source.name
-            for node in prepared.graph.nodes
-            if node.op == "call_module" and _POST in str(node.target)
-            for source in node.all_input_nodes[:1]
-        }
+        return {str(node.target): tensor_of(node) for node in prepared.graph.nodes if _is_observer(node)}
     return {
         name: public(name.removesuffix(f".{_POST}"), prepared)
         for name, _ in prepared.named_modules(remove_duplicate=False)
         if name.endswith(f".{_POST}")
     }
+
+
+# ------------------------------------------------------------------------------------------------ nodes of a graph
+
+
+def tensor_of(node: fx.Node) -> str:
+    """The name of the tensor that a node gives; empty where it gives none (a size, a weight, the output)."""
+    return str(node.meta.get(_TENSOR, ""))
+
+
+def name_tensors(fused: fx.GraphModule) -> None:
+    """Give every node of a fused graph, in place, the name that what it gives has from now on.
+
+    That is the module's, or torch's for the operation; later calls of a module are numbered as operations are.
+    """
+    nodes = [node for node in fused.graph.nodes if node.op == "placeholder" or node.op.startswith("call_")]
+    own = {node: str(node.target) if node.op == "call_module" else node.name for node in nodes}
+    taken: set[str] = set()
+    for node in nodes:
+        name, number = own[node], 0
+        while name in taken or (number and name in own.values()):
+            number += 1
+            name = f"{own[node]}_{number}"
+        taken.add(name)
+        node.meta[_TENSOR] = name
+
+
+def carry_to_prepared(fused: fx.GraphModule, prepared: fx.GraphModule) -> None:
+    """Name the nodes of a prepared graph, in place. It was traced from the fused one, and has observers besides."""
+    before = {(node.op, node.name, str(node.target)): node for node in fused.graph.nodes}
+    for node in prepared.graph.nodes:
+        if _is_observer(node):
+            node.meta[_TENSOR] = tensor_of(node.all_input_nodes[0])
+        elif node.op == "placeholder" or node.op.startswith("call_"):
+            node.meta[_TENSOR] = tensor_of(before[node.op, node.name, str(node.target)])
+
+
+def note_origins(prepared: fx.GraphModule) -> None:
+    """Write each name, in place, where torch notes what a node came from: the one thing that its convert_fx hands on
+    to every node that it makes in place of another. (qexp's tracing notes nothing there.)"""
+    for node in prepared.graph.nodes:
+        node.stack_trace = tensor_of(node) or None
+
+
+def carry_to_converted(prepared: fx.GraphModule, converted: fx.GraphModule) -> None:
+    """Name the nodes of a graph, in place, that was converted from a prepared one whose origins were noted."""
+    after_relu, modules = {}, dict(prepared.named_modules(remove_duplicate=False))
+    for node in prepared.graph.nodes:
+        users = list(node.users)
+        if len(users) == 1 and clamp_of(users[0], modules) == _RELU:
+            after_relu[tensor_of(node)] = tensor_of(users[0])
+    for node in converted.graph.nodes:
+        origin, node.stack_trace = node.stack_trace, None
+        if origin is not None:
+            # Where torch took a ReLU into an operation, what comes out is the ReLU's.
+            node.meta[_TENSOR] = after_relu[origin] if str(node.target).endswith("_relu") else origin
+        elif hands_on(node):
+            node.meta[_TENSOR] = tensor_of(node.all_input_nodes[0])
+
+
+def hands_on(node: fx.Node) -> bool:
+    """Whether a node of a converted graph only brings a tensor onto a grid, or from it."""
+    return node.target in (torch.quantize_per_tensor, "dequantize", "to")
+
+
+def _is_observer(node: fx.Node) -> bool:
+    return node.op == "call_module" and _POST in str(node.target)
+
+
+# ------------------------------------------------------------------------------------------------ sentences
 
 
 def place(name: str, kind: str) -> str:

@@ -293,15 +293,14 @@ def _number_padding(graph_module: fx.GraphModule) -> None:
 
 
 def _unshare(graph_module: fx.GraphModule) -> None:
-    """A layer that is called twice gets a copy for each call, which has neighbours of its own to be fused with.
+    """A module that is called twice gets a copy for each call, which has neighbours of its own to be fused with.
 
-    ReLU too: fused with one of its neighbours it would be found inside that, also by its other calls.
+    ReLU too: fused with one of its neighbours it would be found inside that, also by its other calls. And what torch
+    has an INT8 module for: that holds one scale, which would serve all calls, whatever calibration found for each.
     """
     seen: set[int] = set()
     for node in _nodes(graph_module, "call_module"):
         module = _module(graph_module, node)
-        if not isinstance(module, _ConvNd | _BatchNorm | nn.Linear | nn.ReLU):
-            continue
         if id(module) in seen:
             module = copy.deepcopy(module)
             name = f"{node.target}_{node.name}"
