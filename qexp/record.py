@@ -150,8 +150,7 @@ def written(
         samples = {f"{t.variant}.batch{t.batch_size}.threads{t.threads}": t.samples for t in timings}
         np.savez_compressed(folder / "latency_samples.npz", **samples)  # type: ignore[arg-type]
         names += ["latency.json", "latency.csv", "latency_samples.npz"]
-    files = {name: str(folder / name) for name in names}
-    return {**files, "hydra": str(folder / ".hydra")} if (folder / ".hydra").is_dir() else files
+    return {name: str(folder / name) for name in names}
 
 
 COLUMNS = (

@@ -102,7 +102,11 @@ def until_stopped() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Job:
-    """A composed configuration, typed and checked, with what Hydra knows of how it came about."""
+    """A composed configuration, typed and checked, with what Hydra knows of how it came about.
+
+    number: among a sweep's jobs, from 0; alone: whether it is none of a sweep's; hydra_files: the folder in which Hydra
+    writes down what it composed, None where it doesn't.
+    """
 
     config: Config
     choices: dict[str, str]
@@ -111,6 +115,7 @@ class Job:
     cwd: Path
     number: int = 0
     alone: bool = True
+    hydra_files: Path | None = None
 
     @property
     def params(self) -> dict[str, str]:
@@ -133,7 +138,8 @@ def job_from(composed: Composition) -> Job:
     overrides = dict(map(_split, composed.overrides))
     alone = hydra.mode is not RunMode.MULTIRUN
     folder, cwd = Path(OmegaConf.select(hydra, "runtime.output_dir") or ""), Path(hydra.runtime.cwd)
-    return Job(config, choices, overrides, folder, cwd, number, alone)
+    hydra_files = folder / hydra.output_subdir if hydra.output_subdir else None
+    return Job(config, choices, overrides, folder, cwd, number, alone, hydra_files)
 
 
 def _split(override: str) -> tuple[str, str]:
@@ -220,6 +226,8 @@ def single(job: Job) -> float | None:
     earlier = resume.earlier(store, job)
     if earlier:
         job = earlier.job
+    if job.alone:
+        tracking.check_resumed(store, job.params)
     jobs.check_inputs([job.config])
     row, handle = tracked(job, swept=schema.GROUPS if earlier else ())
     print(f"\n{summary([row])}\n")
@@ -273,6 +281,9 @@ def tracked(job: Job, swept: Collection[str] = ()) -> tuple[Row, Any]:
         result = jobs.run(job.config, job.folder)
         found = {**result.tags, "doubts": "\n".join(result.doubts)}
         files = {name: Path(path) for name, path in result.files.items()}
+        # Here and not in the job's process, which is begun ahead, before Hydra has written its files.
+        if job.hydra_files is not None and job.hydra_files.is_dir():
+            files["hydra"] = job.hydra_files
         kept = job.config.tracking.log_model
         if kept is LogModel.none or (kept is LogModel.auto and not job.alone):
             files.pop("model")

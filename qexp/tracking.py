@@ -521,7 +521,7 @@ class Run:
         self.store.client.log_batch(
             self.id,
             [Metric(name, value, now, 0) for name, value in _named(metrics or {}).items()],
-            [Param(name, _cut(value, PARAM_LENGTH, LONG_PARAMS)) for name, value in _named(params or {}).items()],
+            [Param(name, value) for name, value in _held(params or {}).items()],
             [RunTag(name, value) for name, value in _cut_tags(tags or {}).items()],
         )
 
@@ -585,14 +585,16 @@ def start_run(
 ) -> Run:
     """Open a run. parent: id of the sweep's run, if it has one.
 
-    resume: whether to go on with the run that MLFLOW_RUN_ID names, as MLflow's own `start_run` does. That is for
-    single runs only: all jobs of a sweep would end up in one.
+    resume: whether to go on with the run that MLFLOW_RUN_ID names (see `check_resumed`), as MLflow's own `start_run`
+    does. That is for single runs only: all jobs of a sweep would end up in one.
     Raises InputError if the store refuses; no run is left open then, nor after an interrupt.
     """
     system = _system_tags(tags, description)
     if parent:
         system[PARENT_TAG] = parent
     resumed = os.environ.get("MLFLOW_RUN_ID") if resume else None
+    if resumed:
+        check_resumed(store, params, resumed)
     with _refused(store, f"the run {name}"):
         if resumed:
             run = _opened(store, lambda: _resume(store, resumed, system))
@@ -605,13 +607,58 @@ def start_run(
         run.log_params(params, tags if resumed else None)
     except RunError as error:
         run.fail(str(error), traceback.format_exc())
-        if resumed:
-            raise InputError(f"MLFLOW_RUN_ID={resumed} can't go on with other settings: {error}") from error
         raise
     except BaseException:
         run.kill()
         raise
     return run
+
+
+def check_resumed(store: Store, params: Mapping[str, str], run_id: str | None = None) -> None:
+    """Raise InputError where the run that MLFLOW_RUN_ID names (or `run_id`) is none to go on with; it isn't changed.
+
+    It may be one that `mlflow run` has opened, or one that has failed or was killed, with these params as far as it has
+    any: a result is never written over.
+    """
+    run_id = run_id or os.environ.get("MLFLOW_RUN_ID")
+    if not run_id:
+        return
+    try:
+        run = store.client.get_run(run_id)
+        experiment = store.client.get_experiment(run.info.experiment_id).name
+    except (MlflowException, requests.RequestException) as error:
+        shown = _without_password(store.uri)
+        raise InputError(
+            f"MLFLOW_RUN_ID={run_id}: MLflow at {shown} has no such run ({_first_line(error)})."
+        ) from error
+    row = _row(run)
+    there = {name: value for name, value in _held(params).items() if row.params.get(name, value) != value}
+    reason = ""
+    if run.info.lifecycle_stage == "deleted":
+        reason = "was deleted"
+    elif SWEEP_TAG in row.tags:
+        reason = "is a whole sweep's"
+    elif row.status == "FINISHED":
+        reason = "is FINISHED, and its result would be written over"
+    elif row.status == "RUNNING" and _is_anothers(row):
+        reason = f"is still being run, by process {row.tags['pid']} on {row.tags['host']}"
+    elif store.experiment not in (None, experiment):
+        reason = f"is of the experiment {experiment}, and {store.experiment} is asked for"
+    elif there:
+        name, value = next(iter(there.items()))
+        others = f" and {len(there) - 1} more settings" if len(there) > 1 else ""
+        reason = f"has other settings: {name}={row.params[name]}, not {value}{others}"
+    if reason:
+        advice = "unset it for a run of its own, or give the id of one that has not ended well"
+        raise InputError(f"MLFLOW_RUN_ID={run_id}: the run {row.name!r} {reason}; {advice}.")
+
+
+def _is_anothers(row: Row) -> bool:
+    """Whether a process that is not this one says that it has the run, and is not known to have ended."""
+    if "pid" not in row.tags or "host" not in row.tags:  # `mlflow run` opens it for whom it starts
+        return False
+    here = row.tags["host"] == machine.host()
+    return not here or (row.tags["pid"] != str(os.getpid()) and _has_process(row))
 
 
 def _opened(store: Store, call: Callable[[], MlflowRun]) -> Run:
@@ -844,6 +891,11 @@ def _named(values: Mapping[str, T]) -> dict[str, T]:
             unique, number = f"{legal[: NAME_LENGTH - 5]}_{number}", number + 1
         named[unique] = value
     return named
+
+
+def _held(params: Mapping[str, str]) -> dict[str, str]:
+    """Params as MLflow holds them."""
+    return {name: _cut(value, PARAM_LENGTH, LONG_PARAMS) for name, value in _named(params).items()}
 
 
 def _long(params: Mapping[str, str]) -> dict[str, dict[str, str]]:

@@ -8,14 +8,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from qexp import sweep
-from qexp.results import Row
+from qexp import jobs, sweep
+from qexp.results import Result, Row
 
 
 @pytest.mark.parametrize(
@@ -156,3 +157,23 @@ def test_cpus_whose_kernels_answer_otherwise_are_not_pooled() -> None:
     assert "points to first" in sweep.summary(one)
     assert "points to first" not in sweep.summary([one[0], other[1]])
     assert sweep.summary([failed]) == "No run was finished.\n\nFAILED  e: too bad."
+
+
+def test_what_hydra_composed_is_kept_of_a_job_that_was_begun_before_it_was_written(
+    composed: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job's process says which files it has made; whatever it saw, Hydra's are there when the job ends."""
+    folder = tmp_path / "job"
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "overrides.yaml").write_text("- seed=1\n")
+    result = Result(
+        metrics={}, resolved={}, tags={}, doubts=(), files={"model": str(folder)}, datasets=(), flavor={}
+    )  # fmt: skip
+    monkeypatch.setattr(jobs, "run", lambda config, folder: result)
+    choices = {"dataset": "digits", "model": "tiny"}
+    job = sweep.Job(composed(), choices, {}, folder, tmp_path, 0, False, folder / ".hydra")
+    row, handle = sweep.tracked(job)
+    assert row.status == "FINISHED"
+    assert "hydra" in [file.path for file in handle.store.client.list_artifacts(handle.id)]
+    kept = handle.store.client.download_artifacts(handle.id, "hydra/overrides.yaml")
+    assert Path(kept).read_text() == "- seed=1\n"

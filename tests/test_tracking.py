@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -346,7 +347,7 @@ def test_the_experiment_may_be_named_by_its_id(
 
 def test_a_single_run_resumes_and_a_sweeps_run_does_not(store: tracking.Store, monkeypatch: pytest.MonkeyPatch) -> None:
     first = begin(store, a="1")
-    first.finish()
+    first.fail("too bad.", "")
     monkeypatch.setenv("MLFLOW_RUN_ID", first.id)
     swept = begin(store, parent=first.id, a="2")
     assert swept.id != first.id
@@ -354,10 +355,80 @@ def test_a_single_run_resumes_and_a_sweeps_run_does_not(store: tracking.Store, m
     again = tracking.start_run(store, experiment="x", name="n", params={"a": "1", "b": "2"}, tags={}, resume=True)
     assert again.id == first.id
     again.finish()
-    assert store.client.get_run(first.id).data.params == {"a": "1", "b": "2"}
-    with pytest.raises(InputError, match=f"MLFLOW_RUN_ID={first.id} can't go on"):
-        tracking.start_run(store, experiment="x", name="n", params={"a": "3"}, tags={}, resume=True)
-    assert store.client.get_run(first.id).info.status == "FAILED"
+    resumed = store.client.get_run(first.id)
+    assert resumed.data.params == {"a": "1", "b": "2"}
+    assert (resumed.info.status, "error" in resumed.data.tags) == ("FINISHED", False)
+
+
+def whole(outputs: Path) -> dict[str, list[tuple[object, ...]]]:
+    """All that the store holds, by table."""
+    with contextlib.closing(sqlite3.connect(outputs / "mlflow.db")) as connection:
+        names = [name for (name,) in connection.execute("select name from sqlite_master where type = 'table'")]
+        return {name: sorted(map(repr, connection.execute(f'select * from "{name}"'))) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("kind", "params", "experiment", "reason"),
+    [
+        ("finished", {"a": "1"}, None, "is FINISHED, and its result would be written over"),
+        ("finished", {"a": "2"}, None, "is FINISHED, and its result would be written over"),
+        ("failed", {"a": "2"}, None, "has other settings: a=1, not 2;"),
+        ("killed", {"a": "2", "c": "2"}, None, "has other settings: a=1, not 2 and 1 more settings;"),
+        ("failed", {"a": "1"}, "another", "is of the experiment qexp/digits, and another is asked for"),
+        ("deleted", {"a": "1"}, None, "was deleted"),
+        ("sweep", {}, None, "is a whole sweep's"),
+        ("elsewhere", {"a": "1"}, None, "is still being run, by process 7 on another machine"),
+        ("none", {"a": "1"}, None, "has no such run"),
+    ],
+)
+def test_a_run_that_cannot_go_on_is_refused_and_stays_as_it_was(
+    outputs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    params: dict[str, str],
+    experiment: str | None,
+    reason: str,
+) -> None:
+    store = tracking.connect(settings(experiment=experiment), outputs)
+    if kind == "sweep":
+        run = tracking.open_parent(store, experiment="qexp/digits", name="s", tags={})
+        run.fail("too bad.", "")
+    else:
+        run = begin(store, a="1", c="1")
+    if kind == "elsewhere":
+        store.client.set_tag(run.id, "host", "another machine")
+        store.client.set_tag(run.id, "pid", "7")
+    elif kind == "failed":
+        run.fail("too bad.", "")
+    elif kind == "killed":
+        run.kill()
+    elif kind != "sweep":
+        run.finish()
+    if kind == "deleted":
+        store.client.delete_run(run.id)
+    run_id = "0" * 32 if kind == "none" else run.id
+    monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
+    before = whole(outputs)
+    with pytest.raises(InputError) as refused:
+        tracking.start_run(store, experiment="x", name="n", params=params, tags={"new": "tag"}, resume=True)
+    assert str(refused.value).startswith(f"MLFLOW_RUN_ID={run_id}: ")
+    assert reason in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert whole(outputs) == before
+    if kind == "elsewhere":
+        run.kill()
+
+
+def test_a_run_that_mlflow_has_opened_for_this_one_is_taken(
+    store: tracking.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = store.client.create_run("0", tags={"mlflow.source.type": "PROJECT"}, run_name="by mlflow run")
+    store.client.log_param(opened.info.run_id, "a", "1")
+    monkeypatch.setenv("MLFLOW_RUN_ID", opened.info.run_id)
+    run = tracking.start_run(store, experiment="x", name="n", params={"a": "1", "b": "2"}, tags={}, resume=True)
+    run.finish()
+    assert run.id == opened.info.run_id
+    assert store.client.get_run(run.id).info.status == "FINISHED"
 
 
 def test_a_deleted_experiment_is_refused_with_the_way_back(store: tracking.Store) -> None:

@@ -175,7 +175,7 @@ def test_waiting_for_the_next_job_does_not_count_for_the_timeout(
 
 @pytest.mark.parametrize(("ahead", "lines"), [("true", 2), ("false", 0)])
 def test_a_sweep_begins_its_jobs_ahead_unless_told_otherwise(
-    qexp: Callable[..., subprocess.CompletedProcess[str]], checkpoint: Path, ahead: str, lines: int
+    qexp: Callable[..., subprocess.CompletedProcess[str]], checkpoint: Path, tmp_path: Path, ahead: str, lines: int
 ) -> None:
     result = qexp(
         *SMALL, f"model.checkpoint={checkpoint}", "calib.seed=1,2,3", f"job.ahead={ahead}",
@@ -184,3 +184,5 @@ def test_a_sweep_begins_its_jobs_ahead_unless_told_otherwise(
     assert result.returncode == 0, result.stderr
     assert (result.stdout + result.stderr).count("is begun while") == lines
     assert "foreseen" not in result.stdout + result.stderr
+    # Each has what it was composed of, whether or not Hydra had written it when the job was begun.
+    assert len(list(tmp_path.glob("outputs/artifacts/*/artifacts/hydra/overrides.yaml"))) == 3
