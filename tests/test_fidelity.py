@@ -374,4 +374,5 @@ def test_each_call_of_a_module_is_a_tensor_of_its_own_in_fx() -> None:
         times = 8 if name == "mul" else 1
         assert row.scale == pytest.approx(float(one.qparams[name].scale[0]) * times)
     assert rows[second].scale > 2 * rows["hardswish"].scale
-    assert all(row.own_sqnr_db is not None and row.own_sqnr_db > 25 for row in rows.values())
+    # `two` shares the grid of eight times itself.
+    assert all(row.own_sqnr_db is not None and row.own_sqnr_db > 15 for row in rows.values())
