@@ -36,6 +36,7 @@ from qexp.errors import ConfigError, InputError, QexpError
 from qexp.targets import locate, one_line, resolve, takes
 from qexp.train import choose_device, train
 from qexp.vision import torchvision
+from qexp.wrappers import unwrapped
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ def _build(model: Mapping[str, Any], classes: int, seed: int, more: Mapping[str,
             raise
         except Exception as error:
             raise InputError(f"model._target_={path} fails with {one_line(error)}.") from error
-    module = _unwrapped(made)
+    module = unwrapped(made)
     if not isinstance(module, nn.Module):
         raise InputError(f"model._target_={path} makes a {type(module).__name__}; it must make a torch.nn.Module.")
     if isinstance(module, torch.jit.ScriptModule):
@@ -146,13 +147,6 @@ def _with_classes(model: Mapping[str, Any], target: Callable[..., Any], classes:
             f"model.num_classes={asked}: the data set has {classes} classes; they must agree (null takes its number)."
         )
     return spec
-
-
-def _unwrapped(made: Any) -> Any:
-    """The network within DataParallel or torch.compile's wrapper."""
-    while isinstance(made, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(made, "_orig_mod"):
-        made = made._orig_mod if hasattr(made, "_orig_mod") else made.module
-    return made
 
 
 @contextlib.contextmanager

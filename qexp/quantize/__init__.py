@@ -72,7 +72,7 @@ def fuse(module: nn.Module, flow: Flow, fusion: bool, example: Tensor) -> nn.Mod
         return eager.fuse(module, fusion, example)
     if flow is Flow.fx:
         return fx.fuse(module, example)
-    return evaluation_copy(module)
+    return evaluation_copy(module, example)
 
 
 def prepare(

@@ -3,38 +3,102 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from qexp.wrappers import unwrapped
 
-def evaluation_copy(module: nn.Module) -> nn.Module:
-    """A deep copy in evaluation mode whose weights and paddings are plain values.
+_BATCH_NORMS: dict[int, type[nn.Module]] = {
+    2: nn.BatchNorm1d,
+    3: nn.BatchNorm1d,
+    4: nn.BatchNorm2d,
+    5: nn.BatchNorm3d,
+}
 
-    Weight and spectral norm compute a layer's weight anew at each call, by a hook or by a class of their own, and
-    torch.ao neither fuses nor quantizes such layers; nor does it take a padding that is called "same".
+
+def evaluation_copy(module: nn.Module, example: Tensor) -> nn.Module:
+    """A deep copy in evaluation mode whose weights and paddings are plain values and whose layers are plain layers.
+
+    Pruning, weight and spectral norm and every other parametrization compute a layer's weight anew at each call, by a
+    hook or by a class of their own, and torch.ao neither fuses nor quantizes such layers; nor does it take a padding
+    that is called "same", nor a SyncBatchNorm, which is a BatchNorm in evaluation. Wrappers around parts are taken off,
+    and so is what the model does of its own where a state_dict is made or loaded: it may know nothing of INT8 layers.
+
+    example: float32 [n, 3, H, W], which shows how many dimensions the input of a SyncBatchNorm has.
     """
-    module = copy.deepcopy(module).eval()
+    module = unwrapped(copy.deepcopy(module, _computed(module))).eval()
     for part in list(module.modules()):
-        for hook in list(part._forward_pre_hooks.values()):
+        # The last comes first, for it may be about what an earlier one computes from.
+        for hook in reversed(list(part._forward_pre_hooks.values())):
             if isinstance(hook, WeightNorm):
                 remove_weight_norm(part, hook.name)
             elif isinstance(hook, SpectralNorm):
                 remove_spectral_norm(part, hook.name)
+            elif isinstance(hook, prune.BasePruningMethod):
+                prune.remove(part, hook._tensor_name)
         if parametrize.is_parametrized(part):
             _settle(part)
         if isinstance(part, _ConvNd) and isinstance(part.padding, str):
             number_padding(part)
+        for hooks in (part._state_dict_hooks, part._state_dict_pre_hooks):
+            hooks.clear()
+        for hooks in (part._load_state_dict_pre_hooks, part._load_state_dict_post_hooks):
+            hooks.clear()
+    _make_plain_norms(module, example)
     return module.requires_grad_(False)
 
 
 def sharing_copy(module: nn.Module) -> nn.Module:
     """A deep copy but for the parameters, which are the same objects: for steps that read weights and change none."""
     return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
+
+
+@contextmanager
+def each_once(module: nn.Module) -> Iterator[None]:
+    """In this context every module within `module` has one name, the first. Afterwards it, or what was put in its
+    place, has all its names again.
+
+    torch.ao changes modules name by name: it would take one that has several for as many.
+    """
+    first: dict[int, str] = {}
+    named = [(name, id(part)) for name, part in module.named_modules(remove_duplicate=False)]
+    others = {name: first[part] for name, part in named if first.setdefault(part, name) != name}
+    # What lies within a module that has another name comes with it.
+    others = {name: one for name, one in others.items() if name.rpartition(".")[0] not in others}
+    for name in others:
+        module.set_submodule(name, nn.Identity())
+    try:
+        yield
+    finally:
+        for name, one in others.items():
+            module.set_submodule(name, module.get_submodule(one))
+
+
+def _computed(module: nn.Module) -> dict[int, Any]:
+    """What a deep copy can't copy, as the `memo` with which it can: tensors that were computed from parameters, which
+    hooks keep as plain attributes until the next call."""
+    found: dict[int, Any] = {}
+
+    def look(value: Any) -> None:
+        if isinstance(value, Tensor) and not value.is_leaf:
+            found[id(value)] = value.detach().clone()
+        elif isinstance(value, list | tuple):
+            for item in value:
+                look(item)
+        elif isinstance(value, dict):
+            look(list(value.values()))
+
+    for part in module.modules():
+        look({name: value for name, value in vars(part).items() if name not in ("_modules", "_parameters")})
+    return found
 
 
 def _settle(part: nn.Module) -> None:
@@ -45,10 +109,37 @@ def _settle(part: nn.Module) -> None:
     parametrizations = part._modules["parametrizations"]
     assert isinstance(parametrizations, nn.ModuleDict)
     values = {name: getattr(part, name).detach().clone() for name in parametrizations}
+    buffers = [name for name in parametrizations if not list(parametrizations[name].parameters(recurse=False))]
     part.__class__ = parametrize.type_before_parametrizations(part)
     del part._modules["parametrizations"]
     for name, value in values.items():
-        part.register_parameter(name, nn.Parameter(value))
+        if name in buffers:
+            part.register_buffer(name, value)
+        else:
+            part.register_parameter(name, nn.Parameter(value))
+
+
+def _make_plain_norms(module: nn.Module, example: Tensor) -> None:
+    """Each SyncBatchNorm becomes the BatchNorm for as many dimensions as its input has, in place."""
+    synced = [
+        part
+        for part in module.modules()
+        if isinstance(part, nn.SyncBatchNorm) and type(part).forward is nn.SyncBatchNorm.forward
+    ]
+    if not synced:
+        return
+    kinds: dict[int, type[nn.Module]] = {}
+
+    def look(part: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        kinds[id(part)] = _BATCH_NORMS[inputs[0].ndim]
+
+    handles = [part.register_forward_pre_hook(look) for part in synced]
+    with torch.inference_mode():
+        module(example[:1])
+    for handle in handles:
+        handle.remove()
+    for part in synced:
+        part.__class__ = kinds.get(id(part), nn.BatchNorm2d)  # type: ignore[assignment]
 
 
 def number_padding(conv: _ConvNd) -> bool:

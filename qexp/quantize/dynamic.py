@@ -17,7 +17,7 @@ from torch.ao.quantization import quantize_dynamic
 from torch.ao.quantization.observer import default_dynamic_quant_observer
 
 from qexp.config import Overflow, QConfig
-from qexp.quantize.copies import sharing_copy
+from qexp.quantize.copies import each_once, sharing_copy
 from qexp.quantize.observers import weight_observer
 from qexp.quantize.quiet import known_deprecations_silenced
 
@@ -34,7 +34,6 @@ def prepare(module: nn.Module, qconfig: QConfig) -> nn.Module:
 
 def convert(prepared: nn.Module) -> nn.Module:
     """A copy with dynamically quantized linear layers; torch's engine must be set."""
-    with known_deprecations_silenced():
-        return quantize_dynamic(
-            sharing_copy(prepared), {nn.Linear: prepared.qexp_dynamic}, dtype=torch.qint8, inplace=True
-        )
+    module = sharing_copy(prepared)
+    with known_deprecations_silenced(), each_once(module):
+        return quantize_dynamic(module, {nn.Linear: prepared.qexp_dynamic}, dtype=torch.qint8, inplace=True)

@@ -21,7 +21,7 @@ from torch.ao.quantization import prepare as torch_prepare
 from qexp.config import Granularity, Observer, QConfig
 from qexp.errors import InputError
 from qexp.quantize.clamps import Interval, clamp_after
-from qexp.quantize.copies import evaluation_copy, sharing_copy
+from qexp.quantize.copies import each_once, evaluation_copy, sharing_copy
 from qexp.quantize.names import place
 from qexp.quantize.observers import ClampFirst, torch_qconfig
 from qexp.quantize.quiet import known_deprecations_silenced
@@ -50,7 +50,7 @@ def fuse(module: nn.Module, fusion: bool, example: Tensor) -> nn.Module:
 
     Raises InputError where neither is possible.
     """
-    module = evaluation_copy(module)
+    module = evaluation_copy(module, example)
     if not fusion:
         return module
     if callable(getattr(module, "fuse_model", None)):
@@ -66,11 +66,13 @@ def fuse(module: nn.Module, fusion: bool, example: Tensor) -> nn.Module:
     left = _unfused_batchnorm(graph_module, chains)
     if left:
         raise InputError(
-            f"flow=eager can't fold the BatchNorm {left} into the convolution before it, since one of them is not a "
-            "plain torch.nn module that is called once, as flow=fx can"
+            f"flow=eager can't fold the BatchNorm {left} into the convolution before it, for one of them is not a "
+            "plain torch.nn module, or is called elsewhere too; flow=fx can"
         )
-    for chain in chains:
-        fuse_modules(module, chain, inplace=True)
+    names = {part: name for name, part in module.named_modules()}
+    with each_once(module):
+        for chain in chains:
+            fuse_modules(module, [names[part] for part in chain], inplace=True)
     return module
 
 
@@ -88,51 +90,49 @@ def _fuse_by_own_method(module: nn.Module) -> nn.Module:
     return result.eval() if isinstance(result, nn.Module) else module
 
 
-def _calls(graph: fx.Graph) -> dict[str, int]:
-    calls: dict[str, int] = {}
-    for node in graph.nodes:
-        if node.op == "call_module":
-            calls[node.target] = calls.get(node.target, 0) + 1
-    return calls
+class _Calls:
+    """The modules that a traced model calls, each with all its calls under whatever names."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self._modules = dict(graph_module.named_modules(remove_duplicate=False))
+        self._nodes: dict[nn.Module, list[fx.Node]] = {}
+        for node in graph_module.graph.nodes:
+            if node.op == "call_module":
+                self._nodes.setdefault(self._modules[node.target], []).append(node)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        """In the order of their first calls."""
+        return iter(self._nodes)
+
+    def next(self, module: nn.Module) -> nn.Module | None:
+        """The module that each call of this one feeds, alone, and that nothing else feeds; None if there is none."""
+        readers = [list(node.users) for node in self._nodes[module]]
+        if any(len(users) != 1 or users[0].op != "call_module" for users in readers):
+            return None
+        found = {self._modules[str(users[0].target)] for users in readers}
+        after = found.pop()
+        return after if not found and len(self._nodes[after]) == len(readers) else None
 
 
-def _chains(graph_module: fx.GraphModule) -> Iterator[list[str]]:
-    """Names of modules to fuse: each called once, each but the last with the next as its only consumer."""
-    modules = dict(graph_module.named_modules(remove_duplicate=False))
-    calls = _calls(graph_module.graph)
-    names = [id(modules[name]) for name in calls]
-    taken: set[str] = set()
-    for node in graph_module.graph.nodes:
+def _chains(graph_module: fx.GraphModule) -> Iterator[list[nn.Module]]:
+    """Modules to fuse: each but the last feeds the next, and nothing else does, wherever it is called."""
+    calls = _Calls(graph_module)
+    taken: set[nn.Module] = set()
+    for module in calls:
         for types in _FUSIBLE:
-            chain = _follow(node, len(types))
-            if (
-                len(chain) == len(types)
-                and all(type(modules[name]) is kind for name, kind in zip(chain, types, strict=True))
-                and all(calls[name] == 1 and names.count(id(modules[name])) == 1 for name in chain)
-                and not taken.intersection(chain)
-            ):
+            chain: list[nn.Module] = [module]
+            while len(chain) < len(types) and (after := calls.next(chain[-1])) is not None:
+                chain.append(after)
+            if [type(m) for m in chain] == list(types) and not taken.intersection(chain):
                 taken.update(chain)
                 yield chain
                 break
 
 
-def _follow(node: fx.Node, length: int) -> list[str]:
-    chain: list[str] = []
-    while node.op == "call_module" and len(chain) < length:
-        chain.append(str(node.target))
-        if len(chain) == length:
-            break
-        users = list(node.users)
-        if len(users) != 1:
-            break
-        node = users[0]
-    return chain
-
-
-def _unfused_batchnorm(graph_module: fx.GraphModule, chains: list[list[str]]) -> str:
+def _unfused_batchnorm(graph_module: fx.GraphModule, chains: list[list[nn.Module]]) -> str:
     """Name of the first BatchNorm that follows a convolution and is in none of the chains; "" if there is none."""
-    fused = {name for chain in chains for name in chain}
     modules = dict(graph_module.named_modules(remove_duplicate=False))
+    fused = {part for chain in chains for part in chain}
     for node in graph_module.graph.nodes:
         is_module = node.op == "call_module" and isinstance(modules[node.target], nn.BatchNorm2d)
         is_function = node.op == "call_function" and node.target is nn.functional.batch_norm
@@ -144,7 +144,7 @@ def _unfused_batchnorm(graph_module: fx.GraphModule, chains: list[list[str]]) ->
             if before.op == "call_module"
             else before.target in (nn.functional.conv2d, torch.conv2d)
         )
-        if follows and len(before.users) == 1 and (is_function or node.target not in fused):
+        if follows and len(before.users) == 1 and (is_function or modules[str(node.target)] not in fused):
             return str(node.target) if is_module else node.name
     return ""
 
@@ -157,7 +157,7 @@ def prepare(fused: nn.Module, qconfig: QConfig, observer: Observer, example: Ten
         module = QuantWrapper(module).eval()
     clamped = _clamped(module, example) if qconfig.range_after_clamp else {}
     _choose(module, qconfig, observer, example)
-    with known_deprecations_silenced():
+    with known_deprecations_silenced(), each_once(module):
         prepared = torch_prepare(module, inplace=True)
     for part in prepared.modules():
         watching = getattr(part, "activation_post_process", None)
@@ -202,7 +202,7 @@ def _choose(module: nn.Module, qconfig: QConfig, observer: Observer, example: Te
 
 
 def _clamped(module: nn.Module, example: Tensor) -> dict[str, Interval]:
-    """By name, the modules whose output feeds only a clamp, wherever they are called."""
+    """By first name, the modules whose output feeds only a clamp, wherever they are called."""
     try:
         graph_module = trace(module, example)
     except UntraceableError as error:
@@ -213,11 +213,12 @@ def _clamped(module: nn.Module, example: Tensor) -> dict[str, Interval]:
         )
         return {}
     modules = dict(graph_module.named_modules(remove_duplicate=False))
+    first = {part: name for name, part in module.named_modules()}
     found: dict[str, Interval | None] = {}
     for node in graph_module.graph.nodes:
         if node.op != "call_module":
             continue
-        after, name = clamp_after(node, modules), str(node.target)
+        after, name = clamp_after(node, modules), first[modules[str(node.target)]]
         before = found.get(name, after)
         found[name] = after.joined(before) if after is not None and before is not None else None
     return {name: interval for name, interval in found.items() if interval is not None}
@@ -225,5 +226,6 @@ def _clamped(module: nn.Module, example: Tensor) -> dict[str, Interval]:
 
 def convert(prepared: nn.Module) -> nn.Module:
     """A converted copy; torch's engine must be set."""
-    with known_deprecations_silenced():
-        return torch_convert(sharing_copy(prepared), inplace=True)
+    module = sharing_copy(prepared)
+    with known_deprecations_silenced(), each_once(module):
+        return torch_convert(module, inplace=True)

@@ -34,7 +34,7 @@ def tensor_names(prepared: nn.Module) -> dict[str, str]:
         return {str(node.target): tensor_of(node) for node in prepared.graph.nodes if _is_observer(node)}
     return {
         name: public(name.removesuffix(f".{_POST}"), prepared)
-        for name, _ in prepared.named_modules(remove_duplicate=False)
+        for name, _ in prepared.named_modules()
         if name.endswith(f".{_POST}")
     }
 

@@ -32,7 +32,7 @@ def normalise(module: nn.Module, example: Tensor) -> fx.GraphModule:
 
     example: float32 [n, 3, H, W]; the graph holds for this H and W.
     """
-    graph_module = trace(evaluation_copy(module), example)
+    graph_module = trace(evaluation_copy(module, example), example)
     for step in (
         _make_plain,
         _drop_idle,
