@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-_RELU = {F.relu, torch.relu, torch.relu_, F.relu_, "relu", "relu_"}
-_CLAMP = {torch.clamp, torch.clip, "clamp", "clamp_", "clip", "clip_"}
-_HARDTANH = {F.hardtanh, F.hardtanh_}
+# A traced graph has no operators that work in place (see inplace.py).
+_RELU = {F.relu, torch.relu, "relu"}
+_CLAMP = {torch.clamp, torch.clip, "clamp", "clip"}
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def clamp_of(node: fx.Node, modules: dict[str, nn.Module]) -> Interval | None:
         return Interval(0.0, math.inf)
     if node.target is F.relu6:
         return Interval(0.0, 6.0)
-    if node.target in _HARDTANH:
+    if node.target is F.hardtanh:
         return _constants(node, "min_val", "max_val", (-1.0, 1.0))
     if node.target in _CLAMP:
         return _constants(node, "min", "max", (None, None))

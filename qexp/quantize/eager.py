@@ -60,7 +60,7 @@ def fuse(module: nn.Module, fusion: bool, example: Tensor) -> nn.Module:
     except UntraceableError as error:
         raise InputError(
             f"flow=eager can't find what to fuse in {type(module).__name__}, which has no fuse_model() and whose "
-            f"{place(error.module, error.kind)} can't be traced ({error.reason})"
+            f"{place(error.module, error.kind)} {error.reason}"
         ) from error
     chains = list(_chains(graph_module))
     left = _unfused_batchnorm(graph_module, chains)
@@ -207,7 +207,7 @@ def _clamped(module: nn.Module, example: Tensor) -> dict[str, Interval]:
         graph_module = trace(module, example)
     except UntraceableError as error:
         logger.info(
-            "qconfig.range_after_clamp has no effect: %s can't be traced (%s)",
+            "qconfig.range_after_clamp has no effect: %s %s",
             place(error.module, error.kind),
             error.reason,
         )

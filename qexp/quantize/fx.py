@@ -67,7 +67,7 @@ def fuse(module: nn.Module, example: Tensor) -> nn.Module:
     try:
         graph_module = normalise(module, example)
     except UntraceableError as error:
-        what = f"{place(error.module, error.kind)} {_explained(error.reason)}"
+        what = f"{place(error.module, error.kind)} {error.reason}"
         raise InputError(f"flow=fx can't trace {type(module).__name__}: its {what}") from error
     return _named(fuse_fx(graph_module))
 
@@ -100,13 +100,6 @@ def _without_origins() -> Iterator[None]:
         yield
     finally:
         torch.fx.config.do_not_emit_stack_traces = before
-
-
-def _explained(reason: str) -> str:
-    """torch's reason in words of a model's author, where it is the usual one."""
-    if "control flow" in reason:
-        return "decides by the values of a tensor"
-    return f"does what can't be followed symbolically ({reason.rstrip('.')})"
 
 
 def _mapping(qconfig: QConfig, observer: Observer) -> QConfigMapping:

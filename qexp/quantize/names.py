@@ -92,7 +92,7 @@ def carry_to_converted(prepared: fx.GraphModule, converted: fx.GraphModule) -> N
         origin, node.stack_trace = node.stack_trace, None
         if origin is not None:
             # Where torch took a ReLU into an operation, what comes out is the ReLU's.
-            node.meta[_TENSOR] = after_relu[origin] if str(node.target).endswith("_relu") else origin
+            node.meta[_TENSOR] = after_relu.get(origin, origin) if str(node.target).endswith("_relu") else origin
         elif hands_on(node):
             node.meta[_TENSOR] = tensor_of(node.all_input_nodes[0])
 

@@ -20,10 +20,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from qexp.quantize.clamps import Interval, clamp_of
 from qexp.quantize.copies import evaluation_copy, number_padding
+from qexp.quantize.inplace import memory, shared_writers
+from qexp.quantize.strided import strides_are_ambiguous
 from qexp.quantize.trace import standard_type, trace
 
 _NOTHING_IN_EVALUATION = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout)
 _DROPOUTS = (F.dropout, F.dropout2d, F.alpha_dropout)
+_QUANTIZABLE_PAIRS = (operator.add, operator.mul, torch.add, torch.mul)
 _RELU = Interval(0.0, float("inf"))
 
 
@@ -34,6 +37,10 @@ def normalise(module: nn.Module, example: Tensor) -> fx.GraphModule:
     """
     graph_module = trace(evaluation_copy(module, example), example)
     for step in (
+        _write_nothing,
+        _make_reshapes,
+        _keep_dimensions,
+        _make_float,
         _make_plain,
         _drop_idle,
         _make_pads,
@@ -62,6 +69,65 @@ def _nodes(graph_module: fx.GraphModule, operation: str) -> Iterator[fx.Node]:
 
 def _module(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module:
     return graph_module.get_submodule(str(node.target))
+
+
+def _write_nothing(graph_module: fx.GraphModule) -> None:
+    """Modules no longer write to what others read too, for torch moves nodes."""
+    for node in shared_writers(graph_module.graph):
+        module: Any = _module(graph_module, node)
+        module.inplace = False
+
+
+def _make_reshapes(graph_module: fx.GraphModule) -> None:
+    """Every `view` becomes a reshape, for INT8 layers give channels-last, and every reshape the function: torch keeps a
+    layer after the method in FP32 where nothing before it is in INT8."""
+    for node in _nodes(graph_module, "call_method"):
+        if node.target == "view_as":
+            node.target = "reshape_as"
+        elif node.target in ("view", "reshape") and not isinstance(_argument(node, 1, "dtype"), torch.dtype):
+            source, *sizes = node.args
+            shape: Any = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else tuple(sizes)
+            shape = node.kwargs.get("shape", node.kwargs.get("size", shape))
+            node.op, node.target, node.args, node.kwargs = "call_function", torch.reshape, (source, shape), {}
+
+
+def _keep_dimensions(graph_module: fx.GraphModule) -> None:
+    """A mean of tensors that lie in memory like channels-last and like contiguous ones (maps of 1x1, one channel) keeps
+    the dimensions that it takes away, and a reshape takes them: torch refuses it in INT8 otherwise."""
+    for node in list(graph_module.graph.nodes):
+        if node.target not in ("mean", torch.mean) or _argument(node, 2, "keepdim", False):
+            continue
+        sizes = [_size(source) for source in node.all_input_nodes[:1]] + [_size(node)]
+        dims = _argument(node, 1, "dim")
+        if dims is None or None in sizes or not strides_are_ambiguous(sizes[0] or ()) or not sizes[1]:
+            continue
+        node.args, node.kwargs = (node.args[0], dims, True), {}
+        with graph_module.graph.inserting_after(node):
+            shape = (-1, *sizes[1][1:])
+            flat = graph_module.graph.call_function(torch.reshape, (node, shape))
+        node.replace_all_uses_with(flat, delete_user_cb=lambda user, flat=flat: user is not flat)
+
+
+def _make_float(graph_module: fx.GraphModule) -> None:
+    """What is added to a float tensor or multiplied with it is one itself: torch would quantize positions and masks."""
+    for node in _nodes(graph_module, "call_function"):
+        if node.target not in _QUANTIZABLE_PAIRS or _dtype(node) != torch.float32:
+            continue
+        for source in node.all_input_nodes:
+            if _dtype(source) not in (None, torch.float32):
+                with graph_module.graph.inserting_before(node):
+                    node.replace_input_with(source, graph_module.graph.call_method("float", (source,)))
+
+
+def _dtype(node: fx.Node) -> torch.dtype | None:
+    places = memory(node).places if "memory" in node.meta else ()
+    return places[0].dtype if len(places) == 1 else None
+
+
+def _size(node: fx.Node) -> tuple[int, ...] | None:
+    """The shape of a tensor for one image, as the tracer saw it."""
+    places = memory(node).places if "memory" in node.meta else ()
+    return places[0].size if len(places) == 1 else None
 
 
 def _make_plain(graph_module: fx.GraphModule) -> None:

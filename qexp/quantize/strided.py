@@ -1,12 +1,18 @@
-"""A way around oneDNN's pointwise convolutions with a stride, whose answers are wrong at random.
+"""Ways around two faults of torch's INT8 kernels that hang on strides.
 
-Measured with torch 2.13 on AVX2: a 1x1 INT8 convolution with stride 2, 8, 24, 40, 56 or 72 input channels (not a
-multiple of 16) and two threads gives up to three quarters of its calls wrong by as much as 49 steps of 255. The threads
-share a workspace that is too small, as in https://github.com/uxlfoundation/oneDNN/issues/6035. Taking every second
-pixel first and convolving without a stride is the same sum of the same products, and needs no workspace.
+oneDNN's pointwise convolutions with a stride give answers that are wrong at random. Measured with torch 2.13 on AVX2: a
+1x1 INT8 convolution with stride 2, 8, 24, 40, 56 or 72 input channels (not a multiple of 16) and two threads gives up
+to three quarters of its calls wrong by as much as 49 steps of 255. The threads share a workspace that is too small, as
+in https://github.com/uxlfoundation/oneDNN/issues/6035. Taking every second pixel first and convolving without a stride
+is the same sum of the same products, and needs no workspace.
+
+A mean of an INT8 tensor that lies in memory like a channels-last one and like a contiguous one (maps of 1x1, a single
+channel) is refused: "required rank 4 tensor to use channels_last format".
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch.ao.nn.quantized as nnq
 from torch import Tensor, nn
@@ -53,3 +59,13 @@ def without_strides(converted: nn.Module, engine: Engine) -> nn.Module:
             if isinstance(child, nnq.Conv2d) and affected(child, engine):
                 setattr(module, name, AfterStride(child))
     return converted
+
+
+def strides_are_ambiguous(size: Sequence[int]) -> bool:
+    """Whether a tensor of this shape ([n, channels, height, width]) lies in memory in the same way in channels-last."""
+    return len(size) > 2 and (size[1] == 1 or all(one == 1 for one in size[2:]))
+
+
+def contiguous_strides(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """A forward hook: the output with the strides of a contiguous tensor, where channels-last has the same order."""
+    return output.flatten().view(output.shape)

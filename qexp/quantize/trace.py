@@ -1,11 +1,14 @@
 """Symbolic tracing that knows shapes: how qexp sees a model's graph, in the eager flow as in fx.
 
 Beside each symbolic value the tracer keeps what it is for one example. Channels, heights and widths are numbers to the
-model then, so that padding computed from them (TensorFlow's "same") can be traced; the batch size stays symbolic.
+model then, so that padding computed from them (TensorFlow's "same") can be traced, and so are dtype, device and
+whatever else it asks of a tensor; the batch size stays symbolic.
 """
 
 from __future__ import annotations
 
+import inspect
+import math
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from qexp.quantize.inplace import IN_PLACE_OPERATORS, STATE, Memory, UnsafeWriteError, functionalise, places_of
 
 _LEAVES = (
     nn.Conv1d,
@@ -41,14 +47,14 @@ _LEAVES = (
 
 
 class UntraceableError(Exception):
-    """The model's Python needs values that only a run has."""
+    """A model's Python can't be followed. `reason` says what the module does, as a predicate: "decides by …"."""
 
     def __init__(self, module: str, kind: str, reason: str):
         super().__init__(module, kind, reason)  # as given, for pickle makes it again from these
         self.module, self.kind, self.reason = module, kind, reason
 
     def __str__(self) -> str:
-        return f"{self.module} ({self.kind}): {self.reason}"
+        return f"{self.module} ({self.kind}) {self.reason}"
 
 
 def standard_type(module: nn.Module) -> type[nn.Module] | None:
@@ -69,10 +75,39 @@ def standard_type(module: nn.Module) -> type[nn.Module] | None:
     return None
 
 
+class _Sizes(tuple[Any, ...]):
+    """A torch.Size of which the first number may be symbolic."""
+
+    def numel(self) -> Any:
+        return math.prod(self)
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        return _Sizes(found) if isinstance(index, slice) else found
+
+
 class _ShapeProxy(fx.Proxy):
     """A symbolic value that knows, in `concrete`, what it is for the example."""
 
     concrete: Any
+
+    @property
+    def __class__(self) -> type:
+        """To `isinstance` in a model's code it is what it stands for."""
+        return Tensor if isinstance(self.__dict__.get("concrete"), Tensor) else type(self)
+
+    @__class__.setter
+    def __class__(self, value: type) -> None:
+        raise TypeError("a symbolic value keeps its class")
+
+    def __getattr__(self, k: str) -> Any:
+        """Methods and what is a tensor again (`x.T`) are recorded; dtype, device and the like are known."""
+        if k == "concrete" or (k.startswith("__") and k.endswith("__")):
+            return super().__getattr__(k)
+        value = getattr(self.concrete, k)
+        if callable(value):
+            return super().__getattr__(k)
+        return self.tracer.create_proxy("call_function", getattr, (self, k), {}) if isinstance(value, Tensor) else value
 
     @property
     def shape(self) -> Any:
@@ -85,6 +120,13 @@ class _ShapeProxy(fx.Proxy):
     def dim(self) -> int:
         return int(self.concrete.ndim)
 
+    ndimension = dim
+
+    def numel(self) -> Any:
+        return math.prod(self.size())
+
+    nelement = numel
+
     def size(self, dim: int | None = None) -> Any:
         sizes = tuple(self.concrete.shape)
         if self.node.op == "get_attr":
@@ -92,7 +134,22 @@ class _ShapeProxy(fx.Proxy):
         if dim is not None and dim % max(len(sizes), 1) != 0:
             return sizes[dim]
         batch = self.tracer.create_proxy("call_method", "size", (self, 0), {})
-        return batch if dim is not None else (batch, *sizes[1:])
+        return batch if dim is not None else _Sizes((batch, *sizes[1:]))
+
+    def __len__(self) -> int:
+        return len(self.concrete) if isinstance(self.concrete, tuple | list) else super().__len__()
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+def _in_place(function: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _operator in IN_PLACE_OPERATORS:
+    # Python would take `x += y` for `x = x + y`, and who knows x under another name would not see it.
+    setattr(_ShapeProxy, f"__{_operator.__name__}__", _in_place(_operator))
 
 
 class _ShapeTracer(fx.Tracer):
@@ -100,8 +157,20 @@ class _ShapeTracer(fx.Tracer):
         super().__init__()
         self._example = example
         self._computing = False
+        self._storages: dict[int, StorageWeakRef] = {}
         self._stack: list[tuple[str, str]] = []
         self.failed_in: tuple[str, str] = ("", "")
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """The model is only ever called as `model(images)`: its other arguments have their defaults.
+
+        Its hooks belong to what it computes, and a `forward` of the instance goes before that of its class.
+        """
+        names = [name for name in inspect.signature(inspect.unwrap(root_fn)).parameters if name != "self"]
+        variadic = inspect.unwrap(root_fn).__code__.co_argcount < 2
+        image = self.create_proxy("placeholder", "x" if variadic or not names else names[0], (), {})
+        assert isinstance(self.root, nn.Module)
+        return self.root._call_impl, [image]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return standard_type(m) is not None
@@ -124,10 +193,32 @@ class _ShapeTracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _ShapeProxy(node, self)
 
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Proxy:
-        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+    def create_arg(self, a: Any) -> Any:
+        if type(a) is _ShapeProxy:
+            return a.node  # which torch would take for a constant tensor
+        return super().create_arg(tuple(a) if type(a) is _Sizes else a)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
+        """The symbolic value of a new node; the value itself where it is of no tensor and of no batch size."""
+        proxy: Any = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+        given = _given(args, kwargs)
+        before = [(tensor._version, tensor.shape, tensor.stride()) for tensor, _ in given]
         concrete = self._compute(kind, target, args, kwargs)
-        proxy.concrete = concrete  # type: ignore[attr-defined]
+        if _is_fact(target, concrete):
+            self.graph.erase_node(proxy.node)
+            return concrete
+        proxy.concrete = concrete
+        written = [one for one, (version, _, _) in zip(given, before, strict=True) if one[0]._version != version]
+        reshaped = [one for one, (_, *old) in zip(given, before, strict=True) if [one[0].shape, one[0].stride()] != old]
+        module = self._stack[-1] if self._stack else ("", type(self.root).__name__)
+        if any(node is None for _, node in written):
+            raise UnsafeWriteError(module, STATE)
+        proxy.node.meta["memory"] = Memory(
+            places_of(concrete, self._storages),
+            tuple(node for _, node in written if node is not None),
+            tuple(node for _, node in reshaped if node is not None),
+            module,
+        )
         if isinstance(concrete, Tensor):
             proxy.node.meta["ndim"] = concrete.ndim
         return proxy
@@ -159,7 +250,43 @@ class _ShapeTracer(fx.Tracer):
 
 
 def _concrete(value: Any) -> Any:
-    return value.concrete if isinstance(value, _ShapeProxy) else value
+    return value.concrete if type(value) is _ShapeProxy else value
+
+
+def _given(args: Any, kwargs: Any) -> list[tuple[Tensor, fx.Node | None]]:
+    """The tensors among the arguments of a call, each with the node that gives it; None for one that is no node's."""
+    found: list[tuple[Tensor, fx.Node | None]] = []
+
+    def look(value: Any) -> Any:
+        if isinstance(value, fx.Proxy):
+            of_proxy = value.node
+            concrete = getattr(value, "concrete", None)
+            found.extend((part, of_proxy) for part in _tensors(concrete))
+        else:
+            found.extend((part, None) for part in _tensors(value))
+        return value
+
+    fx.node.map_aggregate((args, kwargs), look)
+    return found
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, tuple | list):
+        return [tensor for part in value for tensor in _tensors(part)]
+    return [value] if isinstance(value, Tensor) and not value.is_inference() else []
+
+
+def _is_fact(target: Any, value: Any) -> bool:
+    """Whether what an operator gave is a fact about a tensor for any number of images, whatever its values.
+
+    That is its dtype or device, what it is (`is_floating_point`), how large its elements are.
+    """
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if isinstance(value, bool):
+        return name.startswith("is_") and name != "is_nonzero"
+    return name in ("get_device", "element_size") or isinstance(
+        value, str | torch.dtype | torch.device | torch.layout | torch.memory_format
+    )
 
 
 def _attribute(root: Any, target: str) -> Any:
@@ -171,23 +298,46 @@ def _attribute(root: Any, target: str) -> Any:
 def trace(module: nn.Module, example: Tensor) -> fx.GraphModule:
     """The graph of `module` in evaluation mode, with the very submodules of `module` in it (no copies).
 
+    Functions and methods that work in place are in their out-of-place form; modules are as they were, and who reads
+    what they wrote to reads their output.
+
     example: float32 [n, 3, H, W]; the graph holds for this H and W, and for any n.
     Raises UntraceableError, which names the innermost module whose Python can't be followed.
     """
-    tracer = _ShapeTracer(example[:1])
-    # It asks for the number of dimensions with an `if`, which only subclasses that call BatchNorm's forward run into.
-    check = _BatchNorm._check_input_dim
-    _BatchNorm._check_input_dim = lambda self, input: None  # type: ignore[method-assign]
-    try:
-        graph = tracer.trace(module)
-    except (TraceError, TypeError, ValueError, RuntimeError, AttributeError, AssertionError, NameError) as error:
-        name, kind = tracer.failed_in
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UntraceableError(name, kind or type(module).__name__, reason) from error
-    finally:
-        _BatchNorm._check_input_dim = check  # type: ignore[method-assign]
-    traced = fx.GraphModule(tracer.root, graph, type(module).__name__)
-    # Only the batch sizes that nobody used: to fx every method is free of side effects, `x.add_(y)` too.
-    traced.graph.eliminate_dead_code(lambda node: not (node.op == "call_method" and node.target == "size"))
-    traced.recompile()
+    with torch.inference_mode(False), torch.no_grad():
+        image = example[:1].clone()  # the model may write to it
+        tracer = _ShapeTracer(image)
+        # It asks for the number of dimensions with an `if`, which subclasses that call BatchNorm's forward run into.
+        check = _BatchNorm._check_input_dim
+        _BatchNorm._check_input_dim = lambda self, input: None  # type: ignore[method-assign]
+        try:
+            graph = tracer.trace(module)
+            rewired = functionalise(graph)
+        except UnsafeWriteError as error:
+            raise UntraceableError(*error.module, error.reason) from error
+        except (TraceError, TypeError, ValueError, RuntimeError, AttributeError, AssertionError, NameError) as error:
+            name, kind = tracer.failed_in
+            raise UntraceableError(name, kind or type(module).__name__, _explained(error)) from error
+        finally:
+            _BatchNorm._check_input_dim = check  # type: ignore[method-assign]
+        traced = fx.GraphModule(tracer.root, graph, type(module).__name__)
+        # Only the batch sizes that nobody used: a module may be there for what its hooks do.
+        traced.graph.eliminate_dead_code(lambda node: not (node.op == "call_method" and node.target == "size"))
+        traced.recompile()
+        if rewired and not _same_answers(module, traced, torch.cat([example[:1], -example[:1]])):
+            raise UntraceableError("", type(module).__name__, "writes in place in a way that can't be followed")
     return traced
+
+
+def _same_answers(module: nn.Module, traced: nn.Module, images: Tensor) -> bool:
+    expected, actual = module(images.clone()), traced(images.clone())
+    return not isinstance(expected, Tensor) or torch.allclose(actual, expected, rtol=1e-3, atol=1e-5, equal_nan=True)
+
+
+def _explained(error: Exception) -> str:
+    """torch's reason in words of a model's author, where it is the usual one; never more than its first line."""
+    lines = str(error).strip().splitlines()
+    if lines and "control flow" in lines[0]:
+        return "decides by the values of a tensor, or by the number of images"
+    reason = lines[0][:160].rstrip(".") if lines else type(error).__name__
+    return f"does what can't be followed symbolically ({reason})"
