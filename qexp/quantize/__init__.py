@@ -16,11 +16,12 @@ from qexp.config import ActivationObserver, Engine, Flow, Observer, QConfig, Tar
 from qexp.errors import InputError, NotFinite, QexpError
 from qexp.quantize import dynamic, eager, fx, narrowing, saturation, sums
 from qexp.quantize.biases import fit_biases
-from qexp.quantize.calibrate import calibrate, run_or_refuse
+from qexp.quantize.calibrate import calibrate
 from qexp.quantize.compare import blame, fusion_difference
 from qexp.quantize.copies import evaluation_copy, sharing_copy
 from qexp.quantize.engines import engine, require, supported
 from qexp.quantize.executed import executed
+from qexp.quantize.functional import run_or_refuse
 from qexp.quantize.grid import SAFE_BITS, Grid, Side, executed_bits, grid
 from qexp.quantize.layers import layers, read_qparams
 from qexp.quantize.narrowing import Narrowed

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from qexp.config import Flow
-from qexp.errors import InputError, NotFinite, RunError
-from qexp.quantize.names import place, public, tensor_names
+from qexp.errors import NotFinite, RunError
+from qexp.quantize.names import tensor_names
 from qexp.quantize.observers import is_fed, is_finite, observers, records_range
 
 
@@ -97,35 +96,3 @@ def _refuse_unfed(prepared: nn.Module, recording: Mapping[str, Any]) -> None:
             f"calibration fed no data to {len(empty)} observers, the first of them {', '.join(empty[:3])}: "
             "the model takes another path there than with the example"
         )
-
-
-def run_or_refuse(converted: nn.Module, flow: Flow, example: Tensor) -> None:
-    """Run a converted model once; raises InputError with the innermost module in which an operation is refused."""
-    entered: list[tuple[str, str]] = []
-
-    def enter(name: str) -> Callable[..., None]:
-        return lambda m, inputs: entered.append((name, type(m).__name__))
-
-    def leave(m: nn.Module, inputs: object, output: object) -> None:
-        entered.pop()
-
-    modules = dict(converted.named_modules())
-    handles = [m.register_forward_pre_hook(enter(public(name, converted))) for name, m in modules.items()]
-    handles += [m.register_forward_hook(leave) for m in converted.modules()]
-    try:
-        with torch.inference_mode():
-            converted(example)
-    except (RuntimeError, NotImplementedError, TypeError, AssertionError) as error:
-        name, kind = entered[-1] if entered else ("", type(converted).__name__)
-        raise InputError(
-            f"flow={flow.value} can't run this model: {place(name, kind)} does something that INT8 tensors don't take "
-            f"({_first_line(error)})"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].split(". This could be")[0].rstrip(".")[:160] if lines else type(error).__name__

@@ -25,7 +25,9 @@ def public(name: str, module: nn.Module) -> str:
     owner, _, last = name.rpartition(".")
     if last == "conv" and isinstance(module.get_submodule(owner), AfterStride):
         name = owner
-    return name.removeprefix("module.") if isinstance(module, QuantWrapper) else name
+    if isinstance(module, QuantWrapper):
+        return "" if name == "module" else name.removeprefix("module.")
+    return name
 
 
 def tensor_names(prepared: nn.Module) -> dict[str, str]:
