@@ -29,4 +29,4 @@ class QexpSweeper(BasicSweeper):
 
         assert self.hydra_context is not None
         loader = self.hydra_context.config_loader
-        return own(self.config, self._parse_config() + arguments, loader, self.launcher, self.max_batch_size)
+        return own(self.config, self._parse_config(), arguments, loader, self.launcher, self.max_batch_size)

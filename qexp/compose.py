@@ -7,16 +7,19 @@ Importing it registers them, in whichever process a launcher runs a job.
 from __future__ import annotations
 
 import copy
+import itertools
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep
+from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -81,6 +84,58 @@ class Composition:
         return Composition(task, composed.hydra, tuple(given))
 
 
+def combinations(overrides: Sequence[Override]) -> list[list[str]]:
+    """Every combination of the values that overrides list, the last one's going round fastest: each time all of the
+    overrides in the order in which they were given, with one value each.
+
+    None is left out where a later one has the same key: Hydra applies them one after the other, and some add to what
+    there is. Raises ConfigError where one lists nothing, or values that can't be listed.
+    """
+    return [list(one) for one in itertools.product(*map(_each, overrides))]
+
+
+def _each(override: Override) -> list[str]:
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    key = override.get_key_element()
+    if not override.is_discrete_sweep():
+        raise ConfigError(
+            f"{override.input_line}: an interval can't be gone through value by value; list some, as in "
+            f"{key}=choice(…) or {key}=range(…), or choose a sweeper that draws from it with hydra/sweeper=NAME."
+        )
+    try:
+        values = list(override.sweep_iterator())
+    except (HydraException, ValueError, ArithmeticError) as error:
+        raise ConfigError(f"{override.input_line} can't be gone through: {error}.") from error
+    if not values:
+        raise ConfigError(f"{override.input_line} lists no value; give one or more, as in {key}=VALUE,VALUE.")
+    return [f"{key}={spelled(value)}" for value in values]
+
+
+def spelled(value: Any) -> str:
+    """A value as it is written in an override, from which Hydra reads the same value again."""
+    if isinstance(value, list):
+        return f"[{','.join(map(spelled, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{spelled(key)}:{spelled(item)}' for key, item in value.items())}}}"
+    text = Override._get_value_element_as_str(value)
+    # Hydra escapes, which is not enough for a text such as null, 1 or it's.
+    return quoted(value) if isinstance(value, str) and not _is_read_as(text, value) else text
+
+
+def quoted(text: str) -> str:
+    """A text in quotes as Hydra reads them, for the value of an override."""
+    return QuotedString(text, Quote.single).with_quotes()
+
+
+def _is_read_as(text: str, value: str) -> bool:
+    try:
+        read = OverridesParser.create().parse_override(f"key={text}")
+    except HydraException:
+        return False
+    return not read.is_sweep_override() and isinstance(read._value, str) and read._value == value
+
+
 class Composer:
     """Composes the jobs of a sweep.
 
@@ -111,7 +166,42 @@ class Composer:
         parsed: list[Override] = self._parser.parse_overrides(list(arguments))
         return parsed
 
+    def replaces(self, later: Override, earlier: Override) -> bool:
+        """Whether nothing is left of what `earlier` sets or chooses when `later` comes after it."""
+        same = later.get_key_element() == earlier.get_key_element()
+        return same and not any(isinstance(value, dict) for one in (later, earlier) for value in _values(one))
+
+    def subfolder(self, arguments: Sequence[str], number: int) -> str:
+        """The folder, within the sweep's, that Hydra gives to the job of these overrides. number: the job's."""
+        composed = self(arguments)
+        whole = composed.task
+        with open_dict(whole):
+            whole.hydra = copy.deepcopy(composed.hydra)
+        with open_dict(whole.hydra):
+            job = whole.hydra.job
+            job.id = job.num = number
+            overrides = [override for override in self.parse(arguments) if not override.is_hydra_override()]
+            job.override_dirname = get_overrides_dirname(overrides, **job.config.override_dirname)
+        before = HydraConfig.instance().cfg
+        try:
+            HydraConfig.instance().set_config(whole)  # for ${hydra:...}
+            return str(OmegaConf.select(whole, "hydra.sweep.subdir"))
+        finally:
+            HydraConfig.instance().cfg = before
+
+    @cached_property
+    def _repository(self) -> Any:
+        """Where groups are found: beside conf/ also in folders that hydra.searchpath adds."""
+        hydra = self._master.hydra
+        of_hydra = OmegaConf.to_container(hydra.overrides.hydra)
+        return self._loader._parse_overrides_and_create_caching_repo(hydra.job.config_name, of_hydra)[1]
+
     def _sets_value(self, override: Override) -> bool:
-        if override.is_hydra_override():
+        if override.is_hydra_override() or override.key_or_group == "hydra":
             return False
-        return isinstance(override.value(), dict) or not self._loader.repository.group_exists(override.key_or_group)
+        return isinstance(override.value(), dict) or not self._repository.group_exists(override.key_or_group)
+
+
+def _values(override: Override) -> list[Any]:
+    value = override.value()
+    return value.list if isinstance(value, ChoiceSweep) else [value]

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 from qexp import ablation, jobs, progress, resume, sources, table
 from qexp import config as schema
-from qexp.compose import Composer, Composition
+from qexp.compose import Composer, Composition, combinations, quoted
 from qexp.config import Config, LogModel
 from qexp.errors import ConfigError, QexpError
 from qexp.results import Row
@@ -135,11 +136,24 @@ def job_from(composed: Composition) -> Job:
     config = schema.from_hydra(composed.task, hydra.runtime.cwd)
     choices = {group: str(choice) for group, choice in hydra.runtime.choices.items() if "/" not in group}
     number = OmegaConf.select(hydra, "job.num", throw_on_missing=False) or 0
-    overrides = dict(map(_split, composed.overrides))
+    overrides = _given(composed.overrides)
     alone = hydra.mode is not RunMode.MULTIRUN
     folder, cwd = Path(OmegaConf.select(hydra, "runtime.output_dir") or ""), Path(hydra.runtime.cwd)
     hydra_files = folder / hydra.output_subdir if hydra.output_subdir else None
     return Job(config, choices, overrides, folder, cwd, number, alone, hydra_files)
+
+
+def _given(overrides: Sequence[str]) -> dict[str, str]:
+    """What overrides set, by the names of the settings, as text; none of them lists several values."""
+    given: dict[str, str] = {}
+    for override in overrides:
+        key, value = _split(override)
+        if value.lstrip().startswith("{"):
+            tree: Any = OverridesParser.create().parse_override(override).value()
+            given |= {name: str(item) for name, item in schema.flat({key: tree}).items()}
+        else:
+            given[key] = value
+    return given
 
 
 def _split(override: str) -> tuple[str, str]:
@@ -305,32 +319,43 @@ class Planned:
     name: str
 
 
-def own(master: DictConfig, arguments: Sequence[str], loader: Any, launcher: Any, batch_size: int | None) -> Any:
-    """Run a sweep: `arguments` are overrides, some of which list several values; every combination is a job.
+def own(
+    master: DictConfig, params: Sequence[str], typed: Sequence[str], loader: Any, launcher: Any, batch_size: int | None
+) -> Any:
+    """Run a sweep: overrides, some of which list several values; every combination is a job.
 
+    params: those of the sweep itself (`hydra.sweeper.params`, as a ready study has them); typed: those of the command
+    line, which stand in place of the sweep's own where they are of the same.
     All jobs are composed and checked, and the inputs of each distinct one, before the parent run is opened and the
     first job launched. Exits with status 1 where a job failed, 128 + signal where it was stopped.
     """
     with refusals(), until_stopped():
         jobs.start_server()  # it imports torch while this process composes the jobs and imports MLflow
         composer = Composer(master, loader)
-        return launch(master, composer, plan(composer, arguments), launcher, batch_size)
+        return launch(master, composer, plan(composer, params, typed), launcher, batch_size)
 
 
-def plan(composer: Composer, arguments: Sequence[str]) -> list[Planned]:
+def plan(composer: Composer, params: Sequence[str], typed: Sequence[str]) -> list[Planned]:
     """Every distinct job, composed and checked. Raises ConfigError for the whole sweep where one can't run."""
-    overrides = composer.parse(arguments)
+    given = composer.parse(typed)
+    own = [one for one in composer.parse(params) if not any(composer.replaces(other, one) for other in given)]
+    overrides = [*own, *given]
     for override in overrides:
-        if override.is_sweep_override() and override.get_key_element() == "experiment":
+        if override.is_sweep_override() and override.key_or_group == "experiment":
             raise ConfigError(
                 f"{override.input_line}: an experiment is a sweep by itself, and several can't be swept over; "
                 "start them one after the other."
             )
-    combinations = BasicSweeper.split_arguments(overrides, None)[0]
-    swept = [override.get_key_element().lstrip("+") for override in overrides if override.is_sweep_override()]
-    planned: dict[str, Planned] = {}
+    swept = [override.key_or_group for override in overrides if override.is_sweep_override()]
+    places = [
+        place
+        for place, override in enumerate(overrides)
+        if override.is_sweep_override() and not any(composer.replaces(o, override) for o in overrides[place + 1 :])
+    ]
+    found: dict[str, tuple[list[str], Job]] = {}
     refused: dict[str, str] = {}
-    for combination in tqdm(combinations, desc="checking jobs", disable=None, leave=False):
+    every = combinations(overrides)
+    for combination in tqdm(every, desc="checking jobs", disable=None, leave=False):
         composed = composer(combination)
         try:
             job = job_from(composed)
@@ -339,17 +364,33 @@ def plan(composer: Composer, arguments: Sequence[str]) -> list[Planned]:
         except ConfigError as error:
             refused.setdefault(str(error), " ".join(combination))
             continue
-        telling = [text for text in combination if _split(text)[0] in swept] or combination
-        name = " ".join(map(short, telling))
-        item = Planned([*combination, f"tracking.name={quoted(name)}"], job, name)
-        planned.setdefault(schema.config_hash(job.config), item)
+        found.setdefault(schema.config_hash(job.config), (combination, job))
     if refused:
         reasons = "\n".join(f"{reason} ({which})" for reason, which in refused.items())
-        raise ConfigError(reasons if len(combinations) == 1 else f"{reasons}\nNo job of this sweep was started.")
-    if len(planned) < len(combinations):
-        same = len(combinations) - len(planned)
-        log.warning("%d of %d jobs would compute the same as another and are not run twice.", same, len(combinations))
-    return list(planned.values())
+        raise ConfigError(reasons if len(every) == 1 else f"{reasons}\nNo job of this sweep was started.")
+    if len(found) < len(every):
+        same = len(every) - len(found)
+        log.warning("%d of %d jobs would compute the same as another and are not run twice.", same, len(every))
+    telling = [[combination[place] for place in places] or combination for combination, _ in found.values()]
+    return [
+        Planned([*combination, f"tracking.name={quoted(name)}"], job, name)
+        for (combination, job), name in zip(found.values(), names(telling), strict=True)
+    ]
+
+
+def names(telling: Sequence[Sequence[str]]) -> list[str]:
+    """A name for each job of a sweep, no two alike. telling: the overrides that tell it from the others."""
+    short_names = [plain(" ".join(map(short, overrides))) for overrides in telling]
+    counts = Counter(short_names)
+    return [
+        name if counts[name] == 1 else plain(" ".join(overrides))
+        for name, overrides in zip(short_names, telling, strict=True)
+    ]
+
+
+def plain(text: str) -> str:
+    """`text` without what OmegaConf would take for an interpolation or an escape."""
+    return text.replace("\\", "/").replace("$", "")
 
 
 def short(override: str) -> str:
@@ -359,13 +400,6 @@ def short(override: str) -> str:
     if value.lower() in ("true", "false", "null") or value.replace(".", "", 1).isdigit():
         return f"{key.rpartition('.')[2]}={value}"
     return value.rstrip("/").rpartition("/")[2]
-
-
-def quoted(text: str) -> str:
-    """`text` as a quoted value of Hydra's override grammar, without what it or OmegaConf would take for its own."""
-    plain = text.replace("\\", "/").replace("$", "")
-    escaped = plain.replace("'", "\\'")
-    return f"'{escaped}'"
 
 
 def launch(

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import initialize_config_dir
+from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
+from omegaconf import OmegaConf
 
 from qexp import sweep
-from qexp.compose import CONF, Composer, Composition, check_choices
+from qexp.compose import CONF, Composer, Composition, check_choices, combinations, quoted
 from qexp.errors import ConfigError
 
 
@@ -82,3 +87,193 @@ def test_a_value_in_place_of_a_choice_is_refused(argument: str) -> None:
 
 def test_what_may_be_a_choice_is_left_to_hydra() -> None:
     check_choices(["-m", "calib=small,large", "calib=glob(*)", "calib.batches=3", "model={a: 1}", "calib=", "calib='a"])
+
+
+# ------------------------------------------------------------------- a sweep composes what its single runs compose
+
+# What may be typed, and what stands in its place in each single run; one value: it lists none.
+TYPED: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("engine=x86,fbgemm", ("engine=x86", "engine=fbgemm")),
+    ("engine=onednn", ("engine=onednn",)),
+    ("qconfig=per_tensor,per_channel", ("qconfig=per_tensor", "qconfig=per_channel")),
+    ("qconfig=per_tensor_symmetric", ("qconfig=per_tensor_symmetric",)),
+    ("qconfig={range_after_clamp: false}", ("qconfig={range_after_clamp: false}",)),
+    ("qconfig={weight: {bits: 7}}", ("qconfig={weight: {bits: 7}}",)),
+    ("calib={batches: 4}", ("calib={batches: 4}",)),
+    ("calib={seed: 7}", ("calib={seed: 7}",)),
+    ("calib={seed: 1},{batches: 3}", ("calib={seed: 1}", "calib={batches: 3}")),
+    ("calib=small", ("calib=small",)),
+    ("calib=glob([s*,m*])", ("calib=medium", "calib=small")),
+    ("calib=glob(*,exclude=[a*,l*,m*])", ("calib=small",)),
+    ("calib.batches=2", ("calib.batches=2",)),
+    ("calib.batches=1,null", ("calib.batches=1", "calib.batches=null")),
+    ("calib.batches=choice('3','4')", ("calib.batches='3'", "calib.batches='4'")),
+    ("calib.seed=range(2)", ("calib.seed=0", "calib.seed=1")),
+    ("calib.seed=sort(3,1)", ("calib.seed=1", "calib.seed=3")),
+    ("calib.seed=tag(a,b,choice(5,6))", ("calib.seed=5", "calib.seed=6")),
+    ("calib.seed=int(1.0)", ("calib.seed=1",)),
+    ("seed=${calib.seed},3", ("seed=${calib.seed}", "seed=3")),
+    ("++seed=1,2", ("++seed=1", "++seed=2")),
+    ("train.lr=range(0.1,0.3,0.1)", ("train.lr=0.1", "train.lr=0.2")),
+    ("train.lr=1e-3,0.5", ("train.lr=1e-3", "train.lr=0.5")),
+    ("latency.threads=[1,2],[1]", ("latency.threads=[1,2]", "latency.threads=[1]")),
+    ("latency={threads: [2], reuse: 'true'}", ("latency={threads: [2], reuse: 'true'}",)),
+    ("latency.reuse=choice('true',true)", ("latency.reuse='true'", "latency.reuse=true")),
+    ("study='a,b'", ("study='a,b'",)),
+    ("study='it\\'s','x=1, [2] {3: 4}'", ("study='it\\'s'", "study='x=1, [2] {3: 4}'")),
+    ("study=choice(\"it's\",'null','${engine}','')", (
+        "study='it\\'s'", "study='null'", "study=${engine}", "study=''",
+    )),
+    ("study=a\\,b,c\\ \\=d", ("study=a\\,b", "study=c\\ \\=d")),
+    ("study='s-${engine}-${qexp.by_engine:${engine},{x86:1},2}'", (
+        "study='s-${engine}-${qexp.by_engine:${engine},{x86:1},2}'",
+    )),
+    ("study=/a/b c.pt,\\\\d", ("study=/a/b c.pt", "study=\\\\d")),
+    ("study=", ("study=",)),
+    ("+model.width=4,8", ("+model.width=4", "+model.width=8")),
+    ("++model.width=16", ("++model.width=16",)),
+    ("model.width=2", ("model.width=2",)),
+    ("+model.sizes=[1,2],[a,'b,c']", ("+model.sizes=[1,2]", "+model.sizes=[a,'b,c']")),
+    ("+model={a: 1, b: {c: 'null'}}", ("+model={a: 1, b: {c: 'null'}}",)),
+    ("~dataset.margin", ("~dataset.margin",)),
+    ("~dataset.margin=0.02", ("~dataset.margin=0.02",)),
+    ("~train", ("~train",)),
+    ("observer=mse,entropy", ("observer=mse", "observer=entropy")),
+    ("+observer@model.observer=mse,minmax", ("+observer@model.observer=mse", "+observer@model.observer=minmax")),
+    ("observer@model.observer=entropy", ("observer@model.observer=entropy",)),
+    ("hydra={job: {name: other}}", ("hydra={job: {name: other}}",)),
+)  # fmt: skip
+
+
+def outcome(make: Any) -> Any:
+    """The settings as they stand, unresolved; where they are refused, Hydra's words, without the override that was
+    refused, which may be written in two ways."""
+    try:
+        return OmegaConf.to_container(make())
+    except HydraException as error:
+        return type(error).__name__
+
+
+def check_law(loader: Any, given: Sequence[tuple[str, tuple[str, ...]]]) -> int:
+    """In a sweep of what is typed, each job is what Hydra's own `compose` makes of the overrides, with one value for
+    each; the number of jobs that aren't refused."""
+    composer = Composer(master(loader), loader)
+    jobs = combinations(composer.parse([typed for typed, _ in given]))
+    single = list(itertools.product(*(values for _, values in given)))
+    assert len(jobs) == len(single)
+    taken = 0
+    for ours, theirs in zip(jobs, single, strict=True):
+        composed = outcome(lambda ours=ours: composer(ours).task)
+        assert composed == outcome(lambda theirs=theirs: compose("config", list(theirs))), (ours, theirs)
+        taken += isinstance(composed, dict)
+    return taken
+
+
+@pytest.mark.parametrize("given", TYPED, ids=[typed for typed, _ in TYPED])
+def test_each_way_to_list_values_composes_what_single_runs_compose(
+    loader: Any, given: tuple[str, tuple[str, ...]]
+) -> None:
+    # There must be something to override.
+    needs = {"model.width=2": "+model.width=1", "observer@model.observer=entropy": "+observer@model.observer=mse"}
+    before = [(one, (one,)) for one in [needs.get(given[0])] if one]
+    assert check_law(loader, [*before, given]) == len(given[1])
+
+
+REPEATED = (
+    ["engine=x86,fbgemm", "calib={batches: 4}", "calib={seed: 7}"],
+    ["engine=x86,fbgemm", "qconfig=per_tensor_symmetric", "qconfig={range_after_clamp: false}"],
+    ["qconfig={range_after_clamp: false}", "qconfig=per_tensor,per_channel", "qconfig={weight: {bits: 7}}"],
+    ["calib.batches=2", "calib={seed: 1},{batches: 3}", "calib=small"],
+    ["engine=x86,fbgemm", "engine=onednn"],
+    ["+model.width=4,8", "model.width=2"],
+)
+
+
+@pytest.mark.parametrize("typed", REPEATED)
+def test_a_key_that_is_typed_twice_counts_twice(loader: Any, typed: list[str]) -> None:
+    values = dict(TYPED)
+    given = [(one, values[one]) for one in typed]
+    assert check_law(loader, given) > 0
+
+
+@pytest.mark.slow
+def test_any_overrides_in_any_order_compose_what_single_runs_compose(loader: Any) -> None:
+    chance, taken = random.Random(24), 0
+    for _ in range(30):
+        given = chance.choices(TYPED, k=chance.randint(2, 5))
+        while len(list(itertools.product(*(values for _, values in given)))) > 8:
+            given.pop()
+        taken += check_law(loader, given)
+    assert taken > 30
+
+
+def test_shuffled_values_are_the_same_ones(loader: Any) -> None:
+    composer = Composer(master(loader), loader)
+    for typed in ("calib.seed=shuffle(range(5))", "calib.seed=shuffle(0,1,2,3,4)"):
+        assert sorted(map(tuple, combinations(composer.parse([typed])))) == [(f"calib.seed={n}",) for n in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("calib.seed=interval(0,1)", r"calib.seed=interval\(0,1\): an interval can't be gone through .*=range\("),
+        ("calib=glob(x*)", r"calib=glob\(x\*\) lists no value; "),
+        ("calib.seed=range(3,1)", r"calib.seed=range\(3,1\) lists no value; "),
+        ("calib.seed=range(1,2,0)", r"calib.seed=range\(1,2,0\) can't be gone through: "),
+        ("calib.seed=range(1.0,2.0,0)", r"calib.seed=range\(1.0,2.0,0\) can't be gone through: "),
+    ],
+)
+def test_what_lists_nothing_is_refused(loader: Any, typed: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        combinations(Composer(master(loader), loader).parse(["engine=x86,fbgemm", typed]))
+
+
+def test_the_command_line_stands_in_place_of_a_studys_own_overrides_of_the_same(loader: Any) -> None:
+    """As with Hydra's own sweeper; settings that are merged stand beside the choice that the study makes."""
+    composer = Composer(master(loader, "experiment=granularity"), loader)
+
+    def planned(*typed: str) -> list[tuple[str, int, bool]]:
+        params = ["qconfig=per_tensor,per_channel", "calib.seed=0,1,2"]
+        configs = [item.job.config for item in sweep.plan(composer, params, ["experiment=granularity", *typed])]
+        return [(str(c.qconfig.weight.granularity), c.calib.seed, c.qconfig.range_after_clamp) for c in configs]
+
+    both, three = ("per_tensor", "per_channel"), range(3)
+    assert planned() == [(one, seed, True) for one in both for seed in three]
+    assert planned("calib.seed=5") == [(one, 5, True) for one in both]
+    assert planned("qconfig=per_channel", "calib.seed=5,6") == [("per_channel", seed, True) for seed in (5, 6)]
+    assert planned("qconfig={range_after_clamp: false}") == [(one, seed, False) for one in both for seed in three]
+
+
+def test_jobs_are_named_by_what_counts_and_no_two_alike(loader: Any) -> None:
+    composer = Composer(master(loader), loader)
+
+    def named(*typed: str) -> list[str]:
+        return [item.name for item in sweep.plan(composer, [], typed)]
+
+    assert named("engine=x86,fbgemm", "calib={batches: 4}") == ["x86", "fbgemm"]
+    assert named("engine=x86,fbgemm", "engine=onednn,qnnpack") == ["onednn", "qnnpack"]
+    assert named("calib={batches: 4},{batches: 8}") == ["{batches:4}", "{batches:8}"]
+    twins = [f"+model.path=/{folder}/net" for folder in "ab"]
+    assert named("+model.path=/a/net,/b/net") == twins
+
+
+def test_what_is_merged_into_a_group_is_among_the_params(loader: Any) -> None:
+    composer = Composer(master(loader), loader)
+    params = sweep.job_from(composer(["calib={batches: 4}", "latency={seconds: 2}"])).params
+    assert (params["calib"], params["calib.batches"]) == ("medium*", "4")
+    assert (params["latency"], params["latency.seconds"]) == ("standard*", "2.0")
+
+
+def test_groups_of_a_folder_that_the_search_path_adds_are_choices(loader: Any, tmp_path: Path) -> None:
+    (tmp_path / "extra").mkdir()
+    (tmp_path / "extra" / "one.yaml").write_text("# @package _global_\nseed: 5\n")
+    searchpath = f"hydra.searchpath=[file://{tmp_path}]"
+    composer = Composer(master(loader, searchpath), loader)
+    assert composer(["+extra=one"]).task == compose("config", [searchpath, "+extra=one"])
+    assert composer(["+extra=one"]).task.seed == 5
+
+
+@pytest.mark.parametrize("text", ["per_channel 32", "it's", "x=1, [2] {3: 4}", "é {oc}", "a\\", "null", "'"])
+def test_a_quoted_text_is_read_back_by_hydra_as_it_was(text: str) -> None:
+    (override,) = OverridesParser.create().parse_overrides([f"tracking.name={quoted(text)}"])
+    assert override.value() == text

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from qexp import jobs, sweep
 from qexp.results import Result, Row
@@ -35,10 +34,9 @@ def test_a_job_is_named_by_what_it_overrides(override: str, name: str) -> None:
     assert sweep.short(override) == name
 
 
-@pytest.mark.parametrize("text", ["per_channel 32", "it's", "x=1, [2] {3: 4}", "é {oc}"])
-def test_a_quoted_name_is_read_back_by_hydra_as_it_was(text: str) -> None:
-    (override,) = OverridesParser.create().parse_overrides([f"tracking.name={sweep.quoted(text)}"])
-    assert str(override.value()) == text
+def test_no_two_jobs_have_one_name() -> None:
+    telling = [["model.checkpoint=/a/net.pt"], ["model.checkpoint=/b/net.pt"], ["model.checkpoint=/b/other.pt"]]
+    assert sweep.names(telling) == ["model.checkpoint=/a/net.pt", "model.checkpoint=/b/net.pt", "other.pt"]
 
 
 def test_what_all_jobs_say_is_let_through_once_and_warnings_always(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +103,7 @@ def test_a_stop_ends_a_single_run_and_a_planned_sweep_in_words(
     nothing: Any = None
     ways: list[Callable[[], object]] = [lambda: sweep.run(single)]
     if then != "swallow":  # a plan that goes on as if nothing had been is stopped when the sweep is left
-        ways.append(lambda: sweep.own(nothing, [], nothing, nothing, None))
+        ways.append(lambda: sweep.own(nothing, [], [], nothing, nothing, None))
     for way in ways:
         with pytest.raises(SystemExit) as ended:
             way()
