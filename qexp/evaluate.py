@@ -1,4 +1,4 @@
-"""From a model that was loaded back to its predictions on a split."""
+"""From a model that was loaded back to its predictions on a split; whatever is not finite among them is refused."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qexp.data import Split, normalise
+from qexp.errors import NotFinite
 from qexp.results import Predictions
 
 Model = Callable[[Tensor], Tensor]
@@ -36,6 +37,7 @@ def predict(
 
     copies: more of the same model, for as many batches at a time, each on one thread. So nobody waits: with several
     threads to a layer, each layer waits for the slowest of them, and there is always something else that runs, too.
+    Raises NotFinite as `predictions` does.
     """
     chosen = np.arange(len(split.labels)) if indices is None else indices
     if indices is None:
@@ -59,11 +61,24 @@ def predict(
     with _side_by_side(1 + len(copies)) as mapped:
         found = mapped(batch, starts)
         logits = list(tqdm(found, desc=title, total=len(starts), unit="batch", disable=None, leave=False))
-    return Predictions(
-        logits=np.concatenate(logits),
-        labels=split.labels[chosen],
-        image_ids=tuple(split.ids[i] for i in chosen),
-    )
+    return predictions(np.concatenate(logits), split, title, indices)
+
+
+def predictions(logits: np.ndarray, split: Split, title: str, indices: np.ndarray | None = None) -> Predictions:
+    """float32 logits [n, classes] of a split, or of `indices` (int64) of it, with labels and names of the images.
+
+    title: what was computed, as `evaluating INT8`. Raises NotFinite that names the first image and says how many there
+    are where a logit is NaN or infinite: no class is the largest then.
+    """
+    chosen = np.arange(len(split.labels)) if indices is None else indices
+    broken = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+    if len(broken):
+        raise NotFinite(
+            f"{title}: the model gives NaN or infinity as logits of {len(broken)} of {len(logits)} images, the first of"
+            f" them {split.source.where(int(chosen[broken[0]]))}; mend the model (does it divide by zero there, or take"
+            " a logarithm or a root?) or take the image out."
+        )
+    return Predictions(logits, split.labels[chosen], tuple(split.ids[i] for i in chosen))
 
 
 @contextmanager

@@ -50,7 +50,6 @@ from qexp.turn import Turn
 
 log = logging.getLogger(__name__)
 
-FUSION_TOLERANCE = 1e-4  # of the largest logit
 AGREEMENT_IMAGES = 256
 SATURATION_IMAGES = 64
 LATENCY_IMAGES = 64
@@ -95,9 +94,10 @@ def check_inputs(configs: Sequence[Config]) -> None:
                 if module is None:
                     module = models.check_model(config.model, len(data.classes), data.test.shape)
                 if is_new("flow", of_model, config.flow, config.fusion, config.engine):
-                    image = _images(data, data.train.pixels(draw(data.train, config.calib)[:1]))
-                    qconfig = resolved(config)
-                    quantize.dry_run(module, config.flow, config.fusion, qconfig, config.observer, config.engine, image)
+                    first = draw(data.train, config.calib)[:1]
+                    image, name = _images(data, data.train.pixels(first)), data.train.source.where(int(first[0]))
+                    settings = config.flow, config.fusion, resolved(config), config.observer, config.engine
+                    quantize.dry_run(module, *settings, image, name)
 
 
 def _plain(looked_at: object) -> str:
@@ -274,22 +274,21 @@ def resolved_params(qconfig: QConfig, config: Config, narrowed: tuple[quantize.N
 
 
 def checked_fusion(config: Config, data: Data, fp32: models.FloatModel, fused: nn.Module, few: Tensor) -> float:
-    """How far the fused model is from the float model, as a share of the largest logit; RunError beyond 1e-4.
+    """How far the fused model is from the float model, as a share of the largest logit.
 
-    few: the first evaluation images, float32 [n, 3, H, W]. What was found is kept.
+    few: the first evaluation images, float32 [n, 3, H, W]. What was found is kept. Raises NotFinite where the float
+    model's own logits are not finite, RunError where the two models are not the same.
     """
 
     def measured() -> np.ndarray:
-        return np.array([quantize.fusion_difference(fp32.module, fused, few)])
+        with torch.inference_mode():
+            expected, actual = fp32.module(few), fused(few)
+        evaluate.predictions(expected.numpy(), data.test, "evaluating FP32", np.arange(len(few)))
+        return np.array([quantize.difference(expected, actual)])
 
     difference = float(cache.array(kept.folder(config), kept.fusion_key(config, data, fp32.digest), measured)[0])
-    if not difference <= FUSION_TOLERANCE:
-        block = quantize.blame(fp32.module, fused, few)
-        raise RunError(
-            f"the fused model differs from the float model by {difference:.2g} of the largest logit, from {block} on: "
-            f"{FUSION_TOLERANCE:g} is allowed. A ReLU module that is used twice is a common cause; use flow=fx, or "
-            "give every ReLU its own module."
-        )
+    if difference > quantize.TOLERANCE:
+        raise RunError(quantize.explained(fp32.module, fused, config.flow, few))
     return difference
 
 
@@ -315,19 +314,24 @@ def calibrated(
     """
     if "calib" in schema.without_effect(config):
         return prepared, Calibration()
-    pixels = data.train.drawn(draw(data.train, config.calib))
+    chosen = draw(data.train, config.calib)
+    pixels = data.train.drawn(chosen)
     shared = count_shared(pixels, data.test)
     if shared:
         log.warning("%d of the %d calibration images are evaluation images too, pixel for pixel.", shared, len(pixels))
     batches = np.split(pixels, range(config.calib.batch_size, len(pixels), config.calib.batch_size))
     as_input = partial(_images, data)
+
+    def named(position: int) -> str:
+        return data.train.source.where(int(chosen[position]))
+
     started = time.perf_counter()
     with quantize.engine(config.engine):
         if config.observer.name is ActivationObserver.histogram:
-            quantize.calibrate(prepared, map(as_input, batches))
+            quantize.calibrate(prepared, batches, named, as_input)
         else:
             depends_on = kept.activations_key(config, data, float_digest)
-            quantize.calibrate_once(prepared, batches, as_input, kept.folder(config), depends_on)
+            quantize.calibrate_once(prepared, batches, as_input, kept.folder(config), depends_on, named)
     narrowed: tuple[quantize.Narrowed, ...] = ()
     if qconfig.overflow is Overflow.layers:
         some = _images(data, pixels[:SATURATION_IMAGES])
@@ -382,11 +386,14 @@ def predicted(
     """
     few = np.arange(min(len(data.test), AGREEMENT_IMAGES))
 
+    def title(precision: str) -> str:
+        return f"evaluating {precision.upper()}"
+
     def predict(
         model: evaluate.Model, precision: str, indices: np.ndarray | None = None, copies: Sequence[evaluate.Model] = ()
     ) -> np.ndarray:
-        title, size = f"evaluating {precision.upper()}", config.evaluate.batch_size
-        return evaluate.predict(model, data.test, data.mean, data.std, size, title, indices, copies).logits
+        size = config.evaluate.batch_size
+        return evaluate.predict(model, data.test, data.mean, data.std, size, title(precision), indices, copies).logits
 
     def answers(name: str, precision: str, indices: np.ndarray | None = None) -> np.ndarray:
         model = variants[name]  # one whose answers are kept is not even read
@@ -410,7 +417,7 @@ def predicted(
             for content, answer in twins.items():
                 again = cache.array(folder, key(content, few), answer) if precision == "fp32" else answer()
                 agree(logits[few], again, tolerances(all_int8)[precision])
-            found[precision] = Predictions(logits, data.test.labels, data.test.ids)
+            found[precision] = evaluate.predictions(logits, data.test, title(precision))
     return found
 
 

@@ -60,11 +60,18 @@ class Artifact:
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """logits: float32 [N, classes]; labels: int64 [N]; image_ids: N names, in the order of the logits."""
+    """logits: float32 [N, classes]; labels: int64 [N]; image_ids: N names, in the order of the logits.
+
+    Raises ValueError for a logit that is NaN or infinite: the largest of several is no class then.
+    """
 
     logits: np.ndarray
     labels: np.ndarray
     image_ids: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not np.isfinite(self.logits).all():
+            raise ValueError("logits are NaN or infinite")
 
     def at(self, indices: np.ndarray) -> Predictions:
         """Those of some of the images; indices: int64."""

@@ -144,6 +144,5 @@ def _run(
 
     key = kept.predictions_key(config, data, [content, title, *(["whole"] if whole else [])], images)
     found = cache.arrays(kept.folder(config), key, run)
-    ids = tuple(data.test.ids[image] for image in images)
     layers = tuple(sums.LayerSums(**values) for values in json.loads(str(found["layers"])))
-    return Predictions(found["logits"], data.test.labels[images], ids), layers
+    return evaluate.predictions(found["logits"], data.test, title, images), layers

@@ -6,6 +6,7 @@ Sets the number of threads and the seed that it depends on, and leaves both as t
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
 import time
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from qexp import config
+from qexp import config, evaluate
 from qexp.data import Data, normalise
-from qexp.errors import InputError, RunError
+from qexp.errors import InputError, NotFinite, RunError
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +43,12 @@ def train(module: nn.Module, settings: config.Train, data: Data, threads: int) -
 
     On a CPU the result depends on the settings, the data and the number of threads alone. A GPU works in mixed
     precision and channels-last, and is not deterministic.
-    Raises InputError for a device that is not there, RunError where the loss is not finite or memory runs out.
+    Raises InputError for a device that is not there, RunError where memory runs out, NotFinite where the loss or a
+    weight is not finite; it names the image if the untrained model answers some image so.
     """
     device = choose_device(settings.device)
     start = time.perf_counter()
+    untrained = copy.deepcopy(module.state_dict())
     with _globals(settings.seed, threads, device):
         try:
             loss, accuracy = _train(module, settings, data, device)
@@ -53,6 +56,12 @@ def train(module: nn.Module, settings: config.Train, data: Data, threads: int) -
             raise RunError(
                 f"train.batch_size={settings.batch_size} does not fit into the memory of {device}; use a smaller one."
             ) from error
+        except NotFinite:
+            module.to("cpu").load_state_dict(untrained)
+            module.eval()
+            title = "before training, in which the loss became NaN or infinite"
+            evaluate.predict(module, data.train, data.mean, data.std, settings.batch_size, title)
+            raise
         finally:
             module.to("cpu")
             module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
@@ -133,10 +142,17 @@ def _train(module: nn.Module, settings: config.Train, data: Data, device: torch.
             loss, accuracy = (sums / n).tolist()
             bar.set_postfix(epoch=epoch, loss=f"{loss:.3f}", accuracy=f"{accuracy:.3f}")
             if not math.isfinite(loss):
-                raise RunError(
+                raise NotFinite(
                     f"train.lr={settings.lr}: the loss became {loss} in epoch {epoch} of {settings.epochs};"
                     " use a smaller train.lr."
                 )
+    # The last step's weights are in no loss.
+    broken = [name for name, value in module.named_parameters() if not value.isfinite().all()]
+    if broken:
+        raise NotFinite(
+            f"train.lr={settings.lr}: {broken[0]} became NaN or infinite in epoch {settings.epochs} of"
+            f" {settings.epochs}; use a smaller train.lr."
+        )
     return loss, accuracy
 
 

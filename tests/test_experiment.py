@@ -131,14 +131,19 @@ def test_an_unguarded_engine_that_can_saturate_is_doubted(run: Callable[..., Res
     assert not any("this CPU only" in doubt for doubt in run("engine=fbgemm", "latency=off").doubts)
 
 
-def test_a_relu_used_twice_fails_the_run_and_names_the_block(composed: Composed, tmp_path: Path) -> None:
+def test_a_relu_used_twice_is_refused_with_its_name_before_training_and_fails_the_run(
+    composed: Composed, tmp_path: Path
+) -> None:
     sys.modules["twice"] = type(sys)("twice")
     exec(TWICE, sys.modules["twice"].__dict__)
     config = composed(
         "model=custom", "model._target_=twice.Net", "train=fast", "latency=off", f"outputs={tmp_path}/outputs"
     )
     (tmp_path / "run").mkdir()
-    with pytest.raises(RunError, match=r"the fused model differs from the float model .* flow=fx"):
+    sentence = r"the fused model differs from the float model .* the module relu is called 2 times"
+    with pytest.raises(InputError, match=rf"{sentence}.* works with fusion=false or with flow=fx"):
+        experiment.check_inputs([config])
+    with pytest.raises(RunError, match=sentence):
         experiment.run_job(config, tmp_path / "run")
 
 

@@ -192,7 +192,11 @@ def exceptions() -> list[type[BaseException]]:
 
 
 def test_every_exception_survives_pickle() -> None:
-    given = {"UntraceableError": ("layer1.0", "BasicBlock", "an if"), "Stop": (signal.SIGINT,)}
+    given = {
+        "UntraceableError": ("layer1.0", "BasicBlock", "an if"),
+        "UnsafeWriteError": (("layer1.0", "BasicBlock"), "a write"),
+        "Stop": (signal.SIGINT,),
+    }
     kinds = exceptions()
     assert {RunError, NotFinite, InputError, QexpError, jobs.Elsewhere} <= set(kinds)
     assert set(given) <= {kind.__name__ for kind in kinds}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ from torch.ao.nn.quantized import FloatFunctional
 from torch.ao.quantization import DeQuantStub, QuantStub, fuse_modules
 
 from qexp import nets, quantize
-from qexp.config import Engine, Flow, QConfig
-from qexp.errors import InputError, RunError
+from qexp.config import ActivationObserver, Engine, Flow, Observer, QConfig
+from qexp.errors import InputError, NotFinite, RunError
 from qexp.vision import torchvision
 
 TWO = images(2)
@@ -194,7 +195,8 @@ def test_what_is_wrong_with_weights_or_images_is_not_laid_on_the_flow() -> None:
     net = trained(nets.tiny())
     with torch.no_grad():
         next(net.parameters())[0] = math.nan
-    for given, reason in ((TWO, "check model.checkpoint"), (TWO * math.inf, "check dataset.std")):
+    broken = "conv1.weight of the float model holds NaN or infinity; check model.checkpoint."
+    for given, reason in ((TWO, broken), (TWO * math.inf, "check dataset.std.")):
         with pytest.raises(InputError, match=rf"{reason}$"):
             quantize.dry_run(net, Flow.eager, True, settings(), MINMAX, Engine.x86, given)
 
@@ -280,6 +282,50 @@ def test_a_weight_that_is_not_a_number_is_refused_with_the_layer() -> None:
     prepared = quantize.prepare(net, Flow.eager, settings(), MINMAX, Engine.x86, TWO)
     with pytest.raises(RunError, match=r"output of features\.3 holds NaN"):
         quantize.calibrate(prepared, [images(8)])
+
+
+class Reciprocal(Chain):
+    """Infinite for a black image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x.sum((1, 2, 3)).reciprocal()[:, None]
+
+
+@pytest.mark.parametrize("observer", [MINMAX, Observer(ActivationObserver.histogram)])
+def test_the_image_that_makes_an_infinity_is_named_where_others_do_not(observer: Observer) -> None:
+    fused = quantize.fuse(trained(Reciprocal()), Flow.fx, True, TWO)
+
+    def refusal(zeros: list[int], batches: list[int]) -> str:
+        given = images(12)
+        given[zeros] = 0
+        prepared = quantize.prepare(fused, Flow.fx, settings(), observer, Engine.x86, TWO)
+        with pytest.raises(NotFinite) as caught:
+            quantize.calibrate(prepared, given.split(batches), "image {}".format)
+        return str(caught.value).removeprefix("calibration: the output of getitem holds NaN or infinity")
+
+    one = " for image 6, and not for others, so it has no range: mend the model (does it divide by zero there, or "
+    assert refusal([6], [4, 4, 4]).startswith(one)
+    assert refusal([5, 6, 7, 8], [4, 4, 4]).startswith(" for image 5 and 2 more of the first 8 images, and not for ")
+    assert refusal([4], [4, 1, 7]).startswith(" for image 4, and not for others")  # alone in its batch
+    assert refusal([0, 1, 2, 3, 5], [4, 8]).startswith(" for image 0 and 4 more of the first 12 images, and not")
+    every = ", so it has no range: the float model itself is broken there; check model.checkpoint"
+    assert refusal(list(range(12)), [4, 8]) == every
+
+
+def test_an_image_behind_what_is_kept_of_calibration_goes_by_its_position_among_all(tmp_path: Path) -> None:
+    fused = quantize.fuse(trained(Reciprocal()), Flow.fx, True, TWO)
+    given = images(12).numpy()
+    given[8] = 0
+    parts = np.split(given, 3)
+
+    def calibrate(count: int) -> None:
+        prepared = quantize.prepare(fused, Flow.fx, settings(), MINMAX, Engine.x86, TWO)
+        named = "image {}".format
+        quantize.calibrate_once(prepared, parts[:count], torch.from_numpy, tmp_path, "these", named)
+
+    calibrate(2)
+    with pytest.raises(NotFinite, match="for image 8, and not for others"):
+        calibrate(3)
 
 
 def test_an_image_that_is_not_finite_is_refused_as_such() -> None:

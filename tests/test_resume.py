@@ -470,6 +470,11 @@ def test_predictions_differ_by_so_many_images(now: dict[str, np.ndarray], said: 
     assert resume.images_told(images(ANSWERS), now, "int8") == said
 
 
+def test_a_run_of_old_whose_logits_were_no_numbers_is_not_compared_by_class() -> None:
+    then = images([[np.nan, 1.0], *ANSWERS[1:]])
+    assert resume.images_told(then, images(ANSWERS), "int8") == "1 of 4 images had NaN or infinity as logits then"
+
+
 def test_two_runs_are_compared_by_what_they_depend_on_and_by_their_figures() -> None:
     def row(code: str, speedup: float, **tags: str) -> Row:
         metrics = {"accuracy/fp32": 0.75, "accuracy/int8": 0.5, "latency/fp32_ms": 2.0, "latency/int8_ms": 2 / speedup}

@@ -11,19 +11,22 @@ import logging
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from qexp.config import ActivationObserver, Engine, Flow, Observer, QConfig, Target
 from qexp.errors import InputError, NotFinite, QexpError
-from qexp.quantize import dynamic, eager, fx, narrowing, saturation, sums
+from qexp.quantize import answers, dynamic, eager, fx, narrowing, saturation, sums
+from qexp.quantize.answers import TOLERANCE, difference
 from qexp.quantize.biases import fit_biases
 from qexp.quantize.calibrate import calibrate
-from qexp.quantize.compare import blame, fusion_difference
+from qexp.quantize.compare import blame, explained, fusion_difference
 from qexp.quantize.copies import evaluation_copy, sharing_copy
 from qexp.quantize.engines import engine, require, supported
 from qexp.quantize.executed import executed
 from qexp.quantize.functional import run_or_refuse
 from qexp.quantize.grid import SAFE_BITS, Grid, Side, executed_bits, grid
 from qexp.quantize.layers import layers, read_qparams
+from qexp.quantize.names import place
 from qexp.quantize.narrowing import Narrowed
 from qexp.quantize.observers import observers, records_range
 from qexp.quantize.once import calibrate_once
@@ -32,6 +35,7 @@ from qexp.quantize.strided import without_strides
 
 __all__ = [
     "SAFE_BITS",
+    "TOLERANCE",
     "Grid",
     "Narrowed",
     "Side",
@@ -39,11 +43,13 @@ __all__ = [
     "calibrate",
     "calibrate_once",
     "convert",
+    "difference",
     "dry_run",
     "engine",
     "exact",
     "executed",
     "executed_bits",
+    "explained",
     "fuse",
     "fusion_difference",
     "grid",
@@ -156,17 +162,28 @@ def dry_run(
     observer: Observer,
     engine_name: Engine,
     example: Tensor,
+    image: str = "the example",
 ) -> None:
     """Take a model through the whole flow with one image, so that what can't work is known before any work.
 
-    example: float32 [n, 3, H, W], n ≥ 1. Raises InputError that names the module where it fails and what would work.
+    example: float32 [n, 3, H, W], n ≥ 1; image: the name of the first, for a sentence. Raises InputError that names the
+    module where it fails and what would work.
     """
+    one = example[:1]
+    logits = answers.checked(module, one, image)
 
     def through(flow: Flow, fusion: bool) -> None:
-        one = example[:1]
-        prepared = prepare(fuse(module, flow, fusion, one), flow, qconfig, observer, engine_name, one)
+        # The eager flow's INT8 layers keep hooks, and those that fusing loses are found by what they change.
+        if flow is Flow.fx and (reason := answers.hooked(module, one)):
+            raise InputError(reason)
+        fused = fuse(module, flow, fusion, one)
+        with torch.inference_mode():
+            same = difference(logits, fused(one)) <= TOLERANCE
+        if not same:
+            raise InputError(explained(module, fused, flow, one))
+        prepared = prepare(fused, flow, qconfig, observer, engine_name, one)
         if flow is not Flow.dynamic:
-            calibrate(prepared, [one])
+            calibrate(prepared, [one], lambda number: image)
         converted = convert(prepared, flow, engine_name)
         with engine(engine_name):
             run_or_refuse(converted, flow, one)
@@ -187,7 +204,8 @@ def dry_run(
         raise InputError(str(error)) from error
     except Exception as error:
         # What torch raises on a model that it can't quantize is of many classes.
-        sentence = str(error) if isinstance(error, QexpError) else _of_torch(error, module, flow)
+        sentence = answers.cause(module, one)
+        sentence = sentence or (str(error) if isinstance(error, QexpError) else _of_torch(error, module, flow))
         others = {
             "flow=eager": (Flow.eager, True),
             "fusion=false" if flow is Flow.eager else "flow=eager fusion=false": (Flow.eager, False),
@@ -202,4 +220,11 @@ def dry_run(
 
 def _of_torch(error: Exception, module: nn.Module, flow: Flow) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    norms = {name: m for name, m in module.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is None}
+    if norms and "running_mean" in reason:
+        name, norm = next(iter(norms.items()))
+        reason = (
+            f"{place(name, type(norm).__name__)} has track_running_stats=False, and so takes mean and variance from "
+            "the batch that it gets; train it with running statistics"
+        )
     return f"flow={flow.value} can't quantize {type(module).__name__}: {reason.rstrip('.')}"

@@ -7,7 +7,7 @@ wrong where the output's range is another: a concatenation keeps the range of it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from qexp.config import Flow
 from qexp.errors import InputError
-from qexp.quantize.names import place, public
+from qexp.quantize.names import place, running
 
 _MOVE_VALUES = """
     alias as_strided channel_shuffle chunk clone contiguous detach diagonal expand flatten flip index index_select
@@ -64,33 +64,20 @@ def run_or_refuse(converted: nn.Module, flow: Flow, example: Tensor) -> None:
 
     example: float32 [n, 3, H, W]. torch's engine must be set.
     """
-    entered: list[tuple[str, str]] = []
-
-    def enter(name: str) -> Callable[..., None]:
-        return lambda m, inputs: entered.append((name, type(m).__name__))
-
-    def leave(m: nn.Module, inputs: object, output: object) -> None:
-        entered.pop()
-
-    modules = dict(converted.named_modules())
-    handles = [m.register_forward_pre_hook(enter(public(name, converted))) for name, m in modules.items()]
-    handles += [m.register_forward_hook(leave) for m in converted.modules()]
     watched = _Watched(flow)
-    try:
-        # In inference mode torch hides what a function is made of.
-        with torch.no_grad(), watched:
-            converted(example)
-    except (RuntimeError, NotImplementedError, TypeError, AssertionError) as error:
-        where = place(*entered[-1]) if entered else place("", type(converted).__name__)
-        if isinstance(error, _Refused):
-            raise InputError(f"flow={flow.value} can't quantize this model: {where} {error}") from error
-        raise InputError(
-            f"flow={flow.value} can't run this model: {where} does something that INT8 tensors don't take "
-            f"({watched.failed_in or _first_line(error)}){watched.advice}"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
+    with running(converted) as modules:
+        try:
+            # In inference mode torch hides what a function is made of.
+            with torch.no_grad(), watched:
+                converted(example)
+        except (RuntimeError, NotImplementedError, TypeError, AssertionError) as error:
+            where = place(*modules[-1])
+            if isinstance(error, _Refused):
+                raise InputError(f"flow={flow.value} can't quantize this model: {where} {error}") from error
+            raise InputError(
+                f"flow={flow.value} can't run this model: {where} does something that INT8 tensors don't take "
+                f"({watched.failed_in or _first_line(error)}){watched.advice}"
+            ) from error
 
 
 class _Refused(RuntimeError):

@@ -7,6 +7,9 @@ there the name is given once, to the fused graph, and carried from node to node.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -114,3 +117,41 @@ def _is_observer(node: fx.Node) -> bool:
 def place(name: str, kind: str) -> str:
     """Where in a model something happened, for a sentence: `module layer1.0 (BasicBlock)`."""
     return f"module {name} ({kind})" if name else f"own forward ({kind})"
+
+
+@contextmanager
+def running(
+    module: nn.Module,
+    before: Callable[[tuple[str, str], Any], None] | None = None,
+    after: Callable[[tuple[str, str], Any], None] | None = None,
+) -> Iterator[list[tuple[str, str]]]:
+    """The modules that are being run, the innermost last, each as name and class; `module` itself, which is always one
+    of them, has no name. Where a call raises, the list stays as it was then.
+
+    before, after: told what such a module is given and what it gives; inputs are laid to the module that calls it.
+    """
+    stack = [("", type(module).__name__)]
+
+    def enter(name: str) -> Callable[..., None]:
+        def hook(m: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if before is not None:
+                before(stack[-1], inputs)
+            stack.append((name, type(m).__name__))
+
+        return hook
+
+    def leave(m: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        where = stack.pop()
+        if after is not None:
+            after(where, output)
+
+    handles = []
+    for name, m in module.named_modules():
+        if m is not module:
+            handles.append(m.register_forward_pre_hook(enter(public(name, module)), prepend=True))
+            handles.append(m.register_forward_hook(leave))
+    try:
+        yield stack
+    finally:
+        for handle in handles:
+            handle.remove()

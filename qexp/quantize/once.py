@@ -27,10 +27,11 @@ def calibrate_once(
     as_input: Callable[[np.ndarray], Tensor],
     folder: Path,
     depends_on: str,
+    named: Callable[[int], str] = "calibration image {}".format,
 ) -> None:
     """As `calibrate`, for a model with recorders; only the batches that no entry in `folder` covers are run.
 
-    batches: the images as they are stored; as_input: from one of them to float32 [n, 3, H, W]; depends_on: all that the
+    batches: the images as they are stored; as_input, named: as there; depends_on: all that the
     activations depend on beside the batches and the places where they are recorded: model, flow, normalisation, what
     executes it.
     """
@@ -45,7 +46,8 @@ def calibrate_once(
                 _resume(recorders, found)
                 done = number
                 break
-        calibrate(prepared, (as_input(batch) for batch in batches[done:]))
+        before = sum(map(len, batches[:done]))
+        calibrate(prepared, batches[done:], lambda position: named(before + position), as_input)
         return pack([recorder.stats for recorder in recorders if recorder.stats is not None])
 
     _resume(recorders, cache.array(folder, keys[-1], make))
