@@ -1,7 +1,8 @@
 """Weights from a file into a module: read without running code, matched by name, refused where they don't fit.
 
 What a file is shows in its first bytes, not in its extension. The weights may be the file itself or lie in it under
-any key, and their names may carry the prefixes of wrappers (DataParallel, torch.compile, Lightning, FSDP).
+any key, and their names may carry the prefixes of wrappers (DataParallel, torch.compile, Lightning, FSDP). What names
+alone don't match, the module's own load_state_dict decides on, which may have hooks for checkpoints of old.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import pathlib
 import re
 import warnings
 import zipfile
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 _NEEDLESS = re.compile(
     r"(^|\.)(total_ops|total_params|n_averaged|num_batches_tracked|aux1\..*|aux2\..*|AuxLogits\..*)$"
 )
+# What get_extra_state() gives is saved under this name; it need not be a tensor.
+_EXTRA = "_extra_state"
 _QUANTIZED = re.compile(r"(^|\.)(_packed_params(\..*)?|zero_point)$")
 _PREPARED = re.compile(r"activation_post_process|fake_quant")
 # What training scripts put beside the weights, and what can be read without running anything.
@@ -67,28 +70,45 @@ def load_checkpoint(module: nn.Module, path: Path) -> str:
     candidates = list(_candidates(_read(setting, path)))
     if not candidates:
         raise InputError(f"{setting} holds no weights: no mapping of names to tensors; {_SAVE_INSTEAD}.")
-    target = module.state_dict(keep_vars=True)
-    fits = [_fit(setting, place, tensors, target) for place, tensors in sorted(candidates, key=_preference)]
-    whole = [fit for fit in fits if fit.complete]
+    target = {n: value for n, value in module.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    fits = [_fit(setting, state, target) for state in sorted(candidates, key=_preference)]
+    whole = [fit for fit in fits if fit.complete] or [taken for fit in fits if (taken := _taken(module, fit, target))]
     fit = whole[0] if whole else max(fits, key=lambda fit: len(fit.names))
     _check(setting, fit, target)
-    tensors = {name: _convert(fit.tensors[key], target[name]) for name, key in fit.names.items()}
-    broken = [n for n, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    converted = _converted(fit, target)
+    broken = [n for n, t in converted.items() if _is_float(t) and not bool(torch.isfinite(t).all())]
     if broken:
         raise InputError(
             f"{setting}: {_count(len(broken), 'tensor')} of it {'hold' if len(broken) > 1 else 'holds'} NaN or infinity"
             f" ({_first(broken)}); the training that wrote it diverged, take an earlier checkpoint."
         )
-    module.load_state_dict(tensors, strict=False)
-    return _describe(path, fit, [other.place for other in whole[1:]])
+    error = _load(module, converted, target, strict=fit.by_module)
+    if error is not None:
+        raise InputError(
+            f"{setting} is refused by {type(module).__name__}'s own load_state_dict: {one_line(error)}."
+        ) from error
+    return _describe(path, fit, [other.state.place for other in whole[1:]])
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """Weights in a file, as a mapping of names to tensors somewhere in it.
+
+    place: "state_dict" or "model.ema", say; empty for the file itself. extra: what modules save beside tensors.
+    versions: of the modules by path, as state_dict() keeps them for those that load it.
+    """
+
+    place: str
+    tensors: Mapping[str, Tensor]
+    extra: Mapping[str, Any]
+    versions: Mapping[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
 class _Fit:
-    """How the tensors at one place of a file match the names of a module."""
+    """How the weights at one place of a file match the names of a module."""
 
-    place: str  # where in the file, as "state_dict" or "model.ema"; empty for the file itself
-    tensors: Mapping[str, Tensor]
+    state: _State
     names: dict[str, str]  # name in the module -> name in the file
     prefix: str = ""  # what the file's names carry and the module's don't
     added: str = ""  # the reverse
@@ -96,6 +116,18 @@ class _Fit:
     unexpected: list[str] = field(default_factory=list)
     misshapen: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+    extra: dict[str, str] = field(default_factory=dict)  # as names, of what is no tensor
+    wrappers: frozenset[str] = frozenset()  # components that are left out of the file's names
+    by_module: bool = False  # the module's load_state_dict takes these names, which it may change
+
+    def name(self, key: str) -> str:
+        """In the module, of what the file has under this name."""
+        return self.added + _without(self.wrappers, key).removeprefix(self.prefix)
+
+    def take(self, keys: Iterable[str]) -> None:
+        """All that the file has under these names."""
+        for key in keys:
+            (self.extra if key in self.state.extra else self.names)[self.name(key)] = key
 
     @property
     def complete(self) -> bool:
@@ -224,65 +256,117 @@ def _unsafe_globals(path: Path) -> list[str]:
 # ---- finding the weights in what was read ----
 
 
-def _candidates(value: object, place: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def _candidates(value: object, place: str = "", depth: int = 0) -> Iterator[_State]:
     """Every mapping of names to tensors in `value`, down to three levels, with the keys that lead to it."""
     if not isinstance(value, Mapping):
         return
-    tensors = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in value.items()}
-    tensors = {k: v for k, v in tensors.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    named = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in value.items() if isinstance(k, str)}
+    tensors = {name: item for name, item in named.items() if isinstance(item, Tensor)}
     if tensors:
-        yield place, tensors
+        extra = {name: item for name, item in named.items() if name.endswith(_EXTRA) and name not in tensors}
+        yield _State(place, tensors, extra, getattr(value, "_metadata", {}))
     if depth < 3:
         for key, inner in value.items():
             if isinstance(key, str):
                 yield from _candidates(inner, f"{place}.{key}" if place else key, depth + 1)
 
 
-def _preference(candidate: tuple[str, object]) -> tuple[bool, bool, int]:
-    place = candidate[0]
-    last = place.rpartition(".")[2]
-    averaged = bool(re.search("ema|swa|teacher|averag", place.lower()))
-    return place != "", averaged, _PREFERRED.index(last) if last in _PREFERRED else len(_PREFERRED)
+def _preference(state: _State) -> tuple[bool, bool, int]:
+    last = state.place.rpartition(".")[2]
+    averaged = bool(re.search("ema|swa|teacher|averag", state.place.lower()))
+    return state.place != "", averaged, _PREFERRED.index(last) if last in _PREFERRED else len(_PREFERRED)
 
 
-def _fit(setting: str, place: str, tensors: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> _Fit:
-    plain = _without_wrappers(tensors, target)
+def _fit(setting: str, state: _State, target: Mapping[str, Tensor]) -> _Fit:
+    keys = [*state.tensors, *state.extra]
+    wrappers = _wrappers(keys, target)
+    plain = {key: _without(wrappers, key) for key in keys}
     added = ""
-    prefix, count = _best_prefix(setting, plain, target)
+    prefix, count = _best_prefix(setting, plain.values(), target)
     # The module may be the wrapper: class Net with the network in self.model, and weights of the network alone.
     shared = _shared_component(target)
     if shared and count < len(target):
         inner = {name.removeprefix(shared): tensor for name, tensor in target.items()}
-        inner_prefix, inner_count = _best_prefix(setting, plain, inner)
+        inner_prefix, inner_count = _best_prefix(setting, plain.values(), inner)
         if inner_count > count:
             prefix, added = inner_prefix, shared
-    names: dict[str, str] = {}
-    unexpected: list[str] = []
-    ignored: list[str] = []
-    for short, key in plain.items():
-        name = added + short.removeprefix(prefix)
+    fit = _Fit(state, {}, prefix, added, wrappers=wrappers)
+    for key, short in plain.items():
+        name = fit.name(key)
         if not short.startswith(prefix):
-            ignored.append(key)
+            fit.ignored.append(key)
+        elif key in state.extra:
+            fit.extra[name] = key
         elif name in target:
-            names[name] = key
+            fit.names[name] = key
         else:
-            (ignored if _NEEDLESS.search(short) else unexpected).append(key)
-    loaded = {_storage(target[name]) for name in names} - {None}
-    missing = [
+            (fit.ignored if _NEEDLESS.search(short) else fit.unexpected).append(key)
+    loaded = {_storage(target[name]) for name in fit.names} - {None}
+    fit.missing.extend(
         name
         for name, tensor in target.items()
-        if name not in names and not name.endswith("num_batches_tracked") and _storage(tensor) not in loaded
+        if name not in fit.names and not name.endswith("num_batches_tracked") and _storage(tensor) not in loaded
+    )
+    fit.misshapen.extend(name for name, key in fit.names.items() if not _same_shape(state.tensors[key], target[name]))
+    return fit
+
+
+def _taken(module: nn.Module, fit: _Fit, target: Mapping[str, Tensor]) -> _Fit | None:
+    """The fit with which the module's own load_state_dict takes these weights and all of them, if there is one: with
+    the file's names, or without what wrappers and training scripts put before them. The module is left as it was."""
+    if any(is_lazy(tensor) for tensor in target.values()):
+        return None
+    keys = [*fit.state.tensors, *fit.state.extra]
+    needed = [key for key in keys if key not in fit.ignored]
+    shared = _shared_component(_without(fit.wrappers, key) for key in needed)
+    as_they_are = _Fit(fit.state, {}, by_module=True)
+    as_they_are.take(keys)
+    others = [
+        _Fit(fit.state, {}, prefix, added, ignored=fit.ignored, wrappers=fit.wrappers, by_module=True)
+        for prefix, added in dict.fromkeys([(fit.prefix, fit.added), ("", ""), (shared, "")])
     ]
-    misshapen = [name for name, key in names.items() if not _same_shape(tensors[key], target[name])]
-    return _Fit(place, tensors, names, prefix, added, missing, unexpected, misshapen, ignored)
+    for other in others:
+        other.take(needed)
+    before = _values(target)
+    for other in (as_they_are, *others):
+        if _load(module, _converted(other, target), target, strict=True) is None:
+            _put_back(target, before)
+            return other
+    return None
 
 
-def _without_wrappers(tensors: Iterable[str], target: Iterable[str]) -> dict[str, str]:
-    """Names without the components that wrappers insert -> names; components that the module has itself are kept."""
-    own = {part for name in target for part in name.split(".")}
-    drop = _WRAPPERS - own
-    plain = {".".join(p for p in key.split(".") if p not in drop): key for key in tensors}
-    return plain if len(plain) == len(list(tensors)) else {key: key for key in tensors}
+def _load(module: nn.Module, state: Mapping[str, Any], target: Mapping[str, Tensor], strict: bool) -> Exception | None:
+    """Let the module load a state; where it refuses to, why, and the module is as it was. target: its tensors."""
+    before = _values(target)
+    try:
+        left = module.load_state_dict(state, strict=strict)
+        # A method of the model's own may be less strict than it is told to be.
+        if strict and any(map(bool, left or ())):
+            raise RuntimeError(str(left))
+    except Exception as error:  # its hooks may raise anything
+        _put_back(target, before)
+        return error
+    return None
+
+
+def _values(target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in target.items() if not is_lazy(tensor)}
+
+
+def _put_back(target: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in before.items():
+            target[name].copy_(tensor)
+
+
+def _wrappers(keys: Sequence[str], target: Iterable[str]) -> frozenset[str]:
+    """The components of names that wrappers insert, but for those that the module has itself."""
+    found = frozenset(_WRAPPERS - {part for name in target for part in name.split(".")})
+    return found if len({_without(found, key) for key in keys}) == len(keys) else frozenset()
+
+
+def _without(wrappers: Collection[str], name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
 def _best_prefix(setting: str, keys: Iterable[str], target: Mapping[str, Tensor]) -> tuple[str, int]:
@@ -325,10 +409,10 @@ def _same_shape(source: Tensor, target: Tensor) -> bool:
 
 
 def _check(setting: str, fit: _Fit, target: Mapping[str, Tensor]) -> None:
-    of = f"{setting}{f' ({fit.place})' if fit.place else ''}"
-    if any(t.is_quantized for t in fit.tensors.values()) or any(map(_QUANTIZED.search, fit.tensors)):
+    of = f"{setting}{f' ({fit.state.place})' if fit.state.place else ''}"
+    if any(t.is_quantized for t in fit.state.tensors.values()) or any(map(_QUANTIZED.search, fit.state.tensors)):
         raise InputError(f"{of} holds a model that is quantized already; give the FP32 weights.")
-    if any(map(_PREPARED.search, fit.tensors)):
+    if any(map(_PREPARED.search, fit.state.tensors)):
         raise InputError(f"{of} holds a model prepared for quantization, with its observers; give the FP32 weights.")
     if fit.missing or fit.unexpected:
         parts = []
@@ -342,18 +426,20 @@ def _check(setting: str, fit: _Fit, target: Mapping[str, Tensor]) -> None:
     if fit.misshapen:
         raise InputError(f"{of} {_misfit(fit, target)}.")
     odd = [
-        f"{key} is {str(fit.tensors[key].dtype).removeprefix('torch.')}"
+        f"{key} is {str(fit.state.tensors[key].dtype).removeprefix('torch.')}"
         for name, key in fit.names.items()
-        if target[name].is_floating_point() and not fit.tensors[key].is_floating_point()
+        if name in target and target[name].is_floating_point() and not fit.state.tensors[key].is_floating_point()
     ]
-    if odd or any(t.is_meta or t.is_sparse for t in fit.tensors.values()):
+    if odd or any(t.is_meta or t.is_sparse for t in fit.state.tensors.values()):
         raise InputError(
             f"{of} does not hold plain floating-point weights ({_first(odd) or 'meta or sparse tensors'})."
         )
 
 
 def _misfit(fit: _Fit, target: Mapping[str, Tensor]) -> str:
-    shapes = {name: (list(fit.tensors[fit.names[name]].shape), list(target[name].shape)) for name in fit.misshapen}
+    shapes = {
+        name: (list(fit.state.tensors[fit.names[name]].shape), list(target[name].shape)) for name in fit.misshapen
+    }
     layers = {name.rpartition(".")[0] for name in shapes}
     if len(layers) == 1 and all(len(a) == len(b) and a[1:] == b[1:] and a[0] != b[0] for a, b in shapes.values()):
         got, wanted = next(iter(shapes.values()))
@@ -364,17 +450,40 @@ def _misfit(fit: _Fit, target: Mapping[str, Tensor]) -> str:
     return f"does not fit the model: {_count(len(listed), 'tensor')} of another shape ({_first(listed, '; ')})"
 
 
-def _convert(source: Tensor, target: Tensor) -> Tensor:
+def _converted(fit: _Fit, target: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the module is given: float32 tensors by its own names, with what stands beside them in the file."""
+    state = fit.state
+    given: dict[str, Any] = OrderedDict(
+        (name, _convert(state.tensors[key], target.get(name))) for name, key in fit.names.items()
+    )
+    given.update((name, state.extra[key]) for name, key in fit.extra.items())
+    given._metadata = {  # type: ignore[attr-defined]
+        fit.name(f"{path}.").rstrip("."): version
+        for path, version in state.versions.items()
+        if f"{_without(fit.wrappers, path)}.".startswith(fit.prefix)
+    }
+    return given
+
+
+def _convert(source: Tensor, target: Tensor | None) -> Tensor:
     source = source.detach()
-    if not is_lazy(target):
+    if target is not None and not is_lazy(target) and source.numel() == target.numel() == 1:
         source = source.reshape(target.shape)
+    if target is None or is_lazy(target):
+        return source.float() if source.is_floating_point() else source
     return source.to(torch.float32 if target.is_floating_point() else target.dtype)
 
 
+def _is_float(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
 def _describe(path: Path, fit: _Fit, others: list[str]) -> str:
-    parts = [f"{_count(len(fit.names), 'tensor')}{f' of {fit.place}' if fit.place else ''} from {path}"]
+    parts = [f"{_count(len(fit.names), 'tensor')}{f' of {fit.state.place}' if fit.state.place else ''} from {path}"]
     kinds = {
-        str(t.dtype).removeprefix("torch.") for k in fit.names.values() if (t := fit.tensors[k]).is_floating_point()
+        str(t.dtype).removeprefix("torch.")
+        for k in fit.names.values()
+        if (t := fit.state.tensors[k]).is_floating_point()
     }
     if kinds - {"float32"}:
         parts.append(f"{', '.join(sorted(kinds - {'float32'}))} converted to float32")

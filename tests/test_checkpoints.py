@@ -276,3 +276,118 @@ def test_a_tilde_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("HOME", str(tmp_path))
     saved(tmp_path, weights())
     load_checkpoint(net(), Path("~/weights.pt"))
+
+
+# ------------------------------------------------------------------------------ the module's own way of loading
+
+
+class Renaming(nn.Sequential):
+    """Has been rewritten since its checkpoints were made: names, and with version 2 the order of a weight's axes."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+        self.register_load_state_dict_pre_hook(self.rename)
+
+    @staticmethod
+    def rename(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *rest: Any) -> None:
+        if f"{prefix}features.kernel" in state:
+            state[f"{prefix}0.weight"] = state.pop(f"{prefix}features.kernel")
+            state[f"{prefix}0.bias"] = state.pop(f"{prefix}features.offset")
+        if metadata.get("version", 1) < 2:
+            state[f"{prefix}2.weight"] = state[f"{prefix}2.weight"].t()
+
+
+def old_names(state: State) -> State:
+    return {
+        name.replace("0.weight", "features.kernel").replace("0.bias", "features.offset"): t for name, t in state.items()
+    }
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "lit.model."])
+def test_a_checkpoint_that_the_module_s_own_hooks_rename_is_taken(tmp_path: Path, prefix: str) -> None:
+    source, module = Renaming(), Renaming()
+    state = old_names(source.state_dict())
+    state["2.weight"] = state["2.weight"].t().contiguous()  # a plain mapping has no version: it is of old
+    said = load_checkpoint(module, saved(tmp_path, {"state_dict": prefixed(prefix, state), "epoch": 3}))
+    assert "4 tensors of state_dict" in said
+    assert all(torch.equal(t, source.state_dict()[name]) for name, t in module.state_dict().items())
+
+
+def test_a_state_keeps_the_versions_that_hooks_go_by(tmp_path: Path) -> None:
+    source, module = Renaming(), Renaming()
+    load_checkpoint(module, saved(tmp_path, source.state_dict()))
+    assert torch.equal(module[2].weight, source[2].weight)
+    wrapped = nn.DataParallel(source)
+    load_checkpoint(module, saved(tmp_path, {"state_dict": wrapped.state_dict()}))
+    assert torch.equal(module[2].weight, source[2].weight)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_weight_norm_of_old_goes_into_the_parametrization_of_today(tmp_path: Path, prefix: str) -> None:
+    def layers() -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 2))
+
+    source, module = layers(), layers()
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        nn.utils.weight_norm(source[0])
+    nn.utils.parametrizations.weight_norm(module[0])
+    assert "0.weight_g" in source.state_dict()
+    load_checkpoint(module, saved(tmp_path, prefixed(prefix, dict(source.state_dict()))))
+    norm = source[0].weight_v.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    torch.testing.assert_close(module[0].weight, source[0].weight_g * source[0].weight_v / norm)
+    assert torch.equal(module[1].weight, source[1].weight)
+
+
+def test_state_that_is_no_tensor_reaches_the_module(tmp_path: Path) -> None:
+    class Counting(nn.Linear):
+        seen = 0
+
+        def get_extra_state(self) -> dict[str, int]:
+            return {"seen": self.seen}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            self.seen = state["seen"]
+
+    source, module = Counting(2, 2), Counting(2, 2)
+    source.seen = 7
+    load_checkpoint(module, saved(tmp_path, source.state_dict()))
+    assert module.seen == 7
+    load_checkpoint(nn.Sequential(module), saved(tmp_path, prefixed("module.", dict(Counting(2, 2).state_dict()))))
+    assert module.seen == 0
+
+
+def test_a_hook_that_resizes_is_asked_before_a_shape_is_called_wrong(tmp_path: Path) -> None:
+    class Position(nn.Module):
+        def __init__(self, places: int) -> None:
+            super().__init__()
+            self.embedding = nn.Parameter(torch.zeros(1, places))
+
+        def _load_from_state_dict(self, state: State, prefix: str, *rest: Any) -> None:
+            name = f"{prefix}embedding"
+            state[name] = state[name][:, : self.embedding.shape[1]]
+            super()._load_from_state_dict(state, prefix, *rest)
+
+    module = Position(4)
+    load_checkpoint(module, saved(tmp_path, {"embedding": torch.arange(9.0)[None]}))
+    assert module.embedding.tolist() == [[0, 1, 2, 3]]
+
+
+def test_what_the_module_refuses_is_refused_in_the_words_that_help_and_changes_nothing(tmp_path: Path) -> None:
+    message = refusal(saved(tmp_path, prefixed("b.", weights())), Renaming())
+    assert "of another architecture: it lacks 3 of the model's 4 tensors (0.bias, 2.weight, 2.bias)" in message
+
+    class Lax(nn.Sequential):
+        def load_state_dict(self, state: Any, strict: bool = True, assign: bool = False) -> Any:
+            return super().load_state_dict(state, strict=False)
+
+    assert "of another architecture" in refusal(saved(tmp_path, {"x": torch.ones(2)}), Lax(nn.Linear(2, 2)))
+
+    class Choosy(nn.Linear):
+        def _load_from_state_dict(self, state: State, prefix: str, *rest: Any) -> None:
+            super()._load_from_state_dict(state, prefix, *rest)
+            raise ValueError("made by another trainer")
+
+    message = refusal(saved(tmp_path, nn.Linear(2, 2).state_dict()), Choosy(2, 2))
+    assert "refused by Choosy's own load_state_dict: ValueError: made by another trainer" in message
