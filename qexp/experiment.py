@@ -158,6 +158,7 @@ def run_job(config: Config, folder: Path, turn: Turn = ALONE) -> Result:
             skeleton = quantize.skeleton(fused, config.flow, qconfig, config.engine, few[:2])
             in_memory = {"fp32": fused, "int8": int8}
             artifacts = saved.write(config, fp32.digest, in_memory, few, folder, record.images_expected(data))
+            float_bytes = shipped_size(config, fp32, few)
             # torch.compile takes half a minute, and only the processes that time need it.
             here = [runtime for runtime in config.latency.runtimes if runtime is not Runtime.inductor]
             variants = saved.read(config, {"fp32": fused, "int8": skeleton}, folder, here)
@@ -191,7 +192,7 @@ def run_job(config: Config, folder: Path, turn: Turn = ALONE) -> Result:
         **metrics.of_accuracy(predictions["fp32"], predictions["int8"]),
         **metrics.of_target(predictions["fp32"], answer, margin),
         **metrics.of_latency(timings),
-        **metrics.of_size(artifacts),
+        **metrics.of_size(float_bytes, artifacts),
         **metrics.of_layers(layers),
         "quant/layers_narrowed": float(len(calibration.narrowed)),
         "quant/fusion_difference": difference,
@@ -345,6 +346,15 @@ def checked_layers(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
         reasons = "; ".join(dict.fromkeys(layer.reason for layer in layers if layer.reason))
         raise RunError(f"no layer runs in INT8{f': {reasons}' if reasons else ''}.")
     return layers
+
+
+def shipped_size(config: Config, fp32: models.FloatModel, few: Tensor) -> int:
+    """Bytes of the float model as its owner would ship it; what was found is kept. few: float32 [n, 3, H, W]."""
+
+    def measured() -> np.ndarray:
+        return np.array([saved.float_size(fp32.module, few)])
+
+    return int(cache.array(kept.folder(config), kept.float_size_key(fp32.digest), measured)[0])
 
 
 def contents_of(

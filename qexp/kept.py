@@ -55,6 +55,11 @@ def float_file_key(config: Config, float_digest: str, name: str, shape: Sequence
     return json.dumps(["file", name, made_of, _where(config), sources.code_hash()])
 
 
+def float_size_key(float_digest: str) -> str:
+    """Everything that the size of a float model depends on."""
+    return json.dumps(["size", float_digest, torch.__version__, sources.code_hash()])
+
+
 def fusion_key(config: Config, data: Data, float_digest: str) -> str:
     """Everything that the difference of the fused from the float model depends on."""
     return json.dumps(["fusion", activations_key(config, data, float_digest), data.test.digest])

@@ -158,7 +158,7 @@ METRICS: dict[str, Metric] = {
         for variant in VARIANTS
         for quantile in ("", "_p90", "_p99")
     },
-    "size/fp32_mb": Metric("MB", "lower", 3, "saved FP32 artifact, 10^6 bytes"),
+    "size/fp32_mb": Metric("MB", "lower", 3, "float model's own state_dict, 10^6 bytes"),
     "size/int8_mb": Metric("MB", "lower", 3, "saved INT8 artifact, 10^6 bytes"),
     "size/ratio": Metric("ratio", "higher", 2, "FP32 over INT8 size"),
     "quant/layers_int8": Metric("layers", "", 0, "layers executed in INT8"),

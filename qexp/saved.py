@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -63,6 +64,31 @@ def write(
                     digests[path] = cache.digest_of(made(path))
             artifacts.append(Artifact(precision, str(runtime), str(path), digests[path], path.stat().st_size, engine))
     return artifacts
+
+
+def float_size(module: nn.Module, images: Tensor) -> int:
+    """Bytes of a float model as its owner would ship it: a file with its state_dict, in which masks of pruning and what
+    else computes weights are settled, and a tensor that layers share stands once.
+
+    images: float32 [n, 3, H, W]. What is saved to be executed is fused, which parts what was shared.
+    """
+    counted = _Counted()
+    with io.BufferedWriter(counted) as file:
+        torch.save(quantize.evaluation_copy(module, images).state_dict(), file)
+    return counted.size
+
+
+class _Counted(io.RawIOBase):
+    """A file of which nothing is kept but its size."""
+
+    size = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.size += len(data)
+        return len(data)
 
 
 def _path(folder: Path, precision: str, runtime: Runtime) -> Path:

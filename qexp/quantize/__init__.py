@@ -46,6 +46,7 @@ __all__ = [
     "difference",
     "dry_run",
     "engine",
+    "evaluation_copy",
     "exact",
     "executed",
     "executed_bits",

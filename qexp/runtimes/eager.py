@@ -6,10 +6,12 @@ A pickled INT8 module saves but does not load; a state_dict does, and without ru
 from __future__ import annotations
 
 import warnings
+from collections.abc import MutableMapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qexp.config import Engine
 from qexp.errors import RunError
@@ -17,9 +19,35 @@ from qexp.runtimes.model import Loaded, packing_for
 
 
 def export(module: nn.Module, path: Path) -> Path:
-    """Save the state_dict of a fused FP32 model or of a converted INT8 one."""
-    torch.save(module.state_dict(), path)
+    """Save the state_dict of a fused FP32 model or of a converted INT8 one, what layers share once."""
+    state = module.state_dict()
+    _share(state)
+    torch.save(state, path)
     return path
+
+
+def _share(state: MutableMapping[str, Any]) -> None:
+    """Put one tensor, which torch.save writes once, in the place of all that are equal.
+
+    A layer that is called at several places has a copy for each of them after fusing, and its weights are packed for
+    each of them.
+    """
+    found: dict[tuple[object, ...], list[Tensor]] = {}
+
+    def one(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(one, value))
+        if not isinstance(value, Tensor) or value.numel() <= 1:
+            return value
+        alike = found.setdefault((value.dtype, value.shape, value.stride()), [])
+        for other in alike:
+            if torch.equal(value, other):
+                return other
+        alike.append(value)
+        return value
+
+    for name in state:
+        state[name] = one(state[name])
 
 
 def load(path: Path, structure: nn.Module, engine: Engine | None, channels_last: bool = False) -> Loaded:
