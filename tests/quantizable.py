@@ -121,7 +121,7 @@ class Upsampling(nn.Module):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 8, 3, stride=4)
-        self.up = nn.ConvTranspose2d(8, 8, 2)
+        self.up = nn.ConvTranspose2d(8, 8, 3)
         self.fc = nn.Linear(8, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:

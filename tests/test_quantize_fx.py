@@ -110,8 +110,9 @@ def test_batchnorm_is_folded_whatever_the_class(name: str) -> None:
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fused.modules())
     converted = quantize.convert(prepared, Flow.fx, Engine.x86)
     layers = quantize.layers(converted, Flow.fx, Engine.x86)
-    first = "conv_transpose" if "transposed" in name else "conv"
-    assert [(layer.kind, layer.int8) for layer in layers] == [(first, True), ("pointwise", True), ("linear", True)]
+    # From 3 to 8 channels torch's kernel is wrong: see quantize/transposed.py.
+    first = ("conv_transpose", False) if "transposed" in name else ("conv", True)
+    assert [(layer.kind, layer.int8) for layer in layers] == [first, ("pointwise", True), ("linear", True)]
     with quantize.engine(Engine.x86), torch.inference_mode():
         batch = images(5, seed=5)
         assert relative_error(converted(batch), net(batch)) < 0.1

@@ -89,9 +89,9 @@ def prepare(
     """A copy of a fused model with torch's observers where `flow` puts them; `qconfig.overflow` must be resolved."""
     with engine(engine_name):
         if flow is Flow.eager:
-            return eager.prepare(fused, qconfig, observer, example)
+            return eager.prepare(fused, qconfig, observer, engine_name, example)
         if flow is Flow.fx:
-            return fx.prepare(fused, qconfig, observer, example)
+            return fx.prepare(fused, qconfig, observer, engine_name, example)
         return dynamic.prepare(fused, qconfig)
 
 

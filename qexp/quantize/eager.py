@@ -17,8 +17,10 @@ from torch.ao.nn.quantized import FloatFunctional
 from torch.ao.quantization import QuantStub, QuantWrapper, fuse_modules
 from torch.ao.quantization import convert as torch_convert
 from torch.ao.quantization import prepare as torch_prepare
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvTransposeNd
 
-from qexp.config import Granularity, Observer, QConfig
+from qexp.config import Engine, Granularity, Observer, QConfig
 from qexp.errors import InputError
 from qexp.quantize.clamps import Interval, clamp_after
 from qexp.quantize.copies import each_once, evaluation_copy, sharing_copy
@@ -27,6 +29,7 @@ from qexp.quantize.observers import ClampFirst, torch_qconfig
 from qexp.quantize.quiet import known_deprecations_silenced
 from qexp.quantize.recorder import Recorder
 from qexp.quantize.trace import UntraceableError, trace
+from qexp.quantize.transposed import InFloat, fold, why_float
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +40,13 @@ _FUSIBLE = (
     (nn.Conv1d, nn.BatchNorm1d, nn.ReLU),
     (nn.Conv1d, nn.BatchNorm1d),
     (nn.Conv1d, nn.ReLU),
+    (nn.ConvTranspose1d, nn.BatchNorm1d),
     (nn.ConvTranspose2d, nn.BatchNorm2d),
     (nn.Linear, nn.BatchNorm1d),
     (nn.Linear, nn.ReLU),
     (nn.BatchNorm2d, nn.ReLU),
 )
-"""What torch fuses, by exact type, the longest first."""
+"""What is fused, by exact type, the longest first: all by torch, but for transposed convolutions."""
 
 
 def fuse(module: nn.Module, fusion: bool, example: Tensor) -> nn.Module:
@@ -72,7 +76,11 @@ def fuse(module: nn.Module, fusion: bool, example: Tensor) -> nn.Module:
     names = {part: name for name, part in module.named_modules()}
     with each_once(module):
         for chain in chains:
-            fuse_modules(module, [names[part] for part in chain], inplace=True)
+            if isinstance(chain[0], _ConvTransposeNd) and isinstance(chain[1], _BatchNorm):
+                fold(chain[0], chain[1])
+                module.set_submodule(names[chain[1]], nn.Identity())
+            else:
+                fuse_modules(module, [names[part] for part in chain], inplace=True)
     return module
 
 
@@ -149,12 +157,16 @@ def _unfused_batchnorm(graph_module: fx.GraphModule, chains: list[list[nn.Module
     return ""
 
 
-def prepare(fused: nn.Module, qconfig: QConfig, observer: Observer, example: Tensor) -> nn.Module:
+def prepare(fused: nn.Module, qconfig: QConfig, observer: Observer, engine: Engine, example: Tensor) -> nn.Module:
     """A copy with torch's observers; stubs are put around a model that has none."""
     module = sharing_copy(fused).eval()
     # torchvision's quantizable models bring stubs, and a second pair would quantize twice.
     if not any(isinstance(m, QuantStub) for m in module.modules()):
         module = QuantWrapper(module).eval()
+    wrapped = {part: InFloat(part) for part in module.modules() if why_float(part, engine)}
+    for name, part in list(module.named_modules(remove_duplicate=False)):
+        if part in wrapped:
+            module.set_submodule(name, wrapped[part])
     clamped = _clamped(module, example) if qconfig.range_after_clamp else {}
     _choose(module, qconfig, observer, example)
     with known_deprecations_silenced(), each_once(module):
@@ -191,11 +203,12 @@ def _choose(module: nn.Module, qconfig: QConfig, observer: Observer, example: Te
     for handle in handles:
         handle.remove()
     module.qconfig = everywhere
+    in_float = {m.layer for m in module.modules() if isinstance(m, InFloat)}
     for m in module.modules():
         if isinstance(m, FloatFunctional):
             m.qconfig = everywhere if id(m.activation_post_process) in ran else nowhere
         elif isinstance(m, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-            m.qconfig = transposed if id(m) in ran else nowhere
+            m.qconfig = transposed if id(m) in ran and m not in in_float else nowhere
         elif m is not module and not any(id(part) in ran for part in m.modules()):
             m.qconfig = nowhere
             m.never_runs = never  # read by layers.py: convert takes the qconfig away

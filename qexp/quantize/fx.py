@@ -29,6 +29,7 @@ from qexp.quantize.normalise import normalise
 from qexp.quantize.observers import ClampFirst, activation_observer, observers, torch_qconfig
 from qexp.quantize.quiet import known_deprecations_silenced
 from qexp.quantize.trace import UntraceableError
+from qexp.quantize.transposed import why_float
 
 _TRANSPOSED = (
     nn.ConvTranspose1d,
@@ -80,10 +81,14 @@ def _named(fused: fx.GraphModule) -> fx.GraphModule:
     return named
 
 
-def prepare(fused: nn.Module, qconfig: QConfig, observer: Observer, example: Tensor) -> nn.Module:
+def prepare(fused: nn.Module, qconfig: QConfig, observer: Observer, engine: Engine, example: Tensor) -> nn.Module:
     """A copy with observers at every tensor that torch can quantize."""
+    mapping = _mapping(qconfig, observer)
+    for name, module in fused.named_modules():
+        if why_float(module, engine):
+            mapping.set_module_name(name, None)
     with known_deprecations_silenced(), _without_origins():
-        prepared = prepare_fx(sharing_copy(fused).eval(), _mapping(qconfig, observer), (example[:1],))
+        prepared = prepare_fx(sharing_copy(fused).eval(), mapping, (example[:1],))
     carry_to_prepared(cast(fx.GraphModule, fused), prepared)
     if qconfig.range_after_clamp:
         _clamp_first(prepared)

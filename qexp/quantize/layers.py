@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from qexp.config import Engine, Flow
 from qexp.quantize.names import public, tensor_names, tensor_of
 from qexp.quantize.observers import observers, to_qparams
+from qexp.quantize.transposed import why_float
 from qexp.results import Layer, QParams
 
 _INT8_CONV = (nnq.Conv1d, nnq.Conv2d, nnq.Conv3d, nnq.ConvTranspose1d, nnq.ConvTranspose2d, nnq.ConvTranspose3d)
@@ -58,7 +59,7 @@ def _layer(name: str, module: nn.Module, flow: Flow, engine: Engine) -> Layer | 
     if isinstance(module, (*_INT8_CONV, *_INT8_NORM, nnq.Linear, nnqd.Linear)):
         dynamic = " (dynamic)" if isinstance(module, nnqd.Linear) else ""
         return Layer(name, kind, True, kernel=f"{engine.value} {kind}{dynamic}")
-    return Layer(name, kind, False, reason=_why_float(module, flow))
+    return Layer(name, kind, False, reason=_why_float(module, flow, engine))
 
 
 def _kind(module: nn.Module) -> str | None:
@@ -74,13 +75,15 @@ def _kind(module: nn.Module) -> str | None:
     return None
 
 
-def _why_float(module: nn.Module, flow: Flow) -> str:
+def _why_float(module: nn.Module, flow: Flow, engine: Engine) -> str:
     if ".reference." in type(module).__module__:
         return "this engine has no INT8 kernel for it: it runs in FP32 between a dequantize and a quantize"
     if flow is Flow.dynamic:
         return "flow=dynamic quantizes linear layers only"
     if getattr(module, "never_runs", False):
         return "never runs in evaluation"
+    if reason := why_float(module, engine):
+        return reason
     return f"flow={flow.value} has no INT8 module for {type(module).__name__}"
 
 

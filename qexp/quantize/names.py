@@ -17,6 +17,7 @@ from torch.ao.quantization import QuantWrapper
 
 from qexp.quantize.clamps import Interval, clamp_of
 from qexp.quantize.strided import AfterStride
+from qexp.quantize.transposed import InFloat
 
 _POST = "activation_post_process"
 _TENSOR = "tensor"
@@ -24,9 +25,9 @@ _RELU = Interval(0.0, math.inf)
 
 
 def public(name: str, module: nn.Module) -> str:
-    """A submodule's name in the user's model, without the wrappers that qexp put around models and convolutions."""
+    """A submodule's name in the user's model, without the wrappers that qexp put around models and layers."""
     owner, _, last = name.rpartition(".")
-    if last == "conv" and isinstance(module.get_submodule(owner), AfterStride):
+    if last in ("conv", "layer", "quant") and isinstance(module.get_submodule(owner), AfterStride | InFloat):
         name = owner
     if isinstance(module, QuantWrapper):
         return "" if name == "module" else name.removeprefix("module.")

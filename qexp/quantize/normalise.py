@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from qexp.quantize.clamps import Interval, clamp_of
 from qexp.quantize.copies import evaluation_copy, number_padding
 from qexp.quantize.inplace import memory, shared_writers
 from qexp.quantize.strided import strides_are_ambiguous
 from qexp.quantize.trace import standard_type, trace
+from qexp.quantize.transposed import fold
 
 _NOTHING_IN_EVALUATION = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout)
 _DROPOUTS = (F.dropout, F.dropout2d, F.alpha_dropout)
@@ -213,12 +213,14 @@ def _make_pads(graph_module: fx.GraphModule) -> None:
 
 
 def _make_modules(graph_module: fx.GraphModule) -> None:
-    """Functional convolutions, linear layers and BatchNorms with constant weights become modules."""
+    """Functional convolutions, transposed ones, linear layers and BatchNorms with constant weights become modules."""
     makers: dict[Any, Callable[..., nn.Module | None]] = {
         F.conv1d: _conv_maker(nn.Conv1d),
         torch.conv1d: _conv_maker(nn.Conv1d),
         F.conv2d: _conv_maker(nn.Conv2d),
         torch.conv2d: _conv_maker(nn.Conv2d),
+        F.conv_transpose1d: _transposed_maker(nn.ConvTranspose1d),
+        F.conv_transpose2d: _transposed_maker(nn.ConvTranspose2d),
         F.linear: _linear,
         F.batch_norm: _batch_norm,
     }
@@ -267,6 +269,35 @@ def _conv_maker(kind: type[nn.Conv1d] | type[nn.Conv2d]) -> Callable[..., nn.Mod
             dilation=_numbers(dilation),
             groups=groups,
             bias=bias is not None,
+            device="meta",
+        )
+        return _filled(conv, weight, bias)
+
+    return make
+
+
+def _transposed_maker(kind: type[nn.ConvTranspose1d] | type[nn.ConvTranspose2d]) -> Callable[..., nn.Module | None]:
+    def make(
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+        ndim: int = 4,
+    ) -> nn.Module:
+        channels_in, per_group, *size = weight.shape
+        conv: nn.Module = kind(
+            channels_in,
+            per_group * groups,
+            _numbers(size),
+            stride=_numbers(stride),
+            padding=_numbers(padding),
+            output_padding=_numbers(output_padding),
+            groups=groups,
+            bias=bias is not None,
+            dilation=_numbers(dilation),
             device="meta",
         )
         return _filled(conv, weight, bias)
@@ -376,15 +407,15 @@ def _unshare(graph_module: fx.GraphModule) -> None:
 
 
 def _fold_transposed(graph_module: fx.GraphModule) -> None:
-    """A BatchNorm after a transposed convolution is folded here: torch leaves it where a ReLU follows."""
+    """A BatchNorm after a transposed convolution is folded here: torch leaves it where a ReLU follows, and takes no
+    groups."""
     for node in _nodes(graph_module, "call_module"):
         source, norm = node.args[0], _module(graph_module, node)
         if not isinstance(norm, _BatchNorm) or not isinstance(source, fx.Node) or source.op != "call_module":
             continue
         conv = _module(graph_module, source)
         if isinstance(conv, _ConvTransposeNd) and len(source.users) == 1 and norm.track_running_stats:
-            folded: nn.Module = fuse_conv_bn_eval(conv, norm, transpose=True)
-            graph_module.set_submodule(str(source.target), folded)
+            fold(conv, norm)
             node.replace_all_uses_with(source)
             graph_module.graph.erase_node(node)
 
