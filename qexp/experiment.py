@@ -51,6 +51,7 @@ from qexp.turn import Turn
 log = logging.getLogger(__name__)
 
 AGREEMENT_IMAGES = 256
+STATISTICS_IMAGES = 4
 SATURATION_IMAGES = 64
 LATENCY_IMAGES = 64
 ALONE = Turn()
@@ -93,6 +94,9 @@ def check_inputs(configs: Sequence[Config]) -> None:
                     draw(data.train, config.calib)
                 if module is None:
                     module = models.check_model(config.model, len(data.classes), data.test.shape)
+                    if config.model.get("checkpoint") is None and config.model.get("weights") is None:
+                        some = np.arange(min(len(data.train), STATISTICS_IMAGES))
+                        models.with_statistics(module, _images(data, data.train.pixels(some)))
                 if is_new("flow", of_model, config.flow, config.fusion, config.engine):
                     first = draw(data.train, config.calib)[:1]
                     image, name = _images(data, data.train.pixels(first)), data.train.source.where(int(first[0]))

@@ -99,6 +99,26 @@ def check_model(model: Mapping[str, Any], data_classes: int, image_shape: tuple[
     return module
 
 
+def with_statistics(module: nn.Module, images: Tensor) -> None:
+    """Give every BatchNorm of an untrained model, in place, the statistics of these images, float32 [n, 3, H, W].
+
+    Without them the signal fades from layer to layer, and what a layer computes does not show in the logits.
+    """
+    norms = {m: m.momentum for m in module.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)}
+    try:
+        for norm in norms:
+            norm.train()
+            norm.momentum = 0.97  # not 1: a channel that is the same for all would be multiplied by 300
+        with _isolated(0), torch.no_grad():
+            module(images)
+    except Exception as error:  # the model may be one that takes no such images in training
+        log.debug("its BatchNorms stay as they were made: %s", one_line(error))
+    finally:
+        for norm, momentum in norms.items():
+            norm.eval()
+            norm.momentum = momentum
+
+
 def build(model: Mapping[str, Any], classes: int, seed: int) -> nn.Module:
     """The network that `model` describes, with random weights drawn from `seed`: eval mode, float32, on the CPU.
 

@@ -13,7 +13,7 @@ from quantizable import MINMAX, images, settings, trained
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qexp import quantize
+from qexp import models, quantize
 from qexp.config import Engine, Flow
 from qexp.errors import InputError
 
@@ -198,7 +198,39 @@ def test_a_module_that_fusing_lost_is_named_before_any_work_with_what_works() ->
     assert refusal(net, Flow.fx) == refusal(net, Flow.eager, fusion=False) == ""
 
 
-def test_fx_does_not_advise_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+class Deep(nn.Module):
+    """Twelve convolutions, as torch initialises them; a ReLU that its fuse_model takes away is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.convs = nn.ModuleList(nn.Conv2d(8 if i else 3, 8, 3, padding=1) for i in range(12))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(12))
+        self.relu, self.fc = nn.ReLU(), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            x = norm(conv(x))
+            x = self.relu(x) if index < 2 else x.relu()
+        return self.fc(x.mean((2, 3)))
+
+    def fuse_model(self, is_qat: bool = False) -> None:
+        torch.ao.quantization.fuse_modules(self, ["convs.0", "norms.0", "relu"], inplace=True)
+
+
+def test_with_the_statistics_of_a_few_images_a_fault_shows_in_the_logits_of_an_untrained_model() -> None:
+    net = Deep().eval()
+    few = images(4, seed=5)
+    assert quantize.fusion_difference(net, quantize.fuse(net, Flow.eager, True, ONE), ONE) < 1e-3  # it fades
+    models.with_statistics(net, few)
+    assert not any(m.training for m in net.modules())
+    x = net.convs[0](few)
+    expected = 0.97 * x.mean((0, 2, 3)), 0.03 + 0.97 * x.var((0, 2, 3))
+    torch.testing.assert_close((net.norms[0].running_mean, net.norms[0].running_var), expected)
+    assert quantize.fusion_difference(net, quantize.fuse(net, Flow.eager, True, ONE), ONE) > 0.03
+
+
+def test_fx_does_not_advise_itself() -> None:
     net, other = trained(Net()), trained(Net(), seed=1)
     said = quantize.explained(net, quantize.fuse(other, Flow.fx, True, ONE), Flow.fx, images(4))
     assert "tracing follows one call of forward" in said

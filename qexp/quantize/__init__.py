@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from qexp.config import ActivationObserver, Engine, Flow, Observer, QConfig, Target
 from qexp.errors import InputError, NotFinite, QexpError
 from qexp.quantize import answers, dynamic, eager, fx, narrowing, saturation, sums
-from qexp.quantize.answers import TOLERANCE, difference
+from qexp.quantize.answers import TOLERANCE, TOLERANCE_UNTRAINED, difference
 from qexp.quantize.biases import fit_biases
 from qexp.quantize.calibrate import calibrate
 from qexp.quantize.compare import blame, explained, fusion_difference
@@ -179,7 +179,7 @@ def dry_run(
             raise InputError(reason)
         fused = fuse(module, flow, fusion, one)
         with torch.inference_mode():
-            same = difference(logits, fused(one)) <= TOLERANCE
+            same = difference(logits, fused(one)) <= TOLERANCE_UNTRAINED
         if not same:
             raise InputError(explained(module, fused, flow, one))
         prepared = prepare(fused, flow, qconfig, observer, engine_name, one)
