@@ -49,10 +49,13 @@ from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.pyfunc import save_model
+from mlflow.store.db.utils import _all_tables_exist, _initialize_tables, create_sqlalchemy_engine
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.types.schema import Schema, TensorSpec
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import SQLAlchemyError
 
 from qexp import config, machine
 from qexp.errors import InputError, QexpError, RunError
@@ -69,8 +72,16 @@ PAGE = 500
 BESIDE_TAG = "qexp.artifacts_beside_database"
 SWEEP_TAG = "qexp.sweep"  # of a sweep's own run, which others are children of
 PARENT_TAG = "mlflow.parentRunId"
+DATABASES = ("postgresql", "mysql", "mssql")  # what MLflow takes beside SQLite, as the scheme of an address
+SQLITE_SECONDS = 20.0  # how long a database that another process writes to is waited for
 LOCK_SECONDS = 120.0  # creating the tables takes 3 s, and several times that on a busy machine
+# How one process at a time is let in, and lets go, in SQL: the first gives 1 or true where it is.
+DATABASE_LOCKS = {
+    "postgresql": ("SELECT pg_try_advisory_lock(7239471)", "SELECT pg_advisory_unlock(7239471)"),
+    "mysql": ("SELECT GET_LOCK('qexp', 0)", "SELECT RELEASE_LOCK('qexp')"),
+}
 INPUT_ATTEMPTS = 10  # how often runs that record the same data sets for the first time may come in between
+SERVED = Path(__file__).with_name("served_model.py")
 END_SECONDS = 15.0  # how long an ending run waits for its server
 
 
@@ -142,6 +153,8 @@ def connect(tracking: config.Tracking, outputs: Path, folder: Path | None = None
         )
     elif scheme.startswith("databricks"):
         artifacts = None
+    elif scheme.partition("+")[0] in DATABASES:
+        _open_database(uri, setting, tracking.timeout)
     try:
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         experiment = tracking.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or _experiment_by_id(client)
@@ -202,6 +215,7 @@ def _create_sqlite(path: Path, artifacts: Path) -> None:
     # leave a file that no later one can use.
     with tempfile.TemporaryDirectory(prefix=".mlflow-", dir=path.parent) as folder, _quiet_migration():
         new = Path(folder) / path.name
+        new.touch()  # SQLite itself would keep it from the user's group, whatever the umask allows
         SqlAlchemyStore(f"sqlite:///{new}", artifacts.as_uri()).engine.dispose()
         new.replace(path)
 
@@ -224,14 +238,73 @@ def _quiet_migration() -> Iterator[None]:
 def _check_sqlite(path: Path, setting: str) -> None:
     """Whether it is a database that can be written to; MLflow itself would retry for 100 s and then raise a page."""
     try:
-        connection = sqlite3.connect(path, timeout=20.0)
+        connection = sqlite3.connect(path, timeout=SQLITE_SECONDS)
         try:
             connection.execute("BEGIN IMMEDIATE")
+            # A transaction may begin where nothing can be written, to the file or beside it.
+            connection.execute("CREATE TABLE qexp_can_write (value)")
             connection.rollback()
         finally:
             connection.close()
     except sqlite3.DatabaseError as error:
+        kind = error.sqlite_errorname
+        if kind.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
+            reason = f"can't be written to by {_user()} ({error}); let its owner allow it, as with chmod g+w, or set"
+            raise InputError(f"{setting}: MLflow's database {path} {reason} another folder, outputs=path.") from error
+        if kind.startswith("SQLITE_BUSY"):
+            reason = f"has been locked by another process for {SQLITE_SECONDS:.0f} s; end that one"
+            raise InputError(f"{setting}: MLflow's database {path} {reason}.") from error
         raise InputError(f"{setting}: {path} can't be used as MLflow's database ({error}); move it away.") from error
+
+
+def _open_database(uri: str, setting: str, timeout: float) -> None:
+    """Whether a database server can be reached; and MLflow's tables in it, made if missing.
+
+    As `_probe`, in a thread of its own. MLflow would try for 100 s, and its first migration fails where another process
+    begins it at the same moment, on whatever machine: hence a lock of the database's own.
+    """
+    shown = _without_password(uri)
+    waiting = threading.Event()
+
+    def make_tables() -> None:
+        engine = create_sqlalchemy_engine(uri)
+        try:
+            with engine.connect() as connection:
+                waiting.set()
+                with _database_lock(connection, setting, shown), _quiet_migration():
+                    if not _all_tables_exist(engine):
+                        _initialize_tables(engine)
+        finally:
+            engine.dispose()
+
+    made = _in_thread(make_tables)
+    try:
+        try:
+            made.result(timeout=2 * timeout + 1)
+        except TimeoutError:
+            if not waiting.is_set():
+                advice = "start it, mend the address, or leave it unset for a local store"
+                raise InputError(f"{setting}={shown} did not answer within {2 * timeout + 1:g} s; {advice}.") from None
+            made.result(timeout=2 * LOCK_SECONDS)
+    except (SQLAlchemyError, MlflowException, ImportError, ValueError, OSError) as error:
+        reason = _first_line(getattr(error, "orig", None) or error)
+        advice = ", the driver; install it, or name another in the scheme" if isinstance(error, ImportError) else ""
+        raise InputError(f"{setting}={shown} can't be used: {reason}{advice}.") from error
+
+
+@contextmanager
+def _database_lock(connection: Connection, setting: str, shown: str) -> Iterator[None]:
+    """Held by one process of all that use a database server, where it has such locks; a lost connection ends it."""
+    take, release = DATABASE_LOCKS.get(connection.dialect.name, ("SELECT 1", "SELECT 1"))
+    deadline = time.monotonic() + LOCK_SECONDS
+    while not connection.execute(text(take)).scalar():
+        if time.monotonic() > deadline:
+            raise InputError(f"{setting}={shown}: another process has been making its tables for {LOCK_SECONDS:.0f} s.")
+        time.sleep(0.1)
+    try:
+        yield
+    finally:
+        connection.execute(text(release))
 
 
 def _follow_moved_artifacts(path: Path, artifacts: str) -> None:
@@ -240,7 +313,7 @@ def _follow_moved_artifacts(path: Path, artifacts: str) -> None:
     MLflow stores artifact locations as absolute paths. Without this, old artifacts would be missing in the UI, and
     new ones would be written into the old folder, made again for it.
     """
-    connection = sqlite3.connect(path, timeout=20.0)
+    connection = sqlite3.connect(path, timeout=SQLITE_SECONDS)
     try:
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
         if "logged_models" not in tables:  # of an older MLflow, which its own check refuses
@@ -469,7 +542,7 @@ class Run:
                     warnings.filterwarnings("ignore", ".*An input example was not provided")
                     save_model(
                         Path(folder) / "model",
-                        python_model=str(Path(__file__).with_name("served_model.py")),
+                        python_model=str(SERVED),
                         artifacts={"model": str(torchscript)},
                         model_config={"engine": engine},
                         signature=signature,
@@ -478,6 +551,7 @@ class Run:
                         metadata=_plain(metadata or {}),
                         mlflow_model=card,
                     )
+                _renewed(Path(folder) / "model" / SERVED.name)
                 client.log_model_artifacts(model.model_id, str(Path(folder) / "model"))
                 client.finalize_logged_model(model.model_id, "READY")
             except BaseException:
@@ -928,6 +1002,13 @@ def _stage(path: Path, content: Path | str | Mapping[str, Any] | Sequence[Any]) 
         path.write_text(json.dumps(_plain(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def _renewed(file: Path) -> None:
+    """Give a file that was copied with its permissions those of a new one."""
+    content = file.read_bytes()
+    file.unlink()
+    file.write_bytes(content)
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
@@ -1000,7 +1081,10 @@ def _refused(store: Store, what: str) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".")
+    """The first line that says something: SQLAlchemy may begin with how it came to write what then failed."""
+    lines = str(error).strip().split("\n")
+    told = [line for line in lines if not line.startswith("(raised as a result of Query-invoked autoflush")]
+    return (told or lines)[0].rstrip(".")
 
 
 def _root_cause(error: BaseException) -> str:
