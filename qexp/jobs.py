@@ -220,7 +220,11 @@ def in_turn(following: Callable[[Path], tuple[Config, Path] | None], turn: Path)
 
 
 def start_server() -> None:
-    """Start the process that jobs are forked from, unless there is one; other work can be done until it is ready."""
+    """Start the process that jobs are forked from, unless there is one; other work can be done until it is ready.
+
+    Raises InputError where there is no folder for temporary files.
+    """
+    processes.prepare_temporary_folder()
     _context.set_forkserver_preload([SERVER])
     # For Python before 3.13, whose server hears of no other path.
     with _environment(PYTHONPATH=processes.python_path()):

@@ -1,15 +1,27 @@
-"""What processes that qexp starts have in common: they end with the one that started them, and find the same code."""
+"""What processes that qexp starts have in common: they end with the one that started them, find the same code, and
+meet at a place whose name is short enough."""
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import sys
+import tempfile
 from contextlib import suppress
+from functools import cache
+from multiprocessing import util
 from pathlib import Path
 
+from qexp.errors import InputError
+
+log = logging.getLogger(__name__)
+
 PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
+SOCKET_PATH = 107 if sys.platform == "linux" else 103  # bytes that the path of a socket may have, unix(7)
+SOCKET_NAME = "/pymp-12345678/listener-12345678"  # what multiprocessing adds to the folder for temporary files
+SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 def end_with_parent() -> None:
@@ -18,6 +30,46 @@ def end_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def ignore_terminal() -> None:
+    """A terminal sends Ctrl-C, and its end, to all of its processes; what follows is their owner's business."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def python_path() -> str:
     """Where this process finds code, for PYTHONPATH."""
     return os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
+
+
+@cache
+def prepare_temporary_folder() -> None:
+    """See to it that there is one, say so where it isn't the one that TMPDIR names, and have multiprocessing keep its
+    sockets elsewhere where their paths would be too long in it. Raises InputError."""
+    try:
+        used = tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise InputError("there is no folder for temporary files; set TMPDIR to one that can be written to.") from error
+    asked = os.environ.get("TMPDIR")
+    if asked and os.path.abspath(asked) != used:  # noqa: PTH100  (as tempfile does, links are not followed)
+        log.warning("TMPDIR=%s is no folder that can be written to; temporary files go to %s.", asked, used)
+    if len(os.fsencode(used + SOCKET_NAME)) > SOCKET_PATH:
+        _shorten_sockets(used)
+
+
+def _shorten_sockets(used: str) -> None:
+    """used: where temporary files go, and go on to."""
+    before = tempfile.tempdir
+    for folder in SHORT_FOLDERS:
+        tempfile.tempdir = folder
+        try:
+            util.get_temp_dir()  # made once in a process, which its children know of, and removed when it ends
+            return
+        except OSError:
+            continue
+        finally:
+            tempfile.tempdir = before
+    most = SOCKET_PATH - len(SOCKET_NAME)
+    raise InputError(
+        f"TMPDIR={used} is too long for the sockets that processes meet at, and none of {', '.join(SHORT_FOLDERS)} can "
+        f"be written to; set TMPDIR to a folder whose path has at most {most} bytes."
+    )
