@@ -8,6 +8,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
+from qexp import console
 from qexp.compose import CONF, Composition, check_choices
 from qexp.errors import ConfigError
 
@@ -23,6 +24,7 @@ def compose_and_run(composed: DictConfig) -> float | None:
 
 
 def main() -> None:
+    console.protect()
     # argparse, and so Hydra, takes overrides in one row only: with -m among them it refuses those that follow.
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
     try:

@@ -37,7 +37,7 @@ from typing import Any, cast
 from filelock import FileLock
 from tqdm import tqdm
 
-from qexp import errors, processes, progress
+from qexp import console, errors, processes, progress
 from qexp.config import Config
 from qexp.results import Result
 from qexp.turn import Turn
@@ -461,7 +461,7 @@ class _Sender(logging.handlers.QueueHandler):
 def _work(channel: Connection, streams: list[Connection]) -> None:
     """What a job's process does."""
     processes.end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    processes.ignore_terminal()
     try:
         order: Order = channel.recv()
     except EOFError:  # the owner was stopped
@@ -473,6 +473,7 @@ def _work(channel: Connection, streams: list[Connection]) -> None:
     os.environ.update(order.environment)
     for number, stream in zip(STANDARD_STREAMS, streams, strict=True):
         os.dup2(stream.fileno(), number)
+    console.protect()
     sys.stdin = open(0, closefd=False)  # noqa: SIM115  (for a debugger in a user's model)
     tqdm.set_lock(threading.RLock())  # its own holds a semaphore, which a killed process would leave to the system
     # They take the terminal's first lines, so that bars are drawn below the owner's, and those of the job before.

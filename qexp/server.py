@@ -5,13 +5,11 @@ torch: a forked process has none of its parent's threads, and waits for those of
 """
 
 import gc
-import signal
 
 from qexp import processes
 
 processes.end_with_parent()
-# The terminal sends Ctrl-C to all of its processes; what follows from it is the owner's business.
-signal.signal(signal.SIGINT, signal.SIG_IGN)
+processes.ignore_terminal()
 
 import torch  # noqa: E402
 import torch.utils.serialization.config  # noqa: E402

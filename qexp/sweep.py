@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 class Stop(BaseException):
-    """Ctrl-C or SIGTERM; `code` is the exit status, 128 and the signal's number."""
+    """Ctrl-C, SIGTERM or SIGHUP (a closed terminal); `code` is the exit status, 128 and the signal's number."""
 
     def __init__(self, number: int) -> None:
         self.code = 128 + number
@@ -55,6 +55,8 @@ _received: list[Stop] = []
 
 def _receive(number: int, frame: Any) -> None:
     if _received:
+        if number == signal.SIGHUP:  # sent by the shell and by the system; nobody is impatient
+            return
         os._exit(128 + number)
     _received.append(Stop(number))
     raise _received[0]
@@ -62,16 +64,19 @@ def _receive(number: int, frame: Any) -> None:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGINT and SIGTERM raise Stop once, so that what is open can be closed; the next one leaves at once.
+    """SIGINT, SIGTERM and SIGHUP raise Stop once, so that what is open can be closed; the next one leaves at once.
 
     Contexts may be nested. Stop is what leaves each of them even where the code that the signal hit swallowed it or
     died of it in another way, as OmegaConf does; SystemExit is not touched, for it means that the stop was dealt with.
-    Outside the main thread, where Python delivers no signal, nothing is done.
+    SIGHUP that was ignored when this process started, as by nohup, still is. Outside the main thread, where Python
+    delivers no signal, nothing is done.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, _receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    stopping = [signal.SIGINT, signal.SIGTERM, *([] if ignored else [signal.SIGHUP])]
+    before = {number: signal.signal(number, _receive) for number in stopping}
     try:
         if not _received:  # else it was swallowed before this context
             yield

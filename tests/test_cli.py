@@ -133,7 +133,7 @@ def bring(folder: Path) -> None:
     (folder / "broken/val/a/bad.png").write_bytes(b"no image")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 @pytest.mark.slow
 def test_a_stopped_sweep_leaves_no_run_open_and_says_how_to_go_on(
     tmp_path: Path, number: signal.Signals, code: int
@@ -143,6 +143,7 @@ def test_a_stopped_sweep_leaves_no_run_open_and_says_how_to_go_on(
         [sys.executable, "-m", "qexp", *arguments],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while sum(status == "FINISHED" for _, status in runs(tmp_path)) < 2 and time.monotonic() < deadline:

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,9 +49,20 @@ def test_what_all_jobs_say_is_let_through_once_and_warnings_always(monkeypatch: 
     assert [passes(logging.WARNING, "w"), passes(logging.WARNING, "w")] == [True, True]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+STOPPING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.fixture(autouse=True)
+def sighup_as_in_a_terminal() -> Iterator[None]:
+    """Tests may be run by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", STOPPING)
 def test_a_signal_becomes_one_stop_and_handlers_are_put_back(number: signal.Signals) -> None:
-    before = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
+    before = [signal.getsignal(each) for each in STOPPING]
 
     def stopped() -> None:
         with sweep.stoppable():
@@ -61,7 +72,15 @@ def test_a_signal_becomes_one_stop_and_handlers_are_put_back(number: signal.Sign
     with pytest.raises(sweep.Stop) as caught:
         stopped()
     assert caught.value.code == 128 + number
-    assert [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)] == before
+    assert [signal.getsignal(each) for each in STOPPING] == before
+
+
+def test_sighup_that_was_ignored_still_is() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with sweep.stoppable():
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def hit(number: signal.Signals, then: str) -> None:
@@ -92,7 +111,7 @@ def test_a_stop_that_other_code_swallows_or_replaces_is_still_a_stop(then: str) 
 
 
 @pytest.mark.parametrize("then", AFTERWARDS)
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_stop_ends_a_single_run_and_a_planned_sweep_in_words(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals, code: int, then: str
 ) -> None:
@@ -127,6 +146,24 @@ with sweep.stoppable():
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize("first", STOPPING)
+def test_the_end_of_the_terminal_is_no_second_signal(first: signal.Signals) -> None:
+    def stopped() -> None:
+        with sweep.stoppable():
+            try:
+                os.kill(os.getpid(), first)
+                signal.sigtimedwait([], 5)
+            finally:
+                os.kill(os.getpid(), signal.SIGHUP)
+                closed.append(True)
+
+    closed: list[bool] = []
+    with pytest.raises(sweep.Stop) as caught:
+        stopped()
+    assert caught.value.code == 128 + first
+    assert closed == [True]
 
 
 def test_after_a_swallowed_stop_nothing_else_is_begun() -> None:
