@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks import many, speed, study, timing
+from benchmarks import check, many, speed, study, timing
 from qexp import machine
 
 BENCHMARKS: dict[str, Callable[[str], None]] = {
@@ -20,6 +20,7 @@ BENCHMARKS: dict[str, Callable[[str], None]] = {
     "order": timing.order,
     "study": study.study,
     "many": many.many,
+    "check": check.check,
     "aa": timing.against_itself,
 }
 

@@ -43,6 +43,7 @@ from qexp.data import Data, count_shared, digest_of, draw, load_data, normalise
 from qexp.errors import RunError
 from qexp.quantize import saturation
 from qexp.quantize.fidelity import Fidelity, at_a_time, layer_fidelity
+from qexp.quantize.verify import FEW, check_layers
 from qexp.results import Artifact, Layer, Predictions, Result
 from qexp.runtimes import inductor
 from qexp.runtimes.model import Loaded, agree, with_cuda
@@ -138,7 +139,8 @@ def run_job(config: Config, folder: Path, turn: Turn = ALONE) -> Result:
     """One experiment. folder: where everything that it produces is written; it exists. turn: among the jobs of a sweep.
 
     Raises RunError where the result could not be trusted: the fused model differs from the float model, nothing was
-    quantized, what was saved gives other logits than what was evaluated.
+    quantized, a layer of the INT8 model computes another function than in the float model, what was saved gives other
+    logits than what was evaluated.
     """
     with _globals(config):
         known = record.tags(config)  # of the code as it is now, not when the job ends
@@ -158,6 +160,7 @@ def run_job(config: Config, folder: Path, turn: Turn = ALONE) -> Result:
             qparams = quantize.read_qparams(prepared)
             int8 = quantize.convert(prepared, config.flow, config.engine)
             layers = checked_layers(quantize.layers(int8, config.flow, config.engine))
+            check_layers(fused, int8, config.flow, config.engine, few[:: -(-len(few) // FEW)])
 
             skeleton = quantize.skeleton(fused, config.flow, qconfig, config.engine, few[:2])
             in_memory = {"fp32": fused, "int8": int8}

@@ -1,0 +1,126 @@
+"""Whether the check of layers lets every right model pass: on the models that ship, in all flows, engines and grids."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from hydra import compose, initialize_config_dir
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from qexp import config as schema
+from qexp import models, quantize
+from qexp.compose import CONF
+from qexp.config import (
+    Activation,
+    ActivationObserver,
+    Engine,
+    Flow,
+    Granularity,
+    Observer,
+    Overflow,
+    QConfig,
+    Scheme,
+    Weight,
+    WeightObserver,
+)
+from qexp.errors import InputError
+from qexp.quantize.verify import FEW, Deviation, layer_deviations
+
+BITS = (8, 7, 6, 5, 4, 3, 2)
+SIDE = 32
+
+
+def shipped(seed: int = 0) -> Iterator[tuple[str, nn.Module]]:
+    """Each model of conf/model with random weights and the statistics of norms that a trained one may have."""
+    for file in sorted((CONF / "model").glob("*.yaml")):
+        if file.stem == "custom":
+            continue
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            config = schema.from_hydra(compose("config", [f"model={file.stem}"]), "outputs")
+        module = models.build(config.model, 10, seed)
+        yield file.stem, as_if_trained(module, seed)
+
+
+def as_if_trained(module: nn.Module, seed: int) -> nn.Module:
+    """In evaluation mode, with norms whose means, variances, weights and biases are neither 0 nor 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for norm in module.modules():
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                assert norm.running_mean is not None
+                assert norm.running_var is not None
+                norm.running_mean.copy_(torch.randn(norm.num_features, generator=generator) * 0.3)
+                norm.running_var.copy_(torch.rand(norm.num_features, generator=generator) + 0.5)
+                norm.weight.copy_(torch.rand(norm.num_features, generator=generator) + 0.5)
+                norm.bias.copy_(torch.randn(norm.num_features, generator=generator) * 0.3)
+    return module.eval().requires_grad_(False)
+
+
+def pictures(count: int, seed: int) -> Tensor:
+    """Smooth random images, float32 [count, 3, 32, 32]."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(count, 3, 8, 8, generator=generator)
+    fine = torch.randn(count, 3, SIDE, SIDE, generator=generator) * 0.2
+    return nn.functional.interpolate(coarse, SIDE, mode="bilinear") + fine
+
+
+def settings() -> Iterator[QConfig]:
+    """All bits, weights per tensor and per channel, all schemes; both weight observers."""
+    for bits, granularity, weights, activations in itertools.product(BITS, Granularity, Scheme, Scheme):
+        observer = WeightObserver.mse if bits % 2 else WeightObserver.minmax
+        weight = Weight(granularity, weights, bits, observer)
+        yield QConfig(weight, Activation(activations, bits), Overflow.none, range_after_clamp=True)
+
+
+def check(outputs: str) -> None:
+    """How many right layers the check takes for wrong ones, the largest deviation that it finds, and what it costs."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    calibration, images = pictures(8, 1), pictures(FEW, 2)
+    worst: dict[str, Deviation] = {}
+    layers = runs = 0
+    wrong: Counter[str] = Counter()
+    seconds: dict[str, list[float]] = {}
+    for name, module in shipped():
+        for flow, engine in itertools.product(Flow, quantize.supported()):
+            try:
+                fused = quantize.fuse(module, flow, True, calibration)
+            except InputError as error:
+                tqdm.write(f"{name} flow={flow}: {error}")
+                break
+            for qconfig in tqdm(list(settings()), desc=f"{name} {flow} {engine}", disable=None, leave=False):
+                # oneDNN has no kernels for weights with a zero point, and dynamic quantization none for fewer bits.
+                if engine is Engine.onednn and qconfig.weight.scheme is Scheme.asymmetric:
+                    continue
+                observer = Observer(ActivationObserver.mse if qconfig.weight.bits % 2 else ActivationObserver.minmax)
+                prepared = quantize.prepare(fused, flow, qconfig, observer, engine, calibration)
+                if flow is not Flow.dynamic:
+                    quantize.calibrate(prepared, [calibration])
+                int8 = quantize.convert(prepared, flow, engine)
+                started = time.perf_counter()
+                found = layer_deviations(fused, int8, flow, engine, images)
+                seconds.setdefault(f"{name} {flow}", []).append(time.perf_counter() - started)
+                runs += 1
+                for one in found:
+                    layers += 1
+                    if one.fault:
+                        where = f"{name} {flow} {engine} {qconfig.weight.bits} bits"
+                        wrong[f"{where}: {one.name} ({one.computes}) {one.fault}"] += 1
+                        continue
+                    key = f"{engine} {one.computes}"
+                    if key not in worst or one.output > worst[key].output:
+                        worst[key] = one
+    print(f"{sum(wrong.values())} of {layers} layers of {runs} models are taken for wrong")
+    for line, count in wrong.most_common(40):
+        print(f"  {count} × {line}")
+    for key, one in sorted(worst.items()):
+        print(f"  {key:40} output {one.output:.4f} of {one.allowed:g}, read {one.read:.3f}, weight {one.weight:.4f}")
+    for key, times in seconds.items():
+        print(f"  {key:40} {1000 * statistics.median(times):.0f} ms")
