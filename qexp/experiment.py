@@ -270,6 +270,8 @@ def resolved_params(qconfig: QConfig, config: Config, narrowed: tuple[quantize.N
 
     def bits(side: quantize.Side) -> str:
         whole, layers = quantize.executed_bits(qconfig, side), sum(layer.side is side for layer in narrowed)
+        if side is quantize.Side.activations and whole < qconfig.activation.bits:
+            return f"{whole} (of the scale: codes beyond its range go on to {quantize.highest_activation(qconfig)})"
         return f"{whole} ({quantize.SAFE_BITS} in {layers} layers)" if layers else str(whole)
 
     if config.flow is Flow.dynamic:

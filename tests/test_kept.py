@@ -146,7 +146,8 @@ def test_models_that_differ_in_scales_alone_share_a_timing(key: Callable[..., st
         ("observer=moving_average",),
         ("observer=histogram", "calib.batches=4"),
         ("qconfig.overflow=weights",),
-        ("qconfig.weight.bits=4", "qconfig.activation.bits=6"),
+        ("qconfig.overflow=activations",),
+        ("qconfig.weight.bits=4",),
         ("seed=5", "tracking.name=other", "per_layer.images=3", "latency.reuse=true"),
     ]
     assert len({key(f"flow={flow}", *overrides) for overrides in same}) == 1
@@ -164,6 +165,7 @@ def test_models_that_differ_in_what_is_executed_never_share_a_timing(key: Callab
         ("qconfig=per_tensor", "qconfig.overflow=none"),
         ("qconfig.weight.scheme=asymmetric",),
         ("qconfig.activation.scheme=symmetric",),
+        ("qconfig.activation.bits=6",),
         ("latency=quick",),
         ("latency.batch_sizes=[1,4]",),
         ("latency.threads=[2]",),

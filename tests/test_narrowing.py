@@ -62,7 +62,8 @@ def test_narrowed_tensors_are_those_of_an_observer_made_with_that_grid(flow: Flo
     for name in (name for name in expected if not name.endswith(".weight")):
         assert actual[name].scale == expected[name].scale
         assert actual[name].zero_point == expected[name].zero_point
-        assert (actual[name].qmin, actual[name].qmax) == (expected[name].qmin, expected[name].qmax) == (0, 127)
+        # A guard's grid is one of the scale: what is executed goes on beyond it.
+        assert (actual[name].qmin, actual[name].qmax) == (expected[name].qmin, expected[name].qmax) == (0, 255)
 
 
 @pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
@@ -119,7 +120,8 @@ def test_the_noise_of_either_side_is_that_of_numpy_and_the_smaller_one_decides(f
     def noise(x_steps: int, w_half: float) -> float:
         x_scale = (x.max() - x.min()) / np.float32(x_steps)
         on_grid = rounded(x, x_scale, round(float(-x.min() / x_scale)), 0, x_steps)
-        weights = rounded(weight, np.abs(weight).max() / np.float32(w_half), 0, -128, 127)
+        ends = round(-w_half - 0.5), round(w_half - 0.5)
+        weights = rounded(weight, np.abs(weight).max() / np.float32(w_half), 0, *ends)
         return float(((on_grid @ weights.T - clean) ** 2).sum() / (clean**2).sum())
 
     assert found.noise_weights == pytest.approx(noise(255, 63.5), rel=1e-3)

@@ -237,11 +237,14 @@ def test_qparams_of_the_observers_are_those_of_the_converted_model(granularity: 
     assert (expected["conv1.weight"].axis == 0) == (granularity == "per_channel")
 
 
-def test_qparams_of_a_prepared_model_hold_the_narrowed_grid() -> None:
-    prepared, _ = prepared_and_converted(trained(nets.tiny()), settings(weight_bits=4, overflow="activations"))
+@pytest.mark.parametrize(("bits", "highest"), [(8, 255), (7, 127), (4, 15)])
+def test_qparams_of_a_prepared_model_hold_the_codes_that_are_executed(bits: int, highest: int) -> None:
+    # A guard that narrows activations does so in their scale alone.
+    qconfig = settings(weight_bits=4, activation_bits=bits, overflow="activations")
+    prepared, _ = prepared_and_converted(trained(nets.tiny()), qconfig)
     qparams = quantize.read_qparams(prepared)
     assert (qparams["conv1.weight"].qmin, qparams["conv1.weight"].qmax) == (-8, 7)
-    assert (qparams["conv1"].qmin, qparams["conv1"].qmax) == (0, 127)
+    assert (qparams["conv1"].qmin, qparams["conv1"].qmax) == (0, highest)
 
 
 def test_dynamic_flow_quantizes_linear_layers_and_says_what_it_left() -> None:

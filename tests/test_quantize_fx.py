@@ -158,8 +158,9 @@ def test_modules_that_are_called_twice_are_fused_at_each_call() -> None:
 
 
 def range_of(prepared: nn.Module, name: str) -> tuple[float, float]:
+    """The range that was mapped onto a grid of 7 bits."""
     q = quantize.read_qparams(prepared)[name]
-    low, high = (np_limit - int(q.zero_point[0]) for np_limit in (q.qmin, q.qmax))
+    low, high = (code - int(q.zero_point[0]) for code in (0, 127))
     return low * float(q.scale[0]), high * float(q.scale[0])
 
 

@@ -22,15 +22,17 @@ from qexp.quantize.calibrate import calibrate
 from qexp.quantize.compare import blame, explained, fusion_difference
 from qexp.quantize.copies import evaluation_copy, sharing_copy
 from qexp.quantize.engines import engine, require, supported
-from qexp.quantize.executed import executed
+from qexp.quantize.executed import beyond, executed
 from qexp.quantize.functional import run_or_refuse
-from qexp.quantize.grid import SAFE_BITS, Grid, Side, executed_bits, grid
+from qexp.quantize.grid import HIGHEST, SAFE_BITS, Grid, Side, executed_bits, grid, highest_activation
+from qexp.quantize.held import highest_code, hold
 from qexp.quantize.layers import layers, read_qparams
 from qexp.quantize.names import place
 from qexp.quantize.narrowing import Narrowed
-from qexp.quantize.observers import observers, records_range
+from qexp.quantize.observers import fix_fewer_levels, highest_observed, observers, records_range
 from qexp.quantize.once import calibrate_once
 from qexp.quantize.quiet import say_once_silently
+from qexp.quantize.state import scales_in_state
 from qexp.quantize.strided import without_strides
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "fuse",
     "fusion_difference",
     "grid",
+    "highest_activation",
     "layers",
     "narrow",
     "prepare",
@@ -88,11 +91,12 @@ def prepare(
 ) -> nn.Module:
     """A copy of a fused model with torch's observers where `flow` puts them; `qconfig.overflow` must be resolved."""
     with engine(engine_name):
-        if flow is Flow.eager:
-            return eager.prepare(fused, qconfig, observer, engine_name, example)
-        if flow is Flow.fx:
-            return fx.prepare(fused, qconfig, observer, engine_name, example)
-        return dynamic.prepare(fused, qconfig)
+        if flow is Flow.dynamic:
+            return dynamic.prepare(fused, qconfig)
+        of_flow = eager.prepare if flow is Flow.eager else fx.prepare
+        prepared = of_flow(fused, qconfig, observer, engine_name, example)
+        fix_fewer_levels(prepared, highest_activation(qconfig))
+        return prepared
 
 
 def narrow(
@@ -125,7 +129,7 @@ def convert(prepared: nn.Module, flow: Flow, engine_name: Engine) -> nn.Module:
         if flow is Flow.dynamic:
             return dynamic.convert(prepared)
         converted = eager.convert(prepared) if flow is Flow.eager else fx.convert(prepared)
-        return without_strides(converted, engine_name)
+        return without_strides(scales_in_state(hold(converted, highest_observed(prepared))), engine_name)
 
 
 def exact(prepared: nn.Module, flow: Flow) -> nn.Module:
@@ -188,6 +192,13 @@ def dry_run(
         converted = convert(prepared, flow, engine_name)
         with engine(engine_name):
             run_or_refuse(converted, flow, one)
+        highest = highest_code(converted)
+        if highest < HIGHEST and (operator := beyond(converted, engine_name, one, highest)):
+            raise InputError(
+                f"flow={flow.value} can't keep what {operator} gives within qconfig.activation.bits="
+                f"{qconfig.activation.bits}, for torch's kernel knows 8 alone: call it as a module of torch.nn, or "
+                "use qconfig.activation.bits=8"
+            )
         if not any(layer.int8 for layer in layers(converted, flow, engine_name)):
             raise InputError(f"flow={flow.value} finds no layer in {type(module).__name__} that it could quantize")
 

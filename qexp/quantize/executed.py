@@ -6,7 +6,7 @@ kernels leave out a sum then (FBGEMM's ReQuantizeOutput and fbgemmConv have a va
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,20 +27,59 @@ def executed(converted: nn.Module, engine_name: Engine, images: Tensor) -> tuple
 
     Of a tensor there are dtype, shape, strides and, where it is quantized, its scheme (per tensor or per channel) and
     whether its zero points are 0; of packed weights the same, and stride, padding, dilation and groups; numbers as
-    they are, without scales and zero points of outputs.
+    they are, without scales and zero points of outputs and the ends of a clamp of quantized tensors.
     """
-    with _recorded() as calls, engine(engine_name), torch.inference_mode():
+    calls: list[str] = []
+
+    def record(function: Any, given: Mapping[str, Any], answer: object) -> None:
+        ends = ("min", "max") if function is _CLAMP and given["self"].is_quantized else ()
+        # These ends are steps of the tensor's grid (see held.py).
+        told = [(name, "end" if name in ends else _described(name, value)) for name, value in given.items()]
+        calls.append(f"{function} {told}")
+
+    with _watched(record), engine(engine_name), torch.inference_mode():
         converted(images)
     return tuple(calls)
 
 
-@contextmanager
-def _recorded() -> Iterator[list[str]]:
-    """The calls of torch's operators in this context, as the dispatcher gets them: functions, methods and modules
-    alike, in the eager flow as in fx."""
-    calls: list[str] = []
+def beyond(converted: nn.Module, engine_name: Engine, images: Tensor, highest: int) -> str:
+    """The first operator whose answer, read by another one, has activations with codes beyond `highest`; "" if none.
 
-    class Recorder(TorchDispatchMode):
+    images: float32 [n, 3, H, W].
+    """
+    made: dict[int, tuple[Tensor, str]] = {}  # with the tensors, so that no id is used twice
+    found: list[str] = []
+
+    def look(function: Any, given: Mapping[str, Any], answer: object) -> None:
+        answers = list(_leaves([answer]))
+        if answers and function not in (_CLAMP, torch.ops.aten.int_repr.default):
+            found.extend(made[id(value)][1] for value in _leaves(given.values()) if id(value) in made)
+        for value in answers:
+            if value.dtype is torch.quint8 and int(torch.int_repr(value).max()) > highest:
+                made[id(value)] = value, str(function).split(".")[1]
+
+    with _watched(look), engine(engine_name), torch.inference_mode():
+        converted(images)
+    return found[0] if found else ""
+
+
+def _leaves(values: Iterable[object]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _leaves(value)
+
+
+_CLAMP = torch.ops.aten.clamp.default
+
+
+@contextmanager
+def _watched(see: Callable[[Any, Mapping[str, Any], object], None]) -> Iterator[None]:
+    """While in this context, tell of each call of torch's operators, as the dispatcher gets them (functions, methods
+    and modules alike, in the eager flow as in fx), its arguments by name, and its answer."""
+
+    class Watcher(TorchDispatchMode):
         @classmethod
         def _should_skip_dynamo(cls) -> bool:
             """torch would wrap the method below for its compiler, whose import takes two seconds."""
@@ -51,11 +90,12 @@ def _recorded() -> Iterator[list[str]]:
         ) -> Any:
             names = [argument.name for argument in func._schema.arguments]
             given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
-            calls.append(f"{func} {[(name, _described(name, value)) for name, value in given.items()]}")
-            return func(*args, **(kwargs or {}))
+            answer = func(*args, **(kwargs or {}))
+            see(func, given, answer)
+            return answer
 
-    with Recorder():
-        yield calls
+    with Watcher():
+        yield
 
 
 def _described(name: str, value: Any) -> object:

@@ -31,6 +31,7 @@ from torch.fx.node import map_aggregate
 from qexp.config import Engine, Flow
 from qexp.quantize.clamps import Interval, clamp_after
 from qexp.quantize.engines import engine as torch_engine
+from qexp.quantize.held import clamped, highest_code
 from qexp.quantize.layers import layers
 from qexp.quantize.names import public, tensor_of
 from qexp.quantize.strided import AfterStride
@@ -52,10 +53,10 @@ class Fidelity:
         of that rounding, of the weights, of the output's grid (clipping too) and of the kernel's sums is in it, and no
         other layer's. None where the layer's inputs in the two models don't correspond.
     weight_sqnr_db: of the weights that the INT8 layer holds; None where it holds none.
-    clipped: share of the float values that lie more than one step outside what the 8-bit type can say, (0 − zero point)
-        × scale to (255 − zero point) × scale, and that the kernel therefore moves to one of these ends. Up to a step
-        it is a matter of rounding: of 1.0 on sigmoid's fixed grid, whose highest value is 255/256. A grid that was
-        narrowed to 7 bits has the type's ends all the same (see grid.Grid: kernels know no other).
+    clipped: share of the float values that lie more than one step outside what the codes can say, (0 − zero point) ×
+        scale to (highest − zero point) × scale, and that are therefore moved to one of these ends. Up to a step it is a
+        matter of rounding: of 1.0 on sigmoid's fixed grid, whose highest value is 255/256. highest is 255, or that of
+        the bits asked for; a grid that a guard narrowed to 7 bits goes on to 255 (see grid.Grid).
     scale: one step of the output's grid.
     """
 
@@ -88,11 +89,11 @@ def layer_fidelity(
     kinds = {layer.name: layer.kind for layer in layers(int8, flow, engine)}
     flow_models = _Graphs(fused, int8) if isinstance(int8, fx.GraphModule) else _Modules(fused, int8)
     sums: dict[str, _Sums] = {}
-    images = 0
+    images, highest = 0, highest_code(int8)
     with torch_engine(engine), torch.inference_mode():
         for part in _parts(batches):
             clamps = flow_models.clamps(part)
-            seen = _run_int8(flow_models, kinds, part)
+            seen = _run_int8(flow_models, kinds, part, highest)
             _compare(flow_models, seen, clamps, kinds, sums, part)
             images += len(part)
     if images == 0:
@@ -116,18 +117,19 @@ def layer_fidelity(
 
 @dataclass(frozen=True)
 class _Grid:
-    """What a quantized tensor is made with."""
+    """What a quantized tensor is made with; highest: of the codes that the model lets through."""
 
     scale: float
     zero_point: int
     dtype: torch.dtype
+    highest: int
 
     def quantized(self, values: Tensor) -> Tensor:
-        return torch.quantize_per_tensor(values, self.scale, self.zero_point, self.dtype)
+        return clamped(torch.quantize_per_tensor(values, self.scale, self.zero_point, self.dtype), self.highest)
 
     def outside(self, values: Tensor) -> int:
-        """How many of the values lie more than a step outside what the type can say."""
-        low, high = (0, 255) if self.dtype is torch.quint8 else (-128, 127)
+        """How many of the values lie more than a step outside what the codes can say."""
+        low, high = (0, self.highest) if self.dtype is torch.quint8 else (-128, 127)
         ends = [(end - self.zero_point) * self.scale for end in (low - 1, high + 1)]
         smallest, largest = torch.aminmax(values)
         if smallest >= ends[0] and largest <= ends[1]:
@@ -135,8 +137,8 @@ class _Grid:
         return int((values < ends[0]).sum()) + int((values > ends[1]).sum())
 
 
-def _grid(tensor: Tensor) -> _Grid:
-    return _Grid(tensor.q_scale(), tensor.q_zero_point(), tensor.dtype)
+def _grid(tensor: Tensor, highest: int) -> _Grid:
+    return _Grid(tensor.q_scale(), tensor.q_zero_point(), tensor.dtype, highest)
 
 
 @dataclass
@@ -227,19 +229,23 @@ class _Input:
 
 @dataclass(frozen=True)
 class _Seen:
-    """A call of an INT8 layer."""
+    """A call of an INT8 layer; grid: of its output."""
 
     call: _Call
     inputs: tuple[_Input, ...]
     output: Tensor
+    grid: _Grid
 
 
 _Before = Callable[[str, _Call], None]
 _After = Callable[[str, Any], None]
 
 
-def _run_int8(flow_models: _Modules | _Graphs, kinds: Mapping[str, str], images: Tensor) -> dict[str, deque[_Seen]]:
-    """The calls of every INT8 layer that has a scale of its own, by key, in the order of execution."""
+def _run_int8(
+    flow_models: _Modules | _Graphs, kinds: Mapping[str, str], images: Tensor, highest: int
+) -> dict[str, deque[_Seen]]:
+    """The calls of every INT8 layer that has a scale of its own, by key, in the order of execution; highest: code that
+    the model lets through."""
     seen: dict[str, deque[_Seen]] = {}
     running: dict[str, tuple[_Call, tuple[_Input, ...]]] = {}
 
@@ -248,7 +254,7 @@ def _run_int8(flow_models: _Modules | _Graphs, kinds: Mapping[str, str], images:
 
         def remember(value: Any) -> Any:
             if isinstance(value, Tensor) and value.is_quantized:
-                inputs.append(_Input(_grid(value), value.shape))
+                inputs.append(_Input(_grid(value, highest), value.shape))
                 return inputs[-1]
             return value
 
@@ -260,9 +266,10 @@ def _run_int8(flow_models: _Modules | _Graphs, kinds: Mapping[str, str], images:
         if not isinstance(output, Tensor) or not output.is_quantized:
             return
         computes = flow_models.layer(key) in kinds or call.operation in ("add", "mul", "matmul")
-        if computes or not inputs or any(one.grid != _grid(output) for one in inputs):
+        grid = _grid(output, highest)
+        if computes or not inputs or any(one.grid != grid for one in inputs):
             # A copy, for a ReLU may work in place on it.
-            seen.setdefault(key, deque()).append(_Seen(call, inputs, output.clone()))
+            seen.setdefault(key, deque()).append(_Seen(call, inputs, output.clone(), grid))
 
     flow_models.run_int8(images, before, after)
     return seen
@@ -293,7 +300,7 @@ def _compare(
         own = _alone(one, output, inputs.pop(key, None))
         label = flow_models.label(key)
         kind = kinds.get(flow_models.layer(key), one.call.operation)
-        total = sums.setdefault(label, _Sums(kind, _grid(one.output)))
+        total = sums.setdefault(label, _Sums(kind, one.grid))
         total.add(output, one.output, own, clamps.get(label))
 
     flow_models.run_float(images, before, after)
@@ -311,7 +318,7 @@ def _quantized(call: _Call, like: tuple[_Input, ...]) -> list[Tensor] | None:
 def _alone(one: _Seen, expected: Tensor, inputs: list[Tensor] | None) -> Tensor | None:
     """The INT8 layer's answer to the float model's input."""
     if one.call.operation == "quantize":
-        return _grid(one.output).quantized(expected)
+        return one.grid.quantized(expected)
     if not inputs or len(inputs) != len(one.inputs):
         return None
     waiting = iter(inputs)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.fx.config
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.ao.nn.quantized.modules.utils import WeightedQuantizedModule
 from torch.ao.quantization import QConfig as TorchQConfig
 from torch.ao.quantization import get_default_qconfig_mapping
 from torch.ao.quantization.fx.tracer import QuantizationTracer
@@ -24,6 +25,7 @@ from qexp.config import Engine, Granularity, Observer, QConfig
 from qexp.errors import InputError
 from qexp.quantize.clamps import EVERYTHING, Interval, clamp_after, clamp_of
 from qexp.quantize.copies import sharing_copy
+from qexp.quantize.layers import is_per_channel
 from qexp.quantize.names import carry_to_converted, carry_to_prepared, name_tensors, note_origins, place
 from qexp.quantize.normalise import normalise
 from qexp.quantize.observers import ClampFirst, activation_observer, observers, torch_qconfig
@@ -127,7 +129,28 @@ def convert(prepared: nn.Module) -> nn.Module:
     with known_deprecations_silenced():
         converted = convert_fx(copied)
     carry_to_converted(cast(fx.GraphModule, prepared), converted)
+    _clamp_weights(converted, prepared)
     return converted
+
+
+def _clamp_weights(converted: fx.GraphModule, prepared: nn.Module) -> None:
+    """In place, let weights end where their observer's grid does, as torch does in its eager flow alone."""
+    layers: dict[str, Any] = {n: m for n, m in converted.named_modules() if isinstance(m, WeightedQuantizedModule)}
+    for name, module in layers.items():
+        made_from: Any = prepared.get_submodule(name)
+        observer, weight = made_from.qconfig.weight(), module.weight()
+        codes = weight.int_repr()
+        held = codes.clamp(observer.quant_min, observer.quant_max)
+        if not torch.equal(held, codes):
+            module.set_weight_bias(_with_codes(weight, held), module.bias())
+
+
+def _with_codes(weight: Tensor, codes: Tensor) -> Tensor:
+    """A quantized weight with these codes in place of its own, int8 of the same shape."""
+    if not is_per_channel(weight):
+        return torch._make_per_tensor_quantized_tensor(codes, weight.q_scale(), weight.q_zero_point())
+    scales, zero_points = weight.q_per_channel_scales(), weight.q_per_channel_zero_points()
+    return torch._make_per_channel_quantized_tensor(codes, scales, zero_points, weight.q_per_channel_axis())
 
 
 def _clamp_first(prepared: fx.GraphModule) -> None:

@@ -8,6 +8,8 @@ from enum import StrEnum
 from qexp.config import Overflow, QConfig
 
 FULL_BITS = 8
+HIGHEST = 2**FULL_BITS - 1
+"""The largest code of an activation that kernels know."""
 SAFE_BITS = 7
 """With 7 bits on either side two products of u8 by s8 fit into 16 bits: 255*64*2 = 32640 and 127*128*2 = 32512."""
 
@@ -23,9 +25,11 @@ class Side(StrEnum):
 class Grid:
     """The integers qmin…qmax onto which a tensor's range is mapped; `full` where they are all of the 8-bit type.
 
-    A narrowed grid has fewer and larger steps, and runs on the same 8-bit kernels, which clamp to the type alone: what
-    lies outside the calibrated range goes on beyond qmax, and a symmetric weight at the end of its range may round to
-    qmax + 1. torch's `reduce_range` does the same.
+    A narrowed grid has fewer and larger steps, and runs on the same 8-bit kernels, which clamp to the type alone.
+    Weights are clamped to their grid when they are quantized. Of activations those bits that were asked for are clamped
+    to, too (see held.py). A guard narrows the scale alone, as torch's `reduce_range` does: what lies outside the
+    calibrated range goes on beyond qmax, up to 255. To clamp it would take time and accuracy, and the sums that it
+    makes may still fit.
     """
 
     qmin: int
@@ -45,6 +49,11 @@ def executed_bits(qconfig: QConfig, side: Side) -> int:
         raise ValueError("qconfig.overflow=auto must be resolved before a grid is made")
     asked = qconfig.weight.bits if side is Side.weights else qconfig.activation.bits
     return min(asked, SAFE_BITS) if qconfig.overflow == side.value else asked
+
+
+def highest_activation(qconfig: QConfig) -> int:
+    """The largest code of an activation that is executed: a guard's grid is one of the scale alone."""
+    return int(2**qconfig.activation.bits - 1)
 
 
 def grid(qconfig: QConfig, side: Side) -> Grid:

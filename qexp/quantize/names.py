@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.ao.quantization import QuantWrapper
 
 from qexp.quantize.clamps import Interval, clamp_of
+from qexp.quantize.held import torch_function
 from qexp.quantize.strided import AfterStride
 from qexp.quantize.transposed import InFloat
 
@@ -105,7 +106,7 @@ def carry_to_converted(prepared: fx.GraphModule, converted: fx.GraphModule) -> N
 
 def hands_on(node: fx.Node) -> bool:
     """Whether a node of a converted graph only brings a tensor onto a grid, or from it."""
-    return node.target in (torch.quantize_per_tensor, "dequantize", "to")
+    return torch_function(node.target) in (torch.quantize_per_tensor, "dequantize", "to")
 
 
 def _is_observer(node: fx.Node) -> bool:

@@ -175,12 +175,13 @@ def _fed(qconfig: QConfig, layer: nn.Module) -> Any:
 
 
 def _on_grid(values: Tensor, observer: Any) -> Tensor:
-    """Rounded to what the kernel can hold: the calibrated scale, and the limits of the 8-bit type."""
+    """Rounded to what is executed: the calibrated scale, with the ends of the weights' grid or what activations are
+    let through."""
     scale, zero_point = observer.calculate_qparams()
-    limits = torch.iinfo(torch.uint8 if observer.dtype is torch.quint8 else torch.int8)
+    low, high = observer.quant_min, getattr(observer, "highest", observer.quant_max)
     if scale.numel() > 1:
-        return torch.fake_quantize_per_channel_affine(values, scale, zero_point.int(), 0, limits.min, limits.max)
-    return torch.fake_quantize_per_tensor_affine(values, scale, zero_point.int(), limits.min, limits.max)
+        return torch.fake_quantize_per_channel_affine(values, scale, zero_point.int(), 0, low, high)
+    return torch.fake_quantize_per_tensor_affine(values, scale, zero_point.int(), low, high)
 
 
 def _narrowed(observer: Any, qconfig: QConfig) -> Any:

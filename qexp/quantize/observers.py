@@ -19,7 +19,7 @@ from torch.ao.quantization.observer import (
 
 from qexp.config import ActivationObserver, Granularity, Observer, QConfig, Scheme, WeightObserver
 from qexp.quantize.counting import statistics
-from qexp.quantize.grid import Grid, Side, grid
+from qexp.quantize.grid import HIGHEST, Grid, Side, grid, highest_activation
 from qexp.quantize.ranges import range_mse, range_mse_rows
 from qexp.quantize.recorder import Recorder, destination
 from qexp.results import QParams
@@ -41,10 +41,37 @@ def activation_observer(qconfig: QConfig, observer: Observer) -> Any:
         "qscheme": _TENSOR_SCHEME[qconfig.activation.scheme],
         **_bounds(grid(qconfig, Side.activations)),
     }
+    highest = highest_activation(qconfig)
     if observer.name is not ActivationObserver.histogram:
-        return Recorder.with_args(observer=observer, **keywords)
+        return Recorder.with_args(observer=observer, highest=highest, **keywords)
     bins = {} if observer.bins is None else {"bins": observer.bins}
-    return HistogramObserver.with_args(**bins, **keywords)
+    return Histogram.with_args(highest=highest, **bins, **keywords)
+
+
+class Histogram(HistogramObserver):
+    """torch's own; highest: as of a Recorder."""
+
+    def __init__(self, highest: int = HIGHEST, **keywords: Any) -> None:
+        super().__init__(**keywords)
+        self.highest = highest
+
+
+def highest_observed(prepared: nn.Module) -> int:
+    """The largest code of an activation that is let through once the model is converted."""
+    found = [
+        observer.highest for observer in observers(prepared).values() if isinstance(observer, Recorder | Histogram)
+    ]
+    return min(found, default=HIGHEST)
+
+
+def fix_fewer_levels(prepared: nn.Module, highest: int) -> None:
+    """In place, let observers with fixed parameters (of sigmoid and its like) have highest + 1 levels between their
+    ends."""
+    levels = (HIGHEST + 1) // (highest + 1)
+    for observer in {id(o): o for o in observers(prepared).values() if isinstance(o, FixedQParamsObserver)}.values():
+        observer.scale.mul_(levels)
+        observer.zero_point.div_(levels, rounding_mode="floor")
+        observer.quant_max = highest
 
 
 class MseObserver(MinMaxObserver):
@@ -136,12 +163,12 @@ def is_finite(observer: Any) -> bool:
 
 
 def to_qparams(observer: Any, axis: int | None = None) -> QParams:
-    """What torch's convert will read from this observer, exactly."""
+    """What torch's convert will read from this observer, exactly, and the codes that are executed."""
     scale, zero_point = observer.calculate_qparams()
     return QParams(
         scale=scale.detach().to(torch.float32).reshape(-1).numpy().copy(),
         zero_point=zero_point.detach().to(torch.int64).reshape(-1).numpy().copy(),
         qmin=int(observer.quant_min),
-        qmax=int(observer.quant_max),
+        qmax=int(getattr(observer, "highest", observer.quant_max)),
         axis=axis,
     )

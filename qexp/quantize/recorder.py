@@ -16,7 +16,7 @@ from torch.ao.quantization.observer import UniformQuantizationObserverBase
 
 from qexp.config import Observer, Scheme
 from qexp.quantize.counting import Seen
-from qexp.quantize.grid import Grid
+from qexp.quantize.grid import HIGHEST, Grid
 from qexp.quantize.ranges import solver
 from qexp.quantize.statistics import TensorStats, merge
 
@@ -37,14 +37,15 @@ class _Ranges(dict[Grid, tuple[float, float]]):
 class Recorder(UniformQuantizationObserverBase):
     """Stands for the activation observer `observer`; keywords as for any of torch's (dtype, qscheme, quant_min, …).
 
+    highest: the largest code that is let through when the model is executed, beyond quant_max where that is a guard's.
     in_sequence: whether it is one of the parts that a fused module of torch's (an `nn.Sequential`) calls one after the
     other, and so gets each tensor twice. To a moving average that is two batches, as with torch's own observers; the
     values are counted once.
     """
 
-    def __init__(self, observer: Observer, **keywords: Any) -> None:
+    def __init__(self, observer: Observer, highest: int = HIGHEST, **keywords: Any) -> None:
         super().__init__(**keywords)
-        self.observer = observer
+        self.observer, self.highest = observer, highest
         self.in_sequence = False
         self._latest: weakref.ref[Tensor] | None = None
         self._closed: TensorStats | None = None

@@ -23,12 +23,14 @@ from torch import Tensor, fx, nn
 from qexp.config import Engine
 from qexp.errors import InputError
 from qexp.quantize.engines import engine
+from qexp.quantize.grid import HIGHEST, SAFE_BITS
+from qexp.quantize.held import highest_code, is_held, torch_class
 from qexp.quantize.layers import conv_kind, is_per_channel, weight_scales
 from qexp.quantize.names import public
 from qexp.quantize.strided import AfterStride
 
 _INT16 = torch.iinfo(torch.int16)
-_HIGHEST = torch.iinfo(torch.uint8).max
+_SAFE = 2**SAFE_BITS - 1
 _CHUNK = 1 << 19
 """Values held at once for one step: 2 MB of float32 stay in the cache of a core, which makes steps twice as fast."""
 
@@ -55,6 +57,8 @@ def at_risk(converted: nn.Module, engine_name: Engine, kinds: Collection[str]) -
     kinds: of layer in which kernels add up in 16 bits (see `saturation.overflowing_kinds`).
     """
     if engine_name is Engine.qnnpack or not kinds:
+        return False
+    if highest_code(converted) <= _SAFE:
         return False
     functions = any(_is_int8_function(n) for n in _nodes(converted))
     layers = (layer for _, layer in int8_layers(converted) if _kind(layer) in kinds)
@@ -213,7 +217,7 @@ def with_emulated_sums(converted: nn.Module, engine_name: Engine, saturating: bo
     twins: dict[nn.Module, nn.Module] = {}
     for owner in list(copied.modules()):
         for name, child in list(owner._modules.items()):
-            if child is not None and type(child) in _EMULATED:
+            if child is not None and torch_class(child) in _EMULATED:
                 # One layer under two names stays one.
                 twins[child] = twins.get(child) or _twin(child, engine_name, saturating)
                 setattr(owner, name, twins[child])
@@ -224,7 +228,9 @@ def not_emulated(converted: nn.Module) -> tuple[str, ...]:
     """Names of the INT8 layers that `with_emulated_sums` leaves alone: 1- and 3-dimensional, transposed, fused with
     something else than ReLU, or called as functions.
     """
-    modules = [public(name, converted) for name, module in int8_layers(converted) if type(module) not in _EMULATED]
+    modules = [
+        public(name, converted) for name, module in int8_layers(converted) if torch_class(module) not in _EMULATED
+    ]
     return (*modules, *(node.name for node in _nodes(converted) if _is_int8_function(node)))
 
 
@@ -254,7 +260,8 @@ class _Emulated(nn.Module):
     def __init__(self, layer: Any, engine_name: Engine, saturating: bool) -> None:
         super().__init__()
         weight = layer.weight()
-        self.relu = type(layer) in _RELUS
+        self.relu = torch_class(layer) in _RELUS
+        self.highest = layer.highest if is_held(layer) else HIGHEST
         self.scale, self.zero_point = float(layer.scale), int(layer.zero_point)
         self.groups, self.kind = _groups(layer), _kind(layer)
         self.channels, self.terms, self.run = _reduction(layer, engine_name)
@@ -343,7 +350,7 @@ def pair_sums(rows: Tensor, pairs: Tensor, saturating: bool = True) -> Tensor:
     """
     groups, count, _, positions = rows.shape
     outputs_of_group = len(pairs) // groups
-    dtype = torch.float32 if 2 * count * _HIGHEST * 128 <= 1 << 24 else torch.float64
+    dtype = torch.float32 if 2 * count * HIGHEST * 128 <= 1 << 24 else torch.float64
     weights = pairs.to(dtype).view(groups, outputs_of_group, 2 * count)
     sums = torch.bmm(weights, rows.to(dtype).view(groups, 2 * count, positions)).flatten(0, 1).double()
     if not saturating:
@@ -374,7 +381,7 @@ def _as_fbgemm(layer: _Emulated, sums: Tensor, input_scale: float) -> Tensor:
     elif layer.bias is not None:
         values = (values.double() + (layer.bias.double() * _reciprocal(product).double())[:, None]).float()
     steps = (values * (product / _float32(layer.scale))[:, None]).round()
-    return (steps + layer.zero_point).clamp(layer.zero_point if layer.relu else 0, _HIGHEST).to(torch.uint8)
+    return (steps + layer.zero_point).clamp(layer.zero_point if layer.relu else 0, layer.highest).to(torch.uint8)
 
 
 def _as_onednn(layer: _Emulated, sums: Tensor, input_scale: float) -> Tensor:
@@ -389,7 +396,7 @@ def _as_onednn(layer: _Emulated, sums: Tensor, input_scale: float) -> Tensor:
     if layer.relu:
         values = values.clamp(min=0)
     inverse = _reciprocal(_reciprocal(_reciprocal(layer.scale)))
-    return (values * inverse + layer.zero_point).clamp(0, _HIGHEST).round().to(torch.uint8)
+    return (values * inverse + layer.zero_point).clamp(0, layer.highest).round().to(torch.uint8)
 
 
 def _float32(value: float) -> Tensor:

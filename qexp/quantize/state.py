@@ -1,0 +1,21 @@
+"""Scales that torch's INT8 modules leave out of their state_dict, so that what is loaded would answer otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.ao.nn.quantized as nnq
+from torch import nn
+
+_PLAIN = (nnq.ELU, nnq.Softmax, nnq.PReLU)
+_NAMES = ("scale", "zero_point")
+
+
+def scales_in_state(converted: nn.Module) -> nn.Module:
+    """The converted model, in place, with such scales and zero points as buffers, which torch's other modules have."""
+    for module in converted.modules():
+        plain: dict[str, Any] = {name: vars(module).pop(name) for name in _NAMES if isinstance(module, _PLAIN)}
+        for name, value in plain.items():
+            module.register_buffer(name, torch.as_tensor(value))
+    return converted
