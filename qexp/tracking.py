@@ -135,7 +135,7 @@ def connect(tracking: config.Tracking, outputs: Path, folder: Path | None = None
     """
     outputs = _make_folder(outputs)
     # An empty variable is one that somebody meant to unset.
-    uri = (tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "").strip()
+    uri = given = (tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "").strip()
     setting = "tracking.uri" if tracking.uri else "MLFLOW_TRACKING_URI"
     scheme = urllib.parse.urlsplit(uri).scheme
     artifacts: str | None = (outputs / "artifacts").as_uri()
@@ -157,9 +157,10 @@ def connect(tracking: config.Tracking, outputs: Path, folder: Path | None = None
         _open_database(uri, setting, tracking.timeout)
     try:
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        experiment = tracking.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or _experiment_by_id(client)
-    except (MlflowException, OSError, ImportError) as error:
-        raise InputError(f"{setting}={_without_password(uri)} can't be used: {_first_line(error)}.") from error
+    except (MlflowException, OSError, ImportError, ValueError) as error:
+        raise _unusable(error, f"{setting}={_without_password(uri)}" if given else f"outputs={outputs}") from error
+    named = os.environ.get("MLFLOW_EXPERIMENT_NAME", "").strip()
+    experiment = tracking.experiment or named or _experiment_by_id(client)
     beside = uri == f"sqlite:///{outputs / 'mlflow.db'}"
     return Store(uri, artifacts, beside, experiment, client)
 
@@ -207,6 +208,8 @@ def _open_sqlite(path: Path, artifacts: Path, setting: str) -> str:
         ) from error
     except OSError as error:
         raise InputError(f"{setting} can't be written to ({error.strerror}); choose another folder.") from error
+    except ValueError as error:
+        raise _unusable(error, setting) from error
     return uri
 
 
@@ -366,7 +369,11 @@ def _probe(uri: str, setting: str, timeout: float) -> None:
     except TimeoutError as error:
         raise InputError(f"{setting}={shown} did not answer within {2 * timeout + 1:g} s; {advice}.") from error
     except (MlflowException, requests.RequestException, OSError, ValueError) as error:
-        raise InputError(f"{setting}={shown} can't be reached ({_root_cause(error)}); {advice}.") from error
+        cause = _root_cause(error)
+        if _variables_in(cause):
+            raise _unusable(error, f"{setting}={shown}") from error
+        proxy = " through the proxy that HTTP_PROXY or HTTPS_PROXY names" if _of_proxy(error) else ""
+        raise InputError(f"{setting}={shown} can't be reached{proxy} ({cause}); {advice}.") from error
     if response.status_code == 401 or (response.status_code == 403 and "Host" not in response.text[:200]):
         raise InputError(
             f"{setting}={shown} refuses the credentials ({response.status_code}); set MLFLOW_TRACKING_USERNAME and "
@@ -388,7 +395,13 @@ def _experiment_by_id(client: MlflowClient) -> str | None:
     experiment_id = os.environ.get("MLFLOW_EXPERIMENT_ID")
     if not experiment_id:
         return None
-    name: str = client.get_experiment(experiment_id).name
+    try:
+        name: str = client.get_experiment(experiment_id).name
+    except (MlflowException, requests.RequestException) as error:
+        raise InputError(
+            f"MLFLOW_EXPERIMENT_ID={experiment_id} can't be used ({_first_line(error)}); unset it, or name an "
+            "experiment: tracking.experiment=NAME."
+        ) from error
     return name
 
 
@@ -1078,6 +1091,35 @@ def _refused(store: Store, what: str) -> Iterator[None]:
         yield
     except (MlflowException, requests.RequestException) as error:
         raise InputError(f"MLflow at {_without_password(store.uri)} refuses {what}: {_first_line(error)}.") from error
+
+
+def _unusable(error: BaseException, what: str) -> InputError:
+    """Why a store can't be used: an environment variable of a library, where the error is about one, else `what`."""
+    said = _first_line(error)
+    variables = _variables_in(said)
+    blamed = f"the environment variable {' or '.join(variables)}" if variables else what
+    return InputError(f"{blamed} can't be used: {said}.")
+
+
+def _variables_in(text: str) -> list[str]:
+    """Which environment variables that MLflow or requests reads an error's text is about, by their names or values."""
+    known = ("MLFLOW_", "REQUESTS_", "CURL_")
+    return sorted(
+        name
+        for name, value in os.environ.items()
+        if name.startswith(known)
+        and name != "MLFLOW_TRACKING_URI"
+        and (name in text or (len(value) > 2 and f" {value}" in f" {text}"))
+    )
+
+
+def _of_proxy(error: BaseException | None) -> bool:
+    """Whether it is a proxy that can't be reached."""
+    while error is not None:
+        if isinstance(error, requests.exceptions.ProxyError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _first_line(error: BaseException) -> str:

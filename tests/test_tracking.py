@@ -340,9 +340,37 @@ def test_the_experiment_may_be_named_by_its_id(
     run.finish()
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", run.experiment_id)
     assert tracking.connect(settings(), outputs).experiment_name("mnist") == "qexp/digits"
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "987654")
-    with pytest.raises(InputError, match="987654"):
-        tracking.connect(settings(), outputs)
+    for wrong in ("987654", "mine"):
+        monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", wrong)
+        with pytest.raises(InputError, match=rf"^MLFLOW_EXPERIMENT_ID={wrong} can't be used") as refused:
+            tracking.connect(settings(), outputs)
+        assert "MLFLOW_TRACKING_URI" not in str(refused.value)  # which nobody has set
+        assert tracking.connect(settings(experiment="mine"), outputs).experiment == "mine"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "uri"),
+    [
+        ("MLFLOW_SQLALCHEMYSTORE_POOL_SIZE", "many", None),
+        ("MLFLOW_TRACKING_INSECURE_TLS", "maybe", "http://127.0.0.1:9"),
+        ("MLFLOW_TRACKING_CLIENT_CERT_PATH", "/no/such/file", "https://127.0.0.1:9"),
+        ("REQUESTS_CA_BUNDLE", "/no/such/file", "https://127.0.0.1:9"),
+    ],
+)
+def test_an_environment_variable_of_a_library_is_blamed_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, uri: str | None
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(InputError, match=f"^the environment variable {variable} can't be used: "):
+        tracking.connect(settings(uri), tmp_path)
+
+
+def test_a_proxy_that_is_not_there_is_blamed(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with pytest.raises(InputError, match="can't be reached through the proxy that HTTP_PROXY or HTTPS_PROXY names"):
+        tracking.connect(settings("http://mlflow.example:5000"), outputs)
 
 
 def test_a_single_run_resumes_and_a_sweeps_run_does_not(store: tracking.Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ def check_compiler() -> None:
     try:
         get_cpp_compiler()
     except (InvalidCxxCompiler, RuntimeError) as error:
+        named = os.environ.get("CXX")
+        advice = "mend or unset it" if named else "install g++ or clang (or name one in the environment variable CXX)"
+        what = f"CXX={named} is" if named else "there is"
         raise InputError(
-            "latency.runtimes has inductor, and there is no C++ compiler for it: install g++ or clang (or name one in "
-            "the environment variable CXX), or take inductor out."
+            f"latency.runtimes has inductor, and {what} no C++ compiler for it: {advice}, or take inductor out."
         ) from error
