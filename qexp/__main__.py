@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
-from qexp import console
+from qexp import console, trials
 from qexp.compose import CONF, Composition, check_choices
 from qexp.errors import ConfigError
 
@@ -23,15 +25,33 @@ def compose_and_run(composed: DictConfig) -> float | None:
     return sweep.run(sweep.job_from(Composition.of(composed)))
 
 
+def options_first(arguments: Sequence[str]) -> list[str]:
+    """The same command line with its options before the overrides, which argparse, and so Hydra, takes in one row only:
+    with -m or --config-dir among them it refuses those that follow."""
+    overrides: list[str] = get_args_parser().parse_intermixed_args(list(arguments)).overrides
+    options, waiting = [], list(overrides)
+    for argument in arguments:
+        if waiting and argument == waiting[0]:
+            waiting.pop(0)
+        else:
+            options.append(argument)
+    return [*options, *overrides]
+
+
 def main() -> None:
     console.protect()
-    # argparse, and so Hydra, takes overrides in one row only: with -m among them it refuses those that follow.
-    sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
+    sys.argv[1:] = options_first(sys.argv[1:])
     try:
         check_choices(sys.argv[1:])
     except ConfigError as error:
         sys.exit(str(error))
-    compose_and_run()
+    try:
+        compose_and_run()
+    except BaseException as error:
+        code = error.code if isinstance(error, SystemExit) else None
+        stopped = isinstance(error, KeyboardInterrupt) or (isinstance(code, int) and code > 128)
+        trials.end("KILLED" if stopped else "FAILED")
+        raise
 
 
 if __name__ == "__main__":

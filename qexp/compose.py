@@ -173,6 +173,9 @@ class Composer:
 
     def subfolder(self, arguments: Sequence[str], number: int) -> str:
         """The folder, within the sweep's, that Hydra gives to the job of these overrides. number: the job's."""
+        template: Any = OmegaConf.to_container(self._master.hydra.sweep, resolve=False)
+        if template["subdir"] == "${hydra.job.num}":  # Hydra's own, and nothing has to be composed
+            return str(number)
         composed = self(arguments)
         whole = composed.task
         with open_dict(whole):

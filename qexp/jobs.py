@@ -345,9 +345,25 @@ def _levels() -> dict[str, int]:
 
 def _start(process: ForkServerProcess) -> None:
     try:
-        process.start()
+        with _known_start_method():
+            process.start()
     except (OSError, EOFError) as error:
         raise errors.RunError(f"the process that jobs are forked from has ended ({type(error).__name__}).") from error
+
+
+@contextlib.contextmanager
+def _known_start_method() -> Iterator[None]:
+    """Every process tells those that it starts how they start others in turn. In a worker of joblib's that is `loky`,
+    which a process that has not imported joblib takes for an error: then it is told the system's default."""
+    method, known = multiprocessing.get_start_method(allow_none=True), multiprocessing.get_all_start_methods()
+    if method is None or method in known:
+        yield
+        return
+    multiprocessing.set_start_method(known[0], force=True)
+    try:
+        yield
+    finally:
+        multiprocessing.set_start_method(method, force=True)
 
 
 def _answer(job: _Begun) -> Any:

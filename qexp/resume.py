@@ -118,7 +118,7 @@ class Study:
                 tags = {**row.tags, "carried_over": f"carried over: finished earlier under study={self.name}."}
                 rows.append(replace(row, name=item.name, params={**item.job.params, **resolved}, tags=tags))
         place = {item.name: index for index, item in enumerate(planned)}
-        return sorted(rows, key=lambda row: place.get(row.name, len(place))) if self.done else rows
+        return sorted(rows, key=lambda row: place.get(row.name, len(place)))
 
 
 def study(store: Store, planned: Sequence[Planned], experiments: Sequence[str]) -> Study:

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -28,14 +28,19 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from qexp import ablation, jobs, progress, resume, sources, table
+from qexp import ablation, folders, jobs, progress, resume, sources, table, trials
 from qexp import config as schema
-from qexp.compose import Composer, Composition, combinations, quoted
+from qexp.compose import Composer, Composition, combinations, quoted, spelled
 from qexp.config import Config, LogModel
 from qexp.errors import ConfigError, QexpError
 from qexp.results import Row
 
+if TYPE_CHECKING:
+    from qexp.tracking import Run, Store
+
 log = logging.getLogger(__name__)
+
+GIVEN = ("tracking.name", "tracking.parent")  # to its jobs, by a sweep
 
 
 class Stop(BaseException):
@@ -111,7 +116,8 @@ class Job:
     """A composed configuration, typed and checked, with what Hydra knows of how it came about.
 
     number: among a sweep's jobs, from 0; alone: whether it is none of a sweep's; hydra_files: the folder in which Hydra
-    writes down what it composed, None where it doesn't.
+    writes down what it composed, None where it doesn't; foreign: whether the sweep is another sweeper's than qexp's,
+    which doesn't tell its jobs beforehand.
     """
 
     config: Config
@@ -122,6 +128,7 @@ class Job:
     number: int = 0
     alone: bool = True
     hydra_files: Path | None = None
+    foreign: bool = False
 
     @property
     def params(self) -> dict[str, str]:
@@ -129,10 +136,12 @@ class Job:
 
     @property
     def name(self) -> str:
-        """What was given, else the settings that tell one run from another."""
+        """What was given, else the settings that tell one run from another; where it is one of several that nobody has
+        compared, with its number."""
         p = self.params
         batches = "all" if self.config.calib.batches is None else p["calib.batches"]
-        return self.config.tracking.name or " ".join([p["model"], p["dataset"], p["qconfig"], p["observer"], batches])
+        name = self.config.tracking.name or " ".join([p["model"], p["dataset"], p["qconfig"], p["observer"], batches])
+        return f"{name} #{self.number + 1}" if self.foreign else name
 
 
 def job_from(composed: Composition) -> Job:
@@ -145,7 +154,13 @@ def job_from(composed: Composition) -> Job:
     alone = hydra.mode is not RunMode.MULTIRUN
     folder, cwd = Path(OmegaConf.select(hydra, "runtime.output_dir") or ""), Path(hydra.runtime.cwd)
     hydra_files = folder / hydra.output_subdir if hydra.output_subdir else None
-    return Job(config, choices, overrides, folder, cwd, number, alone, hydra_files)
+    foreign = not alone and not is_ours(hydra)
+    return Job(config, choices, overrides, folder, cwd, number, alone, hydra_files, foreign)
+
+
+def is_ours(hydra: DictConfig) -> bool:
+    """Whether Hydra's sweeper is qexp's."""
+    return str(OmegaConf.select(hydra, "sweeper._target_")).startswith("hydra_plugins.qexp_sweeper.")
 
 
 def _given(overrides: Sequence[str]) -> dict[str, str]:
@@ -174,7 +189,18 @@ class Door(Callback):
             job = job_from(Composition.of(config))
             schema.check(job.config)
             resume.check(job)
-            writable(Path(config.hydra.run.dir))
+            folder = Path(config.hydra.run.dir)
+            folders.writable(folder)
+            folders.hold(folder)
+            folders.check_free("hydra.run.dir", folder)
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if not is_ours(config.hydra):
+            with refusals():
+                trials.begin(config)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        trials.end("FINISHED")
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         # Of all jobs of a sweep until it ends, a third of a megabyte each.
@@ -192,17 +218,6 @@ def refusals() -> Iterator[None]:
         else:
             print(error, file=sys.stderr)
         sys.exit(1)
-
-
-def writable(folder: Path) -> None:
-    """Make `folder`, or raise ConfigError: Hydra would end in a traceback."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-    except OSError as error:
-        reason = f"the output folder {folder} can't be made: {error.strerror}"
-        raise ConfigError(f"{reason}; set outputs=another/folder.") from error
 
 
 class Once(logging.Filter):
@@ -225,7 +240,7 @@ def command() -> str:
 
 def run(job: Job) -> float | None:
     """Hydra's task: one run, tracked; by itself, or as one of a sweep's jobs. Returns the objective."""
-    if job.config.tracking.parent is not None:
+    if job.config.tracking.parent is not None and not job.foreign:
         with stoppable():
             return swept(job)
     if not job.alone:  # a job of another sweeper, which handles what is raised
@@ -239,6 +254,8 @@ def single(job: Job) -> float | None:
     from qexp import tracking
 
     schema.check(job.config)
+    if job.foreign:
+        folders.check_free("hydra.sweep.subdir", job.folder)
     jobs.start_server()
     store = tracking.connect(job.config.tracking, Path(job.config.outputs), job.cwd)
     resume.close_orphans(store)
@@ -336,8 +353,18 @@ def own(
     """
     with refusals(), until_stopped():
         jobs.start_server()  # it imports torch while this process composes the jobs and imports MLflow
+        hide_from_names(master)
         composer = Composer(master, loader)
         return launch(master, composer, plan(composer, params, typed), launcher, batch_size)
+
+
+def hide_from_names(master: DictConfig) -> None:
+    """What a sweep gives to its jobs, and nobody has typed, is no part of Hydra's `override_dirname`, whatever else the
+    user has taken out of it."""
+    excluded = list(master.hydra.job.config.override_dirname.exclude_keys)
+    if not set(GIVEN) <= set(excluded):
+        keys = spelled([*excluded, *GIVEN])
+        master.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys={keys}")
 
 
 def plan(composer: Composer, params: Sequence[str], typed: Sequence[str]) -> list[Planned]:
@@ -415,7 +442,7 @@ def launch(
 
     first = planned[0].job
     folder = Path(os.path.abspath(master.hydra.sweep.dir))  # noqa: PTH100  (as Hydra does, links are not followed)
-    writable(folder)
+    folders.writable(folder)
     store = tracking.connect(first.config.tracking, Path(first.config.outputs), first.cwd)
     experiments = sorted({store.experiment_name(item.job.choices["dataset"]) for item in planned})
     for name in experiments:
@@ -425,10 +452,16 @@ def launch(
     left = study.left(planned)
     if left:
         jobs.check_inputs([item.job.config for item in left])
-    OmegaConf.save(master, folder / "multirun.yaml")
+    wanted = [composer.subfolder(item.overrides, number) for number, item in enumerate(left)]
+    claimed = folders.claim(folder, wanted)
+    folders.save_beside(folder / "multirun.yaml", OmegaConf.to_yaml(master))
 
     title = f"{tags(first).get('experiment', 'sweep')} {first.config.study or folder.name}"
-    parent = study.open(store, experiment=experiments[0], name=title, tags=tags(first))
+    try:
+        parent = study.open(store, experiment=experiments[0], name=title, tags=tags(first))
+    except BaseException:
+        folders.leave(folder, claimed)
+        raise
     all_jobs = f"{len(planned)} job{'s' if len(planned) > 1 else ''}"
     print(f"{all_jobs}; runs go to the MLflow experiment {experiments[0]}, under {parent.name!r}.", flush=True)
     returns: list[Any] = []
@@ -436,9 +469,12 @@ def launch(
     try:
         with stoppable(), progress.over(len(planned), len(planned) - len(left)):
             every = [[*item.overrides, f"tracking.parent={parent.id}"] for item in left]
+            for overrides, name, other in zip(every, claimed, wanted, strict=True):
+                overrides += [f"hydra.sweep.subdir={quoted(name)}"] if name != other else []
             one_by_one = isinstance(launcher, BasicLauncher) and first.config.job.ahead
-            following = successor(composer, every, folder)
-            with jobs.in_turn(following, folder / ".turn") if one_by_one else contextlib.nullcontext():
+            following = successor(composer, every, [folder / name for name in claimed])
+            turn = folder / f".turn-{parent.id}"  # another sweep may use the folder at the same time
+            with jobs.in_turn(following, turn) if one_by_one else contextlib.nullcontext():
                 for chunk in BasicSweeper.split_overrides_to_chunks(every, batch_size) if left else []:
                     returns.append(launcher.launch(chunk, initial_job_idx=sum(map(len, returns))))
     except Stop as stop:
@@ -447,17 +483,14 @@ def launch(
         status = "FAILED"
         raise
     finally:
+        folders.leave(folder, claimed)
         rows = study.new(tracking.children(store, parent.id, experiments))
         known = {row.name for row in rows}
         rows += [row for batch in returns for row in map(unstarted, batch) if row and row.name not in known]
         rows = study.with_done(planned, rows)
         if status == "FINISHED" and any(row.status != "FINISHED" for row in rows):
             status, code = "FAILED", 1
-        text = summary(rows)
-        counts = Counter(row.status.lower() for row in rows)
-        tracking.close_parent(parent, status, text, {name: counts[name] for name in ("finished", "failed", "killed")})
-        print(f"\n{text}\n")
-        say_where(folder, tracking.ui(store, parent, sort_by="accuracy/int8"))
+        close(store, parent, rows, status, folder)
     if status == "KILLED":
         print(f"Stopped after {len(rows)} of {all_jobs}. To run it again:\n  {command()}", file=sys.stderr)
     if code:
@@ -465,18 +498,28 @@ def launch(
     return returns
 
 
+def close(store: Store, parent: Run, rows: Sequence[Row], status: str, folder: Path) -> None:
+    """End a sweep's run with the table of its jobs, which is printed too, and where everything is."""
+    from qexp import tracking
+
+    text = summary(rows)
+    counts = Counter(row.status.lower() for row in rows)
+    tracking.close_parent(parent, status, text, {name: counts[name] for name in ("finished", "failed", "killed")})
+    print(f"\n{text}\n")
+    say_where(folder, tracking.ui(store, parent, sort_by="accuracy/int8"))
+
+
 def successor(
-    composer: Composer, launched: Sequence[Sequence[str]], folder: Path
+    composer: Composer, launched: Sequence[Sequence[str]], places: Sequence[Path]
 ) -> Callable[[Path], tuple[Config, Path] | None]:
     """From the folder of a job to the next one's configuration and folder, as Hydra's own launcher will have them.
 
-    launched: the overrides of each job; folder: the sweep's, with a job's number in it as that job's.
+    launched: the overrides of each job; places: its folder.
     """
-    folders = [folder / str(number) for number in range(len(launched))]
 
     def after(current: Path) -> tuple[Config, Path] | None:
-        number = folders.index(current) + 1 if current in folders else len(folders)
-        return (job_from(composer(launched[number])).config, folders[number]) if number < len(folders) else None
+        number = places.index(current) + 1 if current in places else len(places)
+        return (job_from(composer(launched[number])).config, places[number]) if number < len(places) else None
 
     return after
 
@@ -485,7 +528,8 @@ def unstarted(returned: Any) -> Row | None:
     """A failed job as a row, in case it failed before it had a run; None where it did not fail."""
     if returned.status is JobStatus.COMPLETED:
         return None
-    name = dict(_split(text) for text in returned.overrides).get("tracking.name", "job").strip("'")
+    given = OverridesParser.create().parse_overrides(list(returned.overrides))
+    name = next((str(one.value()) for one in given if one.key_or_group == "tracking.name"), "job")
     return failed(name, returned._return_value)
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from qexp.__main__ import options_first
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = ("model=tiny", "train=fast", "latency=off")
 
@@ -43,6 +45,23 @@ def test_one_run_and_then_a_sweep_with_the_same_float_model(qexp: Run, tmp_path:
     assert "points to first" in sweep.stdout
     assert [status for _, status in runs(tmp_path)] == ["FINISHED"] * 4
     assert {"per_tensor", "per_channel"} < {name for name, _ in runs(tmp_path)}
+
+
+@pytest.mark.parametrize(
+    ("typed", "sorted_"),
+    [
+        ("-m a=1,2 b=3", "-m a=1,2 b=3"),
+        ("a=1,2 -m b=3", "-m a=1,2 b=3"),
+        ("a=1,2 b=3 --multi", "--multi a=1,2 b=3"),
+        ("a=1,2 --multirun b=3 ~c +d=4", "--multirun a=1,2 b=3 ~c +d=4"),
+        ("a=1 --config-dir conf b=2 -m c=3", "--config-dir conf -m a=1 b=2 c=3"),
+        ("a=1 -cd=conf b=2", "-cd=conf a=1 b=2"),
+        ("a=1 --cfg job a=1 --resolve", "--cfg job --resolve a=1 a=1"),
+        ("", ""),
+    ],
+)
+def test_options_may_stand_anywhere(typed: str, sorted_: str) -> None:
+    assert options_first(typed.split()) == sorted_.split()
 
 
 @pytest.mark.parametrize(

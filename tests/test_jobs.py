@@ -411,6 +411,34 @@ def test_three_jobs_in_a_row_give_the_same(composed: Composed, checkpoint: Path,
     assert first["accuracy/int8"] > 0.6
 
 
+JOBLIB = """
+import multiprocessing, pickle
+from pathlib import Path
+from joblib import Parallel, delayed
+
+
+def one(folder):
+    from qexp import jobs
+    config = pickle.loads(Path("config").read_bytes())
+    try:
+        jobs.run(config, Path(folder))
+    except Exception as error:
+        return type(error).__name__, str(error), multiprocessing.get_start_method()
+
+
+print(Parallel(n_jobs=2, backend="loky")(delayed(one)(folder) for folder in ("run", "other")))
+"""
+
+
+def test_a_job_runs_in_a_worker_of_joblibs(trap: Callable[..., schema.Config], tmp_path: Path) -> None:
+    """Whose processes start others in a way of joblib's own, which they tell to those that they start."""
+    (tmp_path / "config").write_bytes(pickle.dumps(trap("refuse")))
+    (tmp_path / "other").mkdir()
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    done = subprocess.run([sys.executable, "-c", JOBLIB], env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout == f"{[('InputError', 'there is nothing to see.', 'loky')] * 2}\n", done.stderr
+
+
 NETS = """
 import os, signal, time, torch
 

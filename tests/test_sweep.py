@@ -117,6 +117,7 @@ def test_a_stop_ends_a_single_run_and_a_planned_sweep_in_words(
 ) -> None:
     single: Any = SimpleNamespace(config=SimpleNamespace(tracking=SimpleNamespace(parent=None)), alone=True)
     monkeypatch.setattr(sweep, "single", lambda job: hit(number, then))
+    monkeypatch.setattr(sweep, "hide_from_names", lambda master: None)
     monkeypatch.setattr(sweep, "plan", lambda *arguments: hit(number, then))
     monkeypatch.setattr(sweep, "launch", lambda *arguments: pytest.fail("went on after the stop"))
     nothing: Any = None
