@@ -11,8 +11,9 @@ import hashlib
 import json
 import logging
 import os
+import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -416,6 +417,7 @@ def _meaning(
         classes = _unnamed(name, settings, train, test)
         in_train = in_test = classes
     else:
+        _refuse_twins(name, settings, _with_images(train, in_train), _with_images(test, in_test), {*in_train, *in_test})
         classes = _named(name, settings, in_train, in_test)
     if len(classes) < 2:
         raise InputError(
@@ -461,8 +463,6 @@ def _unnamed(name: str, settings: ImageSettings, train: Source, test: Source) ->
 
 def _named(name: str, settings: ImageSettings, in_train: tuple[str, ...], in_test: tuple[str, ...]) -> tuple[str, ...]:
     found = in_train if in_train == in_test else tuple(sorted({*in_train, *in_test}))
-    if in_train != in_test:
-        _refuse_near(name, in_train, in_test)
     wanted = settings.classes
     if isinstance(wanted, tuple):
         extra = sorted(set(found) - set(wanted))
@@ -485,26 +485,47 @@ def _named(name: str, settings: ImageSettings, in_train: tuple[str, ...], in_tes
     return found
 
 
-def _refuse_near(name: str, in_train: tuple[str, ...], in_test: tuple[str, ...]) -> None:
-    def plain(label: str) -> str:
-        return unicodedata.normalize("NFC", label).casefold().strip()
+def _with_images(source: Source, classes: tuple[str, ...]) -> frozenset[str]:
+    """Those of the classes that have images in a split."""
+    return frozenset(classes[label] for label in np.unique(source.raw_labels) if 0 <= label < len(classes))
 
-    only_test = {plain(label): label for label in set(in_test) - set(in_train)}
-    for label in sorted(set(in_train) - set(in_test)):
-        if plain(label) in only_test:
-            raise InputError(
-                f"dataset={name} calls a class {label!r} in train and {only_test[plain(label)]!r} in test; give it one"
-                " name, else they count as two classes."
-            )
+
+def _refuse_twins(
+    name: str, settings: ImageSettings, in_train: frozenset[str], in_test: frozenset[str], classes: Collection[str]
+) -> None:
+    """Raises InputError for names that are one to a reader, unless they are two classes: both splits have images of
+    each, or dataset.classes lists them."""
+
+    def read(label: str) -> str:
+        return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", label).casefold()).strip()
+
+    listed = settings.classes if isinstance(settings.classes, tuple) else ()
+    alike: dict[str, list[str]] = {}
+    for label in sorted(classes):
+        alike.setdefault(read(label), []).append(label)
+    for labels in alike.values():
+        if len(labels) == 1 or set(labels) <= in_train & in_test or set(labels) <= set(listed):
+            continue
+        where = {(True, True): "both splits", (True, False): "train", (False, True): "test", (False, False): "no split"}
+        told = ", ".join(f"{label!a} (images in {where[label in in_train, label in in_test]})" for label in labels)
+        raise InputError(
+            f"dataset={name} has classes whose names differ in nothing but case, spaces or the form of letters: {told};"
+            " give them one name, or list all classes in dataset.classes if these are two."
+        )
 
 
 def _say_missing(name: str, classes: tuple[str, ...], train: np.ndarray, test: np.ndarray) -> None:
-    for split, labels in (("train", train), ("test", test)):
-        empty = np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)
+    of_train, of_test = (np.bincount(labels, minlength=len(classes)) for labels in (train, test))
+    for split, counts, others in (("train", of_train, of_test), ("test", of_test, of_train)):
+        empty = np.flatnonzero(counts == 0)
         if len(empty):
+            unknown = int(np.sum(others[empty])) if split == "train" else 0
+            effect = (
+                f", so a model that is trained on it can't know {unknown} of the evaluation images" if unknown else ""
+            )
             logger.info(
-                "%s: %d of %d classes have no images in %s (%s%s)", name, len(empty), len(classes), split,
-                ", ".join(classes[i] for i in empty[:3]), " ..." if len(empty) > 3 else "",
+                "%s: %d of %d classes have no images in %s (%s%s)%s", name, len(empty), len(classes), split,
+                ", ".join(classes[i] for i in empty[:3]), " ..." if len(empty) > 3 else "", effect,
             )  # fmt: skip
 
 

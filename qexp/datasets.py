@@ -282,6 +282,7 @@ def list_images(base: Path, split: str) -> ImageFolder:
         what = f"images but no class folders ({loose[0]})" if loose else "no class folders"
         raise InputError(f"dataset.root={base}: {folder} has {what}; sort the images into {split}/<class>/.")
     ignored = Counter([f"images outside of class folders in {split}/"] * len(loose))
+    ignored.update(_hidden_kind(entry) for entry in entries if _hidden(entry.name))
     files: list[tuple[str, os.stat_result]] = []
     counts = []
     for name in classes:
@@ -346,7 +347,7 @@ def _walk(
         if suffix in EXTENSIONS and not name.startswith(".") and not entry.is_dir():
             yield f"{relative}/{name}", _stat(entry)
         elif _hidden(name):
-            continue
+            ignored[_hidden_kind(entry)] += 1
         elif entry.is_dir():
             yield from _walk(folder / name, f"{relative}/{name}", ignored, above | {inode})
         else:
@@ -376,6 +377,10 @@ def _scan(folder: Path) -> list[os.DirEntry[str]]:
 
 def _hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _NOT_CLASSES
+
+
+def _hidden_kind(entry: os.DirEntry[str]) -> str:
+    return "hidden folders" if entry.is_dir() else "hidden files"
 
 
 def _is_image(name: str) -> bool:
