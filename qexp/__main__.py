@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
 from qexp import console, trials
-from qexp.compose import CONF, Composition, check_choices
+from qexp.compose import CONF, Composition, check_choices, check_quotes
 from qexp.errors import ConfigError
 
 
@@ -42,6 +42,7 @@ def main() -> None:
     console.protect()
     sys.argv[1:] = options_first(sys.argv[1:])
     try:
+        check_quotes(sys.argv[1:])
         check_choices(sys.argv[1:])
     except ConfigError as error:
         sys.exit(str(error))

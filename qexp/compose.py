@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 import secrets
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,6 +64,46 @@ def check_choices(arguments: Sequence[str]) -> None:
                 f"{argument}: {group} is chosen by name, of {', '.join(names)}; a single one of its settings is given "
                 f"as {group}.NAME=VALUE."
             )
+
+
+_MEANT_AS_GRAMMAR = re.compile(
+    r"\s*([\[{'\"]|(bool|choice|extend_list|float|glob|int|interval|json_str|range|shuffle|sort|str|tag)\()"
+)
+
+
+def check_quotes(arguments: Sequence[str]) -> None:
+    """Raise ConfigError where a value has signs that Hydra takes for its own, with the value in quotes.
+
+    arguments: of the command line. Lists, mappings and functions of Hydra's grammar are left to Hydra.
+    """
+    sweeps = not {"-m", "--multirun"}.isdisjoint(arguments)
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if not value or argument.startswith("-") or _MEANT_AS_GRAMMAR.match(value):
+            continue
+        reason, parts = _misread(value), value.split(",") if sweeps else [value]
+        in_quotes = {part: QuotedString(part, Quote.double).with_quotes() for part in parts if _misread(part)}
+        if not reason or any(map(_misread, in_quotes.values())):
+            continue
+        shown = shlex.quote(f"{key}={','.join(in_quotes.get(part, part) for part in parts)}")
+        raise ConfigError(
+            f"{without_password(argument)}: Hydra takes a sign in it for its own ({reason}); put the value into "
+            f"quotes, and those into the shell's: {without_password(shown)}"
+        )
+
+
+def _misread(value: str) -> str:
+    """Why Hydra's grammar does not take an override's value as it stands; empty where it does."""
+    try:
+        OverridesParser.create().parse_override(f"key={value}")
+    except HydraException as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
+def without_password(text: str) -> str:
+    """A text whose addresses are without the credentials in them."""
+    return re.sub(r"//[^/@\s]*@", "//***@", text)
 
 
 @dataclass(frozen=True, eq=False)

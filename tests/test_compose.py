@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from qexp import sweep
-from qexp.compose import CONF, Composer, Composition, check_choices, combinations, quoted
+from qexp.compose import CONF, Composer, Composition, check_choices, check_quotes, combinations, quoted
 from qexp.errors import ConfigError
 
 
@@ -277,3 +278,40 @@ def test_groups_of_a_folder_that_the_search_path_adds_are_choices(loader: Any, t
 def test_a_quoted_text_is_read_back_by_hydra_as_it_was(text: str) -> None:
     (override,) = OverridesParser.create().parse_overrides([f"tracking.name={quoted(text)}"])
     assert override.value() == text
+
+
+def typed(shell: str) -> list[str]:
+    """What the shell makes of a line."""
+    return shlex.split(shell)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["lr=0.1/net.pt", "a(1).pt", "a[1].pt", "ä.pt", "日本/net.pt", "it's.pt", 'a"b.pt', "~/a#b=\\.pt", "a=b,c.pt"],
+)
+def test_a_value_that_hydra_takes_for_grammar_is_refused_in_quotes_that_work(loader: Any, path: str) -> None:
+    with pytest.raises(ConfigError, match="put the value into quotes") as refused:
+        check_quotes(["seed=1", f"model.checkpoint={path}"])
+    said = str(refused.value)
+    assert "\n" not in said
+    (argument,) = typed(said.split("into the shell's: ")[1])
+    check_quotes([argument])
+    assert loader.load_configuration("config", [argument], run_mode=RunMode.RUN).model.checkpoint == path
+
+
+def test_of_a_sweeps_values_each_has_its_quotes(loader: Any) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_quotes(["-m", "model.checkpoint=net.pt,runs/lr=0.1/net.pt"])
+    (argument,) = typed(str(refused.value).split("into the shell's: ")[1])
+    assert [values[0] for values in combinations(OverridesParser.create().parse_overrides([argument]))] == [
+        "model.checkpoint=net.pt", 'model.checkpoint="runs/lr=0.1/net.pt"',
+    ]  # fmt: skip
+
+
+def test_what_hydra_reads_or_refuses_by_itself_is_left_to_it_and_no_password_is_shown() -> None:
+    check_quotes(
+        ["-m", "--config-dir", "a=b", "model.checkpoint='a=b'", "seed=1,2", "calib=", "x=[1,2", "x=range(1,", "x"],
+    )
+    with pytest.raises(ConfigError) as refused:
+        check_quotes(["tracking.uri=postgresql://me:secret@host/db?sslmode=require"])
+    assert "secret" not in str(refused.value)
