@@ -161,13 +161,11 @@ def test_hooks_that_only_look_or_that_weight_norm_needs_are_no_fault(flow: Flow)
     assert seen
 
 
-@pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
+@pytest.mark.parametrize("flow", list(Flow))
 def test_a_batchnorm_without_running_statistics_is_named(flow: Flow) -> None:
     net = trained(Net())
     net.bn2 = nn.BatchNorm2d(16, track_running_stats=False).eval()
-    said = refusal(net, flow)
-    assert "module bn2 (BatchNorm2d) has track_running_stats=False" in said
-    assert said.endswith("this model works with flow=dynamic.")
+    assert refusal(net, flow).startswith("module bn2 (BatchNorm2d) has track_running_stats=False")
 
 
 @pytest.mark.parametrize("flow", list(Flow))
@@ -235,3 +233,19 @@ def test_fx_does_not_advise_itself() -> None:
     said = quantize.explained(net, quantize.fuse(other, Flow.fx, True, ONE), Flow.fx, images(4))
     assert "tracing follows one call of forward" in said
     assert "flow=" not in said
+
+
+@pytest.mark.parametrize("flow", list(Flow))
+def test_a_model_that_does_not_take_each_image_of_a_batch_by_itself_is_refused(flow: Flow) -> None:
+    flat = with_head(lambda self, x: self.fc(x.reshape(1, 16)))
+    assert refusal(flat, flow).startswith(
+        "the float model takes one image at a time, and fails with three: shape '[1, 16]' is invalid"
+    )
+    together = with_head(lambda self, x: self.fc(x / x.norm()))
+    assert refusal(together, flow).startswith(
+        "the float model's answer for an image depends on the others in its batch, from its module head (Other) on"
+    )
+    one_answer = with_head(lambda self, x: self.fc(x.mean(0, keepdim=True)))
+    assert refusal(one_answer, flow).startswith("the float model gives 1 rows of logits for three images")
+    by_size = with_head(lambda self, x: self.fc(x.reshape(x.shape[0], -1) / x.norm(dim=1, keepdim=True)))
+    assert refusal(by_size, Flow.fx) == ""

@@ -11,7 +11,6 @@ import logging
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from qexp.config import ActivationObserver, Engine, Flow, Observer, QConfig, Target
 from qexp.errors import InputError, NotFinite, QexpError
@@ -27,13 +26,12 @@ from qexp.quantize.functional import run_or_refuse
 from qexp.quantize.grid import HIGHEST, SAFE_BITS, Grid, Side, executed_bits, grid, highest_activation
 from qexp.quantize.held import highest_code, hold
 from qexp.quantize.layers import layers, read_qparams
-from qexp.quantize.names import place
 from qexp.quantize.narrowing import Narrowed
 from qexp.quantize.observers import fix_fewer_levels, highest_observed, observers, records_range
 from qexp.quantize.once import calibrate_once
-from qexp.quantize.quiet import say_once_silently
+from qexp.quantize.quiet import say_once_silently, unprinted
 from qexp.quantize.state import scales_in_state
-from qexp.quantize.strided import without_strides
+from qexp.quantize.strided import contiguous_clamps, without_strides
 
 __all__ = [
     "SAFE_BITS",
@@ -129,7 +127,8 @@ def convert(prepared: nn.Module, flow: Flow, engine_name: Engine) -> nn.Module:
         if flow is Flow.dynamic:
             return dynamic.convert(prepared)
         converted = eager.convert(prepared) if flow is Flow.eager else fx.convert(prepared)
-        return without_strides(scales_in_state(hold(converted, highest_observed(prepared))), engine_name)
+        held = scales_in_state(hold(converted, highest_observed(prepared)))
+        return contiguous_clamps(without_strides(held, engine_name), engine_name)
 
 
 def exact(prepared: nn.Module, flow: Flow) -> nn.Module:
@@ -169,7 +168,7 @@ def dry_run(
     example: Tensor,
     image: str = "the example",
 ) -> None:
-    """Take a model through the whole flow with one image, so that what can't work is known before any work.
+    """Take a model through the whole flow, so that what can't work is known before any work.
 
     example: float32 [n, 3, H, W], n ≥ 1; image: the name of the first, for a sentence. Raises InputError that names the
     module where it fails and what would work.
@@ -177,7 +176,7 @@ def dry_run(
     one = example[:1]
     logits = answers.checked(module, one, image)
 
-    def through(flow: Flow, fusion: bool) -> None:
+    def through(flow: Flow, fusion: bool, engine_name: Engine) -> None:
         # The eager flow's INT8 layers keep hooks, and those that fusing loses are found by what they change.
         if flow is Flow.fx and (reason := answers.hooked(module, one)):
             raise InputError(reason)
@@ -191,7 +190,8 @@ def dry_run(
             calibrate(prepared, [one], lambda number: image)
         converted = convert(prepared, flow, engine_name)
         with engine(engine_name):
-            run_or_refuse(converted, flow, one)
+            # Two images: with one, a batch that is taken for channels goes unnoticed.
+            run_or_refuse(converted, flow, torch.cat([one, one]))
         highest = highest_code(converted)
         if highest < HIGHEST and (operator := beyond(converted, engine_name, one, highest)):
             raise InputError(
@@ -202,16 +202,18 @@ def dry_run(
         if not any(layer.int8 for layer in layers(converted, flow, engine_name)):
             raise InputError(f"flow={flow.value} finds no layer in {type(module).__name__} that it could quantize")
 
-    def takes(flow: Flow, fusion: bool) -> bool:
+    def takes(flow: Flow, fusion: bool, engine_name: Engine) -> bool:
         try:
-            through(flow, fusion)
+            with unprinted():
+                through(flow, fusion, engine_name)
         except Exception as error:  # whatever stops it, it is not to be recommended
-            logger.debug("flow=%s fusion=%s does not take the model either: %s", flow.value, fusion, error)
+            logger.debug("flow=%s engine=%s does not take the model either: %s", flow.value, engine_name.value, error)
             return False
         return True
 
     try:
-        through(flow, fusion)
+        with unprinted():
+            through(flow, fusion, engine_name)
     except NotFinite as error:
         raise InputError(str(error)) from error
     except Exception as error:
@@ -219,12 +221,13 @@ def dry_run(
         sentence = answers.cause(module, one)
         sentence = sentence or (str(error) if isinstance(error, QexpError) else _of_torch(error, module, flow))
         others = {
-            "flow=eager": (Flow.eager, True),
-            "fusion=false" if flow is Flow.eager else "flow=eager fusion=false": (Flow.eager, False),
-            "flow=fx": (Flow.fx, True),
-            "flow=dynamic": (Flow.dynamic, True),
+            **{f"engine={other.value}": (flow, fusion, other) for other in supported()[:1]},
+            "flow=eager": (Flow.eager, True, engine_name),
+            "fusion=false" if flow is Flow.eager else "flow=eager fusion=false": (Flow.eager, False, engine_name),
+            "flow=fx": (Flow.fx, True, engine_name),
+            "flow=dynamic": (Flow.dynamic, True, engine_name),
         }
-        tried = (flow, fusion or flow is not Flow.eager)
+        tried = (flow, fusion or flow is not Flow.eager, engine_name)
         working = [name for name, other in others.items() if other != tried and takes(*other)]
         advice = f"this model works with {' or with '.join(working)}" if working else "no flow takes this model"
         raise InputError(f"{sentence.rstrip('.')}; {advice}.") from error
@@ -232,11 +235,4 @@ def dry_run(
 
 def _of_torch(error: Exception, module: nn.Module, flow: Flow) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    norms = {name: m for name, m in module.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is None}
-    if norms and "running_mean" in reason:
-        name, norm = next(iter(norms.items()))
-        reason = (
-            f"{place(name, type(norm).__name__)} has track_running_stats=False, and so takes mean and variance from "
-            "the batch that it gets; train it with running statistics"
-        )
     return f"flow={flow.value} can't quantize {type(module).__name__}: {reason.rstrip('.')}"

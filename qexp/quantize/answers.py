@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from qexp.errors import InputError
@@ -57,7 +58,7 @@ def checked(module: nn.Module, image: Tensor, name: str) -> Tensor:
             raise InputError(f"{broken[0]} of the float model holds NaN or infinity; check model.checkpoint.")
         where = _first_not_finite(module, image)
         raise InputError(f"the float model gives NaN or infinity for {name}, from its {where} on; mend it there.")
-    if reason := unrepeatable(module, image):
+    if reason := unrepeatable(module, image) or of_a_batch(module, image):
         raise InputError(reason)
     return logits
 
@@ -87,6 +88,33 @@ def unrepeatable(module: nn.Module, image: Tensor) -> str:
         return f"the float model answers an image otherwise each time: {what}."
     what = f"its {_first_change(module, image)} keeps something from call to call, or draws random numbers"
     return f"the float model answers an image otherwise each time: {what}; in evaluation it must not."
+
+
+def of_a_batch(module: nn.Module, image: Tensor) -> str:
+    """Why the model can't be asked for several images at once, as a sentence; empty where it can."""
+    others = image.flip(-1), image.flip(-2)
+    with torch.inference_mode():
+        alone: Tensor = module(image)
+        try:
+            together: Tensor = module(torch.cat([image, *others]))
+        except Exception as error:  # whatever a model's own code raises
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            return f"the float model takes one image at a time, and fails with three: {reason[:160]}."
+    if len(together) != 3:
+        return f"the float model gives {len(together)} rows of logits for three images; it must give one for each."
+    if difference(alone, together[:1]) <= TOLERANCE_UNTRAINED:
+        return ""
+    pairs = zip(_outline(module, image), _outline(module, torch.cat([image, *others])), strict=False)
+    for name, m in module.named_modules():
+        if isinstance(m, _BatchNorm) and m.running_mean is None:
+            return (
+                f"{place(name, type(m).__name__)} has track_running_stats=False, and so takes mean and variance "
+                "from the batch that it gets; train it with running statistics."
+            )
+    nowhere_else = place("", type(module).__name__)
+    changed = (where for (where, a), (_, b) in pairs if difference(a, b[: len(a)]) > TOLERANCE_UNTRAINED)
+    where = next(changed, nowhere_else)
+    return f"the float model's answer for an image depends on the others in its batch, from its {where} on."
 
 
 def drawn(module: nn.Module, image: Tensor) -> str:

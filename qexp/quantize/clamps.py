@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 # A traced graph has no operators that work in place (see inplace.py).
-_RELU = {F.relu, torch.relu, "relu"}
+_RELUS = {F.relu, torch.relu, "relu"}
 _CLAMP = {torch.clamp, torch.clip, "clamp", "clip"}
 
 
@@ -30,6 +30,7 @@ class Interval:
 
 
 EVERYTHING = Interval(-math.inf, math.inf)
+RELU = Interval(0.0, math.inf)
 
 
 def clamp_of(node: fx.Node, modules: dict[str, nn.Module]) -> Interval | None:
@@ -38,8 +39,8 @@ def clamp_of(node: fx.Node, modules: dict[str, nn.Module]) -> Interval | None:
         return _clamp_of_module(modules[str(node.target)])
     if node.op not in ("call_function", "call_method"):
         return None
-    if node.target in _RELU:
-        return Interval(0.0, math.inf)
+    if node.target in _RELUS:
+        return RELU
     if node.target is F.relu6:
         return Interval(0.0, 6.0)
     if node.target is F.hardtanh:
@@ -53,7 +54,7 @@ def _clamp_of_module(module: nn.Module) -> Interval | None:
     # ReLU6 is a Hardtanh with bounds of its own.
     if isinstance(module, nn.Hardtanh):
         return Interval(float(module.min_val), float(module.max_val))
-    return Interval(0.0, math.inf) if isinstance(module, nn.ReLU) else None
+    return RELU if isinstance(module, nn.ReLU) else None
 
 
 def _constants(node: fx.Node, low: str, high: str, default: tuple[float | None, float | None]) -> Interval | None:

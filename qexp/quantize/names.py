@@ -6,7 +6,6 @@ there the name is given once, to the fused graph, and carried from node to node.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,14 +14,13 @@ import torch
 from torch import fx, nn
 from torch.ao.quantization import QuantWrapper
 
-from qexp.quantize.clamps import Interval, clamp_of
+from qexp.quantize.clamps import RELU, clamp_of
 from qexp.quantize.held import torch_function
 from qexp.quantize.strided import AfterStride
 from qexp.quantize.transposed import InFloat
 
 _POST = "activation_post_process"
 _TENSOR = "tensor"
-_RELU = Interval(0.0, math.inf)
 
 
 def public(name: str, module: nn.Module) -> str:
@@ -93,7 +91,7 @@ def carry_to_converted(prepared: fx.GraphModule, converted: fx.GraphModule) -> N
     after_relu, modules = {}, dict(prepared.named_modules(remove_duplicate=False))
     for node in prepared.graph.nodes:
         users = list(node.users)
-        if len(users) == 1 and clamp_of(users[0], modules) == _RELU:
+        if len(users) == 1 and clamp_of(users[0], modules) == RELU:
             after_relu[tensor_of(node)] = tensor_of(users[0])
     for node in converted.graph.nodes:
         origin, node.stack_trace = node.stack_trace, None

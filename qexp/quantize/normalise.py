@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from qexp.quantize.clamps import Interval, clamp_of
+from qexp.quantize.clamps import RELU, clamp_of
 from qexp.quantize.copies import evaluation_copy, number_padding
 from qexp.quantize.inplace import memory, shared_writers
 from qexp.quantize.strided import strides_are_ambiguous
@@ -27,7 +27,6 @@ from qexp.quantize.transposed import fold
 _NOTHING_IN_EVALUATION = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout)
 _DROPOUTS = (F.dropout, F.dropout2d, F.alpha_dropout)
 _QUANTIZABLE_PAIRS = (operator.add, operator.mul, torch.add, torch.mul)
-_RELU = Interval(0.0, float("inf"))
 
 
 def normalise(module: nn.Module, example: Tensor) -> fx.GraphModule:
@@ -362,7 +361,7 @@ def _make_relus(graph_module: fx.GraphModule) -> None:
     """Every spelling of ReLU becomes the one function that torch fuses with what comes before it."""
     modules = dict(graph_module.named_modules(remove_duplicate=False))
     for node in list(graph_module.graph.nodes):
-        if node.op in ("call_function", "call_method") and clamp_of(node, modules) == _RELU:
+        if node.op in ("call_function", "call_method") and clamp_of(node, modules) == RELU:
             node.op, node.target, node.args, node.kwargs = "call_function", F.relu, node.args[:1], {}
 
 

@@ -1,10 +1,13 @@
-"""torch.ao.quantization and TorchScript announce on every call that they are deprecated: known, and pinned.
+"""What torch says of itself, and is kept from users.
 
-Nothing else is silenced, and only while they are being called.
+torch.ao.quantization and TorchScript announce on every call that they are deprecated: known, and pinned. Nothing else
+is silenced, and only while they are being called.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +28,14 @@ def known_deprecations_silenced() -> Iterator[None]:
     with warnings.catch_warnings():
         for message in _KNOWN:
             warnings.filterwarnings("ignore", message=message)
+        yield
+
+
+@contextmanager
+def unprinted() -> Iterator[None]:
+    """Keep what is printed to stderr from it: torch prints a traceback for an error in a graph's code, whoever catches
+    that error."""
+    with contextlib.redirect_stderr(io.StringIO()):
         yield
 
 

@@ -1,4 +1,4 @@
-"""Ways around two faults of torch's INT8 kernels that hang on strides.
+"""Ways around three faults of torch's INT8 kernels that hang on strides.
 
 oneDNN's pointwise convolutions with a stride give answers that are wrong at random. Measured with torch 2.13 on AVX2: a
 1x1 INT8 convolution with stride 2, 8, 24, 40, 56 or 72 input channels (not a multiple of 16) and two threads gives up
@@ -8,6 +8,9 @@ is the same sum of the same products, and needs no workspace.
 
 A mean of an INT8 tensor that lies in memory like a channels-last one and like a contiguous one (maps of 1x1, a single
 channel) is refused: "required rank 4 tensor to use channels_last format".
+
+qnnpack's clamp (ReLU6, Hardtanh, clamp; not ReLU) takes values in the order of memory for those of a contiguous tensor,
+and convolutions answer in channels-last: with torch 2.13 nothing was right behind one.
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch.ao.nn.quantized as nnq
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from qexp.config import Engine
+from qexp.quantize.clamps import RELU, clamp_of
 
 # x86 hands convolutions to oneDNN where the CPU has VNNI.
 _ONEDNN_INSIDE = (Engine.onednn, Engine.x86)
@@ -59,6 +63,28 @@ def without_strides(converted: nn.Module, engine: Engine) -> nn.Module:
             if isinstance(child, nnq.Conv2d) and affected(child, engine):
                 setattr(module, name, AfterStride(child))
     return converted
+
+
+def contiguous_clamps(converted: nn.Module, engine: Engine) -> nn.Module:
+    """The converted model, in place, with contiguous tensors before qnnpack's clamps."""
+    if engine is not Engine.qnnpack:
+        return converted
+    for module in converted.modules():
+        if isinstance(module, nn.Hardtanh | nnq.ReLU6):
+            module.register_forward_pre_hook(_contiguous)
+    if isinstance(converted, fx.GraphModule):
+        modules = dict(converted.named_modules(remove_duplicate=False))
+        for node in list(converted.graph.nodes):
+            if node.op != "call_module" and clamp_of(node, modules) not in (None, RELU):
+                with converted.graph.inserting_before(node):
+                    before = converted.graph.call_method("contiguous", (node.args[0],))
+                node.replace_input_with(node.args[0], before)
+        converted.recompile()
+    return converted
+
+
+def _contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(one.contiguous() for one in inputs)
 
 
 def strides_are_ambiguous(size: Sequence[int]) -> bool:
