@@ -192,6 +192,24 @@ def test_the_way_that_is_advised_for_cat_gives_what_fx_gives() -> None:
     assert error(bare) > 2 * error(advised)
 
 
+def test_adding_and_multiplying_by_numbers_works_as_advised() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 10)
+            self.scale, self.shift, self.both = FloatFunctional(), FloatFunctional(), FloatFunctional()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.shift.add_scalar(self.scale.mul_scalar(self.conv(x), 0.25), 3.0)
+            x = self.both.add(self.both.mul_scalar(x, 2.0), x)
+            return self.fc(x.mean((2, 3)))
+
+    net = trained(Scaled())
+    dry_run(net)
+    for engine in (Engine.qnnpack, Engine.x86):
+        assert error(net, engine=engine) < 0.02
+
+
 def test_branches_that_are_zero_until_they_are_trained_do_not_have_one_range() -> None:
     net = net_of(lambda x, y: torch.cat([x, y], 1))
     for conv in (net.block.narrow, net.block.wide):

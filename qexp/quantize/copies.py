@@ -61,6 +61,15 @@ def sharing_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
 
 
+def by_modules(module: nn.Module) -> nn.Module:
+    """The same module, in place, whose transformer layers call their linear layers. torch has a kernel for a whole one
+    that reads their weights instead, so that no INT8 layer could take their place."""
+    for part in module.modules():
+        if isinstance(part, nn.TransformerEncoderLayer):
+            part.activation_relu_or_gelu = 0  # the kernel is for these two activations
+    return module
+
+
 @contextmanager
 def each_once(module: nn.Module) -> Iterator[None]:
     """In this context every module within `module` has one name, the first. Afterwards it, or what was put in its

@@ -17,14 +17,14 @@ from torch.ao.quantization import quantize_dynamic
 from torch.ao.quantization.observer import default_dynamic_quant_observer
 
 from qexp.config import Overflow, QConfig
-from qexp.quantize.copies import each_once, sharing_copy
+from qexp.quantize.copies import by_modules, each_once, sharing_copy
 from qexp.quantize.observers import weight_observer
 from qexp.quantize.quiet import known_deprecations_silenced
 
 
 def prepare(module: nn.Module, qconfig: QConfig) -> nn.Module:
     """A copy that carries its qconfig, ready for convert: there is nothing to observe."""
-    module = sharing_copy(module)
+    module = by_modules(sharing_copy(module))
     unguarded = dataclasses.replace(qconfig, overflow=Overflow.none)
     weight = weight_observer(unguarded, qconfig.weight.granularity)
     carried: Any = TorchQConfig(activation=default_dynamic_quant_observer, weight=weight)

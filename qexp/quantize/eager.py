@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.ao.nn.intrinsic.modules.fused import _FusedModule
+from torch.ao.nn.quantizable import MultiheadAttention
 from torch.ao.nn.quantized import FloatFunctional
 from torch.ao.quantization import QuantStub, QuantWrapper, fuse_modules
 from torch.ao.quantization import convert as torch_convert
@@ -23,8 +24,8 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from qexp.config import Engine, Granularity, Observer, QConfig
 from qexp.errors import InputError
 from qexp.quantize.clamps import Interval, clamp_after
-from qexp.quantize.copies import each_once, evaluation_copy, sharing_copy
-from qexp.quantize.names import place
+from qexp.quantize.copies import by_modules, each_once, evaluation_copy, sharing_copy
+from qexp.quantize.names import place, public
 from qexp.quantize.observers import ClampFirst, torch_qconfig
 from qexp.quantize.quiet import known_deprecations_silenced
 from qexp.quantize.recorder import Recorder
@@ -159,7 +160,7 @@ def _unfused_batchnorm(graph_module: fx.GraphModule, chains: list[list[nn.Module
 
 def prepare(fused: nn.Module, qconfig: QConfig, observer: Observer, engine: Engine, example: Tensor) -> nn.Module:
     """A copy with torch's observers; stubs are put around a model that has none."""
-    module = sharing_copy(fused).eval()
+    module = by_modules(sharing_copy(fused).eval())
     # torchvision's quantizable models bring stubs, and a second pair would quantize twice.
     if not any(isinstance(m, QuantStub) for m in module.modules()):
         module = QuantWrapper(module).eval()
@@ -169,9 +170,12 @@ def prepare(fused: nn.Module, qconfig: QConfig, observer: Observer, engine: Engi
             module.set_submodule(name, wrapped[part])
     clamped = _clamped(module, example) if qconfig.range_after_clamp else {}
     _choose(module, qconfig, observer, example)
+    _refuse_batch_first(module)
     with known_deprecations_silenced(), each_once(module):
         prepared = torch_prepare(module, inplace=True)
     for part in prepared.modules():
+        if isinstance(part, MultiheadAttention):
+            part.q_scaling_product = ByNumbers()
         watching = getattr(part, "activation_post_process", None)
         if isinstance(part, _FusedModule) and isinstance(watching, Recorder):
             watching.in_sequence = True
@@ -184,6 +188,28 @@ def prepare(fused: nn.Module, qconfig: QConfig, observer: Observer, engine: Engi
 
 
 _POST = "activation_post_process"
+
+
+def _refuse_batch_first(module: nn.Module) -> None:
+    """Raise InputError for attention that torch 2.13's INT8 module computes wrongly."""
+    for name, part in module.named_modules():
+        if type(part) is nn.MultiheadAttention and part.batch_first and not getattr(part, "never_runs", False):
+            where = place(public(name, module), type(part).__name__)
+            raise InputError(
+                f"flow=eager can't quantize {where} with batch_first=True: torch's INT8 one takes the batch for the "
+                "sequence; use batch_first=False and transpose around it, or flow=fx, which leaves it in FP32"
+            )
+
+
+class ByNumbers(FloatFunctional):
+    """A FloatFunctional that at most adds and multiplies by numbers, which takes no range: torch's would be refused for
+    want of one, and left as it is it does not take INT8 tensors."""
+
+    def add_scalar(self, x: Tensor, y: float) -> Tensor:
+        return torch.ops.quantized.add_scalar(x, y) if x.is_quantized else super().add_scalar(x, y)
+
+    def mul_scalar(self, x: Tensor, y: float) -> Tensor:
+        return torch.ops.quantized.mul_scalar(x, y) if x.is_quantized else super().mul_scalar(x, y)
 
 
 def _choose(module: nn.Module, qconfig: QConfig, observer: Observer, example: Tensor) -> None:
@@ -207,6 +233,8 @@ def _choose(module: nn.Module, qconfig: QConfig, observer: Observer, example: Te
     for m in module.modules():
         if isinstance(m, FloatFunctional):
             m.qconfig = everywhere if id(m.activation_post_process) in ran else nowhere
+            if m.qconfig is nowhere and type(m) is FloatFunctional:
+                m.__class__ = ByNumbers
         elif isinstance(m, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
             m.qconfig = transposed if id(m) in ran and m not in in_float else nowhere
         elif m is not module and not any(id(part) in ran for part in m.modules()):

@@ -67,13 +67,18 @@ def run_or_refuse(converted: nn.Module, flow: Flow, example: Tensor) -> None:
     watched = _Watched(flow)
     with running(converted) as modules:
         try:
-            # In inference mode torch hides what a function is made of.
-            with torch.no_grad(), watched:
+            if flow is not Flow.dynamic:
+                # In inference mode torch hides what a function is made of.
+                with torch.no_grad(), watched:
+                    converted(example)
+            # While they are watched, some of torch's modules don't take their shortest way.
+            with torch.inference_mode():
                 converted(example)
         except (RuntimeError, NotImplementedError, TypeError, AssertionError) as error:
             where = place(*modules[-1])
             if isinstance(error, _Refused):
-                raise InputError(f"flow={flow.value} can't quantize this model: {where} {error}") from error
+                sentence = f"flow={flow.value} can't quantize this model: {where} {error}{watched.advice}"
+                raise InputError(sentence) from error
             raise InputError(
                 f"flow={flow.value} can't run this model: {where} does something that INT8 tensors don't take "
                 f"({watched.failed_in or _first_line(error)}){watched.advice}"
@@ -118,9 +123,8 @@ class _Watched(TorchDispatchMode):
             return answer
         # FX has a range for every tensor that it quantizes, and one for all that are put together.
         if self._flow is Flow.eager and not _keeps_the_range(name, args, inputs):
-            raise _Refused(
-                f"computes {name} on INT8 tensors, for whose output eager mode has no range{self._advice(name, args)}"
-            )
+            self.advice = self._advice(name, args)
+            raise _Refused(f"computes {name} on INT8 tensors, for whose output eager mode has no range")
         if expected is not None:
             for output, other in zip(outputs, tree_leaves(expected), strict=False):
                 _compare(name, output, other)

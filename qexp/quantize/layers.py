@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,9 @@ _FUNCTIONS = {
     F.conv1d: "conv",
     F.conv2d: "conv",
     F.conv3d: "conv",
+    F.conv_transpose1d: "conv_transpose",
     F.conv_transpose2d: "conv_transpose",
+    F.conv_transpose3d: "conv_transpose",
     F.linear: "linear",
     F.batch_norm: "batchnorm",
 }
@@ -41,25 +43,48 @@ def conv_kind(weight: torch.Size, groups: int) -> str:
 
 
 def layers(converted: nn.Module, flow: Flow, engine: Engine) -> tuple[Layer, ...]:
-    """Every convolution, linear layer and BatchNorm of a converted model, in the order of its modules."""
+    """Every convolution, linear and recurrent layer and BatchNorm of a converted model, in the order of its modules."""
     found: list[Layer] = []
+    wholes = _wholes(converted)
     for name, module in converted.named_modules():
-        layer = _layer(public(name, converted), module, flow, engine)
-        if layer is not None:
-            found.append(layer)
+        label, whole = public(name, converted), _whole_of(name, wholes)
+        for layer, kind in _kinds(label, module):
+            if isinstance(module, (*_INT8_CONV, *_INT8_NORM, nnq.Linear, nnqd.Linear)):
+                dynamic = " (dynamic)" if isinstance(module, nnqd.Linear) else ""
+                found.append(Layer(layer, kind, True, kernel=f"{engine.value} {kind}{dynamic}"))
+            else:
+                found.append(Layer(layer, kind, False, reason=_why_float(module, kind, whole, flow, engine)))
     if isinstance(converted, fx.GraphModule):
         found.extend(_functional_layers(converted.graph, engine))
     return tuple(found)
 
 
-def _layer(name: str, module: nn.Module, flow: Flow, engine: Engine) -> Layer | None:
+def _kinds(name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Names and kinds of the layers that a module is: none, one, or the projections of its input that attention has."""
     kind = _kind(module)
-    if kind is None:
-        return None
-    if isinstance(module, (*_INT8_CONV, *_INT8_NORM, nnq.Linear, nnqd.Linear)):
-        dynamic = " (dynamic)" if isinstance(module, nnqd.Linear) else ""
-        return Layer(name, kind, True, kernel=f"{engine.value} {kind}{dynamic}")
-    return Layer(name, kind, False, reason=_why_float(module, flow, engine))
+    if kind is not None:
+        yield name, kind
+    elif type(module) is nn.MultiheadAttention:
+        projections = ["in_proj"] if module.in_proj_weight is not None else ["q_proj", "k_proj", "v_proj"]
+        for projection in projections:
+            yield f"{name}.{projection}".lstrip("."), "linear"
+
+
+def _wholes(converted: nn.Module) -> dict[str, nn.Module]:
+    """By name, modules of torch's own that compute all that is in them by themselves: in a graph those that it calls,
+    else attention."""
+    modules = dict(converted.named_modules())
+    if isinstance(converted, fx.GraphModule):
+        called = {str(node.target) for node in converted.graph.nodes if node.op == "call_module"}
+        return {name: module for name, module in modules.items() if name in called}
+    return {name: module for name, module in modules.items() if type(module) is nn.MultiheadAttention}
+
+
+def _whole_of(name: str, wholes: Mapping[str, nn.Module]) -> nn.Module | None:
+    """The outermost of these modules in which this one lies; None where there is none."""
+    parts = name.split(".")
+    around = (".".join(parts[:length]) for length in range(1, len(parts)))
+    return next((wholes[outer] for outer in around if outer in wholes), None)
 
 
 def _kind(module: nn.Module) -> str | None:
@@ -67,6 +92,8 @@ def _kind(module: nn.Module) -> str | None:
         return "batchnorm"
     if isinstance(module, nnq.Linear | nnqd.Linear | nn.Linear):
         return "linear"
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return "recurrent"
     if isinstance(module, (*_INT8_CONV, _ConvNd)):
         if "Transpose" in type(module).__name__:
             return "conv_transpose"
@@ -75,15 +102,19 @@ def _kind(module: nn.Module) -> str | None:
     return None
 
 
-def _why_float(module: nn.Module, flow: Flow, engine: Engine) -> str:
-    if ".reference." in type(module).__module__:
-        return "this engine has no INT8 kernel for it: it runs in FP32 between a dequantize and a quantize"
-    if flow is Flow.dynamic:
-        return "flow=dynamic quantizes linear layers only"
+def _why_float(module: nn.Module, kind: str, whole: nn.Module | None, flow: Flow, engine: Engine) -> str:
     if getattr(module, "never_runs", False):
         return "never runs in evaluation"
+    kept_whole = whole if whole is not None else module if isinstance(module, nn.MultiheadAttention) else None
+    if kept_whole is not None:
+        return f"part of a {type(kept_whole).__name__}, which flow={flow.value} leaves in FP32 as a whole"
+    if flow is Flow.dynamic:
+        plain = f"torch.nn.Linear alone, and this is a {type(module).__name__}"
+        return f"flow=dynamic quantizes {plain if kind == 'linear' else 'linear layers only'}"
     if reason := why_float(module, engine):
         return reason
+    if ".reference." in type(module).__module__:
+        return f"flow={flow.value} found no INT8 kernel for it here: it runs in FP32 on values that were INT8"
     return f"flow={flow.value} has no INT8 module for {type(module).__name__}"
 
 
@@ -92,14 +123,22 @@ def _functional_layers(graph: fx.Graph, engine: Engine) -> Iterator[Layer]:
         if node.op != "call_function":
             continue
         if node.target in _FUNCTIONS:
-            reason = "its weights are computed by the model, not constant"
-            yield Layer(tensor_of(node), _FUNCTIONS[node.target], False, reason=reason)
+            yield Layer(tensor_of(node), _FUNCTIONS[node.target], False, reason=_why_function_is_float(node))
         elif getattr(node.target, "__module__", "") == "torch._ops.quantized" or "quantized." in str(node.target):
             operation = str(node.target).removeprefix("quantized.")
-            kind = next((k for k in ("conv", "linear", "batch_norm") if operation.startswith(k)), None)
-            if kind is not None:
+            kinds = ("conv_transpose", "conv", "linear", "batch_norm")
+            kind = next((k for k in kinds if operation.startswith(k)), None)
+            # Weights that the model computes are packed at each call.
+            if kind is not None and "prepack" not in operation:
                 kind = "batchnorm" if kind == "batch_norm" else kind
                 yield Layer(tensor_of(node), kind, True, kernel=f"{engine.value} {kind}")
+
+
+def _why_function_is_float(node: fx.Node) -> str:
+    weights = [n for n in node.all_input_nodes[1:] if n.op != "get_attr"]
+    if weights:
+        return "its weights are computed by the model, not constant"
+    return f"flow=fx has no INT8 kernel for {getattr(node.target, '__name__', node.target)}"
 
 
 def read_qparams(module: nn.Module) -> dict[str, QParams]:
