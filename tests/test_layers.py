@@ -26,7 +26,7 @@ class Tokens(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.body(self.patches(x).flatten(2).transpose(1, 2))
-        return self.head(tokens.flatten(0, 1))
+        return self.head(tokens).flatten(1)
 
 
 class Attention(nn.Module):
