@@ -150,6 +150,16 @@ def test_a_hook_that_changes_what_a_layer_gives_is_refused_with_the_layer(
     assert f"module {layer} ({type(net.get_submodule(layer)).__name__}) has a hook that changes" in refusal(net, flow)
 
 
+def test_hooks_of_the_model_itself_are_refused_and_those_of_modules_within_are_traced() -> None:
+    net = trained(Net())
+    net.head.register_forward_hook(lambda m, inputs, output: output * 2 + 1)
+    assert refusal(net, Flow.fx) == ""
+    fused = quantize.fuse(net, Flow.fx, True, ONE)
+    torch.testing.assert_close(fused(ONE), net(ONE))
+    net.register_forward_pre_hook(lambda m, inputs: (inputs[0] * 2,))
+    assert refusal(net, Flow.fx).startswith("the model itself (Net) has a hook that changes what the model computes")
+
+
 @pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
 def test_hooks_that_only_look_or_that_weight_norm_needs_are_no_fault(flow: Flow) -> None:
     net = Net()

@@ -131,7 +131,8 @@ def drawn(module: nn.Module, image: Tensor) -> str:
 def hooked(module: nn.Module, image: Tensor) -> str:
     """Which layer has a hook that changes what the model answers, as a sentence; empty where none has.
 
-    A fused or INT8 layer is another module, without the hook. Hooks of modules that are no layers stay.
+    A fused or INT8 layer is another module, without the hook, and so is a traced model. Hooks of the modules between
+    are traced as what they compute.
     """
     if not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules()):
         return ""
@@ -139,13 +140,14 @@ def hooked(module: nn.Module, image: Tensor) -> str:
     with torch.inference_mode():
         expected = plain(image)
         for name, m in plain.named_modules():
-            if (m._forward_hooks or m._forward_pre_hooks) and standard_type(m) is not None:
+            if (m._forward_hooks or m._forward_pre_hooks) and (standard_type(m) is not None or m is plain):
                 m._forward_hooks.clear()
                 m._forward_pre_hooks.clear()
                 if difference(expected, plain(image)) > TOLERANCE:
+                    what = place(name, type(m).__name__) if name else f"the model itself ({type(m).__name__})"
                     return (
-                        f"{place(name, type(m).__name__)} has a hook that changes what the model computes, and is lost"
-                        " when a layer is fused or becomes an INT8 one; write what it does into forward."
+                        f"{what} has a hook that changes what the model computes, and is lost when modules are traced, "
+                        "fused or quantized; write what it does into forward."
                     )
     return ""
 

@@ -27,7 +27,7 @@ def explained(float_module: nn.Module, fused: nn.Module, flow: Flow, batch: Tens
     batch: float32 [n, 3, H, W], on which they do; the float model's logits are finite.
     """
     with torch.inference_mode():
-        apart = (float_module(batch) - fused(batch)).abs().nan_to_num(math.inf).amax(1)
+        apart = (float_module(batch) - fused(batch)).abs().nan_to_num(math.inf).reshape(len(batch), -1).amax(1)
     worst = batch[int(apart.argmax())][None]
     if reason := cause(float_module, worst):
         return reason
