@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import hydra
-from hydra._internal.utils import get_args_parser
+from hydra._internal import utils as hydra_utils
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
 from qexp import console, trials
 from qexp.compose import CONF, Composition, check_choices, check_quotes
 from qexp.errors import ConfigError
+from qexp.refusals import refusals
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -28,7 +30,7 @@ def compose_and_run(composed: DictConfig) -> float | None:
 def options_first(arguments: Sequence[str]) -> list[str]:
     """The same command line with its options before the overrides, which argparse, and so Hydra, takes in one row only:
     with -m or --config-dir among them it refuses those that follow."""
-    overrides: list[str] = get_args_parser().parse_intermixed_args(list(arguments)).overrides
+    overrides: list[str] = hydra_utils.get_args_parser().parse_intermixed_args(list(arguments)).overrides
     options, waiting = [], list(overrides)
     for argument in arguments:
         if waiting and argument == waiting[0]:
@@ -38,8 +40,22 @@ def options_first(arguments: Sequence[str]) -> list[str]:
     return [*options, *overrides]
 
 
+def run_and_report(func: Any) -> Any:
+    """In place of Hydra's function of this name, which prints a page where a sentence would do."""
+
+    def refusing() -> Any:
+        with refusals():
+            return func()
+
+    return hydras_report(refusing)
+
+
+hydras_report = hydra_utils.run_and_report
+
+
 def main() -> None:
     console.protect()
+    hydra_utils.run_and_report = run_and_report
     sys.argv[1:] = options_first(sys.argv[1:])
     try:
         check_quotes(sys.argv[1:])

@@ -151,7 +151,7 @@ def _each(override: Override) -> list[str]:
         raise ConfigError(f"{override.input_line} can't be gone through: {error}.") from error
     if not values:
         raise ConfigError(f"{override.input_line} lists no value; give one or more, as in {key}=VALUE,VALUE.")
-    return [f"{key}={spelled(value)}" for value in values]
+    return [f"{key}={value if _is_read_as(value, value) else spelled(value)}" for value in values]
 
 
 def spelled(value: Any) -> str:
@@ -170,7 +170,10 @@ def quoted(text: str) -> str:
     return QuotedString(text, Quote.single).with_quotes()
 
 
-def _is_read_as(text: str, value: str) -> bool:
+def _is_read_as(text: Any, value: Any) -> bool:
+    """Whether this text, as the whole value of an override, is read as this one."""
+    if not isinstance(text, str):
+        return False
     try:
         read = OverridesParser.create().parse_override(f"key={text}")
     except HydraException:

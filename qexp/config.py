@@ -348,16 +348,18 @@ def from_hydra(composed: Any, cwd: str) -> Config:
     Raises ConfigError where a value that has no default is missing.
     """
     from omegaconf import OmegaConf
-    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+    from omegaconf.errors import OmegaConfBaseException
 
-    missing = sorted(str(key) for key in OmegaConf.missing_keys(composed))
-    missing += [one.name for one in fields(Config) if one.name not in composed]
-    if missing:
-        raise ConfigError(f"{missing[0]} has no value: give one, as in {missing[0]}=...")
+    from qexp.refusals import unresolved
+
     try:
+        missing = sorted(str(key) for key in OmegaConf.missing_keys(composed))
+        missing += [one.name for one in fields(Config) if one.name not in composed]
+        if missing:
+            raise ConfigError(f"{missing[0]} has no value: give one, as in {missing[0]}=...")
         config: Config = OmegaConf.to_object(composed)  # type: ignore[assignment]
-    except (MissingMandatoryValue, OmegaConfBaseException) as error:
-        raise ConfigError(f"the configuration can't be resolved: {str(error).splitlines()[0]}") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(unresolved(error)) from error
     for name, allowed in _unknown(config):
         raise ConfigError(f"{name} is no setting; there are {', '.join(allowed)}.")
     config.outputs = absolute(config.outputs, cwd)

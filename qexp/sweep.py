@@ -12,7 +12,6 @@ import shlex
 import signal
 import sys
 import threading
-import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,8 @@ from qexp import ablation, folders, jobs, progress, resume, sources, table, tria
 from qexp import config as schema
 from qexp.compose import Composer, Composition, combinations, quoted, spelled
 from qexp.config import Config, LogModel
-from qexp.errors import ConfigError, QexpError
+from qexp.errors import ConfigError
+from qexp.refusals import refusals
 from qexp.results import Row
 
 if TYPE_CHECKING:
@@ -205,19 +205,6 @@ class Door(Callback):
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         # Of all jobs of a sweep until it ends, a third of a megabyte each.
         job_return.cfg = job_return.hydra_cfg = None
-
-
-@contextlib.contextmanager
-def refusals() -> Iterator[None]:
-    """A QexpError ends the process with its sentence and status 1; with HYDRA_FULL_ERROR=1 it goes on as it is."""
-    try:
-        yield
-    except QexpError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            traceback.print_exc()
-        else:
-            print(error, file=sys.stderr)
-        sys.exit(1)
 
 
 class Once(logging.Filter):

@@ -71,6 +71,8 @@ def test_options_may_stand_anywhere(typed: str, sorted_: str) -> None:
         (["qconfig=per_chanel"], "per_chanel"),
         (["foo=1"], "foo"),
         (["outputs=/dev/null/x"], "/dev/null/x"),
+        (["hydra.run.dir=${oc.env:QEXP_NOPE}"], "hydra.run.dir: the environment variable QEXP_NOPE is not set"),
+        (["-m", "seed=${oc.env:QEXP_NOPE},1"], "seed: the environment variable QEXP_NOPE is not set"),
         (["-m", "experiment=granularity,observers"], "start them one after the other"),
         (["-m", "engine=x86,onednn", "qconfig.weight.scheme=asymmetric"], "engine=onednn takes symmetric weights only"),
     ],

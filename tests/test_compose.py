@@ -17,9 +17,11 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from qexp import config as schema
 from qexp import sweep
 from qexp.compose import CONF, Composer, Composition, check_choices, check_quotes, combinations, quoted
 from qexp.errors import ConfigError
+from qexp.refusals import explained
 
 
 @pytest.fixture
@@ -88,6 +90,46 @@ def test_a_value_in_place_of_a_choice_is_refused(argument: str) -> None:
 
 def test_what_may_be_a_choice_is_left_to_hydra() -> None:
     check_choices(["-m", "calib=small,large", "calib=glob(*)", "calib.batches=3", "model={a: 1}", "calib=", "calib='a"])
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("seed=${oc.env:QEXP_NOPE}", "seed: the environment variable QEXP_NOPE is not set; set it, or say what holds "
+         "without it: ${oc.env:QEXP_NOPE,VALUE}."),
+        ("dataset.root=a/${oc.env:QEXP_NOPE}", "dataset.root: the environment variable QEXP_NOPE is not set; "),
+        ("study=${nope}", "study: ${nope} is no setting; "),
+        ("tracking.uri=${nope:1}", "tracking.uri: ${nope:…} is unknown; "),
+        ("seed=${oc.env:QEXP_TEXT}", "seed can't be resolved: "),
+    ],
+)  # fmt: skip
+def test_what_an_interpolation_lacks_is_said_in_a_sentence(
+    loader: Any, monkeypatch: pytest.MonkeyPatch, override: str, sentence: str
+) -> None:
+    monkeypatch.delenv("QEXP_NOPE", raising=False)
+    monkeypatch.setenv("QEXP_TEXT", "text")
+    with pytest.raises(ConfigError) as refused:
+        schema.from_hydra(compose("config", [override]), ".")
+    assert str(refused.value).startswith(sentence)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("item", "said"),
+    [("override /latency: off", "override /latency: False"), ("override /calib: 1", "override /calib: 1"), ("7", "7")],
+)
+def test_a_choice_that_yaml_reads_as_a_value_is_named_with_its_file(
+    loader: Any, tmp_path: Path, item: str, said: str
+) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\ndefaults:\n  - {item}\n")
+    with pytest.raises(ValueError, match="Unsupported") as hydras:
+        compose("config", [f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine"])
+    sentence = explained(hydras.value)
+    assert sentence is not None
+    assert sentence.startswith(f"experiment/mine: `{said}` in its defaults list is no choice, ")
+    assert sentence.endswith('write it in quotes, as "off".')
+    assert explained(ValueError("of something else")) is None
 
 
 # ------------------------------------------------------------------- a sweep composes what its single runs compose

@@ -1,0 +1,73 @@
+"""How what can't work is said: in a sentence, with exit status 1, where Hydra or OmegaConf would print a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+
+from omegaconf.errors import OmegaConfBaseException
+
+from qexp.errors import QexpError
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """What has a sentence (see `explained`) ends the process with it and status 1; with HYDRA_FULL_ERROR=1 it goes on
+    as it is."""
+    try:
+        yield
+    except Exception as error:
+        sentence = explained(error)
+        if sentence is None:
+            raise
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            traceback.print_exc()
+        else:
+            print(sentence, file=sys.stderr)
+        sys.exit(1)
+
+
+def explained(error: Exception) -> str | None:
+    """An error as a sentence for whoever typed what it is about, None where it isn't of a configuration."""
+    if isinstance(error, QexpError):
+        return str(error)
+    if isinstance(error, OmegaConfBaseException):
+        return unresolved(error)
+    return _bad_default(error) if isinstance(error, ValueError) else None
+
+
+def unresolved(error: OmegaConfBaseException) -> str:
+    """The setting that OmegaConf can't give a value, what is missing, and what to do."""
+    setting, reason = error.full_key or "the configuration", str(error).partition("\n")[0].rstrip(".")
+    variable = re.search(r"Environment variable '(.+?)' not found", reason)
+    if variable:
+        instead = f"${{oc.env:{variable[1]},VALUE}}"
+        return (
+            f"{setting}: the environment variable {variable[1]} is not set; set it, or say what holds without it: "
+            f"{instead}."
+        )
+    key = re.search(r"Interpolation key '(.+?)' not found", reason)
+    if key:
+        return f"{setting}: ${{{key[1]}}} is no setting; `python -m qexp --cfg job` lists all of them."
+    resolver = re.search(r"Unsupported interpolation type (.+)", reason)
+    if resolver:
+        return f"{setting}: ${{{resolver[1]}:…}} is unknown; a variable of the environment is ${{oc.env:NAME}}."
+    return f"{setting} can't be resolved: {reason}."
+
+
+def _bad_default(error: ValueError) -> str | None:
+    """Of a choice in a file's defaults list that YAML doesn't read as a text; Hydra says of which type it is, and not
+    where."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        known = frame.f_locals
+        if frame.f_code.co_name == "_create_defaults_list" and {"config_path", "item"} <= known.keys():
+            item = str(known["item"]).strip("{}").replace("'", "")
+            return (
+                f"{known['config_path']}: `{item}` in its defaults list is no choice, which is a text, and YAML reads "
+                'off, on, yes, no, true, false and numbers as values; write it in quotes, as "off".'
+            )
+    return None
