@@ -38,10 +38,11 @@ from qexp import (
     worker,
 )
 from qexp import config as schema
-from qexp.config import ActivationObserver, Calib, Config, Flow, Overflow, QConfig, Runtime, Target
+from qexp.config import ActivationObserver, Calib, Config, Engine, Flow, Overflow, QConfig, Runtime, Target
 from qexp.data import Data, count_shared, digest_of, draw, load_data, normalise
 from qexp.errors import RunError
 from qexp.quantize import saturation
+from qexp.quantize.depthwise import without_fast_kernel
 from qexp.quantize.fidelity import Fidelity, at_a_time, layer_fidelity
 from qexp.quantize.verify import FEW, check_layers
 from qexp.results import Artifact, Layer, Predictions, Result
@@ -160,6 +161,8 @@ def run_job(config: Config, folder: Path, turn: Turn = ALONE) -> Result:
             qparams = quantize.read_qparams(prepared)
             int8 = quantize.convert(prepared, config.flow, config.engine)
             layers = checked_layers(quantize.layers(int8, config.flow, config.engine))
+            if said := why_guarded(config, qconfig.overflow, layers, calibration.narrowed):
+                log.info("%s", said)
             check_layers(fused, int8, config.flow, config.engine, few[:: -(-len(few) // FEW)])
 
             skeleton = quantize.skeleton(fused, config.flow, qconfig, config.engine, few[:2])
@@ -193,7 +196,7 @@ def run_job(config: Config, folder: Path, turn: Turn = ALONE) -> Result:
         **({"latency_from": latency_from} if latency_from else {}),
         "accuracy_source": str(answer.source),
         "saturation": str(answer.saturation),
-        "verdict": metrics.verdict(predictions["fp32"], answer, margin),
+        "verdict": metrics.verdict(predictions["fp32"], answer, margin, qconfig.overflow),
     }
     numbers = {
         **metrics.of_accuracy(predictions["fp32"], predictions["int8"]),
@@ -215,7 +218,11 @@ def run_job(config: Config, folder: Path, turn: Turn = ALONE) -> Result:
             **measured,
             "float_model": fp32.source,
         },
-        doubts=tuple(metrics.doubts(config, qconfig, data, layers, {**numbers, **measured})),
+        doubts=(
+            *metrics.doubts(config, data, layers, {**numbers, **measured}),
+            *metrics.of_sums(config, qconfig.overflow, layers, calibration.narrowed, answer),
+            *metrics.of_slow_kernels(config, slow_kernels(config, int8)),
+        ),
         files={
             **record.written(folder, config, data, predictions, qparams, layers, timings, latency_from, artifacts),
             **record.layers_written(folder, config, layers, fidelity, answer.layers, calibration.narrowed),
@@ -246,23 +253,32 @@ def resolved(config: Config) -> QConfig:
     overflow = saturation.resolve_overflow(
         config.qconfig, config.engine, config.flow, config.target, saturation.probe()
     )
-    if config.qconfig.overflow is Overflow.auto and "qconfig.overflow" not in schema.without_effect(config):
-        log.info("qconfig.overflow=auto is %s: %s", overflow, why_guarded(config, overflow))
     return replace(config.qconfig, overflow=overflow)
 
 
-def why_guarded(config: Config, overflow: Overflow) -> str:
-    """Why `auto` became what it is, in a few words."""
+def why_guarded(
+    config: Config, overflow: Overflow, layers: tuple[Layer, ...], narrowed: tuple[quantize.Narrowed, ...]
+) -> str:
+    """What `qconfig.overflow=auto` became for these layers and why, in a sentence; empty where it concerns none of
+    them, or isn't what was asked for."""
+    if config.qconfig.overflow is not Overflow.auto or "qconfig.overflow" in schema.without_effect(config):
+        return ""
     where = f"target={config.target}" if config.target is not Target.native else "this CPU"
-    if overflow is not Overflow.none:
-        kinds = saturation.overflowing_kinds(
-            config.qconfig, config.engine, config.flow, config.target, saturation.probe()
-        )
+    kinds = saturation.overflowing_kinds(
+        config.qconfig, config.engine, config.flow, config.target, saturation.probe()
+    ) & {layer.kind for layer in layers if layer.int8}
+    if overflow is Overflow.none and min(config.qconfig.weight.bits, config.qconfig.activation.bits) < 8:
+        why = "sums of products with 7 bits or fewer on one side fit into 16 bits"
+    elif overflow is Overflow.none:
+        why = f"dense layers of engine={config.engine} don't saturate on {where}"
+    elif kinds:
         which = "" if "conv" in kinds else f"of {' and '.join(sorted(kinds))} layers "
-        return f"16-bit sums {which}of engine={config.engine} can saturate on {where}, so layers that could get 7 bits"
-    if min(config.qconfig.weight.bits, config.qconfig.activation.bits) < 8:
-        return "7 bits or fewer on one side can't saturate"
-    return f"engine={config.engine} does not saturate on {where}"
+        did = f"{len(narrowed)} layers, which got 7 bits" if narrowed else "none, so all keep their bits"
+        can = f"16-bit sums {which}of engine={config.engine} can saturate on {where}"
+        why = f"{can}; on calibration images they do in {did}"
+    else:
+        return ""
+    return f"qconfig.overflow=auto is {overflow}: {why}"
 
 
 def resolved_params(qconfig: QConfig, config: Config, narrowed: tuple[quantize.Narrowed, ...] = ()) -> dict[str, str]:
@@ -347,6 +363,13 @@ def calibrated(
         some = _images(data, pixels[:SATURATION_IMAGES])
         prepared, narrowed = quantize.narrow(prepared, config.flow, qconfig, config.engine, config.target, some)
     return prepared, Calibration(len(pixels), time.perf_counter() - started, narrowed, digest_of(pixels))
+
+
+def slow_kernels(config: Config, int8: nn.Module) -> tuple[str, ...]:
+    """The layers for which the engine has no fast kernel on the CPU that the model ships on."""
+    native = config.target is Target.native
+    vnni = not saturation.probe().dense_saturates(Engine.fbgemm) if native else config.target is Target.vnni
+    return without_fast_kernel(int8, config.engine, vnni)
 
 
 def checked_layers(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:

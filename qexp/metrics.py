@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from qexp import latency, stats
-from qexp.config import Config, Engine, Flow, Overflow, QConfig, Target
+from qexp import latency, quantize, stats
+from qexp.config import Config, Engine, Flow, Overflow, Scheme, Target
 from qexp.data import Data
-from qexp.quantize import saturation
-from qexp.results import Artifact, Interval, Layer, Predictions
+from qexp.quantize import Narrowed, saturation, supported
+from qexp.results import Artifact, Interval, Layer, Predictions, Saturation, Source
 from qexp.target import Answer
 
 
@@ -51,10 +52,15 @@ def of_target(fp32: Predictions, answer: Answer, margin: float) -> dict[str, flo
     loss = _lost_to_saturation(answer)
     if loss is None or answer.exact is None or answer.saturating is None:
         return found
-    sqnr = stats.sqnr(answer.exact.logits, answer.saturating.logits)
-    return found | {
+    found |= {
         "accuracy/int8_exact": float(answer.exact.correct.mean()),
         "accuracy/exact_images": float(len(answer.exact.labels)),
+    }
+    if not answer.saturating_layers:
+        # What differs between the two is how libraries round.
+        return found
+    sqnr = stats.sqnr(answer.exact.logits, answer.saturating.logits)
+    return found | {
         "saturation/loss": loss.value,
         "saturation/loss_low": loss.low,
         "saturation/loss_high": loss.high,
@@ -70,8 +76,10 @@ def _lost_to_saturation(answer: Answer) -> Interval | None:
     return stats.tango(*stats.discordant(answer.saturating, answer.exact))
 
 
-def verdict(fp32: Predictions, answer: Answer, margin: float) -> str:
-    """The verdict on the target's accuracy in words, with 16-bit saturation as its cause where that is shown."""
+def verdict(fp32: Predictions, answer: Answer, margin: float, guard: Overflow = Overflow.none) -> str:
+    """The verdict on the target's accuracy in words, with 16-bit saturation as its cause where that is shown.
+
+    guard: what was executed, not auto."""
     first_only, second_only, n = stats.discordant(fp32.at(answer.images), answer.target)
     said = stats.verdict(first_only, second_only, n, margin)
     lost = _lost_to_saturation(answer)
@@ -80,7 +88,14 @@ def verdict(fp32: Predictions, answer: Answer, margin: float) -> str:
     rest = stats.tango(*stats.discordant(fp32.at(answer.compared), answer.exact))
     cause = "all of it" if rest.high >= 0 else f"{100 * lost.value:.1f} of them"
     points = 100 * (first_only - second_only) / n
-    return f"{said}; {points:.1f} points lost, {cause} to 16-bit sums that saturate; qconfig.overflow=auto avoids it"
+    advice = f"{_instead_of(guard)} avoids it"
+    return f"{said}; {points:.1f} points lost, {cause} to 16-bit sums that saturate; {advice}"
+
+
+def _instead_of(guard: Overflow) -> str:
+    """The guard that avoids what this one lets happen: those that look at images, or at a range, do so on calibration
+    images."""
+    return f"qconfig.overflow={Overflow.auto if guard is Overflow.none else Overflow.weights}"
 
 
 def of_latency(timings: list[latency.Timing]) -> dict[str, float]:
@@ -152,19 +167,70 @@ def of_layers(layers: tuple[Layer, ...]) -> dict[str, float]:
     }
 
 
-def doubts(
-    config: Config, qconfig: QConfig, data: Data, layers: tuple[Layer, ...], found: Mapping[str, Any]
+def of_sums(
+    config: Config, guard: Overflow, layers: tuple[Layer, ...], narrowed: tuple[Narrowed, ...], answer: Answer
 ) -> Iterator[str]:
-    """What the reader of the table must know, a sentence each."""
+    """What the reader of the table must know of 16-bit sums, a sentence each. guard: what was executed, not auto."""
+    saturating, signature = answer.saturating_layers, saturation.probe()
+    of_kind = {layer.name: layer.kind for layer in layers if layer.int8}
+
+    def or_onednn(names: Collection[str]) -> bool:
+        """Whether these layers' sums are exact with engine=onednn, where it takes the weights."""
+        kinds = saturation.overflowing_kinds(config.qconfig, Engine.onednn, config.flow, config.target, signature)
+        takes = config.qconfig.weight.scheme is Scheme.symmetric and Engine.onednn in supported()
+        return takes and not kinds & {of_kind[name] for name in names if name in of_kind}
+
+    if narrowed:
+        sides = Counter(str(one.side) for one in narrowed)
+        number = " and ".join(f"the {side} of {count}" for side, count in sorted(sides.items(), reverse=True))
+        other = "; engine=onednn needs that for none of them" if or_onednn([one.name for one in narrowed]) else ""
+        yield (
+            f"{number} of {len(of_kind)} INT8 layers have 7 bits, for their 16-bit sums saturate (layers.csv names "
+            f"them){other}."
+        )
+    if guard is not Overflow.none and saturating:
+        highest = max(layer.highest for layer in answer.layers if layer.saturates)
+        beyond = f", where activations went up to code {highest}" if highest > quantize.SAFE_CODE else ""
+        yield (
+            f"16-bit sums saturate in {len(saturating)} layers ({_some(saturating)}) in spite of qconfig.overflow="
+            f"{guard}, which goes by calibration images{beyond}; {_instead_of(guard)} avoids it."
+        )
+    kinds = saturation.overflowing_kinds(config.qconfig, config.engine, config.flow, Target.native, signature)
+    risky = [name for name, kind in of_kind.items() if kind in kinds]
+    executed = answer.source is Source.executed and answer.saturation is not Saturation.impossible
+    # What auto left alone it can't be recommended for: the model ships on another CPU then.
+    if config.qconfig.overflow is Overflow.none and risky and executed:
+        other = " or engine=onednn" if or_onednn(risky) else ""
+        yield (
+            f"16-bit sums {'saturate' if saturating else 'can saturate'} in the kernels of engine={config.engine}, and "
+            f"the guard is off: this accuracy holds for this CPU only; qconfig.overflow=auto{other} avoids it."
+        )
+
+
+def of_slow_kernels(config: Config, slow: tuple[str, ...]) -> Iterator[str]:
+    """That layers take long, in a sentence. slow: as of `depthwise.without_fast_kernel`."""
+    if not slow:
+        return
+    other = (
+        ", where engine=onednn has one"
+        if config.qconfig.weight.scheme is Scheme.symmetric and Engine.onednn in supported()
+        else ""
+    )
+    yield (
+        f"FBGEMM, which engine={config.engine} takes for {len(slow)} depthwise convolutions ({_some(slow)}), has no "
+        "fast kernel for them (it wants channels in eights, a window of 3, 5 or 7 with its padding of half of it, and "
+        f"stride 1 or 2): they take tens to a thousand times as long{other}."
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def doubts(config: Config, data: Data, layers: tuple[Layer, ...], found: Mapping[str, Any]) -> Iterator[str]:
+    """What the reader of the table must know beside that of sums and kernels, a sentence each."""
     if config.dataset["_target_"] == "qexp.datasets.digits":
         yield f"digits, with {len(data.test)} images of 8x8 pixels, is for trying the tool and not for deciding."
-    unguarded = qconfig.overflow is Overflow.none and min(qconfig.weight.bits, qconfig.activation.bits) == 8
-    kinds = saturation.overflowing_kinds(qconfig, config.engine, config.flow, Target.native, saturation.probe())
-    if unguarded and any(layer.int8 and layer.kind in kinds for layer in layers):
-        yield (
-            f"16-bit sums can saturate in the kernels of engine={config.engine}, and the guard is off: this accuracy "
-            "holds for this CPU only; qconfig.overflow=auto avoids it."
-        )
     if config.flow is Flow.dynamic and config.engine is Engine.onednn:
         yield (
             "two threads that call one dynamic model of engine=onednn at a time get wrong answers (a fault of torch): "
@@ -181,7 +247,7 @@ def doubts(
     left = [layer for layer in layers if not layer.int8 and layer.kind != "batchnorm"]
     if left:
         reasons = ", ".join(dict.fromkeys(layer.reason for layer in left if layer.reason))
-        named = ", ".join(layer.name for layer in left[:3]) + (", ..." if len(left) > 3 else "")
+        named = _some([layer.name for layer in left])
         yield f"{len(left)} layers stay in FP32 ({named}){f': {reasons}' if reasons else ''}."
     norms = sum(layer.kind == "batchnorm" for layer in layers)
     if norms and config.flow is not Flow.dynamic:

@@ -154,8 +154,8 @@ def written(
 
 
 COLUMNS = (
-    "name", "kind", "int8", "sqnr_db", "own_sqnr_db", "weight_sqnr_db", "clipped", "saturated", "narrowed", "scale",
-    "kernel", "reason",
+    "name", "kind", "int8", "sqnr_db", "own_sqnr_db", "weight_sqnr_db", "clipped", "saturated", "highest", "narrowed",
+    "scale", "kernel", "reason",
 )  # fmt: skip
 
 
@@ -169,14 +169,17 @@ def layers_written(
 ) -> dict[str, str]:
     """Write the table of layers (layers.csv, in the order in which they run) and its chart; the paths as `written`.
 
-    saturated: share of the layer's outputs that 16-bit sums changed, where that was looked at; narrowed: the side that
-    overflow=layers gave 7 bits.
+    saturated: share of the layer's outputs that 16-bit sums changed, where that was looked at; highest: the largest
+    activation that it got there, as a code, if its weights let sums overflow (a guard's 7 bits end at 127); narrowed:
+    the side that overflow=layers gave 7 bits.
     """
     of_layers, measured = {layer.name: layer for layer in layers}, {row.name: row for row in fidelity}
     shares, sides = {row.name: row.share for row in sums}, {row.name: str(row.side) for row in narrowed}
+    codes = {row.name: row.highest for row in sums if row.highest}
     rows = []
     for name in dict.fromkeys([*measured, *of_layers]):
         row: dict[str, Any] = {"name": name, "saturated": shares.get(name), "narrowed": sides.get(name)}
+        row["highest"] = codes.get(name)
         for by in (of_layers, measured):
             row |= asdict(by[name]) if name in by else {}
         rows.append({column: row.get(column) for column in COLUMNS})

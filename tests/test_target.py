@@ -100,14 +100,16 @@ def test_layers_whose_sums_cannot_be_emulated_are_named(
 
 
 def test_a_cpu_with_vnni_has_depthwise_kernels_that_saturate_and_no_others(
-    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     probes = tuple(replace(one, answer=112) if one.kind == "depthwise" else one for one in signature(200).probes)
     monkeypatch.setattr(saturation, "probe", lambda: KernelSignature("made up", probes))
     result = run("engine=fbgemm")  # which has dense layers alone
     assert result.resolved["resolved.overflow"] == "layers"
     assert result.metrics["quant/layers_narrowed"] == 0
     assert result.tags["saturation"] == "impossible"
+    assert "depthwise" not in caplog.text  # of which there are none
     assert not any("16-bit" in doubt for doubt in run("engine=fbgemm", "qconfig.overflow=none").doubts)
 
 

@@ -23,7 +23,7 @@ from qexp.quantize.copies import evaluation_copy, sharing_copy
 from qexp.quantize.engines import engine, require, supported
 from qexp.quantize.executed import beyond, executed
 from qexp.quantize.functional import run_or_refuse
-from qexp.quantize.grid import HIGHEST, SAFE_BITS, Grid, Side, executed_bits, grid, highest_activation
+from qexp.quantize.grid import HIGHEST, SAFE_BITS, SAFE_CODE, Grid, Side, executed_bits, grid, highest_activation
 from qexp.quantize.held import highest_code, hold
 from qexp.quantize.layers import layers, read_qparams
 from qexp.quantize.narrowing import Narrowed
@@ -35,6 +35,7 @@ from qexp.quantize.strided import contiguous_clamps, without_strides
 
 __all__ = [
     "SAFE_BITS",
+    "SAFE_CODE",
     "TOLERANCE",
     "Grid",
     "Narrowed",

@@ -13,6 +13,9 @@ HIGHEST = 2**FULL_BITS - 1
 SAFE_BITS = 7
 """With 7 bits on either side two products of u8 by s8 fit into 16 bits: 255*64*2 = 32640 and 127*128*2 = 32512."""
 
+SAFE_CODE = 2**SAFE_BITS - 1
+"""The largest code of 7-bit activations."""
+
 
 class Side(StrEnum):
     """Which factor of a product a tensor is; each value is also the `Overflow` that narrows it."""

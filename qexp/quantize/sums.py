@@ -23,14 +23,13 @@ from torch import Tensor, fx, nn
 from qexp.config import Engine
 from qexp.errors import InputError
 from qexp.quantize.engines import engine
-from qexp.quantize.grid import HIGHEST, SAFE_BITS
+from qexp.quantize.grid import HIGHEST, SAFE_CODE
 from qexp.quantize.held import highest_code, is_held, torch_class
 from qexp.quantize.layers import conv_kind, is_per_channel, weight_scales
 from qexp.quantize.names import public
 from qexp.quantize.strided import AfterStride
 
 _INT16 = torch.iinfo(torch.int16)
-_SAFE = 2**SAFE_BITS - 1
 _CHUNK = 1 << 19
 """Values held at once for one step: 2 MB of float32 stay in the cache of a core, which makes steps twice as fast."""
 
@@ -58,7 +57,7 @@ def at_risk(converted: nn.Module, engine_name: Engine, kinds: Collection[str]) -
     """
     if engine_name is Engine.qnnpack or not kinds:
         return False
-    if highest_code(converted) <= _SAFE:
+    if highest_code(converted) <= SAFE_CODE:
         return False
     functions = any(_is_int8_function(n) for n in _nodes(converted))
     layers = (layer for _, layer in int8_layers(converted) if _kind(layer) in kinds)
@@ -108,7 +107,7 @@ def overflow_test(module: nn.Module, engine_name: Engine) -> Callable[[Tensor], 
     pairs = _possible_pairs(layer, engine_name)
     outputs, which = overflowing(pairs).nonzero(as_tuple=True)
     if not len(outputs):
-        return lambda images: False
+        return _never
     risky = pairs[outputs, which]
     if isinstance(layer, _TRANSPOSED):
         # Any activation may meet any weight, as if all were of one channel.
@@ -125,6 +124,10 @@ def overflow_test(module: nn.Module, engine_name: Engine) -> Callable[[Tensor], 
         return bool(overflowing(risky, highest.clamp(min=images.q_zero_point())[channels]).any())
 
     return test
+
+
+def _never(images: Tensor) -> bool:
+    return False
 
 
 def _possible_pairs(layer: Any, engine_name: Engine) -> Tensor:
@@ -434,6 +437,8 @@ class LayerSums:
     the same sums, FBGEMM and qnnpack give neighbours for about one output in ten thousand."""
     largest: int
     """Largest difference of those compared, in steps."""
+    highest: int = 0
+    """Largest activation that it got, as a code; 0 where its weights let none overflow."""
 
     @property
     def share(self) -> float:
@@ -478,12 +483,14 @@ def compared(
             else:
                 output = kernel(images)
             before = found.get(name, LayerSums(name, kind, 0, 0, 0))
+            highest = 0 if can_overflow_with is _never else int(images.int_repr().max())
             found[name] = LayerSums(
                 name,
                 kind,
                 before.outputs + output.numel(),
                 before.different + different,
                 max(before.largest, largest),
+                max(before.highest, highest),
             )
             return output
 
