@@ -249,8 +249,10 @@ def single(job: Job) -> float | None:
     earlier = resume.earlier(store, job)
     if earlier:
         job = earlier.job
+    experiment = store.experiment_name(job.choices["dataset"])
+    tracking.check_run(store, experiment=experiment, params=job.params, resume=job.alone)
     if job.alone:
-        tracking.check_resumed(store, job.params)
+        say_ignored(sweep=False)
     jobs.check_inputs([job.config])
     row, handle = tracked(job, swept=schema.GROUPS if earlier else ())
     print(f"\n{summary([row])}\n")
@@ -258,6 +260,14 @@ def single(job: Job) -> float | None:
         print(f"{earlier.compared(row)}\n")
     say_where(job.folder, tracking.ui(store, handle))
     return row.metrics.get(job.config.objective)
+
+
+def say_ignored(sweep: bool) -> None:
+    """Log which of MLflow's environment variables are set and not followed."""
+    from qexp import tracking
+
+    for sentence in tracking.ignored(sweep):
+        log.warning(sentence)
 
 
 def swept(job: Job) -> float | None:
@@ -434,6 +444,7 @@ def launch(
     experiments = sorted({store.experiment_name(item.job.choices["dataset"]) for item in planned})
     for name in experiments:
         tracking.check_experiment(store, name)
+    say_ignored(sweep=True)
     resume.close_orphans(store)
     study = resume.study(store, planned, experiments)
     left = study.left(planned)

@@ -29,6 +29,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -49,6 +50,7 @@ from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.pyfunc import save_model
+from mlflow.store.artifact.artifact_repository_registry import get_registered_artifact_repositories
 from mlflow.store.db.utils import _all_tables_exist, _initialize_tables, create_sqlalchemy_engine
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.types.schema import Schema, TensorSpec
@@ -82,6 +84,15 @@ DATABASE_LOCKS = {
 }
 INPUT_ATTEMPTS = 10  # how often runs that record the same data sets for the first time may come in between
 SERVED = Path(__file__).with_name("served_model.py")
+# What MLflow imports only when it writes to an artifact store: by scheme, modules and the packages that have them.
+ARTIFACT_CLIENTS = {
+    **{scheme: {"boto3": "boto3"} for scheme in ("s3", "r2", "b2")},
+    "gs": {"google.cloud.storage": "google-cloud-storage"},
+    "wasbs": {"azure.storage.blob": "azure-storage-blob"},
+    "abfss": {"azure.storage.filedatalake": "azure-storage-file-datalake"},
+    **{scheme: {"pyarrow": "pyarrow"} for scheme in ("hdfs", "viewfs")},
+    "sftp": {"paramiko": "paramiko", "pysftp": "pysftp"},
+}
 END_SECONDS = 15.0  # how long an ending run waits for its server
 
 
@@ -418,6 +429,8 @@ def check_experiment(store: Store, name: str) -> None:
             f"or name another one: tracking.experiment=NAME."
         )
     location = urllib.parse.urlsplit(experiment.artifact_location or "")
+    another = ", or name another experiment: tracking.experiment=NAME"
+    _check_client(f"the MLflow experiment {name}", experiment.artifact_location, another)
     host = urllib.parse.urlsplit(store.uri).hostname
     # Such a server has clients write to a path of their own machine, where nobody finds the files again.
     if store.artifacts is None and host and not _is_this_machine(host) and location.scheme in ("", "file"):
@@ -426,6 +439,24 @@ def check_experiment(store: Store, name: str) -> None:
             f"the server {host} that can't be written to from here; start that server with --artifacts-destination "
             f"and name a new experiment: tracking.experiment=NAME."
         )
+
+
+def _check_client(whose: str, location: str | None, otherwise: str = "") -> None:
+    """Raise InputError where what MLflow needs to reach these artifacts isn't installed."""
+    scheme = urllib.parse.urlsplit(location or "").scheme
+    where = f"{whose} keeps its artifacts in {scheme}://"
+    if scheme not in get_registered_artifact_repositories():
+        raise InputError(f"{where}, which MLflow can't reach; install a plugin of MLflow's that does{otherwise}.")
+    missing = [package for module, package in ARTIFACT_CLIENTS.get(scheme, {}).items() if not _is_installed(module)]
+    if missing:
+        raise InputError(f"{where}, for which MLflow needs {' and '.join(missing)}; pip install it{otherwise}.")
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ImportError:  # a package that it is in isn't
+        return False
 
 
 def _is_this_machine(host: str) -> bool:
@@ -701,15 +732,32 @@ def start_run(
     return run
 
 
-def check_resumed(store: Store, params: Mapping[str, str], run_id: str | None = None) -> None:
-    """Raise InputError where the run that MLFLOW_RUN_ID names (or `run_id`) is none to go on with; it isn't changed.
+def ignored(sweep: bool) -> list[str]:
+    """A sentence for each of MLflow's environment variables that are set and not followed."""
+    said = []
+    if os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "").lower() in ("true", "1"):
+        reason = "its samples would be taken while models are timed"
+        said.append(f"MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING is set and not followed: {reason}.")
+    if sweep and os.environ.get("MLFLOW_RUN_ID"):
+        said.append("MLFLOW_RUN_ID is set and not followed: a sweep has a run for each of its jobs.")
+    return said
+
+
+def check_run(store: Store, *, experiment: str, params: Mapping[str, str], resume: bool) -> None:
+    """Raise InputError where `start_run` would, before anything is computed; nothing is changed."""
+    resumed = os.environ.get("MLFLOW_RUN_ID") if resume else None
+    if resumed:
+        check_resumed(store, params, resumed)
+    else:
+        check_experiment(store, experiment)
+
+
+def check_resumed(store: Store, params: Mapping[str, str], run_id: str) -> None:
+    """Raise InputError where this run, which MLFLOW_RUN_ID names, is none to go on with; it isn't changed.
 
     It may be one that `mlflow run` has opened, or one that has failed or was killed, with these params as far as it has
     any: a result is never written over.
     """
-    run_id = run_id or os.environ.get("MLFLOW_RUN_ID")
-    if not run_id:
-        return
     try:
         run = store.client.get_run(run_id)
         experiment = store.client.get_experiment(run.info.experiment_id).name
@@ -738,6 +786,7 @@ def check_resumed(store: Store, params: Mapping[str, str], run_id: str | None = 
     if reason:
         advice = "unset it for a run of its own, or give the id of one that has not ended well"
         raise InputError(f"MLFLOW_RUN_ID={run_id}: the run {row.name!r} {reason}; {advice}.")
+    _check_client(f"MLFLOW_RUN_ID={run_id}: the run", run.info.artifact_uri, ", or unset it")
 
 
 def _is_anothers(row: Row) -> bool:
@@ -927,6 +976,7 @@ def find(store: Store, run_id: str) -> tuple[Row, str]:
 def fetch(store: Store, run_id: str, name: str, folder: Path) -> Path | None:
     """A copy, in `folder`, of the artifact of this name at the top of a run; None where the run has none."""
     with _refused(store, f"the artifacts of run {run_id}"):
+        _check_client(f"the run {run_id}", store.client.get_run(run_id).info.artifact_uri)
         if name not in {file.path for file in store.client.list_artifacts(run_id)}:
             return None
         return Path(store.client.download_artifacts(run_id, name, str(folder)))

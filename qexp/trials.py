@@ -33,6 +33,7 @@ def begin(master: DictConfig) -> None:
     store = tracking.connect(job.config.tracking, Path(job.config.outputs), job.cwd)
     experiment = store.experiment_name(job.choices["dataset"])
     tracking.check_experiment(store, experiment)
+    sweep.say_ignored(sweep=True)
     resume.close_orphans(store)
     title = f"sweep {job.config.study or folder.name}"
     parent = tracking.open_parent(store, experiment=experiment, name=title, tags=sweep.tags(job))

@@ -471,6 +471,53 @@ def test_a_deleted_experiment_is_refused_with_the_way_back(store: tracking.Store
     tracking.check_experiment(store, "gone")
 
 
+@pytest.mark.parametrize(
+    ("location", "modules", "needs"),
+    [
+        ("s3://bucket/path", ["boto3"], "in s3://, for which MLflow needs boto3; pip install it, or name another"),
+        ("gs://bucket/path", ["google.cloud.storage"], "MLflow needs google-cloud-storage; pip install it"),
+        ("wasbs://c@a.blob.core.windows.net/p", ["azure.storage.blob"], "needs azure-storage-blob;"),
+        ("abfss://c@a.dfs.core.windows.net/p", ["azure.storage.filedatalake"], "needs azure-storage-file-datalake;"),
+        ("sftp://host/path", ["paramiko", "pysftp"], "needs paramiko and pysftp;"),
+        ("hdfs://host/path", ["pyarrow"], "needs pyarrow;"),
+        ("nosuch://host/path", [], "in nosuch://, which MLflow can't reach; install a plugin of MLflow's that does"),
+    ],
+)
+def test_an_artifact_store_whose_client_is_missing_is_refused(
+    store: tracking.Store, monkeypatch: pytest.MonkeyPatch, location: str, modules: list[str], needs: str
+) -> None:
+    for module in modules:
+        monkeypatch.setitem(sys.modules, module, None)  # as if it weren't installed
+    name = f"in {location}"
+    experiment = store.client.create_experiment(name, artifact_location=location)
+    with pytest.raises(InputError, match=r"^the MLflow experiment") as refused:
+        tracking.check_experiment(store, name)
+    assert needs in str(refused.value)
+    assert "\n" not in str(refused.value)
+    run = store.client.create_run(experiment)
+    with pytest.raises(InputError, match=f"the run {run.info.run_id} keeps its artifacts in"):
+        tracking.fetch(store, run.info.run_id, "config.json", Path())
+    monkeypatch.setenv("MLFLOW_RUN_ID", run.info.run_id)
+    with pytest.raises(InputError, match=f"MLFLOW_RUN_ID={run.info.run_id}: the run keeps its artifacts in"):
+        tracking.check_run(store, experiment="x", params={}, resume=True)
+
+
+@pytest.mark.parametrize("location", ["file:///tmp/x", "/tmp/x", "ftp://host/path", "mlflow-artifacts:/x", "dbfs:/x"])
+def test_what_needs_no_client_is_taken(store: tracking.Store, location: str) -> None:
+    store.client.create_experiment(f"in {location}", artifact_location=location)
+    tracking.check_experiment(store, f"in {location}")
+
+
+def test_what_is_set_for_mlflow_and_not_followed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tracking.ignored(sweep=True) == []
+    monkeypatch.setenv("MLFLOW_RUN_ID", "abc")
+    for value, count in (("true", 1), ("1", 1), ("false", 0), ("", 0)):
+        monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", value)
+        said = tracking.ignored(sweep=False)
+        assert [text.partition(" ")[0] for text in said] == ["MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING"] * count
+        assert len(tracking.ignored(sweep=True)) == count + 1
+
+
 @pytest.mark.parametrize("uri", ["./mlruns", "file:///tmp/mlruns", "/tmp/mlruns", "C:\\runs\\mlruns", "file:."])
 def test_a_plain_folder_is_refused(uri: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"tracking\.uri=.* is a folder.*sqlite:///"):
