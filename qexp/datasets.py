@@ -227,6 +227,11 @@ def _split_folder(base: Path, asked: str | None, setting: str, candidates: Seque
             f"dataset.root={base} has no folder {' or '.join(wanted)}, but {listed}; it must hold train/<class>/ and"
             f" test/<class>/ (or val/), or say which by dataset.{setting}=<folder>."
         )
+    if len(found) > 1 and found[0].lower() == found[1].lower():
+        raise InputError(
+            f"dataset.root={base} has folders {found[0]} and {found[1]}, whose names differ in case only; make one of"
+            f" them, or say which by dataset.{setting}=<folder>."
+        )
     if len(found) > 1:
         logger.info("evaluating on %s, not on %s; dataset.test=%s takes that one", found[0], found[1], found[1])
     return found[0]

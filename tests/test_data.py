@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -338,6 +339,21 @@ def test_of_two_evaluation_folders_test_is_taken_and_said(
         assert len(load(folder, tmp_path).test) == 3
     assert "dataset.test=val takes that one" in caplog.text
     assert len(load(folder, tmp_path, test="val").test) == 1
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_folders_of_a_split_that_differ_in_case_only_are_refused_until_one_is_named(
+    folder: Path, tmp_path: Path, split: str
+) -> None:
+    name = {"train": "Train", "test": "Val"}[split]
+    (folder / split).rename(folder / name)
+    expected = load(folder, tmp_path)
+    other = name.swapcase()
+    shutil.copytree(folder / name, folder / other)
+    said = refusal(folder, tmp_path)
+    assert f"has folders {min(name, other)} and {max(name, other)}, whose names differ in case only" in said
+    assert f"dataset.{split}=<folder>" in said
+    assert load(folder, tmp_path, **{split: name}).test.ids == expected.test.ids
 
 
 def test_classes_missing_empty_or_extra_in_a_split_keep_their_meaning(
@@ -738,6 +754,7 @@ def test_the_digest_of_images_follows_values_order_shape_and_dtype() -> None:
 
 USER = """
 import random
+import shutil
 import numpy as np
 import torch
 from PIL import Image
