@@ -217,15 +217,16 @@ def draw(split: Split, calib: Calib) -> np.ndarray:
 
     For one seed and sampling a shorter draw is the beginning of a longer one. `random`: a permutation; `stratified`:
     in every beginning the classes are as equally frequent as their sizes allow; `first`: in the data set's order.
-    batches=null draws all. Raises InputError if there are too few.
+    batches=null draws all, and so do as many batches as the images fill, the last of which may be short. Raises
+    InputError where there are too few for the last to hold any.
     """
     available = len(split)
     wanted = available if calib.batches is None else calib.batches * calib.batch_size
-    if wanted > available:
-        whole = available // calib.batch_size
+    if wanted - available >= calib.batch_size:
+        most = -(-available // calib.batch_size)
         raise InputError(
             f"calib.batches={calib.batches} asks for {wanted} images; {split.name} has {available} to calibrate with:"
-            f" at most {whole} batches of {calib.batch_size}, or calib.batches=null for all."
+            f" at most {most} batches of {calib.batch_size}, or calib.batches=null for all."
         )
     return _ORDERS[calib.sampling](split.labels, calib.seed)[:wanted].astype(np.int64)
 

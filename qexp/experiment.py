@@ -342,6 +342,11 @@ def calibrated(
         return prepared, Calibration()
     chosen = draw(data.train, config.calib)
     pixels = data.train.drawn(chosen)
+    if config.calib.batches is not None and len(chosen) < config.calib.batches * config.calib.batch_size:
+        log.info(
+            "calibrated on %d images, all that %s has: the last of the %d batches is not full.",
+            len(chosen), data.train.name, config.calib.batches,
+        )  # fmt: skip
     shared = count_shared(pixels, data.test)
     if shared:
         log.warning("%d of the %d calibration images are evaluation images too, pixel for pixel.", shared, len(pixels))

@@ -730,12 +730,20 @@ def test_a_stratified_draw_of_unequal_classes_takes_the_small_ones_whole() -> No
 
 def test_too_many_batches_are_refused_with_how_many_there_are(digits: Data) -> None:
     message = (
-        r"calib.batches=100000 asks for 1600000 images; digits has 898 to calibrate with: at most 56 batches of 16, or"
+        r"calib.batches=100000 asks for 1600000 images; digits has 898 to calibrate with: at most 57 batches of 16, or"
         r" calib.batches=null for all\."
     )
     with pytest.raises(InputError, match=message):
         draw(digits.train, calib(100000, Sampling.random))
     assert len(draw(digits.train, calib(56, Sampling.random))) == 896
+
+
+@pytest.mark.parametrize(("batches", "size", "most"), [(57, 16, 57), (29, 32, 29), (1, 1000, 1), (2, 449, 2)])
+def test_the_last_batch_takes_what_is_left(digits: Data, batches: int, size: int, most: int) -> None:
+    everything = draw(digits.train, calib(None, Sampling.random))
+    np.testing.assert_array_equal(draw(digits.train, calib(batches, Sampling.random, batch_size=size)), everything)
+    with pytest.raises(InputError, match=f"at most {most} batches of {size}, or"):
+        draw(digits.train, calib(batches + 1, Sampling.random, batch_size=size))
 
 
 def test_no_evaluation_image_of_digits_is_drawn(digits: Data) -> None:

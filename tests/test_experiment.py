@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -214,3 +215,20 @@ def test_inputs_of_jobs_that_share_them_are_looked_at_once(
     assert looked == ["load_data", "check_model", "dry_run", "dry_run", "check_model", "dry_run"]
     with pytest.raises(InputError, match=r"calib\.batches=400"):
         experiment.check_inputs([*sizes, composed(*tiny, "calib.batches=400")])
+
+
+def test_a_last_batch_that_is_not_full_is_taken_and_said(
+    composed: Composed, checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    results = []
+    for batches in ("2", "null"):
+        calibration = (f"calib.batches={batches}", "calib.batch_size=500")
+        config = composed(
+            "model=tiny", f"model.checkpoint={checkpoint}", "latency=off", "per_layer.images=0", *calibration
+        )
+        results.append(experiment.run_job(config, tmp_path))
+    assert [result.metrics["calib/images"] for result in results] == [898, 898]
+    assert results[0].metrics["accuracy/int8"] == results[1].metrics["accuracy/int8"]
+    said = "calibrated on 898 images, all that digits has: the last of the 2 batches is not full."
+    assert [record.getMessage() for record in caplog.records].count(said) == 1
