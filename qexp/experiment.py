@@ -163,7 +163,7 @@ def run_job(config: Config, folder: Path, turn: Turn = ALONE) -> Result:
             layers = checked_layers(quantize.layers(int8, config.flow, config.engine))
             if said := why_guarded(config, qconfig.overflow, layers, calibration.narrowed):
                 log.info("%s", said)
-            check_layers(fused, int8, config.flow, config.engine, few[:: -(-len(few) // FEW)])
+            check_layers(fused, int8, config.flow, config.engine, few[:: -(-len(few) // FEW)], qparams)
 
             skeleton = quantize.skeleton(fused, config.flow, qconfig, config.engine, few[:2])
             in_memory = {"fp32": fused, "int8": int8}

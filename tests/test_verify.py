@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +18,12 @@ from test_fidelity import Again, Squeezed, Twice
 from torch import Tensor, fx, nn
 from torch.ao.nn.quantized import FloatFunctional
 
-from qexp import nets, quantize
-from qexp.config import Engine, Flow
-from qexp.errors import RunError
+from qexp import experiment, nets, quantize
+from qexp.config import Config, Engine, Flow
+from qexp.errors import InputError, RunError
 from qexp.quantize import saturation
 from qexp.quantize.verify import Deviation, check_layers, layer_deviations
+from qexp.results import QParams
 
 BOTH = [Flow.eager, Flow.fx]
 
@@ -31,15 +34,16 @@ class Case:
     int8: nn.Module
     flow: Flow
     engine: Engine
+    qparams: dict[str, QParams] = field(default_factory=dict)
 
     def deviations(self) -> dict[str, Deviation]:
-        found = layer_deviations(self.fused, self.int8, self.flow, self.engine, images(3, seed=9))
+        found = layer_deviations(self.fused, self.int8, self.flow, self.engine, images(3, seed=9), self.qparams)
         return {one.name: one for one in found}
 
     def fault(self) -> str:
         """What the check says of it; empty where it passes."""
         try:
-            check_layers(self.fused, self.int8, self.flow, self.engine, images(3, seed=9))
+            check_layers(self.fused, self.int8, self.flow, self.engine, images(3, seed=9), self.qparams)
         except RunError as error:
             return str(error)
         return ""
@@ -53,7 +57,8 @@ def case(net: nn.Module, flow: Flow, engine: Engine = Engine.qnnpack, fusion: bo
     prepared = quantize.prepare(fused, flow, qconfig, MINMAX, engine, few)
     if flow is not Flow.dynamic:
         quantize.calibrate(prepared, [few])
-    return Case(fused, quantize.convert(prepared, flow, engine), flow, engine)
+    qparams = quantize.read_qparams(prepared)
+    return Case(fused, quantize.convert(prepared, flow, engine), flow, engine, qparams)
 
 
 class Joined(nn.Module):
@@ -175,6 +180,15 @@ def test_weights_and_biases_are_those_of_the_float_layer(flow: Flow, name: str) 
 
 
 @pytest.mark.parametrize("flow", BOTH)
+@pytest.mark.parametrize("name", ["stem", "act", "fc"])
+def test_each_layer_gives_its_output_on_the_grid_that_calibration_found(flow: Flow, name: str) -> None:
+    one = case(Joined(), flow)
+    one.int8.get_submodule(name if flow is Flow.fx else f"module.{name}").scale *= 1.1  # type: ignore[union-attr, operator]
+    assert f" {name} (" in one.fault()
+    assert "where calibration found" in one.fault()
+
+
+@pytest.mark.parametrize("flow", BOTH)
 def test_another_padding_is_another_function(flow: Flow) -> None:
     one = case(Joined(), flow)
     module = one.int8.get_submodule("right" if flow is Flow.fx else "module.right")
@@ -278,3 +292,39 @@ def test_saturation_is_counted_apart() -> None:
     assert one.fault() == ""
     saturates = "depthwise" in saturation.probe().saturating_kinds(Engine.fbgemm)
     assert (one.deviations()["2"].saturated > 0) == saturates
+
+
+# ------------------------------------------------------------------------------------------------ where it is asked
+
+
+def spoiled(convert: Callable[..., nn.Module], name: str, *arguments: Any) -> nn.Module:
+    """A converted model, one of whose layers gives half of what it should."""
+    prepared, flow, engine = arguments
+    converted = convert(prepared, flow, engine)
+    converted.get_submodule(name).register_forward_hook(
+        lambda module, inputs, output: torch.quantize_per_tensor(
+            output.dequantize() / 2, output.q_scale(), output.q_zero_point(), torch.quint8
+        )
+    )
+    return converted
+
+
+def test_a_flow_that_changes_a_model_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    convert = quantize.convert
+
+    def by_flow(prepared: nn.Module, flow: Flow, engine: Engine) -> nn.Module:
+        arguments = (prepared, flow, engine)
+        return spoiled(convert, "blocks.0.conv2", *arguments) if flow is Flow.fx else convert(*arguments)
+
+    monkeypatch.setattr(quantize, "convert", by_flow)
+    with pytest.raises(InputError, match=r"blocks\.0\.conv2 \(Conv2d\) gives.*this model works with flow=eager or"):
+        quantize.dry_run(trained(nets.tiny()), Flow.fx, True, settings(), MINMAX, Engine.qnnpack, images(1))
+
+
+def test_a_run_whose_int8_model_is_another_function_fails(
+    composed: Callable[..., Config], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "convert", functools.partial(spoiled, quantize.convert, "blocks.1.conv1"))
+    config = composed("model=tiny", "flow=fx", "engine=qnnpack", "latency=off", f"model.checkpoint={checkpoint}")
+    with pytest.raises(RunError, match=r"blocks\.1\.conv1 \(ConvReLU2d\) gives"):
+        experiment.run_job(config, tmp_path)

@@ -32,6 +32,7 @@ from qexp.quantize.once import calibrate_once
 from qexp.quantize.quiet import say_once_silently, unprinted
 from qexp.quantize.state import scales_in_state
 from qexp.quantize.strided import contiguous_clamps, without_strides
+from qexp.quantize.verify import check_layers
 
 __all__ = [
     "SAFE_BITS",
@@ -43,6 +44,7 @@ __all__ = [
     "blame",
     "calibrate",
     "calibrate_once",
+    "check_layers",
     "convert",
     "difference",
     "dry_run",
@@ -202,6 +204,7 @@ def dry_run(
             )
         if not any(layer.int8 for layer in layers(converted, flow, engine_name)):
             raise InputError(f"flow={flow.value} finds no layer in {type(module).__name__} that it could quantize")
+        check_layers(fused, converted, flow, engine_name, one, read_qparams(prepared))
 
     def takes(flow: Flow, fusion: bool, engine_name: Engine) -> bool:
         try:

@@ -138,7 +138,12 @@ def overflowing_kinds(
         return frozenset()
     if target is Target.avx2:
         return KINDS if name in _SATURATES_ON_AVX2 else frozenset()
-    here = signature.saturating_kinds(name, qconfig.weight.scheme)
+    return saturating_here(name, qconfig.weight.scheme, signature)
+
+
+def saturating_here(name: Engine, weight_scheme: Scheme, signature: KernelSignature) -> frozenset[str]:
+    """The kinds of layer (of KINDS) in which the kernels of a machine saturate with full grids."""
+    here = signature.saturating_kinds(name, weight_scheme)
     # By how it begins: what holds for conv does for conv_transpose, which isn't tried.
     return frozenset(kind for kind in KINDS for probed in here if kind.startswith(_BROADER.get(probed, probed)))
 

@@ -8,7 +8,7 @@ model's own Python carries the values of the INT8 model from layer to layer, and
 - what a layer reads: if the float model brings another tensor to it, something between it and the layers before was
   lost or changed in the INT8 model (an operation in place on a copy, codes of two grids that were put together);
 - what it computes: from the same input, with the same weights, another function gives what no rounding explains;
-- what it holds: weights within half a step of the float ones, and the same bias.
+- what it holds: weights within half a step of the float ones, the same bias, and the grid that calibration gave it.
 
 Distances are in steps of the INT8 tensor's grid, and values beyond its ends are moved there, as kernels do.
 """
@@ -32,17 +32,18 @@ from torch.ao.nn.quantized import FloatFunctional, QFunctional
 from torch.ao.quantization import QuantStub, QuantWrapper
 from torch.fx.node import map_aggregate
 
-from qexp.config import Engine, Flow
+from qexp.config import Engine, Flow, Scheme
 from qexp.errors import RunError
-from qexp.quantize import sums
+from qexp.quantize import saturation, sums
 from qexp.quantize.biases import fit_biases
 from qexp.quantize.engines import engine as torch_engine
 from qexp.quantize.layers import is_per_channel, weight_scales
 from qexp.quantize.names import hands_on, public, tensor_of
 from qexp.quantize.strided import AfterStride
 from qexp.quantize.trace import standard_type
+from qexp.results import QParams
 
-FEW = 4
+FEW = 2
 """Images that are enough: each position of each channel is one more trial, and another function shows at most."""
 
 
@@ -53,8 +54,9 @@ class Deviation:
     name: of the layer, or of the tensor that an operation gives. computes: what torch executes. read, output: distance
     of what it reads, and of what it gives for the same, in steps of these tensors' grids; of tensors in FP32 in
     ten-thousandths of their largest value. weight: in steps of the weight's grid; bias: in millionths of the largest.
-    allowed_read, allowed: what rounding explains of `read` and of `output`. step: of the output's grid, 0 in FP32.
-    saturated: outputs whose distance is that of 16-bit sums which saturated; they are not in `output`.
+    allowed_read, allowed: what rounding explains of `read` and of `output`. step: of the output's grid, 0 in FP32;
+    calibrated: the one that calibration gave, 0 where that is not known or not the layer's to choose. saturated:
+    outputs whose distance is that of 16-bit sums which saturated; they are not in `output`.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Deviation:
     allowed_read: float = 0.0
     allowed: float = 0.0
     step: float = 0.0
+    calibrated: float = 0.0
     saturated: int = 0
 
     @property
@@ -81,6 +84,8 @@ class Deviation:
             return f"holds weights that are {self.weight:.3g} steps of their grid away from the float ones"
         if not self.bias <= 1:
             return f"holds a bias that differs from the float one by {self.bias / 1e6:.2g} of the largest"
+        if self.calibrated and not math.isclose(self.step, self.calibrated, rel_tol=1e-5):
+            return f"gives its output in steps of {self.step:.3g}, where calibration found {self.calibrated:.3g}"
         if not self.output <= self.allowed:
             grid = f"steps of its grid ({self.step:.3g})" if self.step else "ten-thousandths of its largest value"
             return (
@@ -100,12 +105,13 @@ def check_layers(
     flow: Flow,
     engine: Engine,
     images: Tensor,
+    qparams: Mapping[str, QParams] | None = None,
 ) -> None:
     """Raise RunError, in a sentence that names the layer, where one computes another function than its float twin.
 
     Arguments as of `layer_deviations`. The first such layer is named, in the order of execution.
     """
-    for found in layer_deviations(fused, int8, flow, engine, images):
+    for found in layer_deviations(fused, int8, flow, engine, images, qparams):
         if found.fault:
             raise RunError(
                 f"the INT8 model of flow={flow.value} and engine={engine.value} computes something else than the float "
@@ -114,18 +120,23 @@ def check_layers(
 
 
 def layer_deviations(
-    fused: nn.Module, int8: nn.Module, flow: Flow, engine: Engine, images: Tensor
+    fused: nn.Module,
+    int8: nn.Module,
+    flow: Flow,
+    engine: Engine,
+    images: Tensor,
+    qparams: Mapping[str, QParams] | None = None,
 ) -> tuple[Deviation, ...]:
     """How far each layer and operation of the INT8 model is from its float twin, in the order of execution.
 
     fused: as from `quantize.fuse`; int8: converted from it by the same flow for `engine`; images: float32 [n, 3, H, W],
-    a few. Both are left as they were.
+    a few; qparams: as `quantize.read_qparams` gives them of the prepared model. Both models are left as they were.
     """
     models: _Graphs | _Modules = _Graphs(fused, int8) if isinstance(int8, fx.GraphModule) else _Modules(fused, int8)
     images = images.contiguous(memory_format=torch.channels_last)
     with torch_engine(engine), torch.no_grad():
         given, calls = models.run_int8(images.clone())
-        shadow = _Shadow(calls, engine, models.allowed_read, isinstance(models, _Graphs))
+        shadow = _Shadow(calls, qparams or {}, engine, models.allowed_read, isinstance(models, _Graphs))
         answer = models.run_float(images.clone(), shadow)
         shadow.compare_answers(answer, given)
     return tuple(shadow.found.values())
@@ -139,12 +150,12 @@ def _steps(values: Tensor, quantized: Tensor, clips: bool = True) -> Tensor:
     beyond the grid's ends, from that end."""
     scale, zero_point = _grid(quantized)
     codes = quantized.int_repr()
-    exact = values / scale + zero_point
+    exact = (values / scale).add_(zero_point)
     if clips:
         limits = torch.iinfo(codes.dtype)
         # A grid of fewer bits ends where these do, if a clamp sees to that.
         exact.clamp_(limits.min, _end(int(codes.max())) if codes.dtype is torch.uint8 else limits.max)
-    return (exact - codes).abs_()
+    return exact.sub_(codes).abs_()
 
 
 def _end(largest: int) -> int:
@@ -172,14 +183,27 @@ def _distance(values: Tensor, given: Tensor, clips: bool = True) -> float:
     if not values.numel() or not values.is_floating_point():
         return 0.0
     if given.is_quantized:
-        return float(_steps(values, given, clips).nan_to_num_(0.0, math.inf, math.inf).max())
-    largest = float(given.abs().nan_to_num(0.0, 0.0, 0.0).max())
-    return float((values - given).abs().nan_to_num(0.0, 0.0, 0.0).max()) / max(1e-4 * largest, 1e-30)
+        return _largest(_steps(values, given, clips))
+    return _largest((values - given).abs_()) / max(1e-4 * _largest(given.abs()), 1e-30)
 
 
-def _weight_distance(weight: Tensor, quantized: Tensor) -> float:
-    """Steps between a float weight and an INT8 layer's, at most; what an observer clipped is at one of the ends."""
+def _largest(distances: Tensor) -> float:
+    """The largest that is a number."""
+    largest = float(distances.max())
+    return largest if not math.isnan(largest) else float(distances.nan_to_num(0.0, math.inf).max())
+
+
+def _weight_distance(weight: Tensor, quantized: Tensor, as_float: Tensor) -> float:
+    """Steps between a float weight and an INT8 layer's, at most; what an observer clipped is at one of the ends.
+
+    as_float: the second, dequantized; it is overwritten, for a network's weights are large.
+    """
     scale, zero_point = _grid(quantized)
+    off = as_float.sub_(weight.detach()).abs_()
+    others = [d for d in range(off.ndim) if not is_per_channel(quantized) or d != quantized.q_per_channel_axis()]
+    largest = float((off.amax(others, keepdim=True) / scale).max())
+    if largest <= _ALLOWED_WEIGHT:
+        return largest
     codes = quantized.int_repr()
     exact = (weight.detach() / scale + zero_point).clamp(int(codes.min()), int(codes.max()))
     return float((exact - codes).abs().max())
@@ -220,8 +244,16 @@ def _as_float(value: Any) -> Any:
 class _Shadow:
     """What the float model's layers do while it runs behind the INT8 model."""
 
-    def __init__(self, calls: Mapping[str, deque[_Call]], engine: Engine, allowed_read: float, clips: bool):
-        self._calls, self._engine, self._allowed_read, self._clips = calls, engine, allowed_read, clips
+    def __init__(
+        self,
+        calls: Mapping[str, deque[_Call]],
+        qparams: Mapping[str, QParams],
+        engine: Engine,
+        allowed_read: float,
+        clips: bool,
+    ):
+        self._calls, self._qparams, self._engine = calls, qparams, engine
+        self._allowed_read, self._clips = allowed_read, clips
         self.found: dict[str, Deviation] = {}
 
     def next_call(self, key: str) -> _Call | None:
@@ -254,15 +286,17 @@ class _Shadow:
         own = owner._parameters.get("weight")
         if weight is None or own is None or weight.shape != own.shape:
             return run(*args, **kwargs)
-        if weight.is_quantized:
-            self._note(key, call, weight=_weight_distance(own, weight))
         if bias is not None or owner._parameters.get("bias") is not None:
             self._note(key, call, bias=_bias_distance(owner._parameters.get("bias"), bias))
-        owner._parameters["weight"] = nn.Parameter(_as_float(weight), requires_grad=False)
+        as_float = _as_float(weight)
+        owner._parameters["weight"] = nn.Parameter(as_float, requires_grad=False)
         try:
-            return run(*args, **kwargs)
+            answer = run(*args, **kwargs)
         finally:
             owner._parameters["weight"] = own
+        if weight.is_quantized:
+            self._note(key, call, weight=_weight_distance(own, weight, as_float))
+        return answer
 
     def gave(self, key: str, call: _Call, answer: Any) -> Any:
         """What the INT8 layer gave, in place of the float layer's answer."""
@@ -285,12 +319,13 @@ class _Shadow:
 
     def _compare(self, key: str, call: _Call, expected: Tensor, given: Tensor) -> None:
         distance, allowed, saturated = _distance(expected, given), _allowed(call, given, self._engine), 0
-        if not distance <= allowed:
-            exact = _with_exact_sums(call, self._engine)
-            if exact is not None and _distance(expected, exact) <= allowed:
-                saturated, distance = int((_steps(expected, given) > allowed).sum()), 0.0
-        step = given.q_scale() if given.is_quantized and not is_per_channel(given) else 0.0
-        self._note(key, call, output=distance, allowed=allowed, step=step, saturated=saturated)
+        if not distance <= allowed and _saturated(call, expected, given, allowed, self._engine):
+            saturated, distance = int((_steps(expected, given) > allowed).sum()), 0.0
+        step, calibrated = given.q_scale() if given.is_quantized else 0.0, 0.0
+        if key in self._qparams and _chooses_grid(call, given):
+            calibrated = float(self._qparams[key].scale[0])
+        found = {"output": distance, "allowed": allowed, "step": step, "calibrated": calibrated}
+        self._note(key, call, **found, saturated=saturated)
 
     def _note(self, key: str, call: _Call, **seen: Any) -> None:
         before = self.found.get(key, Deviation(key, call.computes))
@@ -298,6 +333,18 @@ class _Shadow:
         if "saturated" in seen:
             after["saturated"] = before.saturated + seen["saturated"]
         self.found[key] = Deviation(**{**before.__dict__, **after})
+
+
+def _chooses_grid(call: _Call, given: Tensor) -> bool:
+    """Whether a call's output is on a grid of its own, which calibration gave it: neither on that of what it reads, nor
+    on one that follows from that and a number, as after a multiplication by it."""
+    if not given.is_quantized or any(one.is_quantized and _same_grid(one, given) for one in call.inputs):
+        return False
+    return call.computes.rpartition(".")[2].removesuffix("_scalar") not in ("add", "mul") or len(call.inputs) > 1
+
+
+def _same_grid(one: Tensor, other: Tensor) -> bool:
+    return not is_per_channel(one) and (one.q_scale(), one.q_zero_point()) == (other.q_scale(), other.q_zero_point())
 
 
 def _held(module: nn.Module | None) -> tuple[Tensor | None, Tensor | None]:
@@ -338,19 +385,28 @@ def _allowed(call: _Call, given: Tensor, engine: Engine) -> float:
     return max(1.0, 0.6 + bias)
 
 
-def _with_exact_sums(call: _Call, engine: Engine) -> Tensor | None:
-    """What a layer whose 16-bit sums may have saturated gives with exact ones (qnnpack's); None for all others."""
-    layer = call.module
+def _saturated(call: _Call, expected: Tensor, given: Tensor, allowed: float, engine: Engine) -> bool:
+    """Whether 16-bit sums that saturate are why a layer gave something else than expected: this machine's kernels have
+    such sums, they can overflow with what the layer read, and emulated ones give the same.
+
+    Where these can't be emulated, that the layer gives what it should with exact sums, qnnpack's.
+    """
+    layer: Any = call.module
     inner = layer.conv if isinstance(layer, AfterStride) else layer
-    if layer is None or engine is Engine.qnnpack or not any(m is inner for _, m in sums.int8_layers(layer)):
-        return None
-    if not sums.overflow_test(layer, engine)(call.inputs[0]):
-        return None
+    if engine is Engine.qnnpack or layer is None or not any(one is inner for _, one in sums.int8_layers(layer)):
+        return False
+    scheme = Scheme.asymmetric if bool(weight_scales(inner.weight())[1].any()) else Scheme.symmetric
+    kinds = saturation.saturating_here(engine, scheme, saturation.probe())
+    inputs, alone = call.inputs[0], nn.Sequential(layer)
+    if not sums.at_risk(alone, engine, kinds) or not sums.overflow_test(layer, engine)(inputs):
+        return False
+    if not sums.not_emulated(alone):
+        emulated = sums.with_emulated_sums(alone, engine)(inputs)
+        return int((emulated.int_repr().int() - given.int_repr().int()).abs().max()) <= 1
     with torch_engine(Engine.qnnpack):
-        copied = copy.deepcopy(layer)  # packed anew
-        fit_biases(copied)
-        answer: Tensor = copied(call.inputs[0])
-    return answer
+        exact = copy.deepcopy(layer)  # packed anew
+        fit_biases(exact)
+        return _distance(expected, exact(inputs)) <= allowed
 
 
 # ------------------------------------------------------------------------------------------------ flow=eager, dynamic
