@@ -176,6 +176,15 @@ def test_a_batchnorm_without_running_statistics_is_named(flow: Flow) -> None:
     net = trained(Net())
     net.bn2 = nn.BatchNorm2d(16, track_running_stats=False).eval()
     assert refusal(net, flow).startswith("module bn2 (BatchNorm2d) has track_running_stats=False")
+    mirrored = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), trained(Net()))  # it gives the same then
+    assert refusal(mirrored.eval(), flow).startswith("module 0 (BatchNorm2d) has track_running_stats=False")
+    alone = nn.Sequential(trained(Net()), nn.BatchNorm1d(10, track_running_stats=False))  # it raises an error then
+    assert refusal(alone.eval(), flow).startswith("module 1 (BatchNorm1d) has track_running_stats=False")
+
+
+def test_a_model_that_fails_with_one_image_is_refused_with_what_it_says() -> None:
+    net = with_head(lambda self, x: self.fc(x - x[1]))
+    assert refusal(net, Flow.fx).startswith("the float model can't take one image alone: index 1 is out of bounds")
 
 
 @pytest.mark.parametrize("flow", list(Flow))

@@ -47,8 +47,12 @@ def checked(module: nn.Module, image: Tensor, name: str) -> Tensor:
     """
     if not image.isfinite().all():
         raise InputError(f"{name} holds NaN or infinity after normalisation; check dataset.std.")
-    with torch.inference_mode():
-        logits: Tensor = module(image)
+    try:
+        with torch.inference_mode():
+            logits: Tensor = module(image)
+    except Exception as error:  # whatever a model's own code raises
+        reason = f"the float model can't take one image alone: {_first_line(error)}."
+        raise InputError(_without_statistics(module) or reason) from error
     if logits.dtype not in (torch.float32, torch.float64):
         dtype = str(logits.dtype).removeprefix("torch.")
         raise InputError(_autocast(module, image) or f"the float model gives logits in {dtype}; it must be float32.")
@@ -92,29 +96,39 @@ def unrepeatable(module: nn.Module, image: Tensor) -> str:
 
 def of_a_batch(module: nn.Module, image: Tensor) -> str:
     """Why the model can't be asked for several images at once, as a sentence; empty where it can."""
-    others = image.flip(-1), image.flip(-2)
+    others = image.flip(-1) / 2, image.flip(-2) / 4  # of another mean and variance, too
     with torch.inference_mode():
         alone: Tensor = module(image)
         try:
             together: Tensor = module(torch.cat([image, *others]))
         except Exception as error:  # whatever a model's own code raises
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-            return f"the float model takes one image at a time, and fails with three: {reason[:160]}."
+            return f"the float model takes one image at a time, and fails with three: {_first_line(error)}."
     if len(together) != 3:
         return f"the float model gives {len(together)} rows of logits for three images; it must give one for each."
     if difference(alone, together[:1]) <= TOLERANCE_UNTRAINED:
         return ""
+    if reason := _without_statistics(module):
+        return reason
     pairs = zip(_outline(module, image), _outline(module, torch.cat([image, *others])), strict=False)
+    nowhere_else = place("", type(module).__name__)
+    changed = (where for (where, a), (_, b) in pairs if difference(a, b[: len(a)]) > TOLERANCE_UNTRAINED)
+    where = next(changed, nowhere_else)
+    return f"the float model's answer for an image depends on the others in its batch, from its {where} on."
+
+
+def _without_statistics(module: nn.Module) -> str:
+    """Which BatchNorm has no statistics of its own, as a sentence; empty where all have some."""
     for name, m in module.named_modules():
         if isinstance(m, _BatchNorm) and m.running_mean is None:
             return (
                 f"{place(name, type(m).__name__)} has track_running_stats=False, and so takes mean and variance "
                 "from the batch that it gets; train it with running statistics."
             )
-    nowhere_else = place("", type(module).__name__)
-    changed = (where for (where, a), (_, b) in pairs if difference(a, b[: len(a)]) > TOLERANCE_UNTRAINED)
-    where = next(changed, nowhere_else)
-    return f"the float model's answer for an image depends on the others in its batch, from its {where} on."
+    return ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:160]
 
 
 def drawn(module: nn.Module, image: Tensor) -> str:
