@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from quantizable import MINMAX, Plain, images, relative_error, settings, trained
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from qexp import quantize
 from qexp.config import Engine, Flow
@@ -82,9 +83,47 @@ def kind_checked(x: Tensor) -> Tensor:
     return x + 1.0 if isinstance(x, Tensor) and torch.is_tensor(x) else x
 
 
+def made_of_sizes(x: Tensor) -> Tensor:
+    n, h = x.shape[0], x.shape[2]
+    grid = torch.linspace(0.0, 1.0, h).view(1, 1, h, 1).expand(n, -1, -1, h)
+    state = (
+        torch.zeros(n, 3, 1, 1) + torch.ones(x.shape) + torch.full((n, 1, 1, 1), 0.5) + torch.zeros(size=(n, 1, 1, 1))
+    )
+    return x + grid + state + torch.arange(3.0).repeat(n, 1).view(n, 3, 1, 1)
+
+
+def by_length(x: Tensor) -> Tensor:
+    return (x.reshape(len(x), -1) * len([1.0, 2.0])).view(len(x), *x.shape[1:])
+
+
+class Swish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x.sigmoid()
+
+
+class Half(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x / 2
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.set_materialize_grads(False)
+
+
+def own_functions(x: Tensor) -> Tensor:
+    return Half.apply(Swish.apply(x))
+
+
+def checkpointed(x: Tensor) -> Tensor:
+    return checkpoint(own_functions, x, use_reentrant=True)
+
+
 ASKED: list[Callable[[Tensor], Tensor]] = [
     positions, batch_positions, by_dtype, by_device, by_kind, new_tensors, casts, finest, transposed, with_names, parts,
-    sizes, counted, kind_checked,
+    sizes, counted, kind_checked, made_of_sizes, by_length, own_functions, checkpointed,
 ]  # fmt: skip
 
 
@@ -181,3 +220,20 @@ def test_a_module_that_counts_its_calls_is_not_changed_by_tracing() -> None:
     before = {name: value.clone() for name, value in net.state_dict().items()}
     trace(net, TWO)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("make", [torch.tensor, torch.as_tensor, lambda x: torch.zeros(3).data.set_(x)])
+def test_what_only_takes_a_real_tensor_is_refused_and_crashes_nothing(make: Callable[[Tensor], Tensor]) -> None:
+    class Makes(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + make(x.mean()))
+
+    with pytest.raises(UntraceableError, match="can't be followed symbolically"):
+        trace(trained(Makes()), TWO)
+
+
+def test_python_is_as_it_was_after_tracing() -> None:
+    before = (isinstance, len, torch.zeros, Tensor.expand, torch.autograd.Function.__dict__["apply"])
+    trace(trained(Plain()), TWO)
+    assert before == (isinstance, len, torch.zeros, Tensor.expand, torch.autograd.Function.__dict__["apply"])
+    assert "expand" not in vars(Tensor)

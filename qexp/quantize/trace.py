@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from qexp.quantize.inplace import IN_PLACE_OPERATORS, STATE, Memory, UnsafeWriteError, functionalise, places_of
+from qexp.quantize.patches import patched
 
 _LEAVES = (
     nn.Conv1d,
@@ -90,15 +90,6 @@ class _ShapeProxy(fx.Proxy):
     """A symbolic value that knows, in `concrete`, what it is for the example."""
 
     concrete: Any
-
-    @property
-    def __class__(self) -> type:
-        """To `isinstance` in a model's code it is what it stands for."""
-        return Tensor if isinstance(self.__dict__.get("concrete"), Tensor) else type(self)
-
-    @__class__.setter
-    def __class__(self, value: type) -> None:
-        raise TypeError("a symbolic value keeps its class")
 
     def __getattr__(self, k: str) -> Any:
         """Methods and what is a tensor again (`x.T`) are recorded; dtype, device and the like are known."""
@@ -307,19 +298,15 @@ def trace(module: nn.Module, example: Tensor) -> fx.GraphModule:
     with torch.inference_mode(False), torch.no_grad():
         image = example[:1].clone()  # the model may write to it
         tracer = _ShapeTracer(image)
-        # It asks for the number of dimensions with an `if`, which subclasses that call BatchNorm's forward run into.
-        check = _BatchNorm._check_input_dim
-        _BatchNorm._check_input_dim = lambda self, input: None  # type: ignore[method-assign]
         try:
-            graph = tracer.trace(module)
+            with patched(_ShapeProxy):
+                graph = tracer.trace(module)
             rewired = functionalise(graph)
         except UnsafeWriteError as error:
             raise UntraceableError(*error.module, error.reason) from error
         except (TraceError, TypeError, ValueError, RuntimeError, AttributeError, AssertionError, NameError) as error:
             name, kind = tracer.failed_in
             raise UntraceableError(name, kind or type(module).__name__, _explained(error)) from error
-        finally:
-            _BatchNorm._check_input_dim = check  # type: ignore[method-assign]
         traced = fx.GraphModule(tracer.root, graph, type(module).__name__)
         # Only the batch sizes that nobody used: a module may be there for what its hooks do.
         traced.graph.eliminate_dead_code(lambda node: not (node.op == "call_method" and node.target == "size"))
