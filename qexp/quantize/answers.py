@@ -6,6 +6,7 @@ Whatever breaks these rules is found by running the model, and named by the modu
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,8 @@ from qexp.errors import InputError
 from qexp.quantize.copies import evaluation_copy
 from qexp.quantize.names import place, running
 from qexp.quantize.trace import standard_type
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4
 """Of the largest logit, between two float models that compute the same."""
@@ -73,7 +76,11 @@ def cause(module: nn.Module, image: Tensor) -> str:
 
     image: float32 [1, 3, H, W].
     """
-    return unrepeatable(module, image) or _autocast(module, image) or hooked(module, image)
+    try:
+        return unrepeatable(module, image) or _autocast(module, image) or hooked(module, image)
+    except Exception as error:  # to be watched may be too much for a model's own code
+        logger.debug("the model can't be looked into: %s", _first_line(error))
+        return ""
 
 
 def unrepeatable(module: nn.Module, image: Tensor) -> str:
