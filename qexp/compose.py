@@ -6,15 +6,17 @@ Importing it registers them, in whichever process a launcher runs a job.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import re
 import secrets
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
@@ -126,6 +128,17 @@ class Composition:
         return Composition(task, composed.hydra, tuple(given))
 
 
+@contextlib.contextmanager
+def known(hydra: DictConfig) -> Iterator[None]:
+    """Hydra's node as what `${hydra:…}` is looked up in, also before Hydra itself makes it so."""
+    instance: Any = HydraConfig.instance()
+    before, instance.cfg = instance.cfg, SimpleNamespace(hydra=hydra)
+    try:
+        yield
+    finally:
+        instance.cfg = before
+
+
 def combinations(overrides: Sequence[Override]) -> list[list[str]]:
     """Every combination of the values that overrides list, the last one's going round fastest: each time all of the
     overrides in the order in which they were given, with one value each.
@@ -230,12 +243,8 @@ class Composer:
             job.id = job.num = number
             overrides = [override for override in self.parse(arguments) if not override.is_hydra_override()]
             job.override_dirname = get_overrides_dirname(overrides, **job.config.override_dirname)
-        before = HydraConfig.instance().cfg
-        try:
-            HydraConfig.instance().set_config(whole)  # for ${hydra:...}
+        with known(whole.hydra):
             return str(OmegaConf.select(whole, "hydra.sweep.subdir"))
-        finally:
-            HydraConfig.instance().cfg = before
 
     @cached_property
     def _repository(self) -> Any:

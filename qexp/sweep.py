@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from qexp import ablation, folders, jobs, progress, resume, sources, table, trials
 from qexp import config as schema
-from qexp.compose import Composer, Composition, combinations, quoted, spelled
+from qexp.compose import Composer, Composition, combinations, known, quoted, spelled
 from qexp.config import Config, LogModel
 from qexp.errors import ConfigError
 from qexp.refusals import refusals
@@ -147,7 +147,8 @@ class Job:
 def job_from(composed: Composition) -> Job:
     """The job that a composition describes. Raises ConfigError."""
     hydra = composed.hydra
-    config = schema.from_hydra(composed.task, hydra.runtime.cwd)
+    with known(hydra):
+        config = schema.from_hydra(composed.task, hydra.runtime.cwd)
     choices = {group: str(choice) for group, choice in hydra.runtime.choices.items() if "/" not in group}
     number = OmegaConf.select(hydra, "job.num", throw_on_missing=False) or 0
     overrides = _given(composed.overrides)
@@ -483,8 +484,8 @@ def launch(
     finally:
         folders.leave(folder, claimed)
         rows = study.new(tracking.children(store, parent.id, experiments))
-        known = {row.name for row in rows}
-        rows += [row for batch in returns for row in map(unstarted, batch) if row and row.name not in known]
+        tracked_names = {row.name for row in rows}
+        rows += [row for batch in returns for row in map(unstarted, batch) if row and row.name not in tracked_names]
         rows = study.with_done(planned, rows)
         if status == "FINISHED" and any(row.status != "FINISHED" for row in rows):
             status, code = "FAILED", 1

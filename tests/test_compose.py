@@ -307,6 +307,13 @@ def test_what_is_merged_into_a_group_is_among_the_params(loader: Any) -> None:
     assert (params["latency"], params["latency.seconds"]) == ("standard*", "2.0")
 
 
+def test_a_setting_may_refer_to_what_hydra_knows(loader: Any) -> None:
+    job = sweep.job_from(
+        Composer(master(loader), loader)(["study=of-${hydra:job.name}", "outputs=${hydra:runtime.cwd}"])
+    )
+    assert (job.config.study, job.config.outputs) == ("of-qexp", str(Path.cwd()))
+
+
 def test_groups_of_a_folder_that_the_search_path_adds_are_choices(loader: Any, tmp_path: Path) -> None:
     (tmp_path / "extra").mkdir()
     (tmp_path / "extra" / "one.yaml").write_text("# @package _global_\nseed: 5\n")
