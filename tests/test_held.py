@@ -18,7 +18,7 @@ from torch.ao.quantization.quantize_fx import convert_fx
 
 from qexp import nets, quantize
 from qexp.config import Engine, Flow, Observer
-from qexp.errors import InputError
+from qexp.errors import InputError, RunError
 from qexp.quantize import sums
 from qexp.quantize.executed import beyond, executed
 from qexp.quantize.fidelity import layer_fidelity
@@ -352,6 +352,17 @@ def test_weights_end_where_their_grid_does(flow: Flow, observer: str, bits: int)
         codes = layer.weight().int_repr()  # type: ignore[operator]
         assert codes.min() == -(2 ** (bits - 1)), name
         assert codes.max() == 2 ** (bits - 1) - 1, name
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_a_layer_that_ends_before_its_bits_do_is_found(flow: Flow) -> None:
+    net = trained(Gated())
+    model = converted(net, flow, 8, overflow="weights")
+    layer = model.get_submodule("conv1" if flow is Flow.fx else "module.conv1")
+    forward = layer.forward
+    vars(layer)["forward"] = lambda given: clamped(forward(given), 127)
+    with pytest.raises(RunError, match="conv1"):
+        check_layers(quantize.fuse(net, flow, True, SEEN), model, flow, Engine.x86, WIDER)
 
 
 class Functional(nn.Module):
