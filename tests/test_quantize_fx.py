@@ -302,3 +302,64 @@ def test_torchvision_models_unmodified_run_wholly_in_int8(name: str, count: int)
     layers = quantize.layers(quantize.convert(prepared, Flow.fx, Engine.x86), Flow.fx, Engine.x86)
     assert len(layers) == count
     assert all(layer.int8 and layer.kind != "batchnorm" for layer in layers)
+
+
+class Indices(nn.Module):
+    """A pooling that gives indices, by module and by function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.pool, self.unpool = (
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.MaxPool2d(2, 2, 0, 1, True),
+            F.max_unpool2d,
+        )
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, indices = self.pool(self.conv(x))
+        y, more = F.max_pool2d(x, 2, return_indices=True)
+        x = self.unpool(self.unpool(y, more, 2), indices, 2)
+        return self.fc(x.mean((2, 3)))
+
+
+class Selected(nn.Module):
+    """Indices and masks are reshaped by functions that torch also knows of INT8 tensors; so is a complex number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).flatten(2)
+        mask = (x.mean(1) < 1e9).unsqueeze(1)
+        first = torch.gather(x, 2, mask.long().flatten(1).unsqueeze(1).repeat(1, 8, 1))
+        spectrum = torch.view_as_real(torch.fft.fft(x).unsqueeze(1)).flatten(1, 2)
+        return self.fc((first * mask).mean(2) + spectrum[..., 0, 0])
+
+
+class Computed(nn.Module):
+    """A convolution whose weights the model computes from the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.weights, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 8 * 8), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv(x))
+        b, c, h, w = x.shape
+        weight = self.weights(x.mean((2, 3))).view(b * 8, 8, 1, 1)
+        x = F.conv2d(x.reshape(1, b * c, h, w), weight, groups=b).view(b, 8, h, w)
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", [Indices, Selected, Computed])
+def test_what_has_no_grid_stays_as_it_is_between_int8_layers(kind: type[nn.Module]) -> None:
+    net = trained(kind())
+    quantize.dry_run(net, Flow.fx, True, settings(overflow="activations"), MINMAX, Engine.x86, TWO)
+    _, prepared = through(net)
+    converted = quantize.convert(prepared, Flow.fx, Engine.x86)
+    assert sum(layer.int8 for layer in quantize.layers(converted, Flow.fx, Engine.x86)) >= 2
+    with quantize.engine(Engine.x86), torch.inference_mode():
+        batch = images(5, seed=5)
+        assert relative_error(converted(batch), net(batch)) < 0.1

@@ -195,6 +195,21 @@ def test_a_forward_of_the_instance_and_hooks_belong_to_the_model() -> None:
     assert torch.equal(trace(other, TWO)(TWO), other(TWO))
 
 
+def test_what_is_the_same_for_all_images_can_be_iterated_over() -> None:
+    class Weighted(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            weights = torch.relu(self.weights) / 6
+            assert weights.shape[0] == 3
+            return sum(weight * super(Weighted, self).forward(x + i) for i, weight in enumerate(weights))
+
+    net = trained(Weighted())
+    assert torch.equal(trace(net, TWO)(TWO), net(TWO))
+
+
 def test_a_decision_by_values_is_refused_in_words() -> None:
     class Branching(Plain):
         def forward(self, x: Tensor) -> Tensor:

@@ -41,6 +41,8 @@ _TRANSPOSED = (
     F.conv_transpose2d,
     F.conv_transpose3d,
 )
+_COMPUTED_WEIGHTS = (F.conv1d, F.conv2d)
+"""What is still a function once those with constant weights are modules; torch's INT8 kernels want these packed."""
 _LAYER_NORMS = (nn.LayerNorm, F.layer_norm)
 _KEEP_VALUES = (nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.AdaptiveMaxPool2d)
 _KEEP_VALUES_FUNCTIONS = {
@@ -92,9 +94,40 @@ def prepare(fused: nn.Module, qconfig: QConfig, observer: Observer, engine: Engi
     with known_deprecations_silenced(), _without_origins():
         prepared = prepare_fx(sharing_copy(fused).eval(), mapping, (example[:1],))
     carry_to_prepared(cast(fx.GraphModule, fused), prepared)
+    _drop_idle_observers(prepared, example[:1])
     if qconfig.range_after_clamp:
         _clamp_first(prepared)
     return prepared
+
+
+class _Unobserved(fx.Interpreter):
+    """Runs a prepared graph past its observers, and lists the calls of those that would not see float numbers."""
+
+    def __init__(self, prepared: fx.GraphModule) -> None:
+        super().__init__(prepared)
+        self._observers, self.idle = observers(prepared), list[fx.Node]()
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op != "call_module" or n.target not in self._observers:
+            return super().run_node(n)
+        (value,), _ = self.fetch_args_kwargs_from_env(n)
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            self.idle.append(n)
+        return value
+
+
+def _drop_idle_observers(prepared: fx.GraphModule, example: Tensor) -> None:
+    """Take away, in place, the observers of indices, masks and complex numbers, which have no grid: torch puts them
+    wherever it knows the operation."""
+    run = _Unobserved(prepared)
+    with torch.inference_mode():
+        run.run(example)
+    for node in run.idle:
+        node.replace_all_uses_with(node.all_input_nodes[0])
+        prepared.graph.erase_node(node)
+        prepared.delete_submodule(str(node.target))
+    if run.idle:
+        prepared.recompile()
 
 
 @contextmanager
@@ -116,6 +149,8 @@ def _mapping(qconfig: QConfig, observer: Observer) -> QConfigMapping:
     for kind in _TRANSPOSED:
         # torch has no per-channel weights for these.
         mapping.set_object_type(kind, torch_qconfig(qconfig, observer, Granularity.per_tensor))
+    for function in _COMPUTED_WEIGHTS:
+        mapping.set_object_type(function, None)
     for norm in _LAYER_NORMS:
         unweighted = TorchQConfig(activation_observer(qconfig, observer), default_placeholder_observer)
         mapping.set_object_type(norm, unweighted)

@@ -15,6 +15,7 @@ and convolutions answer in channels-last: with torch 2.13 nothing was right behi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch.ao.nn.quantized as nnq
@@ -66,7 +67,7 @@ def without_strides(converted: nn.Module, engine: Engine) -> nn.Module:
 
 
 def contiguous_clamps(converted: nn.Module, engine: Engine) -> nn.Module:
-    """The converted model, in place, with contiguous tensors before qnnpack's clamps."""
+    """The converted model, in place, with contiguous tensors and both bounds for qnnpack's clamps."""
     if engine is not Engine.qnnpack:
         return converted
     for module in converted.modules():
@@ -75,10 +76,14 @@ def contiguous_clamps(converted: nn.Module, engine: Engine) -> nn.Module:
     if isinstance(converted, fx.GraphModule):
         modules = dict(converted.named_modules(remove_duplicate=False))
         for node in list(converted.graph.nodes):
-            if node.op != "call_module" and clamp_of(node, modules) not in (None, RELU):
-                with converted.graph.inserting_before(node):
-                    before = converted.graph.call_method("contiguous", (node.args[0],))
-                node.replace_input_with(node.args[0], before)
+            clamp = clamp_of(node, modules) if node.op != "call_module" else None
+            if clamp is None or clamp == RELU:
+                continue
+            with converted.graph.inserting_before(node):
+                before = converted.graph.call_method("contiguous", (node.args[0],))
+            node.replace_input_with(node.args[0], before)
+            if math.inf in (-clamp.low, clamp.high):
+                node.args, node.kwargs = (before, clamp.low, clamp.high), {}
         converted.recompile()
     return converted
 

@@ -120,7 +120,7 @@ class _ShapeProxy(fx.Proxy):
 
     def size(self, dim: int | None = None) -> Any:
         sizes = tuple(self.concrete.shape)
-        if self.node.op == "get_attr":
+        if _is_constant(self.node):
             return sizes if dim is None else sizes[dim]
         if dim is not None and dim % max(len(sizes), 1) != 0:
             return sizes[dim]
@@ -192,6 +192,8 @@ class _ShapeTracer(fx.Tracer):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
         """The symbolic value of a new node; the value itself where it is of no tensor and of no batch size."""
         proxy: Any = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+        sources = proxy.node.all_input_nodes
+        proxy.node.meta["constant"] = kind != "placeholder" and all(_is_constant(source) for source in sources)
         given = _given(args, kwargs)
         before = [(tensor._version, tensor.shape, tensor.stride()) for tensor, _ in given]
         concrete = self._compute(kind, target, args, kwargs)
@@ -235,9 +237,14 @@ class _ShapeTracer(fx.Tracer):
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         concrete = getattr(obj, "concrete", None)
-        if isinstance(concrete, tuple | list):
+        if isinstance(concrete, tuple | list) or (isinstance(concrete, Tensor) and _is_constant(obj.node)):
             return iter([operator.getitem(obj, i) for i in range(len(concrete))])
         return super().iter(obj)
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Whether a node gives the same for all images."""
+    return node.op == "get_attr" or node.meta.get("constant", False)
 
 
 def _concrete(value: Any) -> Any:
