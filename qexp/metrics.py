@@ -190,10 +190,11 @@ def of_sums(
         )
     if guard is not Overflow.none and saturating:
         highest = max(layer.highest for layer in answer.layers if layer.saturates)
+        other = " or engine=onednn" if or_onednn(saturating) else ""
         beyond = f", where activations went up to code {highest}" if highest > quantize.SAFE_CODE else ""
         yield (
             f"16-bit sums saturate in {len(saturating)} layers ({_some(saturating)}) in spite of qconfig.overflow="
-            f"{guard}, which goes by calibration images{beyond}; {_instead_of(guard)} avoids it."
+            f"{guard}, which goes by calibration images{beyond}; {_instead_of(guard)}{other} avoids it."
         )
     kinds = saturation.overflowing_kinds(config.qconfig, config.engine, config.flow, Target.native, signature)
     risky = [name for name, kind in of_kind.items() if kind in kinds]

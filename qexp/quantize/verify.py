@@ -37,6 +37,8 @@ from qexp.errors import RunError
 from qexp.quantize import saturation, sums
 from qexp.quantize.biases import fit_biases
 from qexp.quantize.engines import engine as torch_engine
+from qexp.quantize.grid import HIGHEST
+from qexp.quantize.held import highest_code
 from qexp.quantize.layers import is_per_channel, weight_scales
 from qexp.quantize.names import hands_on, public, tensor_of
 from qexp.quantize.strided import AfterStride
@@ -136,7 +138,8 @@ def layer_deviations(
     images = images.contiguous(memory_format=torch.channels_last)
     with torch_engine(engine), torch.no_grad():
         given, calls = models.run_int8(images.clone())
-        shadow = _Shadow(calls, qparams or {}, engine, models.allowed_read, isinstance(models, _Graphs))
+        clips = isinstance(models, _Graphs)
+        shadow = _Shadow(calls, qparams or {}, engine, highest_code(int8), models.allowed_read, clips)
         answer = models.run_float(images.clone(), shadow)
         shadow.compare_answers(answer, given)
     return tuple(shadow.found.values())
@@ -145,22 +148,16 @@ def layer_deviations(
 # ------------------------------------------------------------------------------------------------ distances
 
 
-def _steps(values: Tensor, quantized: Tensor, clips: bool = True) -> Tensor:
+def _steps(values: Tensor, quantized: Tensor, highest: int, clips: bool = True) -> Tensor:
     """How many steps of its grid each value of a quantized tensor is away from a float one; clips: where this lies
-    beyond the grid's ends, from that end."""
+    beyond the grid's ends, from that end; highest: the last code of activations."""
     scale, zero_point = _grid(quantized)
     codes = quantized.int_repr()
     exact = (values / scale).add_(zero_point)
     if clips:
         limits = torch.iinfo(codes.dtype)
-        # A grid of fewer bits ends where these do, if a clamp sees to that.
-        exact.clamp_(limits.min, _end(int(codes.max())) if codes.dtype is torch.uint8 else limits.max)
+        exact.clamp_(limits.min, highest if codes.dtype is torch.uint8 else limits.max)
     return exact.sub_(codes).abs_()
-
-
-def _end(largest: int) -> int:
-    """The last code of the smallest grid, of 2 to 8 bits, that holds `largest`."""
-    return max(3, (1 << largest.bit_length()) - 1)
 
 
 def _grid(quantized: Tensor) -> tuple[Any, Any]:
@@ -173,7 +170,7 @@ def _grid(quantized: Tensor) -> tuple[Any, Any]:
     return scales.float().view(shape), zero_points.view(shape)
 
 
-def _distance(values: Tensor, given: Tensor, clips: bool = True) -> float:
+def _distance(values: Tensor, given: Tensor, highest: int, clips: bool = True) -> float:
     """Of a float tensor from an INT8 model's, at most: in steps, or in ten-thousandths of the largest value in FP32.
 
     Infinite where shapes differ; a value that is not a number is nobody's fault here.
@@ -183,7 +180,7 @@ def _distance(values: Tensor, given: Tensor, clips: bool = True) -> float:
     if not values.numel() or not values.is_floating_point():
         return 0.0
     if given.is_quantized:
-        return _largest(_steps(values, given, clips))
+        return _largest(_steps(values, given, highest, clips))
     return _largest((values - given).abs_()) / max(1e-4 * _largest(given.abs()), 1e-30)
 
 
@@ -249,10 +246,11 @@ class _Shadow:
         calls: Mapping[str, deque[_Call]],
         qparams: Mapping[str, QParams],
         engine: Engine,
+        highest: int,
         allowed_read: float,
         clips: bool,
     ):
-        self._calls, self._qparams, self._engine = calls, qparams, engine
+        self._calls, self._qparams, self._engine, self._highest = calls, qparams, engine, highest
         self._allowed_read, self._clips = allowed_read, clips
         self.found: dict[str, Deviation] = {}
 
@@ -270,7 +268,7 @@ class _Shadow:
             mine = next(waiting, None) if isinstance(value, Tensor) else None
             if mine is None or torch.equal(value, as_float := _as_float(mine)):
                 return value
-            distance = max(distance, _distance(value, mine, self._clips))
+            distance = max(distance, _distance(value, mine, self._highest, self._clips))
             return as_float if as_float.shape == value.shape else value
 
         arguments = map_aggregate(arguments, given)
@@ -318,9 +316,10 @@ class _Shadow:
         self._compare("output", call, answer, given)
 
     def _compare(self, key: str, call: _Call, expected: Tensor, given: Tensor) -> None:
-        distance, allowed, saturated = _distance(expected, given), _allowed(call, given, self._engine), 0
+        distance, saturated = _distance(expected, given, self._highest), 0
+        allowed = _allowed(call, given, self._engine)
         if not distance <= allowed and _saturated(call, expected, given, allowed, self._engine):
-            saturated, distance = int((_steps(expected, given) > allowed).sum()), 0.0
+            saturated, distance = int((_steps(expected, given, self._highest) > allowed).sum()), 0.0
         step, calibrated = given.q_scale() if given.is_quantized else 0.0, 0.0
         if key in self._qparams and _chooses_grid(call, given):
             calibrated = float(self._qparams[key].scale[0])
@@ -406,7 +405,7 @@ def _saturated(call: _Call, expected: Tensor, given: Tensor, allowed: float, eng
     with torch_engine(Engine.qnnpack):
         exact = copy.deepcopy(layer)  # packed anew
         fit_biases(exact)
-        return _distance(expected, exact(inputs)) <= allowed
+        return _distance(expected, exact(inputs), HIGHEST) <= allowed
 
 
 # ------------------------------------------------------------------------------------------------ flow=eager, dynamic
