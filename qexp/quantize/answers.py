@@ -212,7 +212,10 @@ class _Drawing(_Watch):
     def told(self, call: Callable[[], Any], function: Callable[..., Any]) -> tuple[Any, str]:
         before = torch.get_rng_state()
         result = call()
-        return result, "" if torch.equal(before, torch.get_rng_state()) else str(resolve_name(function))
+        if torch.equal(before, torch.get_rng_state()):
+            return result, ""
+        # torch may not list what makes tensors, such as torch.rand.
+        return result, str(resolve_name(function) or f"torch.{getattr(function, '__name__', function)}")
 
 
 class _Autocast(_Watch):
