@@ -244,3 +244,53 @@ def test_a_model_that_changes_its_own_buffer_is_refused() -> None:
 
     with pytest.raises(UntraceableError, match="changes a weight, buffer or constant"):
         trace(trained(Counts()), TWO)
+
+
+class Stated(nn.Module):
+    """A block whose activation is a statement, as eager mode takes it: modules alone."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), act
+        self.last, self.pool, self.fc = nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv(x))
+        self.act(x)
+        return self.fc(self.pool(self.last(x)).flatten(1))
+
+
+WRITERS = [nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.ELU, nn.LeakyReLU, nn.SiLU, nn.CELU]
+
+
+@pytest.mark.parametrize("fusion", [True, False])
+@pytest.mark.parametrize("kind", WRITERS)
+def test_eager_writes_in_place_whatever_the_int8_module_does(kind: type[nn.Module], fusion: bool) -> None:
+    torch.manual_seed(0)
+    net = trained(Stated(kind(inplace=True)))
+    other = trained(Stated(nn.Identity()))
+    quantize.dry_run(net, Flow.eager, fusion, settings(), MINMAX, Engine.x86, TWO)
+    fused = quantize.fuse(net, Flow.eager, fusion, TWO)
+    prepared = quantize.prepare(fused, Flow.eager, settings(overflow="activations"), MINMAX, Engine.x86, TWO)
+    quantize.calibrate(prepared, [images(16, seed=3)])
+    converted = quantize.convert(prepared, Flow.eager, Engine.x86)
+    batch = images(8, seed=4)
+    with quantize.engine(Engine.x86), torch.inference_mode():
+        expected, answer = net(batch.clone()), converted(batch.clone())
+        traced = torch.jit.trace(converted, batch[:2], check_trace=False)
+        assert torch.equal(traced(batch.clone()), answer)
+    error = relative_error(answer, expected)
+    assert error < 0.2
+    # What the model computes without its activation is further away.
+    assert error < 0.5 * relative_error(other(batch), expected)
+
+
+def test_layers_whose_result_is_assigned_get_no_hook() -> None:
+    net = trained(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.Hardswish(inplace=True), nn.Flatten(), nn.Linear(8 * 14 * 14, 10))
+    )
+    fused = quantize.fuse(net, Flow.eager, True, TWO)
+    prepared = quantize.prepare(fused, Flow.eager, settings(), MINMAX, Engine.x86, TWO)
+    assert prepared.module[1].inplace
+    # torch's observers are hooks; there is no other.
+    assert [hook.__name__ for hook in prepared.module[1]._forward_hooks.values()] == ["_observer_forward_hook"]

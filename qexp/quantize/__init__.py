@@ -130,7 +130,8 @@ def convert(prepared: nn.Module, flow: Flow, engine_name: Engine) -> nn.Module:
         if flow is Flow.dynamic:
             return dynamic.convert(prepared)
         converted = eager.convert(prepared) if flow is Flow.eager else fx.convert(prepared)
-        held = scales_in_state(hold(converted, highest_observed(prepared)))
+        # torch makes what stays in FP32 anew, with gradients, which TorchScript doesn't take.
+        held = scales_in_state(hold(converted.requires_grad_(False), highest_observed(prepared)))
         return contiguous_clamps(without_strides(held, engine_name), engine_name)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -22,6 +23,11 @@ _BATCH_NORMS: dict[int, type[nn.Module]] = {
     4: nn.BatchNorm2d,
     5: nn.BatchNorm3d,
 }
+_INSTANCE_NORMS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.InstanceNorm1d: nn.BatchNorm1d,
+    nn.InstanceNorm2d: nn.BatchNorm2d,
+    nn.InstanceNorm3d: nn.BatchNorm3d,
+}
 
 
 def evaluation_copy(module: nn.Module, example: Tensor) -> nn.Module:
@@ -29,8 +35,10 @@ def evaluation_copy(module: nn.Module, example: Tensor) -> nn.Module:
 
     Pruning, weight and spectral norm and every other parametrization compute a layer's weight anew at each call, by a
     hook or by a class of their own, and torch.ao neither fuses nor quantizes such layers; nor does it take a padding
-    that is called "same", nor a SyncBatchNorm, which is a BatchNorm in evaluation. Wrappers around parts are taken off,
-    and so is what the model does of its own where a state_dict is made or loaded: it may know nothing of INT8 layers.
+    that is called "same", nor a SyncBatchNorm or an InstanceNorm with running statistics, which are BatchNorms in
+    evaluation (torch's INT8 InstanceNorm takes the statistics of each image all the same). Wrappers around parts are
+    taken off, and so is what the model does of its own where a state_dict is made or loaded: it may know nothing of
+    INT8 layers.
 
     example: float32 [n, 3, H, W], which shows how many dimensions the input of a SyncBatchNorm has.
     """
@@ -48,6 +56,8 @@ def evaluation_copy(module: nn.Module, example: Tensor) -> nn.Module:
             _settle(part)
         if isinstance(part, _ConvNd) and isinstance(part.padding, str):
             number_padding(part)
+        if isinstance(part, _InstanceNorm) and part.track_running_stats:
+            _make_batch_norm(part)
         for hooks in (part._state_dict_hooks, part._state_dict_pre_hooks):
             hooks.clear()
         for hooks in (part._load_state_dict_pre_hooks, part._load_state_dict_post_hooks):
@@ -126,6 +136,14 @@ def _settle(part: nn.Module) -> None:
             part.register_buffer(name, value)
         else:
             part.register_parameter(name, nn.Parameter(value))
+
+
+def _make_batch_norm(norm: _InstanceNorm) -> None:
+    """An InstanceNorm becomes the BatchNorm with its statistics, in place, unless its class computes something else."""
+    for base, kind in _INSTANCE_NORMS.items():
+        if isinstance(norm, base) and type(norm).forward is _InstanceNorm.forward:
+            as_module: nn.Module = norm
+            as_module.__class__ = kind
 
 
 def _make_plain_norms(module: nn.Module, example: Tensor) -> None:

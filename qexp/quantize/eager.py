@@ -25,12 +25,14 @@ from qexp.config import Engine, Granularity, Observer, QConfig
 from qexp.errors import InputError
 from qexp.quantize.clamps import Interval, clamp_after
 from qexp.quantize.copies import by_modules, each_once, evaluation_copy, sharing_copy
+from qexp.quantize.floating import InFloat, mark_float_layers, why_float
+from qexp.quantize.inplace import mark_writers, write_back, writes_back
 from qexp.quantize.names import place, public
 from qexp.quantize.observers import ClampFirst, torch_qconfig
 from qexp.quantize.quiet import known_deprecations_silenced
 from qexp.quantize.recorder import Recorder
 from qexp.quantize.trace import UntraceableError, trace
-from qexp.quantize.transposed import InFloat, fold, why_float
+from qexp.quantize.transposed import fold
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +58,14 @@ def fuse(module: nn.Module, fusion: bool, example: Tensor) -> nn.Module:
     Raises InputError where neither is possible.
     """
     module = evaluation_copy(module, example)
-    if not fusion:
-        return module
+    if fusion:
+        module = _fused(module, example)
+    mark_float_layers(module, example)
+    mark_writers(module, example[:1])
+    return module
+
+
+def _fused(module: nn.Module, example: Tensor) -> nn.Module:
     if callable(getattr(module, "fuse_model", None)):
         return _fuse_by_own_method(module)
     try:
@@ -164,10 +172,13 @@ def prepare(fused: nn.Module, qconfig: QConfig, observer: Observer, engine: Engi
     # torchvision's quantizable models bring stubs, and a second pair would quantize twice.
     if not any(isinstance(m, QuantStub) for m in module.modules()):
         module = QuantWrapper(module).eval()
-    wrapped = {part: InFloat(part) for part in module.modules() if why_float(part, engine)}
+    wrapped: dict[nn.Module, nn.Module] = {part: InFloat(part) for part in module.modules() if why_float(part, engine)}
     for name, part in list(module.named_modules(remove_duplicate=False)):
         if part in wrapped:
             module.set_submodule(name, wrapped[part])
+    for part in set(module.modules()):
+        if writes_back(part):
+            wrapped.get(part, part).register_forward_hook(write_back)
     clamped = _clamped(module, example) if qconfig.range_after_clamp else {}
     _choose(module, qconfig, observer, example)
     _refuse_batch_first(module)
@@ -235,8 +246,10 @@ def _choose(module: nn.Module, qconfig: QConfig, observer: Observer, example: Te
             m.qconfig = everywhere if id(m.activation_post_process) in ran else nowhere
             if m.qconfig is nowhere and type(m) is FloatFunctional:
                 m.__class__ = ByNumbers
+        elif m in in_float:
+            m.qconfig = nowhere
         elif isinstance(m, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-            m.qconfig = transposed if id(m) in ran and m not in in_float else nowhere
+            m.qconfig = transposed if id(m) in ran else nowhere
         elif m is not module and not any(id(part) in ran for part in m.modules()):
             m.qconfig = nowhere
             m.never_runs = never  # read by layers.py: convert takes the qconfig away

@@ -5,6 +5,8 @@ https://docs.pytorch.org/docs/stable/quantization.html#prototype-fx-graph-mode-q
 
 from __future__ import annotations
 
+import copy
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -25,13 +27,14 @@ from qexp.config import Engine, Granularity, Observer, QConfig
 from qexp.errors import InputError
 from qexp.quantize.clamps import EVERYTHING, Interval, clamp_after, clamp_of
 from qexp.quantize.copies import sharing_copy
+from qexp.quantize.floating import why_float
 from qexp.quantize.layers import is_per_channel
 from qexp.quantize.names import carry_to_converted, carry_to_prepared, name_tensors, note_origins, place
 from qexp.quantize.normalise import normalise
 from qexp.quantize.observers import ClampFirst, activation_observer, observers, torch_qconfig
 from qexp.quantize.quiet import known_deprecations_silenced
+from qexp.quantize.recorder import Recorder
 from qexp.quantize.trace import UntraceableError
-from qexp.quantize.transposed import why_float
 
 _TRANSPOSED = (
     nn.ConvTranspose1d,
@@ -95,6 +98,7 @@ def prepare(fused: nn.Module, qconfig: QConfig, observer: Observer, engine: Engi
         prepared = prepare_fx(sharing_copy(fused).eval(), mapping, (example[:1],))
     carry_to_prepared(cast(fx.GraphModule, fused), prepared)
     _drop_idle_observers(prepared, example[:1])
+    _part_from_scaled(prepared)
     if qconfig.range_after_clamp:
         _clamp_first(prepared)
     return prepared
@@ -128,6 +132,33 @@ def _drop_idle_observers(prepared: fx.GraphModule, example: Tensor) -> None:
         prepared.delete_submodule(str(node.target))
     if run.idle:
         prepared.recompile()
+
+
+def _part_from_scaled(prepared: fx.GraphModule) -> None:
+    """Tensors that are multiplied with a number, or have one added, get observers of their own, in place.
+
+    torch shares the observer of what they are made from, whose grid then has to hold both: of `x` beside `100 * x` only
+    two steps are left. INT8 kernels take the number into the scale and read no range for what they give.
+    """
+    modules, watching = dict(prepared.named_modules(remove_duplicate=False)), observers(prepared)
+    parted: dict[fx.Node, tuple[nn.Module, nn.Module]] = {}  # by the call of an observer: which it was, and is
+    for node in prepared.graph.nodes:
+        made = node.all_input_nodes[0] if node.op == "call_module" and node.target in watching else None
+        if made is None or len(made.all_input_nodes) != 1:
+            continue
+        observer, source = prepared.get_submodule(node.target), made.all_input_nodes[0]
+        if clamp_of(made, modules) is not None and _is_by_a_number(source):
+            made, source = source, source.all_input_nodes[0]  # one INT8 kernel for both
+        if _is_by_a_number(made) and watching.get(str(source.target)) is observer:
+            parted[node] = observer, observer.another() if isinstance(observer, Recorder) else copy.deepcopy(observer)
+        elif source in parted and parted[source][0] is observer:
+            parted[node] = parted[source]
+    for node, (_, own) in parted.items():
+        prepared.set_submodule(str(node.target), own)
+
+
+def _is_by_a_number(node: fx.Node) -> bool:
+    return node.target in (operator.add, operator.mul, torch.add, torch.mul) and len(node.all_input_nodes) == 1
 
 
 @contextmanager

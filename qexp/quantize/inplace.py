@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 @dataclass(frozen=True)
@@ -363,3 +364,56 @@ def _owns(node: fx.Node) -> bool:
         for source in node.all_input_nodes
         if "memory" in source.meta
     )
+
+
+# ------------------------------------------------------------------------------------------------ flow=eager
+
+_WRITES_BACK = "writes_back"
+_WRITE_IN_INT8 = (nn.ReLU, nn.Hardtanh)  # ReLU6 is one of these
+
+
+def mark_writers(module: nn.Module, image: Tensor) -> None:
+    """Note, in place, which layers write in place what the model reads by another name afterwards, and have INT8 twins
+    that ignore `inplace`.
+
+    image: float32 [1, 3, H, W]. Such a layer is one without which writing the model gives another answer.
+    """
+    layers: list[Any] = [
+        layer
+        for layer in module.modules()
+        if getattr(layer, "inplace", False) is True and not isinstance(layer, _WRITE_IN_INT8)
+    ]
+    with torch.inference_mode():
+
+        def answer(writing: list[Any]) -> Any:
+            for layer in layers:
+                layer.inplace = layer in writing
+            return module(image.clone())
+
+        if not layers or _same(expected := answer(layers), answer([])):
+            found = []
+        else:
+            found = [
+                layer for layer in layers if not _same(expected, answer([one for one in layers if one is not layer]))
+            ]
+    for layer in layers:
+        layer.inplace = True
+    for layer in found:
+        layer.__dict__[_WRITES_BACK] = True
+
+
+def _same(one: Any, other: Any) -> bool:
+    return not isinstance(one, Tensor) or torch.equal(one, other)
+
+
+def writes_back(layer: nn.Module) -> bool:
+    """Whether `mark_writers` noted this layer."""
+    return bool(getattr(layer, _WRITES_BACK, False))
+
+
+def write_back(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """A forward hook: the output, which is also what the input holds afterwards, with the output's grid."""
+    if output is inputs[0]:
+        return output
+    with _disable_current_modes():  # who watches functions on INT8 tensors for their ranges need not watch this one
+        return inputs[0].copy_(output)

@@ -16,9 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from qexp.config import Engine, Flow
+from qexp.quantize.floating import why_float
 from qexp.quantize.names import public, tensor_names, tensor_of
 from qexp.quantize.observers import observers, to_qparams
-from qexp.quantize.transposed import why_float
 from qexp.results import Layer, QParams
 
 _INT8_CONV = (nnq.Conv1d, nnq.Conv2d, nnq.Conv3d, nnq.ConvTranspose1d, nnq.ConvTranspose2d, nnq.ConvTranspose3d)

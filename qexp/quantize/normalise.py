@@ -7,6 +7,7 @@ BatchNorm as a layer of its own, and without its padding it misses FBGEMM's fast
 from __future__ import annotations
 
 import copy
+import math
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from qexp.quantize.clamps import RELU, clamp_of
 from qexp.quantize.copies import evaluation_copy, number_padding
+from qexp.quantize.floating import norm_is_random
 from qexp.quantize.inplace import memory, shared_writers
 from qexp.quantize.strided import strides_are_ambiguous
 from qexp.quantize.trace import standard_type, trace
@@ -40,6 +43,10 @@ def normalise(module: nn.Module, example: Tensor) -> fx.GraphModule:
         _make_reshapes,
         _keep_dimensions,
         _make_float,
+        _scale_before_adding,
+        _free_norms,
+        _free_head,
+        _free_resizing,
         _make_plain,
         _drop_idle,
         _make_pads,
@@ -47,8 +54,9 @@ def normalise(module: nn.Module, example: Tensor) -> fx.GraphModule:
         _make_relus,
         _free_prelus,
         _free_indices,
-        _number_padding,
         _unshare,
+        _number_padding,
+        _pad_before,
         _fold_transposed,
         _move_padding,
     ):
@@ -111,15 +119,89 @@ def _keep_dimensions(graph_module: fx.GraphModule) -> None:
 def _make_float(graph_module: fx.GraphModule) -> None:
     """What is added to a float tensor or multiplied with it is one itself: torch would quantize positions and masks."""
     for node in _nodes(graph_module, "call_function"):
-        if node.target not in _QUANTIZABLE_PAIRS or _dtype(node) != torch.float32:
+        if node.target not in _QUANTIZABLE_PAIRS or _dtype(graph_module, node) != torch.float32:
             continue
         for source in node.all_input_nodes:
-            if _dtype(source) not in (None, torch.float32):
+            if _dtype(graph_module, source) not in (None, torch.float32):
                 with graph_module.graph.inserting_before(node):
                     node.replace_input_with(source, graph_module.graph.call_method("float", (source,)))
 
 
-def _dtype(node: fx.Node) -> torch.dtype | None:
+def _scale_before_adding(graph_module: fx.GraphModule) -> None:
+    """`torch.add(x, y, alpha=3)` becomes `x + 3 * y`: torch's INT8 addition leaves the factor out."""
+    for node in list(graph_module.graph.nodes):
+        alpha = node.kwargs.get("alpha")
+        if alpha is None or node.target not in (torch.add, torch.sub, "add", "sub"):
+            continue
+        first, second = _argument(node, 0, "input"), _argument(node, 1, "other")
+        with graph_module.graph.inserting_before(node):
+            second = graph_module.graph.call_function(operator.mul, (second, alpha))
+        name = str(getattr(node.target, "__name__", node.target))
+        node.op, node.target, node.args, node.kwargs = "call_function", getattr(operator, name), (first, second), {}
+
+
+def _free_norms(graph_module: fx.GraphModule) -> None:
+    """An InstanceNorm of small maps becomes the function that torch leaves in FP32 (see floating.py)."""
+    for node in list(graph_module.graph.nodes):
+        module = _module(graph_module, node) if node.op == "call_module" else None
+        if not isinstance(module, _InstanceNorm) and node.target is not F.instance_norm:
+            continue
+        sizes = _size(node)
+        if sizes is None or not norm_is_random(math.prod(sizes[2:])):
+            continue
+        source, names = _argument(node, 0, "input"), ("weight", "bias")
+        weights = [_argument(node, position, name) for position, name in zip((3, 4), names, strict=True)]
+        eps = _argument(node, 7, "eps", 1e-5)
+        if isinstance(module, _InstanceNorm):
+            eps = module.eps
+            with graph_module.graph.inserting_before(node):
+                weights = [
+                    None if getattr(module, name) is None else graph_module.graph.get_attr(f"{node.target}.{name}")
+                    for name in names
+                ]
+        node.op, node.target = "call_function", torch.instance_norm
+        node.args, node.kwargs = (source, *weights, None, None, True, 0.1, eps, False), {}
+
+
+_SOFTMAXES = (F.softmax, torch.softmax, "softmax")
+_SIGMOIDS = (F.sigmoid, torch.sigmoid, "sigmoid")
+_SAME_VALUES = (torch.flatten, torch.reshape, torch.squeeze, operator.getitem, "flatten", "squeeze", "contiguous")
+
+
+def _free_head(graph_module: fx.GraphModule) -> None:
+    """A softmax or sigmoid that gives the model's answer becomes a function that torch leaves in FP32: in INT8 it has a
+    fixed grid of 1/256, which is coarse for flat probabilities."""
+    node = next(iter(_nodes(graph_module, "output"))).args[0]
+    while isinstance(node, fx.Node) and node.target in _SAME_VALUES:
+        node = node.args[0]
+    if not isinstance(node, fx.Node):
+        return
+    module = _module(graph_module, node) if node.op == "call_module" else None
+    source = _argument(node, 0, "input")
+    if isinstance(module, nn.Softmax) or node.target in _SOFTMAXES:
+        dim = module.dim if isinstance(module, nn.Softmax) else _argument(node, 1, "dim")
+        dim = 1 if dim is None else dim  # as torch has it for logits
+        node.op, node.target, node.args, node.kwargs = "call_function", torch.softmax, (source, dim), {}
+    elif isinstance(module, nn.Sigmoid) or node.target in _SIGMOIDS:
+        node.op, node.target, node.args, node.kwargs = "call_function", torch.special.expit, (source,), {}
+
+
+def _free_resizing(graph_module: fx.GraphModule) -> None:
+    """A bicubic resizing becomes the module, which torch leaves in FP32: it has no INT8 kernel for the function."""
+    names = ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")
+    for node in _nodes(graph_module, "call_function"):
+        given = {name: _argument(node, position, name) for position, name in enumerate(names, start=1)}
+        constant = not any(isinstance(value, fx.Node) for value in (*node.args[1:], *node.kwargs.values()))
+        plain = constant and not node.kwargs.get("antialias", False)
+        if node.target is F.interpolate and given["mode"] == "bicubic" and plain:
+            name, source = f"{node.name}_module", _argument(node, 0, "input")
+            graph_module.add_submodule(name, nn.Upsample(**given))
+            node.op, node.target, node.args, node.kwargs = "call_module", name, (source,), {}
+
+
+def _dtype(graph_module: fx.GraphModule, node: fx.Node) -> torch.dtype | None:
+    if node.op == "get_attr":
+        return getattr(operator.attrgetter(str(node.target))(graph_module), "dtype", None)
     places = memory(node).places if "memory" in node.meta else ()
     return places[0].dtype if len(places) == 1 else None
 
@@ -221,8 +303,11 @@ def _make_modules(graph_module: fx.GraphModule) -> None:
         torch.conv2d: _conv_maker(nn.Conv2d),
         F.conv_transpose1d: _transposed_maker(nn.ConvTranspose1d),
         F.conv_transpose2d: _transposed_maker(nn.ConvTranspose2d),
+        F.conv_transpose1d: _conv_transpose_maker(nn.ConvTranspose1d),
+        F.conv_transpose2d: _conv_transpose_maker(nn.ConvTranspose2d),
         F.linear: _linear,
         F.batch_norm: _batch_norm,
+        F.instance_norm: _instance_norm,
     }
     for node in _nodes(graph_module, "call_function"):
         maker = makers.get(node.target)
@@ -305,6 +390,35 @@ def _transposed_maker(kind: type[nn.ConvTranspose1d] | type[nn.ConvTranspose2d])
     return make
 
 
+def _conv_transpose_maker(kind: type[nn.ConvTranspose1d] | type[nn.ConvTranspose2d]) -> Callable[..., nn.Module | None]:
+    def make(
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+        ndim: int = 4,
+    ) -> nn.Module:
+        channels_in, per_group, *size = weight.shape
+        conv: nn.Module = kind(
+            channels_in,
+            per_group * groups,
+            _numbers(size),
+            stride=_numbers(stride),
+            padding=_numbers(padding),
+            output_padding=_numbers(output_padding),
+            groups=groups,
+            bias=bias is not None,
+            dilation=_numbers(dilation),
+            device="meta",
+        )
+        return _filled(conv, weight, bias)
+
+    return make
+
+
 def _numbers(value: Any) -> Any:
     """An int, or a tuple of ints: models also give lists, and lists of one."""
     if isinstance(value, int):
@@ -345,6 +459,20 @@ def _batch_norm(
         torch.zeros(features) if bias is None else bias,
     )
     return module
+
+
+def _instance_norm(
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    ndim: int = 4,
+) -> nn.Module | None:
+    """With running statistics it is a BatchNorm (see copies.py)."""
+    return _batch_norm(running_mean, running_var, weight, bias, use_input_stats, momentum, eps, ndim)
 
 
 def _name_for(graph_module: fx.GraphModule, node: fx.Node) -> str:
@@ -403,6 +531,19 @@ def _number_padding(graph_module: fx.GraphModule) -> None:
             with graph_module.graph.inserting_before(node):
                 padded = graph_module.graph.call_function(F.pad, (node.args[0], pads))
             node.args = (padded,)
+
+
+def _pad_before(graph_module: fx.GraphModule) -> None:
+    """Padding that repeats the image, or its border, moves before the convolution, whose INT8 twin doesn't know it."""
+    for node in _nodes(graph_module, "call_module"):
+        conv = _module(graph_module, node)
+        if isinstance(conv, _ConvNd) and conv.padding_mode in ("circular", "replicate"):
+            pads = list(conv._reversed_padding_repeated_twice)
+            with graph_module.graph.inserting_before(node):
+                padded = graph_module.graph.call_function(F.pad, (node.args[0], pads, conv.padding_mode))
+            node.args = (padded,)
+            conv.padding, conv.padding_mode = (0,) * len(conv.kernel_size), "zeros"
+            conv._reversed_padding_repeated_twice = [0] * len(pads)
 
 
 def _unshare(graph_module: fx.GraphModule) -> None:

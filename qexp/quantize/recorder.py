@@ -6,6 +6,7 @@ formula makes scale and zero point from the range that the solver finds, and con
 
 from __future__ import annotations
 
+import copy
 import math
 import weakref
 from typing import Any
@@ -84,6 +85,12 @@ class Recorder(UniformQuantizationObserverBase):
     def finite(self) -> bool:
         """Whether all that it has seen is finite; statistics can't be asked for where it isn't."""
         return self._open.finite
+
+    def another(self) -> Recorder:
+        """A recorder of the same kind that has seen nothing."""
+        other = copy.deepcopy(self)
+        other._latest, other._closed, other._open, other._ranges = None, None, Seen(), _Ranges()
+        return other
 
     def resume(self, stats: TensorStats) -> None:
         """Be as if it had seen what `stats` are of, and nothing else."""

@@ -46,6 +46,9 @@ _LEAVES = (
 """Layers whose subclasses count as the layer itself as long as they compute the same."""
 
 
+_JOINS = (torch.cat, torch.concat, torch.concatenate, torch.stack)
+
+
 class UntraceableError(Exception):
     """A model's Python can't be followed. `reason` says what the module does, as a predicate: "decides by …"."""
 
@@ -96,6 +99,8 @@ class _ShapeProxy(fx.Proxy):
         if k == "concrete" or (k.startswith("__") and k.endswith("__")):
             return super().__getattr__(k)
         value = getattr(self.concrete, k)
+        if isinstance(self.concrete, tuple) and not callable(value):
+            return self[next(i for i, part in enumerate(self.concrete) if part is value)]  # `x.max(1).values`
         if callable(value):
             return super().__getattr__(k)
         return self.tracer.create_proxy("call_function", getattr, (self, k), {}) if isinstance(value, Tensor) else value
@@ -126,6 +131,11 @@ class _ShapeProxy(fx.Proxy):
             return sizes[dim]
         batch = self.tracer.create_proxy("call_method", "size", (self, 0), {})
         return batch if dim is not None else _Sizes((batch, *sizes[1:]))
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice) and isinstance(self.concrete, tuple | list):
+            return tuple(self[i] for i in range(*index.indices(len(self.concrete))))
+        return self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
 
     def __len__(self) -> int:
         return len(self.concrete) if isinstance(self.concrete, tuple | list) else super().__len__()
@@ -191,6 +201,8 @@ class _ShapeTracer(fx.Tracer):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
         """The symbolic value of a new node; the value itself where it is of no tensor and of no batch size."""
+        if target in _JOINS and args and type(args[0]) is _ShapeProxy:
+            args = (list(args[0]), *args[1:])  # of a tuple of tensors torch.ao knows nothing
         proxy: Any = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         sources = proxy.node.all_input_nodes
         proxy.node.meta["constant"] = kind != "placeholder" and all(_is_constant(source) for source in sources)

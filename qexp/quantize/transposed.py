@@ -15,8 +15,7 @@ All others that were tried are right to half a step.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-from torch.ao.quantization import DeQuantStub, QuantStub
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
@@ -25,18 +24,6 @@ from qexp.config import Engine
 # Which library computes them under an engine: x86 has either, by the CPU and by what oneDNN takes.
 _ONEDNN = (Engine.onednn, Engine.x86)
 _FBGEMM = (Engine.fbgemm, Engine.x86)
-
-
-class InFloat(nn.Module):
-    """A layer of the eager flow that stays in FP32 between INT8 tensors: dequantize, layer, quantize."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.dequant, self.layer, self.quant = DeQuantStub(), layer, QuantStub()
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        outputs: Tensor = self.quant(self.layer(self.dequant(inputs)))
-        return outputs
 
 
 def why_float(module: nn.Module, engine: Engine) -> str:
