@@ -11,7 +11,7 @@ from hydra._internal import utils as hydra_utils
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
-from qexp import console, trials
+from qexp import console, credentials, trials
 from qexp.compose import CONF, Composition, check_choices, check_quotes
 from qexp.errors import ConfigError
 from qexp.refusals import refusals
@@ -56,6 +56,8 @@ hydras_report = hydra_utils.run_and_report
 def main() -> None:
     console.protect()
     hydra_utils.run_and_report = run_and_report
+    credentials.learn_environment()
+    credentials.learn(sys.argv[1:])
     sys.argv[1:] = options_first(sys.argv[1:])
     try:
         check_quotes(sys.argv[1:])

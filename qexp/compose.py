@@ -27,6 +27,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, Quote
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from qexp import credentials
 from qexp.config import GROUPS, Config
 from qexp.errors import ConfigError
 
@@ -192,6 +193,12 @@ def _is_read_as(text: Any, value: Any) -> bool:
     except HydraException:
         return False
     return not read.is_sweep_override() and isinstance(read._value, str) and read._value == value
+
+
+def as_yaml(composed: Any) -> str:
+    """What was composed as YAML, interpolations as they are and without credentials."""
+    plain = OmegaConf.to_container(OmegaConf.create(composed), enum_to_str=True)
+    return str(OmegaConf.to_yaml(OmegaConf.create(credentials.masked_tree(plain))))
 
 
 class Composer:

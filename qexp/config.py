@@ -14,7 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from qexp import images
+from qexp import credentials, images
 from qexp.errors import ConfigError
 
 
@@ -322,6 +322,9 @@ FIELDS = (
 # What is said of a run, and changes nothing in its result.
 RECORDED_ONLY = ("tracking", "job", "cache", "study", "resume", "rerun", "objective", "outputs")
 
+# What a run is called: made of masked settings, it may hold a mask.
+LABELS = ("tracking.name", "study")
+
 # What has no effect in a flow. torch's dynamic quantization computes activation ranges as it runs, and reduces them
 # to 7 bits by itself where kernels could saturate.
 NO_EFFECT: dict[Flow, tuple[str, ...]] = {
@@ -366,6 +369,7 @@ def from_hydra(composed: Any, cwd: str) -> Config:
     for group, key in ((config.model, "checkpoint"), (config.dataset, "root")):
         if isinstance(group.get(key), str):
             group[key] = absolute(group[key], cwd)
+    credentials.learn(config)
     return config
 
 
@@ -380,7 +384,7 @@ def _unknown(settings: Any, parent: str = "") -> Iterator[tuple[str, list[str]]]
 
 
 def from_plain(values: Mapping[str, Any]) -> Config:
-    """The configuration that `plain` gave, back from its nested plain values."""
+    """The configuration that `exact` gave, back from its nested plain values."""
     from omegaconf import OmegaConf
 
     config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), dict(values)))  # type: ignore[assignment]
@@ -403,6 +407,7 @@ def check(config: Config, swept: Collection[str] = ()) -> None:
     if "observer" not in swept:
         _check_observer(config.observer)
     _check_entropy(config)
+    _check_credentials(config)
     _check_mappings(config)
     images.check(config.dataset)
 
@@ -507,6 +512,15 @@ def _check_entropy(config: Config) -> None:
         )
 
 
+def _check_credentials(config: Config) -> None:
+    for name, value in flat(exact(config)).items():
+        if isinstance(value, str) and credentials.MASK in value and name not in LABELS:
+            raise ConfigError(
+                f"{name}={value}: {credentials.MASK} stands for a credential, which qexp writes down nowhere; give it "
+                "in full."
+            )
+
+
 def _check_mappings(config: Config) -> None:
     for name, mapping in (("model", config.model), ("dataset", config.dataset)):
         if not isinstance(mapping.get("_target_"), str) or not mapping["_target_"]:
@@ -522,7 +536,13 @@ def _check_mappings(config: Config) -> None:
 
 
 def plain(config: Config) -> dict[str, Any]:
-    """The configuration as nested plain values, enums by their names."""
+    """The configuration as nested plain values, enums by their names, without credentials: as it is written down."""
+    written: dict[str, Any] = credentials.masked_tree(exact(config))
+    return written
+
+
+def exact(config: Config) -> dict[str, Any]:
+    """The configuration as nested plain values, enums by their names, credentials included."""
 
     def convert(value: Any) -> Any:
         if isinstance(value, StrEnum):

@@ -1,4 +1,5 @@
-"""Standard output and error on which nothing fails: what is printed is no reason to lose a run.
+"""Standard output and error on which nothing fails and no credential is seen: what is printed is no reason to lose a
+run.
 
 A reader that has gone (`| head -1`), a closed terminal or a full disk ends the printing and not the runs; what an
 encoding lacks is spelled in ASCII; a stream that was closed from the start is none.
@@ -11,6 +12,8 @@ import errno
 import io
 import os
 import sys
+
+from qexp import credentials
 
 STREAMS = {"stdin": 0, "stdout": 1, "stderr": 2}
 SPELLED = {
@@ -35,14 +38,14 @@ codecs.register_error("qexp.spell", _spell)
 
 
 class Stream(io.TextIOWrapper):
-    """A standard stream that goes on as one to nowhere where it can't be written to any more."""
+    """A standard stream without credentials, which goes on as one to nowhere where it can't be written to any more."""
 
     def write(self, text: str) -> int:
         try:
-            return super().write(text)
+            super().write(credentials.masked(text))
         except OSError as error:
             self._end(error)
-            return len(text)
+        return len(text)
 
     def flush(self) -> None:
         try:
@@ -72,8 +75,8 @@ def protect() -> None:
                 os.dup2(nowhere, number)
                 os.close(nowhere)
         stream = getattr(sys, name)
-        if name == "stdin" or isinstance(stream, Stream):
-            continue
+        if name == "stdin" or (stream is not None and type(stream) is not io.TextIOWrapper):
+            continue  # somebody else's, or such a stream already
         if stream is not None:
             stream.flush()
         setattr(sys, name, _over(number, stream))

@@ -37,7 +37,7 @@ from typing import Any, cast
 from filelock import FileLock
 from tqdm import tqdm
 
-from qexp import console, errors, processes, progress
+from qexp import console, credentials, errors, processes, progress
 from qexp.config import Config
 from qexp.results import Result
 from qexp.turn import Turn
@@ -490,6 +490,8 @@ def _work(channel: Connection, streams: list[Connection]) -> None:
     for number, stream in zip(STANDARD_STREAMS, streams, strict=True):
         os.dup2(stream.fileno(), number)
     console.protect()
+    credentials.learn_environment()
+    credentials.learn(order.arguments)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115  (for a debugger in a user's model)
     tqdm.set_lock(threading.RLock())  # its own holds a semaphore, which a killed process would leave to the system
     # They take the terminal's first lines, so that bars are drawn below the owner's, and those of the job before.

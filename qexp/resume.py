@@ -19,6 +19,7 @@ from qexp import config as schema
 from qexp import jobs
 from qexp.ablation import together
 from qexp.config import Config
+from qexp.credentials import MASK, masked, masked_tree
 from qexp.errors import ConfigError, InputError
 from qexp.results import PRECISIONS, Row
 
@@ -50,11 +51,12 @@ def check(job: Job) -> None:
         return
     if not job.alone:
         raise ConfigError(f"rerun={rerun} repeats one run by itself, not in a sweep; leave out -m.")
-    others = [f"{key}={value}" for key, value in job.overrides.items() if key.partition(".")[0] not in BESIDE_RERUN]
+    given = [f"{key}={value}" for key, value in job.overrides.items() if key.partition(".")[0] not in BESIDE_RERUN]
+    others = [override for override in given if masked(override) == override]
     if others:
         raise ConfigError(
-            f"rerun={rerun} repeats a run as it was, and {others[0]} would make it another; only outputs, study and "
-            "tracking.* may be given with it."
+            f"rerun={rerun} repeats a run as it was, and {others[0]} would make it another; only outputs, study, "
+            "tracking.* and credentials may be given with it."
         )
 
 
@@ -227,8 +229,9 @@ def earlier(store: Store, job: Job) -> Earlier | None:
 def _recorded(rerun: str, text: str, now: Config) -> tuple[Config, dict[str, Any]]:
     """The configuration of a run, and the settings in it that are today's since the run has none."""
     try:
-        values = json.loads(text)
-        whole = _completed(values, schema.plain(now))
+        values, whole_now = json.loads(text), schema.exact(now)
+        whole = _completed(values, whole_now)
+        whole = {name: _with_credentials(rerun, value, whole_now.get(name), name) for name, value in whole.items()}
         config = schema.from_plain(whole)
     except (ValueError, TypeError, AttributeError, OmegaConfBaseException) as error:
         reason = str(error).partition("\n")[0]
@@ -238,6 +241,25 @@ def _recorded(rerun: str, text: str, now: Config) -> tuple[Config, dict[str, Any
     had = schema.flat(values)
     added = {name: value for name, value in schema.flat(whole).items() if name not in had}
     return config, {name: added[name] for name in added if name.partition(".")[0] not in schema.RECORDED_ONLY}
+
+
+def _with_credentials(rerun: str, recorded: Any, now: Any, name: str) -> Any:
+    """`recorded` with the credentials that were masked in it, as they are given now. name: of the setting."""
+    if name in schema.RECORDED_ONLY:
+        return recorded
+    if isinstance(recorded, Mapping):
+        given = now if isinstance(now, Mapping) else {}
+        return {
+            key: _with_credentials(rerun, value, given.get(key), f"{name}.{key}") for key, value in recorded.items()
+        }
+    if MASK not in str(recorded):
+        return recorded
+    if now is None or masked_tree(now, name.rpartition(".")[2]) != recorded:
+        raise InputError(
+            f"rerun={rerun}: {name}={recorded} was given with a credential, which qexp writes down nowhere; give "
+            f"{name} again beside rerun."
+        )
+    return now
 
 
 def _completed(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:

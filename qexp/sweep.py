@@ -27,9 +27,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from qexp import ablation, folders, jobs, progress, resume, sources, table, trials
+from qexp import ablation, console, credentials, folders, jobs, progress, resume, sources, table, trials
 from qexp import config as schema
-from qexp.compose import Composer, Composition, combinations, known, quoted, spelled
+from qexp.compose import Composer, Composition, as_yaml, combinations, known, quoted, spelled
 from qexp.config import Config, LogModel
 from qexp.errors import ConfigError
 from qexp.refusals import refusals
@@ -154,14 +154,18 @@ def job_from(composed: Composition) -> Job:
     overrides = _given(composed.overrides)
     alone = hydra.mode is not RunMode.MULTIRUN
     folder, cwd = Path(OmegaConf.select(hydra, "runtime.output_dir") or ""), Path(hydra.runtime.cwd)
-    hydra_files = folder / hydra.output_subdir if hydra.output_subdir else None
     foreign = not alone and not is_ours(hydra)
-    return Job(config, choices, overrides, folder, cwd, number, alone, hydra_files, foreign)
+    return Job(config, choices, overrides, folder, cwd, number, alone, hydra_files(folder, hydra), foreign)
 
 
 def is_ours(hydra: DictConfig) -> bool:
     """Whether Hydra's sweeper is qexp's."""
     return str(OmegaConf.select(hydra, "sweeper._target_")).startswith("hydra_plugins.qexp_sweeper.")
+
+
+def hydra_files(folder: Path, hydra: DictConfig) -> Path:
+    """Where in a job's folder it is written down what Hydra composed."""
+    return folder / (hydra.output_subdir or ".hydra")
 
 
 def _given(overrides: Sequence[str]) -> dict[str, str]:
@@ -183,7 +187,8 @@ def _split(override: str) -> tuple[str, str]:
 
 
 class Door(Callback):
-    """Refuses a single run before Hydra makes a folder for it, and lets go of what Hydra would keep of each job."""
+    """Refuses a single run before Hydra makes a folder for it, writes down what Hydra composed as Hydra does, but for
+    credentials, and lets go of what Hydra would keep of each job."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         with refusals():
@@ -191,6 +196,7 @@ class Door(Callback):
             schema.check(job.config)
             resume.check(job)
             folder = Path(config.hydra.run.dir)
+            without_credentials(str(folder), "hydra.run.dir")
             folders.writable(folder)
             folders.hold(folder)
             folders.check_free("hydra.run.dir", folder)
@@ -203,9 +209,39 @@ class Door(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         trials.end("FINISHED")
 
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        console.protect()  # a launcher may have begun this process
+        credentials.learn_environment()
+        credentials.keep_out_of_logs()
+        composed = Composition.of(config)
+        folder = hydra_files(Path(config.hydra.runtime.output_dir), composed.hydra)
+        folder.mkdir(exist_ok=True)
+        hydra = {"hydra": composed.hydra}
+        files = {"config": composed.task, "hydra": hydra, "overrides": composed.hydra.overrides.task}
+        for name, content in files.items():
+            (folder / f"{name}.yaml").write_text(as_yaml(content), encoding="utf-8")
+        if not is_ours(composed.hydra):  # whose sweeper may have written this
+            mask_file(Path(composed.hydra.sweep.dir) / "multirun.yaml")
+
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         # Of all jobs of a sweep until it ends, a third of a megabyte each.
         job_return.cfg = job_return.hydra_cfg = None
+
+
+def mask_file(file: Path) -> None:
+    """Mask the credentials in a text file, if it is there and holds any."""
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if credentials.masked(text) != text:
+        file.write_text(credentials.masked(text), encoding="utf-8")
+
+
+def without_credentials(folder: str, setting: str) -> None:
+    """Raise ConfigError where a folder's name would tell a credential, as ${hydra.job.override_dirname} may."""
+    if credentials.masked(folder) != folder:
+        raise ConfigError(
+            f"{setting} would name a folder after a credential; give that by the environment, as in "
+            "MLFLOW_TRACKING_URI, or name its setting in hydra.job.config.override_dirname.exclude_keys."
+        )
 
 
 class Once(logging.Filter):
@@ -222,8 +258,8 @@ class Once(logging.Filter):
 
 
 def command() -> str:
-    """The shell line that repeats this."""
-    return shlex.join(["python", "-m", "qexp", *sys.argv[1:]])
+    """The shell line that repeats this, but for credentials."""
+    return shlex.join(["python", "-m", "qexp", *credentials.masked_tree(sys.argv[1:])])
 
 
 def run(job: Job) -> float | None:
@@ -391,6 +427,8 @@ def plan(composer: Composer, params: Sequence[str], typed: Sequence[str]) -> lis
             job = job_from(composed)
             schema.check(job.config, swept)
             resume.check(job)
+            if credentials.masked_tree(combination) != combination:
+                without_credentials(composer.subfolder(combination, 0), "hydra.sweep.subdir")
         except ConfigError as error:
             refused.setdefault(str(error), " ".join(combination))
             continue
@@ -401,7 +439,8 @@ def plan(composer: Composer, params: Sequence[str], typed: Sequence[str]) -> lis
     if len(found) < len(every):
         same = len(every) - len(found)
         log.warning("%d of %d jobs would compute the same as another and are not run twice.", same, len(every))
-    telling = [[combination[place] for place in places] or combination for combination, _ in found.values()]
+    told = [credentials.masked_tree(combination) for combination, _ in found.values()]
+    telling = [[combination[place] for place in places] or combination for combination in told]
     return [
         Planned([*combination, f"tracking.name={quoted(name)}"], job, name)
         for (combination, job), name in zip(found.values(), names(telling), strict=True)
@@ -453,7 +492,7 @@ def launch(
         jobs.check_inputs([item.job.config for item in left])
     wanted = [composer.subfolder(item.overrides, number) for number, item in enumerate(left)]
     claimed = folders.claim(folder, wanted)
-    folders.save_beside(folder / "multirun.yaml", OmegaConf.to_yaml(master))
+    folders.save_beside(folder / "multirun.yaml", as_yaml(master))
 
     title = f"{tags(first).get('experiment', 'sweep')} {first.config.study or folder.name}"
     try:
@@ -564,6 +603,7 @@ def shared(rows: Sequence[Row]) -> str:
 def say_where(folder: Path, ui: Any) -> None:
     print(f"Files: {folder}")
     if ui.command:
-        print(f"Compare in MLflow:\n  {ui.command}\nand open {ui.url}")
+        given = f", with the password for {credentials.MASK}" if credentials.MASK in ui.command else ""
+        print(f"Compare in MLflow{given}:\n  {ui.command}\nand open {ui.url}")
     else:
         print(f"Compare in MLflow: {ui.url}")

@@ -59,7 +59,8 @@ from mlflow.utils.rest_utils import http_request
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from qexp import config, machine
+from qexp import config, credentials, machine
+from qexp.credentials import masked
 from qexp.errors import InputError, QexpError, RunError
 from qexp.results import Row
 
@@ -148,6 +149,9 @@ def connect(tracking: config.Tracking, outputs: Path, folder: Path | None = None
     # An empty variable is one that somebody meant to unset.
     uri = given = (tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "").strip()
     setting = "tracking.uri" if tracking.uri else "MLFLOW_TRACKING_URI"
+    credentials.learn(uri)
+    if credentials.MASK in uri:
+        raise InputError(f"{setting}={uri}: {credentials.MASK} stands for a credential; give it in full.")
     scheme = urllib.parse.urlsplit(uri).scheme
     artifacts: str | None = (outputs / "artifacts").as_uri()
     if not uri:
@@ -169,7 +173,7 @@ def connect(tracking: config.Tracking, outputs: Path, folder: Path | None = None
     try:
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     except (MlflowException, OSError, ImportError, ValueError) as error:
-        raise _unusable(error, f"{setting}={_without_password(uri)}" if given else f"outputs={outputs}") from error
+        raise _unusable(error, f"{setting}={masked(uri)}" if given else f"outputs={outputs}") from error
     named = os.environ.get("MLFLOW_EXPERIMENT_NAME", "").strip()
     experiment = tracking.experiment or named or _experiment_by_id(client)
     beside = uri == f"sqlite:///{outputs / 'mlflow.db'}"
@@ -277,7 +281,7 @@ def _open_database(uri: str, setting: str, timeout: float) -> None:
     As `_probe`, in a thread of its own. MLflow would try for 100 s, and its first migration fails where another process
     begins it at the same moment, on whatever machine: hence a lock of the database's own.
     """
-    shown = _without_password(uri)
+    shown = masked(uri)
     waiting = threading.Event()
 
     def make_tables() -> None:
@@ -360,7 +364,7 @@ def _probe(uri: str, setting: str, timeout: float) -> None:
 
     In a thread of its own, since time-outs of requests bound neither the name's look-up nor a trickling answer.
     """
-    shown = _without_password(uri)
+    shown = masked(uri)
     advice = "start it, mend the address, or leave it unset for a local store"
     if not urllib.parse.urlsplit(uri).hostname:
         raise InputError(f"{setting}={shown} is no address of a server; write it as http://host:port.")
@@ -425,7 +429,7 @@ def check_experiment(store: Store, name: str) -> None:
     if experiment.lifecycle_stage == "deleted":
         raise InputError(
             f"the MLflow experiment {name} was deleted; bring it back with `MLFLOW_TRACKING_URI="
-            f"{_without_password(store.uri)} mlflow experiments restore --experiment-id {experiment.experiment_id}`, "
+            f"{masked(store.uri)} mlflow experiments restore --experiment-id {experiment.experiment_id}`, "
             f"or name another one: tracking.experiment=NAME."
         )
     location = urllib.parse.urlsplit(experiment.artifact_location or "")
@@ -673,7 +677,7 @@ class Run:
         except Exception as problem:
             logger.warning(
                 "MLflow at %s did not take that run %s ended as %s: %s",
-                _without_password(self.store.uri),
+                masked(self.store.uri),
                 self.name,
                 status,
                 _root_cause(problem) or "no answer",
@@ -685,8 +689,7 @@ class Run:
             yield
         except (MlflowException, requests.RequestException, OSError) as error:
             raise RunError(
-                f"MLflow at {_without_password(self.store.uri)} did not take {what} of run {self.name}: "
-                f"{_first_line(error)}."
+                f"MLflow at {masked(self.store.uri)} did not take {what} of run {self.name}: {_first_line(error)}."
             ) from error
 
 
@@ -720,7 +723,7 @@ def start_run(
             experiment_id = _experiment_id(store, experiment)
             # Complete at once: a resumed sweep knows by its tags which job it was, were it killed the next moment.
             known = {**system, **_cut_tags(tags)}
-            run = _opened(store, lambda: store.client.create_run(experiment_id, tags=known, run_name=name))
+            run = _opened(store, lambda: store.client.create_run(experiment_id, tags=known, run_name=masked(name)))
     try:
         run.log_params(params, tags if resumed else None)
     except RunError as error:
@@ -762,7 +765,7 @@ def check_resumed(store: Store, params: Mapping[str, str], run_id: str) -> None:
         run = store.client.get_run(run_id)
         experiment = store.client.get_experiment(run.info.experiment_id).name
     except (MlflowException, requests.RequestException) as error:
-        shown = _without_password(store.uri)
+        shown = masked(store.uri)
         raise InputError(
             f"MLFLOW_RUN_ID={run_id}: MLflow at {shown} has no such run ({_first_line(error)})."
         ) from error
@@ -968,9 +971,7 @@ def find(store: Store, run_id: str) -> tuple[Row, str]:
         run = store.client.get_run(run_id)
         return _row(run), store.client.get_experiment(run.info.experiment_id).name
     except (MlflowException, requests.RequestException) as error:
-        raise InputError(
-            f"there is no run {run_id} in MLflow at {_without_password(store.uri)}: {_first_line(error)}."
-        ) from error
+        raise InputError(f"there is no run {run_id} in MLflow at {masked(store.uri)}: {_first_line(error)}.") from error
 
 
 def fetch(store: Store, run_id: str, name: str, folder: Path) -> Path | None:
@@ -995,7 +996,7 @@ def ui(store: Store, run: Run, sort_by: str = "accuracy/int8") -> Ui:
     sort_by: the metric that a sweep's runs are listed by.
     """
     local = store.artifacts is not None
-    base = "http://127.0.0.1:5000" if local else _without_password(store.uri).rstrip("/")
+    base = "http://127.0.0.1:5000" if local else re.sub(r"//[^/@]*@", "//", store.uri).rstrip("/")
     where = f"{base}/#/experiments/{run.experiment_id}/runs"
     query = {"workflowType": "machine_learning"}
     if not run.is_sweep:
@@ -1009,7 +1010,7 @@ def ui(store: Store, run: Run, sort_by: str = "accuracy/int8") -> Ui:
         return Ui(None, url)
     beside = Path(sys.executable).with_name("mlflow")
     program = str(beside) if beside.exists() else "mlflow"
-    options = ["--backend-store-uri", store.uri, "--host", "127.0.0.1", "--port", "5000", "--workers", "1"]
+    options = ["--backend-store-uri", masked(store.uri), "--host", "127.0.0.1", "--port", "5000", "--workers", "1"]
     return Ui(shlex.join([program, "ui", *options]), url)
 
 
@@ -1032,7 +1033,7 @@ def _named(values: Mapping[str, T]) -> dict[str, T]:
 
 def _held(params: Mapping[str, str]) -> dict[str, str]:
     """Params as MLflow holds them."""
-    return {name: _cut(value, PARAM_LENGTH, LONG_PARAMS) for name, value in _named(params).items()}
+    return {name: _cut(masked(value), PARAM_LENGTH, LONG_PARAMS) for name, value in _named(params).items()}
 
 
 def _long(params: Mapping[str, str]) -> dict[str, dict[str, str]]:
@@ -1059,10 +1060,11 @@ def _stage(path: Path, content: Path | str | Mapping[str, Any] | Sequence[Any]) 
         except OSError:
             shutil.copyfile(content, path)
     elif isinstance(content, str):
-        path.write_text(content, encoding="utf-8")
+        path.write_text(masked(content), encoding="utf-8", errors="backslashreplace")
     else:
         # What is not finite becomes null: browsers refuse NaN in JSON.
-        path.write_text(json.dumps(_plain(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        written = credentials.masked_tree(_plain(content))
+        path.write_text(json.dumps(written, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _renewed(file: Path) -> None:
@@ -1088,7 +1090,8 @@ def _plain(value: Any) -> Any:
 
 def _dataset_input(use: DatasetUse) -> DatasetInput:
     scheme = urllib.parse.urlsplit(use.source).scheme
-    kind, source = ("http", {"url": use.source}) if scheme in ("http", "https") else ("local", {"uri": use.source})
+    where = masked(use.source)
+    kind, source = ("http", {"url": where}) if scheme in ("http", "https") else ("local", {"uri": where})
     dataset = Dataset(
         name=use.name[:500],
         digest=use.digest[:36],
@@ -1112,7 +1115,7 @@ def _system_tags(tags: Mapping[str, str], description: str | None) -> dict[str, 
 
 
 def _cut_tags(tags: Mapping[str, str]) -> dict[str, str]:
-    return {name: _cut(value, TAG_LENGTH) for name, value in _named(tags).items()}
+    return {name: _cut(masked(value), TAG_LENGTH) for name, value in _named(tags).items()}
 
 
 def _requirement(package: str) -> str:
@@ -1130,8 +1133,8 @@ def _user() -> str:
 
 
 def sentence(error: BaseException) -> str:
-    """An error in one line: ours as they are, others with their type before them."""
-    text = " ".join(str(error).split())
+    """An error in one line, without credentials: ours as they are, others with their type before them."""
+    text = masked(" ".join(str(error).split()))
     return text if isinstance(error, QexpError) else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
@@ -1140,7 +1143,7 @@ def _refused(store: Store, what: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, requests.RequestException) as error:
-        raise InputError(f"MLflow at {_without_password(store.uri)} refuses {what}: {_first_line(error)}.") from error
+        raise InputError(f"MLflow at {masked(store.uri)} refuses {what}: {_first_line(error)}.") from error
 
 
 def _unusable(error: BaseException, what: str) -> InputError:
@@ -1176,7 +1179,7 @@ def _first_line(error: BaseException) -> str:
     """The first line that says something: SQLAlchemy may begin with how it came to write what then failed."""
     lines = str(error).strip().split("\n")
     told = [line for line in lines if not line.startswith("(raised as a result of Query-invoked autoflush")]
-    return (told or lines)[0].rstrip(".")
+    return masked((told or lines)[0].rstrip("."))
 
 
 def _root_cause(error: BaseException) -> str:
@@ -1185,10 +1188,6 @@ def _root_cause(error: BaseException) -> str:
         error = cause
     text = str(getattr(error, "strerror", None) or error)
     return text.strip().split("\n")[0].rstrip(".")
-
-
-def _without_password(uri: str) -> str:
-    return re.sub(r"//[^/@]*@", "//", uri)
 
 
 def _in_thread(call: Callable[[], T]) -> Future[T]:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -70,7 +70,7 @@ def measure(
             np.save(Path(scratch) / f"{precision}.npy", expected)
         orders = [
             Order(
-                config=schema.plain(config),
+                config=schema.exact(config),
                 folder=str(folder),
                 scratch=scratch,
                 result=str(Path(scratch) / f"{process}_{threads}.npz"),
@@ -109,11 +109,9 @@ def _ready(orders: Sequence[Order], closing: ExitStack) -> list[tuple[Order, sub
     """A process for each order, all of them with their models read. `closing` kills those that are left."""
     started = []
     for order in orders:
-        path = Path(order.result).with_suffix(".json")
-        path.write_text(json.dumps(asdict(order)))
-        with path.with_suffix(".err").open("w") as errors:
+        with Path(order.result).with_suffix(".err").open("w") as errors:
             process = subprocess.Popen(
-                [sys.executable, "-m", "qexp.worker", str(path)],
+                [sys.executable, "-m", "qexp.worker"],
                 env=environment(order.threads),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -122,6 +120,11 @@ def _ready(orders: Sequence[Order], closing: ExitStack) -> list[tuple[Order, sub
             )
         closing.enter_context(process)
         closing.callback(process.kill)
+        assert process.stdin is not None
+        with suppress(BrokenPipeError):  # it ended: `_go` says why
+            # Not by a file: there may be credentials among the arguments of a model.
+            process.stdin.write(json.dumps(asdict(order)) + "\n")
+            process.stdin.flush()
         started.append((order, process))
     for _, process in started:
         assert process.stdout is not None
@@ -149,9 +152,9 @@ def environment(threads: int) -> dict[str, str]:
     return env | counts | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
-def main(path: str) -> None:
-    """What a worker does: read the models, say so, wait for word of what is to be its control, and time."""
-    order = Order(**json.loads(Path(path).read_text()))
+def main() -> None:
+    """What a worker does: hear its order, read the models, say so, wait for word of its control, and time."""
+    order = Order(**json.loads(sys.stdin.readline()))
     processes.end_with_parent()  # nobody else's timing is disturbed by an orphan
 
     import torch
@@ -205,5 +208,5 @@ def _compile(variants: Mapping[str, Callable[[Any], object]], batch: object) -> 
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()
     os._exit(0)  # what was measured is on disk; to take torch apart would need two seconds more
