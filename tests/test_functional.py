@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -240,6 +241,18 @@ def test_a_sum_that_leaves_the_range_of_its_terms_is_found() -> None:
         dry_run(net)
     dry_run(net, Flow.fx)
     assert error(net, Flow.fx, Engine.x86) < 0.08  # fx has one range for both
+
+
+def test_torch_s_own_warning_of_a_joint_is_not_shown() -> None:
+    torch.set_warn_always(True)  # it warns once in a process, of which this test is not the first
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            with pytest.raises(InputError, match="aten::cat"):
+                dry_run(net_of(lambda x, y: torch.cat([x, y], 1)))
+    finally:
+        torch.set_warn_always(False)
+    assert not [warning for warning in said if "cat operator" in str(warning.message)]
 
 
 def test_the_innermost_module_is_named_and_hooks_are_taken_off() -> None:

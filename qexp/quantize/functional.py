@@ -112,6 +112,10 @@ class _Watched(TorchDispatchMode):
         inputs = [value for value in tree_leaves((args, kwargs)) if _is_int8(value)]
         if not inputs or not name.startswith("aten::") or name in _EMPTY:
             return func(*args, **kwargs)
+        # FX has a range for every tensor that it quantizes, and one for all that are put together.
+        unobserved = self._flow is Flow.eager and not _keeps_the_range(name, args, inputs)
+        if unobserved and name in _JOIN:  # torch would warn of it in its own words
+            self._refuse(name, args)
         expected = _in_float(func, args, kwargs)
         try:
             answer = func(*args, **kwargs)
@@ -121,14 +125,16 @@ class _Watched(TorchDispatchMode):
         outputs = tree_leaves(answer)
         if not any(map(_is_int8, outputs)):
             return answer
-        # FX has a range for every tensor that it quantizes, and one for all that are put together.
-        if self._flow is Flow.eager and not _keeps_the_range(name, args, inputs):
-            self.advice = self._advice(name, args)
-            raise _Refused(f"computes {name} on INT8 tensors, for whose output eager mode has no range")
+        if unobserved:
+            self._refuse(name, args)
         if expected is not None:
             for output, other in zip(outputs, tree_leaves(expected), strict=False):
                 _compare(name, output, other)
         return answer
+
+    def _refuse(self, name: str, args: tuple[Any, ...]) -> None:
+        self.advice = self._advice(name, args)
+        raise _Refused(f"computes {name} on INT8 tensors, for whose output eager mode has no range")
 
     def _advice(self, name: str, args: tuple[Any, ...]) -> str:
         method = _INSTEAD.get(name.removesuffix("_"))
