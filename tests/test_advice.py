@@ -217,3 +217,32 @@ def test_the_largest_code_that_a_layer_got_is_kept(flow: Flow) -> None:
             else:
                 assert one.highest == 0
     assert any(one.highest for one in rows)
+
+
+@pytest.mark.parametrize(("guard", "bits", "expected"), [
+    ("none", 8, "8"),
+    ("activations", 8, "7 (of the scale: codes beyond its range go on to 255)"),
+    ("activations", 7, "7"),
+    ("activations", 4, "4"),
+    ("layers", 8, "8 (7 in 1 layers)"),
+])  # fmt: skip
+def test_the_bits_of_activations_are_those_that_are_executed(
+    composed: Composed, guard: str, bits: int, expected: str
+) -> None:
+    config = composed(f"qconfig.overflow={guard}", f"qconfig.activation.bits={bits}")
+    some = narrowed("conv", side=Side.activations) if guard == "layers" else ()
+    resolved = experiment.resolved_params(config.qconfig, config, some)
+    assert resolved["resolved.activation_bits"] == expected
+    assert resolved["resolved.weight_bits"] == "8"
+    qconfig = settings(activation_bits=bits, overflow=guard)
+    prepared = quantize.prepare(quantize.fuse(trained(Chain()), Flow.fx, True, images(2)), Flow.fx, qconfig, MINMAX,
+                                Engine.x86, images(2))  # fmt: skip
+    quantize.calibrate(prepared, [images(8)])
+    # And they are: beyond what calibration saw, codes go on to the end that is told.
+    int8, seen = quantize.convert(prepared, Flow.fx, Engine.x86), list[int]()
+    int8.get_submodule("features.0").register_forward_hook(
+        lambda m, given, output: seen.append(output.int_repr().max())
+    )
+    with quantize.engine(Engine.x86), torch.inference_mode():
+        int8(images(8) * 9)
+    assert seen == [2**bits - 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import sqlite3
 import subprocess
@@ -236,4 +237,62 @@ class Flaky(torch.nn.Module):
 
     def fuse_model(self, is_qat=False):
         pass  # nothing to fuse, and nothing to trace for
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("black", "given", "said"),
+    [
+        ("test", False, "evaluating FP32: the model gives NaN or infinity as logits of 1 of 300 images, the first of"),
+        ("train", False, "before training, in which the loss became NaN or infinite: the model gives NaN or infinity"),
+        (
+            "train",
+            True,
+            "calibration: the output of getitem holds NaN or infinity for image 17 of dataset make",
+        ),
+    ],
+)
+def test_an_image_that_spoils_a_model_is_named_in_one_line(
+    qexp: Run, tmp_path: Path, black: str, given: bool, said: str
+) -> None:
+    import torch
+
+    (tmp_path / "spoiled.py").write_text(SPOILED)
+    torch.save(runpy.run_path(str(tmp_path / "spoiled.py"))["Net"](4).state_dict(), tmp_path / "net.pt")
+    result = qexp(
+        "model=custom", "model._target_=spoiled.Net", "+model.num_classes=4", "flow=fx", "latency=off",
+        "dataset=custom", "dataset._target_=spoiled.make", f"+dataset.black={black}", "dataset.mean=[0]",
+        "dataset.std=[1]", "calib.batches=2", "calib.sampling=first", *(["model.checkpoint=net.pt"] if given else []),
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert said in result.stderr
+    assert f"image {290 if black == 'test' else 17} of dataset make ({black})" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert [status for _, status in runs(tmp_path)] == ["FAILED"]
+
+
+SPOILED = """
+import numpy as np
+import torch
+
+from qexp.datasets import ArrayDataset
+
+
+def make(split, black):
+    rng = np.random.default_rng(split == "test")
+    images = rng.integers(1, 256, (300 if split == "test" else 64, 8, 8), dtype=np.uint8)
+    if split == black:
+        images[290 if split == "test" else 17] = 0
+    return ArrayDataset(images, np.arange(len(images)) % 4, "abcd", f"{split} {black}")
+
+
+class Net(torch.nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 8, 3)
+        self.fc = torch.nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.conv(x).mean((2, 3))) + x.sum((1, 2, 3)).reciprocal()[:, None]
 """

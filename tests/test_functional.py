@@ -167,6 +167,19 @@ def test_functions_whose_output_lies_in_the_range_of_their_input_are_taken_and_r
     assert error(net) < 0.08
 
 
+def test_a_leaky_relu_is_not_taken_for_a_relu_that_fx_took_into_what_is_before() -> None:
+    class Leaky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(F.leaky_relu(self.first(x), 0.1))
+
+    dry_run(trained(Leaky()), Flow.fx)
+    assert error(trained(Leaky()), Flow.fx) < 0.05
+
+
 def test_the_way_that_is_advised_for_cat_gives_what_fx_gives() -> None:
     class Dense(nn.Module):
         def __init__(self, joint: FloatFunctional | None) -> None:

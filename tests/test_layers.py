@@ -42,9 +42,9 @@ class Attention(nn.Module):
 
 
 class Recurrent(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, kind: type[nn.RNNBase] = nn.GRU) -> None:
         super().__init__()
-        self.gru = nn.GRU(16, 16, batch_first=True)
+        self.gru = kind(16, 16, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.gru(x)[0]
@@ -55,16 +55,21 @@ def encoder() -> nn.Module:
 
 
 def taken(net: nn.Module, flow: Flow) -> tuple[dict[str, Layer], float]:
+    """As `converted`, of a model that a dry run takes."""
+    quantize.dry_run(net, flow, True, SETTINGS, MINMAX, Engine.qnnpack, TWO)
+    return converted(net, flow)
+
+
+def converted(net: nn.Module, flow: Flow) -> tuple[dict[str, Layer], float]:
     """The layers of the INT8 model by name, and the error of its answers; sums are exact on every CPU."""
     engine = Engine.qnnpack
-    quantize.dry_run(net, flow, True, SETTINGS, MINMAX, engine, TWO)
     prepared = quantize.prepare(quantize.fuse(net, flow, True, TWO), flow, SETTINGS, MINMAX, engine, TWO)
     if flow is not Flow.dynamic:
         quantize.calibrate(prepared, [images(8, seed=3)])
-    converted = quantize.convert(prepared, flow, engine)
+    model = quantize.convert(prepared, flow, engine)
     with quantize.engine(engine), torch.inference_mode():
-        error = relative_error(converted(images(8, seed=4)), net(images(8, seed=4)))
-    return {layer.name: layer for layer in quantize.layers(converted, flow, engine)}, error
+        error = relative_error(model(images(8, seed=4)), net(images(8, seed=4)))
+    return {layer.name: layer for layer in quantize.layers(model, flow, engine)}, error
 
 
 def int8(layers: dict[str, Layer]) -> set[str]:
@@ -131,6 +136,13 @@ def test_recurrent_layers_count(flow: Flow) -> None:
     assert error < 0.1
 
 
+def test_an_lstm_is_int8_in_eager_mode() -> None:
+    layers, error = taken(trained(Tokens(Recurrent(nn.LSTM))), Flow.eager)
+    assert int8(layers) == set(layers)
+    assert sum("igates" in name or "hgates" in name for name in layers) == 2
+    assert error < 0.1
+
+
 def test_a_linear_layer_that_dynamic_does_not_take_is_not_said_to_be_no_linear_layer() -> None:
     class Own(nn.Linear):
         pass
@@ -156,7 +168,7 @@ def test_weights_that_are_computed_are_told_from_constant_ones() -> None:
             x = F.relu(F.conv2d(x, self.kernel)).mean((2, 3))
             return F.linear(x, (share[:, None, None] * self.experts).sum(0))
 
-    layers, error = taken(trained(Conditional()), Flow.fx)
+    layers, error = converted(trained(Conditional()), Flow.fx)
     left = [layer for layer in layers.values() if not layer.int8]
     assert [layer.kind for layer in layers.values()] == ["linear", "conv", "linear"]
     assert [(layer.kind, layer.reason) for layer in left] in (

@@ -179,6 +179,21 @@ def test_weights_and_biases_are_those_of_the_float_layer(flow: Flow, name: str) 
         assert says in one.fault()
 
 
+def test_weights_and_biases_of_dynamic_layers_are_looked_at_too() -> None:
+    for weight, bias, says in [
+        (without_a_channel, lambda bias: bias, "holds weights"),
+        (None, lambda bias: bias * 1.01, "holds a bias"),
+    ]:
+        one = case(Joined(), Flow.dynamic)
+        assert one.fault() == ""
+        assert one.deviations()["fc"].weight > 0.1
+        module: Any = one.int8.get_submodule("fc")
+        with quantize.engine(one.engine):
+            own, own_bias = module._weight_bias()
+            module.set_weight_bias(own if weight is None else weight(own), bias(own_bias))
+        assert f" fc (Linear) {says}" in one.fault()
+
+
 @pytest.mark.parametrize("flow", BOTH)
 @pytest.mark.parametrize("name", ["stem", "act", "fc"])
 def test_each_layer_gives_its_output_on_the_grid_that_calibration_found(flow: Flow, name: str) -> None:

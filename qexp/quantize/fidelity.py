@@ -33,7 +33,7 @@ from qexp.quantize.clamps import Interval, clamp_after
 from qexp.quantize.engines import engine as torch_engine
 from qexp.quantize.held import clamped, highest_code
 from qexp.quantize.layers import layers
-from qexp.quantize.names import public, tensor_of
+from qexp.quantize.names import public, tensor_of, took_relu
 from qexp.quantize.strided import AfterStride
 from qexp.quantize.trace import UntraceableError, standard_type, trace
 
@@ -483,7 +483,7 @@ class _Graphs:
         last = {node: tensor for tensor, node in self._nodes.items()}
         first = dict(last)
         for node in self._int8.graph.nodes:
-            if str(node.target).endswith("_relu"):
+            if took_relu(node):
                 # torch took a ReLU into the operation before it, and gives what the ReLU does.
                 relu = self._nodes[tensor_of(node)]
                 del first[relu]

@@ -97,7 +97,7 @@ def carry_to_converted(prepared: fx.GraphModule, converted: fx.GraphModule) -> N
         origin, node.stack_trace = node.stack_trace, None
         if origin is not None:
             # Where torch took a ReLU into an operation, what comes out is the ReLU's.
-            node.meta[_TENSOR] = after_relu.get(origin, origin) if str(node.target).endswith("_relu") else origin
+            node.meta[_TENSOR] = after_relu.get(origin, origin) if took_relu(node) else origin
         elif hands_on(node):
             node.meta[_TENSOR] = tensor_of(node.all_input_nodes[0])
 
@@ -105,6 +105,12 @@ def carry_to_converted(prepared: fx.GraphModule, converted: fx.GraphModule) -> N
 def hands_on(node: fx.Node) -> bool:
     """Whether a node of a converted graph only brings a tensor onto a grid, or from it."""
     return torch_function(node.target) in (torch.quantize_per_tensor, "dequantize", "to")
+
+
+def took_relu(node: fx.Node) -> bool:
+    """Whether a node of a converted graph is an operation into which torch took the ReLU behind it."""
+    operation = str(node.target)
+    return node.op == "call_function" and operation.endswith("_relu") and not operation.endswith("leaky_relu")
 
 
 def _is_observer(node: fx.Node) -> bool:
