@@ -358,8 +358,10 @@ def _held(module: nn.Module | None) -> tuple[Tensor | None, Tensor | None]:
         return None, None
     if callable(getattr(module, "get_weight", None)):  # torch's reference modules
         return module.get_weight(), getattr(module, "bias", None)  # type: ignore[operator]
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    return (weight(), bias() if callable(bias) else None) if callable(weight) else (None, None)
+    if not callable(getattr(module, "_weight_bias", None)):
+        return None, None
+    held: tuple[Tensor, Tensor | None] = module._weight_bias()  # type: ignore[operator]
+    return held  # unpacked once for both, which copies them
 
 
 def _bias_distance(bias: Tensor | None, given: Tensor | None) -> float:
@@ -384,8 +386,8 @@ def _allowed(call: _Call, given: Tensor, engine: Engine) -> float:
     """
     if isinstance(call.module, MultiheadAttention | LSTM):
         return _ALLOWED_MANY
-    weight, _ = _held(call.module)
-    if engine is not Engine.qnnpack or weight is None or not given.is_quantized or not call.inputs[0].is_quantized:
+    weight = _held(call.module)[0] if engine is Engine.qnnpack else None
+    if weight is None or not given.is_quantized or not call.inputs[0].is_quantized:
         return 1.0
     bias = float(weight_scales(weight)[0].max()) * call.inputs[0].q_scale() / given.q_scale() / 2
     return max(1.0, 0.6 + bias)
