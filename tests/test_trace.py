@@ -252,3 +252,15 @@ def test_python_is_as_it_was_after_tracing() -> None:
     trace(trained(Plain()), TWO)
     assert before == (isinstance, len, torch.zeros, Tensor.expand, torch.autograd.Function.__dict__["apply"])
     assert "expand" not in vars(Tensor)
+
+
+def test_squeeze_keeps_the_dimension_of_the_images() -> None:
+    class Squeezes(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(F.adaptive_avg_pool2d(self.conv1(x), 1).squeeze())
+
+    net = trained(Squeezes())
+    graph = trace(net, TWO)
+    assert torch.equal(graph(TWO), net(TWO))
+    assert torch.allclose(graph(TWO[:1]), net(TWO)[:1], atol=1e-5)
+    quantize.dry_run(net, Flow.fx, True, settings(), MINMAX, Engine.x86, TWO)

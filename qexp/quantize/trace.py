@@ -118,6 +118,12 @@ class _ShapeProxy(fx.Proxy):
 
     ndimension = dim
 
+    def squeeze(self, *dims: Any, **named: Any) -> Any:
+        """Without a dimension it would take that of the images, too, where there is one image."""
+        if not dims and not named:
+            dims = (tuple(i for i, size in enumerate(self.concrete.shape) if i > 0 and size == 1),)
+        return self.tracer.create_proxy("call_method", "squeeze", (self, *dims), named)
+
     def numel(self) -> Any:
         return math.prod(self.size())
 
