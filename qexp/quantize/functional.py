@@ -58,6 +58,9 @@ _INSTEAD = {
 _STEPS = 1.01
 
 
+_BUG = "INTERNAL ASSERT FAILED"  # torch's words for what says nothing to its users
+
+
 def run_or_refuse(converted: nn.Module, flow: Flow, example: Tensor) -> None:
     """Run a converted model once; raises InputError with the innermost module that computes what torch has no INT8
     kernel for, what eager mode takes no range of, or what torch's INT8 kernel answers with other values than FP32.
@@ -111,7 +114,12 @@ class _Watched(TorchDispatchMode):
         name, kwargs = func._schema.name, kwargs or {}
         inputs = [value for value in tree_leaves((args, kwargs)) if _is_int8(value)]
         if not inputs or not name.startswith("aten::") or name in _EMPTY:
-            return func(*args, **kwargs)
+            try:
+                return func(*args, **kwargs)
+            except RuntimeError as error:
+                if _BUG in str(error):
+                    self.failed_in = name
+                raise
         # FX has a range for every tensor that it quantizes, and one for all that are put together.
         unobserved = self._flow is Flow.eager and not _keeps_the_range(name, args, inputs)
         if unobserved and name in _JOIN:  # torch would warn of it in its own words

@@ -103,6 +103,10 @@ class _ShapeProxy(fx.Proxy):
             return self[next(i for i, part in enumerate(self.concrete) if part is value)]  # `x.max(1).values`
         if callable(value):
             return super().__getattr__(k)
+        if isinstance(self.concrete, tuple) and isinstance(value, Tensor):
+            # `x.max(1).values` by its position: others who run the graph make plain tuples of torch's named ones.
+            position = [part is value for part in self.concrete].index(True)
+            return self.tracer.create_proxy("call_function", operator.getitem, (self, position), {})
         return self.tracer.create_proxy("call_function", getattr, (self, k), {}) if isinstance(value, Tensor) else value
 
     @property
