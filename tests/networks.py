@@ -1,8 +1,8 @@
 """Networks as people write them, of every kind that is asked about: each says in a line what is special about it.
 
 All take float32 [n, 3, 16, 16] and give [n, 10]. `NETWORKS` has them by name; `built` gives one with random weights.
-Beside each network stands what a flow makes of it: nothing where it is quantized, else a part of the sentence that
-refuses it.
+Beside each network stands which flow refuses it, with words of the sentence: of eager mode it takes but what has INT8
+modules, or is written with FloatFunctional.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.ao.nn.quantized import FloatFunctional
 from torch.ao.quantization import DeQuantStub, QuantStub, fuse_modules
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from qexp.config import Engine, Flow
 from qexp.vision import torchvision
 
 SIZE = 16
@@ -30,21 +32,30 @@ CLASSES = 10
 
 @dataclass(frozen=True)
 class Network:
-    """A class, and for each flow a part of the sentence that refuses it; "" where it is quantized."""
+    """A class, and words of the sentence in which a flow refuses it: fx, fx with engine=qnnpack alone, or eager."""
 
     build: Callable[[], nn.Module]
-    eager: str
-    fx: str
+    fx: tuple[str, ...]
+    qnnpack: tuple[str, ...]
+    eager: tuple[str, ...]
+
+    def refused(self, flow: Flow, engine: Engine) -> tuple[str, ...]:
+        """The words; none where it is quantized."""
+        if flow is Flow.eager:
+            return self.eager
+        return self.fx or (self.qnnpack if engine is Engine.qnnpack else ())
 
 
 NETWORKS: dict[str, Network] = {}
+Words = str | tuple[str, ...]
 
 
-def network(eager: str = "", fx: str = "") -> Callable[[type[nn.Module]], type[nn.Module]]:
+def network(fx: Words = (), qnnpack: Words = (), eager: Words = ()) -> Callable[[type], type]:
     """Enters a class into the table."""
 
-    def enter(cls: type[nn.Module]) -> type[nn.Module]:
-        NETWORKS[cls.__name__] = Network(cls, eager, fx)
+    def enter(cls: type) -> type:
+        words = [(part,) if isinstance(part, str) else part for part in (fx, qnnpack, eager)]
+        NETWORKS[cls.__name__] = Network(cls, *words)
         return cls
 
     return enter
@@ -104,7 +115,7 @@ class SqueezeExcite(nn.Module):
         return x * scale.sigmoid()
 
 
-@network()
+@network(eager=("module block.5 (SqueezeExcite)", "mul"))
 class SqueezeExciteNet(nn.Module):
     """Squeeze and excite in an inverted residual with Hardswish, as in MobileNetV3."""
 
@@ -129,7 +140,7 @@ class SqueezeExciteNet(nn.Module):
         return self.head(x + self.block(x))
 
 
-@network()
+@network(eager=("own forward (CBAM)", "adaptive_max_pool2d"))
 class CBAM(nn.Module):
     """Attention over channels (one MLP for the mean and the maximum) and over pixels (mean and maximum of channels)."""
 
@@ -149,7 +160,7 @@ class CBAM(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))
 
 
-@network()
+@network(eager=("own forward (PixelAttention)", "bmm"))
 class PixelAttention(nn.Module):
     """Self-attention over pixels by bmm, with a residual that is scaled by a parameter, as in SAGAN."""
 
@@ -201,7 +212,7 @@ class TransformerBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-@network()
+@network(eager=("own forward (VisionTransformer)", "cat"))
 class VisionTransformer(nn.Module):
     """Patches by a convolution, an expanded class token, position embeddings, and one block as timm writes it."""
 
@@ -220,7 +231,7 @@ class VisionTransformer(nn.Module):
         return self.head(self.norm(self.blocks(x))[:, 0])
 
 
-@network()
+@network(eager="module attention (MultiheadAttention)")
 class HybridAttention(nn.Module):
     """nn.MultiheadAttention over the pixels of a convolutional stem."""
 
@@ -238,7 +249,7 @@ class HybridAttention(nn.Module):
         return self.fc(tokens.mean(dim=1))
 
 
-@network()
+@network(eager=("own forward (EfficientChannelAttention)", "mul"))
 class EfficientChannelAttention(nn.Module):
     """A Conv1d over channels, between squeeze, transpose and expand_as (ECA-Net)."""
 
@@ -259,7 +270,7 @@ class EfficientChannelAttention(nn.Module):
         return self.fc(self.avg_pool(x).flatten(start_dim=1))
 
 
-@network()
+@network(eager=("own forward (WindowAttention)", "roll"))
 class WindowAttention(nn.Module):
     """Shifted windows by roll, view and permute, a bias that is looked up by an index buffer, and torch's attention."""
 
@@ -290,7 +301,7 @@ class WindowAttention(nn.Module):
         return self.fc(x.mean((1, 2)))
 
 
-@network()
+@network(eager=("own forward (NonLocal)", "bmm"))
 class NonLocal(nn.Module):
     """Attention by einsum, and logits by einsum (bilinear pooling) with a signed square root and normalisation."""
 
@@ -311,7 +322,7 @@ class NonLocal(nn.Module):
 # ------------------------------------------------------------------------------------------------ branches
 
 
-@network()
+@network(eager=("own forward (Inception)", "cat"))
 class Inception(nn.Module):
     """Four branches, one of them behind an overlapping pooling, joined by cat."""
 
@@ -348,7 +359,7 @@ class DenseLayer(nn.Module):
         return self.conv(F.relu(self.norm(torch.cat(inputs, dim=1)), inplace=True))
 
 
-@network()
+@network(eager=("module layers.1 (DenseLayer)", "cat"))
 class DenseNet(nn.Module):
     """Each layer takes the list of all before it; every BatchNorm stands before its convolution."""
 
@@ -369,7 +380,7 @@ class DenseNet(nn.Module):
         return self.classifier(F.adaptive_avg_pool2d(x, (1, 1)).view(x.size(0), -1))
 
 
-@network()
+@network(eager=("own forward (Res2Net)", "add"))
 class Res2Net(nn.Module):
     """Channels are split; each part is added to the answer of the one before."""
 
@@ -394,7 +405,7 @@ class Res2Net(nn.Module):
         return self.fc(out.mean([2, 3]))
 
 
-@network()
+@network(eager=("own forward (ShuffleUnits)", "cat"))
 class ShuffleUnits(nn.Module):
     """Half of the channels goes by; the rest is mixed in by a channel shuffle of view and transpose."""
 
@@ -422,7 +433,7 @@ class ShuffleUnits(nn.Module):
         return self.fc(F.relu(self.last(x)).mean(-1).mean(-1))
 
 
-@network()
+@network(eager=("own forward (SelectiveKernel)", "stack"))
 class SelectiveKernel(nn.Module):
     """Branches are stacked and summed with weights from a softmax over the branches (SKNet)."""
 
@@ -443,7 +454,7 @@ class SelectiveKernel(nn.Module):
         return self.fc(torch.sum(x * attention, dim=1).mean((2, 3)))
 
 
-@network()
+@network(eager=("own forward (HighResolution)", "add"))
 class HighResolution(nn.Module):
     """Two resolutions exchange maps by strided convolutions and nearest upsampling; ModuleLists in a ModuleList."""
 
@@ -464,7 +475,7 @@ class HighResolution(nn.Module):
         return self.classifier(torch.cat([mixed[0], low], 1)).mean((-2, -1))
 
 
-@network()
+@network(eager=("own forward (MixedKernels)", "cat"))
 class MixedKernels(nn.Module):
     """Depthwise kernels of three sizes over uneven splits of the channels, then grouped convolutions (MixConv)."""
 
@@ -486,7 +497,7 @@ class MixedKernels(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-@network()
+@network(eager=("own forward (GhostModule)", "cat"))
 class GhostModule(nn.Module):
     """Cheap maps by depthwise convolutions, of which some are cut off by slicing."""
 
@@ -503,7 +514,7 @@ class GhostModule(nn.Module):
         return self.fc(self.second(x)[:, :, ::2, 1:].amax(dim=(2, 3)))
 
 
-@network()
+@network(eager=("own forward (ReparametrisedBlock)", "add"))
 class ReparametrisedBlock(nn.Module):
     """Three branches, one of them a bare BatchNorm, summed in one expression before a ReLU (RepVGG)."""
 
@@ -540,7 +551,7 @@ class TwoScales(nn.Module):
         return self.fc(torch.cat(pooled, dim=-1))
 
 
-@network()
+@network(eager=("own forward (TiedHeads)", "mul"))
 class TiedHeads(nn.Module):
     """One linear head reads two depths; two layers share one weight parameter; an image and its mirror are averaged."""
 
@@ -559,7 +570,7 @@ class TiedHeads(nn.Module):
         return (self.features(x) + self.features(x.flip(-1))) / 2
 
 
-@network()
+@network(eager="BatchNorm norms.0")
 class Recurrent(nn.Module):
     """One convolution applied three times, each time with a BatchNorm of its own."""
 
@@ -577,7 +588,7 @@ class Recurrent(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-@network()
+@network(qnnpack=("own forward (GraphModule)", "add"), eager=("own forward (GatedRecurrence)", "zeros_like"))
 class GatedRecurrence(nn.Module):
     """A convolutional GRU that is fed the same maps twice: sigmoid, tanh, 1 - z, a state of zeros_like."""
 
@@ -601,7 +612,7 @@ class GatedRecurrence(nn.Module):
 # ------------------------------------------------------------------------------------------------ poolings
 
 
-@network()
+@network(qnnpack=("module pool2 (AvgPool2d)", "avg_pool2d"), eager=("module pool2 (AvgPool2d)", "avg_pool2d"))
 class OddPoolings(nn.Module):
     """LPPool, a ceil_mode maximum, an average without its padding, adaptive maxima of odd sizes."""
 
@@ -621,7 +632,7 @@ class OddPoolings(nn.Module):
         return self.fc(self.max(self.lp(x)).flatten(1))
 
 
-@network()
+@network(eager=("own forward (MaximumAndMean)", "logsumexp"))
 class MaximumAndMean(nn.Module):
     """Global maximum and mean side by side, and between them log-sum-exp."""
 
@@ -653,7 +664,7 @@ class SpatialPyramid(nn.Module):
         return self.fc(torch.cat(levels, dim=1))
 
 
-@network()
+@network(eager=("own forward (GeneralisedMean)", "clamp"))
 class GeneralisedMean(nn.Module):
     """GeM: pooling by a power that is a parameter."""
 
@@ -670,7 +681,7 @@ class GeneralisedMean(nn.Module):
         return self.fc(x.flatten(1))
 
 
-@network()
+@network(eager=("own forward (BlurPool)", "convolution"))
 class BlurPool(nn.Module):
     """Reflection padding and a depthwise convolution with a buffer as weight, before each subsampling."""
 
@@ -689,7 +700,7 @@ class BlurPool(nn.Module):
         return self.fc(F.adaptive_avg_pool2d(x, 1)[:, :, 0, 0])
 
 
-@network()
+@network(eager=("module pool (MaxPool2d)", "max_pool2d_with_indices"))
 class PoolIndices(nn.Module):
     """A maximum that hands its indices to the unpooling, as in SegNet."""
 
@@ -711,7 +722,7 @@ class PoolIndices(nn.Module):
 # ------------------------------------------------------------------------------------------------ early reshapes
 
 
-@network()
+@network(eager=("module act (SiLU)", "silu_"))
 class Focus(nn.Module):
     """Space to depth by slices with steps, before the first convolution (YOLOv5)."""
 
@@ -750,7 +761,7 @@ class SpaceToDepth(nn.Module):
         return self.fc(torch.tanh(self.conv3(x)).mean((2, 3)))
 
 
-@network()
+@network(eager=("module unfold (Unfold)", "im2col"))
 class UnfoldedPatches(nn.Module):
     """Patches by unfold, a linear layer for each, folded back into maps."""
 
@@ -768,7 +779,7 @@ class UnfoldedPatches(nn.Module):
         return self.fc(self.conv(x).reshape(x.shape[0], -1))
 
 
-@network()
+@network(eager=("own forward (Mixer)", "add"))
 class Mixer(nn.Module):
     """Linear layers over tokens and over channels in turn (MLP-Mixer)."""
 
@@ -836,7 +847,7 @@ class ConvNeXtBlock(nn.Module):
         return shortcut + x.permute(0, 3, 1, 2)
 
 
-@network()
+@network(eager=("module stem.1 (ChannelsFirstNorm)", "sub"))
 class ConvNeXt(nn.Module):
     """LayerNorm over channels, once in channels-last and once written by hand; LayerScale."""
 
@@ -858,7 +869,7 @@ class StandardisedConv(nn.Conv2d):
         return F.conv2d(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
-@network()
+@network(eager="module conv1 (StandardisedConv)")
 class GroupNormNet(nn.Module):
     """GroupNorm after convolutions whose weights are standardised in the forward (BiT)."""
 
@@ -876,7 +887,7 @@ class GroupNormNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-@network()
+@network(fx="norm3 (InstanceNorm2d)", eager="norm3 (InstanceNorm2d)")
 class InstanceNormNet(nn.Module):
     """InstanceNorm with and without weights, and with the statistics of training."""
 
@@ -904,7 +915,7 @@ class RMSNorm(nn.Module):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.scale
 
 
-@network()
+@network(eager=("module norm1 (RMSNorm)", "pow"))
 class GatedTokens(nn.Module):
     """A root-mean-square norm written by hand, torch's own, and a gated MLP (SwiGLU) by chunk."""
 
@@ -922,7 +933,7 @@ class GatedTokens(nn.Module):
         return self.head(self.norm2(x).mean(-2))
 
 
-@network()
+@network(eager=("module features.2 (LocalResponseNorm)", "mul"))
 class LocalResponse(nn.Module):
     """LocalResponseNorm and overlapping poolings, as in AlexNet."""
 
@@ -960,7 +971,7 @@ class PreActivation(nn.Module):
         return out
 
 
-@network()
+@network(eager=("module blocks.0 (PreActivation)", "add_"))
 class PreActivationResNet(nn.Module):
     """BatchNorm and ReLU before each convolution, one BatchNorm without weights, `+=` and hasattr in forward."""
 
@@ -994,7 +1005,7 @@ class FrozenBatchNorm(nn.Module):
         return x * scale + (b - self.running_mean.reshape(1, -1, 1, 1) * scale)
 
 
-@network()
+@network(eager=("module bn1 (FrozenBatchNorm)", "mul"))
 class FrozenNorms(nn.Module):
     """A BatchNorm that is arithmetic with buffers, as detection backbones have it; torchvision's, too."""
 
@@ -1012,7 +1023,7 @@ class FrozenNorms(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-@network()
+@network(eager=("own forward (ResponseNorm)", "linalg_vector_norm"))
 class ResponseNorm(nn.Module):
     """Global response normalisation by torch.norm over pixels in channels-last (ConvNeXt V2)."""
 
@@ -1035,7 +1046,7 @@ class ResponseNorm(nn.Module):
 # ------------------------------------------------------------------------------------------------ functions, in place
 
 
-@network()
+@network(eager="BatchNorm batch_norm")
 class Functional(nn.Module):
     """No layer is a module: weights in a ParameterDict, statistics in buffers, everything from torch.nn.functional."""
 
@@ -1071,7 +1082,7 @@ class Functional(nn.Module):
         return F.linear(torch.mean(x, (2, 3)), p["fc"], p["bias"])
 
 
-@network()
+@network(eager=("own forward (InPlace)", "mul_"))
 class InPlace(nn.Module):
     """Every activation and every sum in place, and results that nobody assigns."""
 
@@ -1100,7 +1111,7 @@ class InPlace(nn.Module):
         return self.fc(z.mean((2, 3)))
 
 
-@network()
+@network(fx="own forward (InPlaceViews)", eager="own forward (InPlaceViews)")
 class InPlaceViews(nn.Module):
     """Writes into slices of a tensor: half of the channels gets a ReLU, a border is set to zero."""
 
@@ -1119,7 +1130,7 @@ class InPlaceViews(nn.Module):
 # ------------------------------------------------------------------------------------------------ activations
 
 
-@network()
+@network(eager="Activations")
 class Activations(nn.Module):
     """A ModuleDict of activations, one behind each of as many convolutions of the same maps."""
 
@@ -1153,7 +1164,7 @@ class Activations(nn.Module):
         return self.fc(torch.cat([answer.mean((2, 3)) for answer in answers], dim=1))
 
 
-@network()
+@network(eager=("module glu (GLU)", "glu"))
 class Gates(nn.Module):
     """Gated linear units, x * sigmoid(x) and x * tanh(softplus(x)) written out, a hard sigmoid of relu6."""
 
@@ -1175,7 +1186,7 @@ class Gates(nn.Module):
         return F.glu(self.fc(x.mean((2, 3))), dim=-1)
 
 
-@network()
+@network(eager=("own forward (Rectifiers)", "neg"))
 class Rectifiers(nn.Module):
     """CReLU by cat, Maxout by maximum, soft thresholding by sign and abs, and a leaky ReLU by torch.where."""
 
@@ -1198,7 +1209,7 @@ class Rectifiers(nn.Module):
 # ------------------------------------------------------------------------------------------------ residuals
 
 
-@network()
+@network(fx="relu_2 (add_relu)", eager=("own forward (ScaledResiduals)", "mul"))
 class ScaledResiduals(nn.Module):
     """ReZero by a scalar, LayerScale by a vector, a fixed number, and a subtraction."""
 
@@ -1228,7 +1239,7 @@ def drop_path(x: Tensor, p: float, training: bool) -> Tensor:
     return x * keep / (1 - p)
 
 
-@network()
+@network(eager=("own forward (StochasticDepth)", "add"))
 class StochasticDepth(nn.Module):
     """Branches that training drops: a function that looks at `training`, and torchvision's module."""
 
@@ -1249,7 +1260,7 @@ class StochasticDepth(nn.Module):
 # ------------------------------------------------------------------------------------------------ decoders, padding
 
 
-@network()
+@network(eager=("own forward (UNet)", "cat"))
 class UNet(nn.Module):
     """Transposed convolutions and bilinear upsampling, with the encoder's maps joined on the way up."""
 
@@ -1275,7 +1286,7 @@ class UNet(nn.Module):
         return self.out(x).mean((2, 3))
 
 
-@network()
+@network(eager=("own forward (FeaturePyramid)", "add"))
 class FeaturePyramid(nn.Module):
     """Maps of three depths in an OrderedDict, merged from the top by nearest upsampling (FPN)."""
 
@@ -1308,7 +1319,7 @@ class FeaturePyramid(nn.Module):
         return self.fc(torch.cat([m.mean((2, 3)) for m in merged.values()], dim=1))
 
 
-@network()
+@network(fx="circular", eager="circular")
 class Paddings(nn.Module):
     """Reflected, replicated, circular, one-sided, "same" and constant padding."""
 
@@ -1333,7 +1344,7 @@ class Paddings(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-@network()
+@network(eager=("own forward (AtrousPyramid)", "cat"))
 class AtrousPyramid(nn.Module):
     """Dilated branches and a pooled one that is spread over the map again, joined by cat (ASPP)."""
 
@@ -1362,7 +1373,7 @@ class Stage(nn.Sequential):
         return x
 
 
-@network()
+@network(eager=("module stage (Stage)", "add"))
 class GroupedStages(nn.Module):
     """Grouped and depthwise convolutions in a Sequential whose forward adds residuals; blocks made by a function."""
 
@@ -1388,7 +1399,7 @@ class GroupedStages(nn.Module):
 # ------------------------------------------------------------------------------------------------ constants, masks
 
 
-@network()
+@network(eager=("own forward (Coordinates)", "linspace"))
 class Coordinates(nn.Module):
     """Two maps of coordinates, made in forward, are joined to the image (CoordConv)."""
 
@@ -1405,7 +1416,7 @@ class Coordinates(nn.Module):
         return self.fc(self.conv2(self.conv1(x)).mean((2, 3)))
 
 
-@network()
+@network(eager=("own forward (PositionalCode)", "sub"))
 class PositionalCode(nn.Module):
     """Sines of torch.arange, made in forward, are added to the tokens; images are normalised with buffers first."""
 
@@ -1427,7 +1438,7 @@ class PositionalCode(nn.Module):
         return self.head(x.mean(dim=1))
 
 
-@network()
+@network(eager=("own forward (Coupling)", "mul"))
 class Coupling(nn.Module):
     """Affine coupling with a checkerboard of torch.where and masked_fill (RealNVP)."""
 
@@ -1446,7 +1457,7 @@ class Coupling(nn.Module):
         return self.fc(self.last(x).mean((2, 3)))
 
 
-@network()
+@network(eager=("own forward (SpatialTransformer)", "mul"))
 class SpatialTransformer(nn.Module):
     """The image is resampled by an affine grid that a small network computes from it."""
 
@@ -1463,7 +1474,7 @@ class SpatialTransformer(nn.Module):
         return self.fc(self.features(x).mean((2, 3)))
 
 
-@network()
+@network(eager=("own forward (ConditionalConv)", "softmax"))
 class ConditionalConv(nn.Module):
     """Each image has weights of its own, mixed from experts by a softmax; one grouped convolution does them all."""
 
@@ -1502,7 +1513,7 @@ class ConvolutionalHead(nn.Module):
         return self.logits(self.act(self.full(self.features(x)))).squeeze(-1).squeeze(-1)
 
 
-@network()
+@network(eager=("own forward (CosineClassifier)", "linalg_vector_norm"))
 class CosineClassifier(nn.Module):
     """Logits are cosines with normalised weights, scaled by the exponential of a parameter."""
 
@@ -1517,7 +1528,7 @@ class CosineClassifier(nn.Module):
         return self.logit_scale.exp() * F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
 
 
-@network()
+@network(eager=("own forward (Prototypes)", "cdist_forward"))
 class Prototypes(nn.Module):
     """Logits are distances to prototypes, negated; log_softmax at the end."""
 
@@ -1539,7 +1550,7 @@ class Outputs(NamedTuple):
     gate: Tensor | None = None
 
 
-@network()
+@network(eager=("module gate.1 (Softmax)", "softmax"))
 class Experts(nn.Module):
     """A NamedTuple inside, experts stacked and weighed by a softmax gate, LogSoftmax as the last module."""
 
@@ -1561,7 +1572,7 @@ class Experts(nn.Module):
         return self.log_softmax(self.outputs(x).logits)
 
 
-@network()
+@network(eager=("own forward (DeepSupervision)", "amax"))
 class DeepSupervision(nn.Module):
     """Auxiliary heads that only training calls, and a dict of outputs of which one is returned."""
 
@@ -1679,3 +1690,325 @@ class PlainVGG(nn.Module):
         x = self.features(x)
         x = x.view(x.size(0), -1)
         return self.classifier(x)
+
+
+# ------------------------------------------------------------------------------------------------ ways of writing
+
+
+class SwishFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        sigmoid = torch.sigmoid(x)
+        return gradient * (sigmoid * (1 + x * (1 - sigmoid)))
+
+
+class MemoryEfficientSwish(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return SwishFunction.apply(x)
+
+
+@network(eager=("module swish (MemoryEfficientSwish)", "mul"))
+class OwnFunction(nn.Module):
+    """An activation that is a torch.autograd.Function, as EfficientNet's first package had it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16)
+        self.conv2, self.swish = nn.Conv2d(16, 16, 3, padding=1), MemoryEfficientSwish()
+        self.fc = nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.swish(self.bn1(self.conv1(x)))
+        return self.fc(self.swish(self.conv2(x)).mean((2, 3)))
+
+
+@network(eager=("own forward (FunctionalNorms)", "native_group_norm"))
+class FunctionalNorms(nn.Module):
+    """Group, layer and instance norm, Hardswish, ELU, Hardsigmoid and Softplus from torch.nn.functional."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.conv3, self.conv4 = (nn.Conv2d(c, 16, 3, padding=1) for c in (3, 16, 16, 16))
+        self.weight, self.bias = nn.Parameter(torch.ones(16)), nn.Parameter(torch.zeros(16))
+        self.fc = nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.hardswish(F.group_norm(self.conv1(x), 4, self.weight, self.bias))
+        x = F.elu(F.instance_norm(F.max_pool2d(self.conv2(x), 2)))
+        x = F.layer_norm(self.conv3(x).permute(0, 2, 3, 1), (16,), self.weight, eps=1e-6).permute(0, 3, 1, 2)
+        y = self.conv4(x)
+        x = x + F.hardsigmoid(y) * F.softplus(y)
+        return self.fc(x.mean((2, 3)))
+
+
+@network(eager=("own forward (Assertive)", "to_copy"))
+class Assertive(nn.Module):
+    """Checks of shapes, types and modes in forward, and a checkpointed block where gradients are needed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.use_checkpoint = True
+        self.conv1, self.conv2 = conv_bn_relu(3, 16, stride=2), conv_bn_relu(16, 16)
+        self.fc = nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert isinstance(x, Tensor), "an image"
+        assert x.dim() == 4, f"a batch of images, not {x.shape}"
+        assert x.shape[1] == 3
+        torch._assert(x.size(2) == x.size(3), "square")
+        if x.dtype != torch.float32:
+            x = x.float()
+        x = self.conv1(x)
+        if self.use_checkpoint and x.requires_grad and not torch.jit.is_scripting():
+            x = torch.utils.checkpoint.checkpoint(self.conv2, x, use_reentrant=False)
+        else:
+            x = self.conv2(x)
+        return self.fc(x.mean((2, 3)))
+
+
+@network(eager="Conversions")
+class Conversions(nn.Module):
+    """to, float, type_as, clone, detach and memory formats, of which none computes anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = conv_bn_relu(3, 16, stride=2), conv_bn_relu(16, 16)
+        self.fc = nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.fc.weight.dtype).contiguous(memory_format=torch.channels_last)
+        x = self.conv1(x.float())
+        skip = x.clone().detach()
+        x = self.conv2(x).to(memory_format=torch.contiguous_format) + skip.type_as(x)
+        return self.fc(x.mean((2, 3)).to(torch.float32)).cpu()
+
+
+class Lambda(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@network(eager=("module gray (Lambda)", "mul"))
+class Lambdas(nn.Module):
+    """Layers that hold a function; layers found by getattr with a number in their name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for i, (channels, width) in enumerate([(1, 8), (8, 16), (16, 16)]):
+            self.add_module(f"layer{i}", conv_bn_relu(channels, width, stride=1 + i % 2))
+        self.gray = Lambda(lambda x: 0.3 * x[:, :1] + 0.6 * x[:, 1:2] + 0.1 * x[:, 2:])
+        self.head = nn.Sequential(Lambda(lambda x: x.mean(dim=[-2, -1])), nn.Linear(16, CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.gray(x)
+        for i in range(3):
+            x = getattr(self, f"layer{i}")(x)
+        return self.head(x)
+
+
+class Residual(nn.Module):
+    def __init__(self, fn: nn.Module):
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fn(x) + x
+
+
+@network(eager=("module block.0 (Residual)", "add"))
+class ConvMixer(nn.Module):
+    """A wrapper that adds what goes in to what comes out; BatchNorm behind the activation, where it stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 2, stride=2), nn.GELU(), nn.BatchNorm2d(16))
+        depthwise = nn.Sequential(nn.Conv2d(16, 16, 5, groups=16, padding="same"), nn.GELU(), nn.BatchNorm2d(16))
+        self.block = nn.Sequential(Residual(depthwise), nn.Conv2d(16, 16, 1), nn.ReLU(), nn.BatchNorm2d(16))
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(), nn.Linear(16, CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(self.stem(x)))
+
+
+@network(eager=("own forward (TappedBackbone)", "mul"))
+class TappedBackbone(nn.Module):
+    """A Sequential that is sliced and enumerated, features kept on the way, merged by weights that add up to one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            conv_bn_relu(3, 16, stride=2), conv_bn_relu(16, 16), nn.MaxPool2d(2), conv_bn_relu(16, 16), nn.Identity()
+        )
+        self.taps = {0, 1}
+        self.weights = nn.Parameter(torch.ones(3))
+        self.fc = nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features[0](x)
+        kept = [x]
+        for i, layer in enumerate(self.features[1:]):
+            x = layer(x)
+            if i in self.taps and i < 1:
+                kept.append(x)
+        kept.append(F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False))
+        weights = F.relu(self.weights)
+        weights = weights / (weights.sum() + 1e-4)
+        merged = sum(weight * feature for weight, feature in zip(weights, kept, strict=True))
+        return self.fc(merged.mean((2, 3)))
+
+
+# ------------------------------------------------------------------------------------------------ rarer operations
+
+
+@network()
+class TransposedDecoder(nn.Module):
+    """Transposed convolutions of several kinds: overlapping, grouped, dilated, with output_padding, and BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode = nn.Sequential(conv_bn_relu(3, 16, stride=2), conv_bn_relu(16, 32, stride=2))
+        self.up1 = nn.Sequential(nn.ConvTranspose2d(32, 16, 4, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.up2 = nn.Sequential(nn.ConvTranspose2d(16, 16, 3, 1, 1, groups=4), nn.ReLU())
+        self.up3 = nn.Sequential(nn.ConvTranspose2d(16, 8, 3, 2, 1, output_padding=1), nn.LeakyReLU(0.2))
+        self.up4 = nn.ConvTranspose2d(8, 8, 3, dilation=2, padding=2)
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up3(self.up2(self.up1(self.encode(x))))
+        return self.fc(torch.tanh(self.up4(x)).mean((2, 3)))
+
+
+@network(eager=("own forward (FeatureModulation)", "add"))
+class FeatureModulation(nn.Module):
+    """Scales and shifts that a small network computes from the pooled maps (FiLM), by chunk and None indexing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = conv_bn_relu(3, 16, stride=2), nn.Conv2d(16, 16, 3, padding=1)
+        self.condition = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 32))
+        self.fc = nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        gamma, beta = self.condition(x.mean((2, 3))).chunk(2, dim=-1)
+        x = F.relu(self.conv(x) * (1 + gamma[..., None, None]) + beta[:, :, None, None])
+        return self.fc(x.mean((2, 3)))
+
+
+@network(eager=("module unfold (Unfold)", "im2col"))
+class Involution(nn.Module):
+    """Kernels computed for each pixel, applied to unfolded maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv_bn_relu(3, 16, stride=2)
+        self.reduce, self.span = conv_bn_relu(16, 4, 1), nn.Conv2d(4, 2 * 9, 1)
+        self.unfold = nn.Unfold(3, padding=1)
+        self.fc = nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        b, c, h, w = x.shape
+        weight = self.span(self.reduce(x)).view(b, 2, 9, h, w).unsqueeze(2)
+        out = self.unfold(x).view(b, 2, c // 2, 9, h, w)
+        out = (weight * out).sum(dim=3).view(b, c, h, w)
+        return self.fc(F.relu(out).mean((2, 3)))
+
+
+@network(eager=("own forward (SoftArgmax)", "mul"))
+class SoftArgmax(nn.Module):
+    """Keypoints as expectations over pixels: softmax, products with coordinate buffers, sums, concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(conv_bn_relu(3, 16, stride=2), nn.Conv2d(16, 8, 3, padding=1))
+        self.register_buffer("position", torch.linspace(-1, 1, 8))
+        self.temperature = nn.Parameter(torch.tensor(2.0))
+        self.fc = nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.features(x)
+        heat = torch.softmax((maps * self.temperature).flatten(2), dim=-1).view_as(maps)
+        column = (heat.sum(dim=2) * self.position).sum(dim=-1)
+        row = (heat.sum(dim=3) * self.position).sum(dim=-1)
+        return self.fc(torch.hstack((column, row)))
+
+
+@network(eager=("own forward (TokenSelection)", "gather"))
+class TokenSelection(nn.Module):
+    """The highest tokens by topk and gather, and a one-hot gate of argmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.score = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 1)
+        self.experts = nn.ModuleList([nn.Linear(16, CLASSES) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.patches(x)).flatten(2).transpose(1, 2)
+        values, index = self.score(x).squeeze(-1).topk(4, dim=1)
+        x = torch.gather(x, 1, index.unsqueeze(-1).expand(-1, -1, 16))
+        x = (x * torch.sigmoid(values).unsqueeze(-1)).sum(1)
+        return torch.stack([expert(x) for expert in self.experts]).mean(0)
+
+
+@network(eager=("own forward (FourierMixer)", "to_copy"))
+class FourierMixer(nn.Module):
+    """Tokens mixed by a Fourier transform and complex weights (GFNet)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 2, 2)
+        self.filter = nn.Parameter(torch.ones(16, 8, 5, 2))
+        self.conv = conv_bn_relu(16, 16, 1)
+        self.fc = nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        spectrum = torch.fft.rfft2(x, norm="ortho") * torch.view_as_complex(self.filter)
+        x = x + torch.fft.irfft2(spectrum, s=x.shape[-2:], norm="ortho")
+        return self.fc(self.conv(x).mean((2, 3)))
+
+
+@network(eager="RowMemory")
+class RowMemory(nn.Module):
+    """An LSTM reads the rows of the map, a GRU the channels' means."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv_bn_relu(3, 8, stride=2)
+        self.lstm = nn.LSTM(64, 16, batch_first=True)
+        self.gru = nn.GRU(8, 16, batch_first=True)
+        self.fc = nn.Linear(32, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        rows, _ = self.lstm(x.permute(0, 2, 1, 3).flatten(2))
+        _, last = self.gru(x.mean(3).permute(0, 2, 1))
+        return self.fc(torch.cat([rows[:, -1], last[0]], dim=1))
+
+
+@network(eager="module bilinear (Bilinear)")
+class PairwiseHead(nn.Module):
+    """nn.Bilinear and nn.CosineSimilarity as heads, parameters in a ParameterList, logits scaled and shifted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = conv_bn_relu(3, 8, stride=2), conv_bn_relu(3, 8, 5, stride=2)
+        self.bilinear = nn.Bilinear(8, 8, CLASSES)
+        self.similarity = nn.CosineSimilarity(dim=1)
+        self.affine = nn.ParameterList([nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(CLASSES))])
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.left(x).mean((2, 3)), self.right(x).mean((2, 3))
+        logits = self.bilinear(left, right) + self.similarity(left, right).unsqueeze(1)
+        return logits * self.affine[0] + self.affine[1]
