@@ -722,7 +722,7 @@ class PoolIndices(nn.Module):
 # ------------------------------------------------------------------------------------------------ early reshapes
 
 
-@network(eager=("module act (SiLU)", "silu_"))
+@network()
 class Focus(nn.Module):
     """Space to depth by slices with steps, before the first convolution (YOLOv5)."""
 
@@ -887,7 +887,7 @@ class GroupNormNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-@network(fx="norm3 (InstanceNorm2d)", eager="norm3 (InstanceNorm2d)")
+@network()
 class InstanceNormNet(nn.Module):
     """InstanceNorm with and without weights, and with the statistics of training."""
 
@@ -933,7 +933,7 @@ class GatedTokens(nn.Module):
         return self.head(self.norm2(x).mean(-2))
 
 
-@network(eager=("module features.2 (LocalResponseNorm)", "mul"))
+@network()
 class LocalResponse(nn.Module):
     """LocalResponseNorm and overlapping poolings, as in AlexNet."""
 
@@ -1130,7 +1130,7 @@ class InPlaceViews(nn.Module):
 # ------------------------------------------------------------------------------------------------ activations
 
 
-@network(eager="Activations")
+@network(eager=("own forward (Activations)", "cat"))
 class Activations(nn.Module):
     """A ModuleDict of activations, one behind each of as many convolutions of the same maps."""
 
@@ -1164,7 +1164,7 @@ class Activations(nn.Module):
         return self.fc(torch.cat([answer.mean((2, 3)) for answer in answers], dim=1))
 
 
-@network(eager=("module glu (GLU)", "glu"))
+@network(eager=("own forward (Gates)", "mul"))
 class Gates(nn.Module):
     """Gated linear units, x * sigmoid(x) and x * tanh(softplus(x)) written out, a hard sigmoid of relu6."""
 
@@ -1209,7 +1209,7 @@ class Rectifiers(nn.Module):
 # ------------------------------------------------------------------------------------------------ residuals
 
 
-@network(fx="relu_2 (add_relu)", eager=("own forward (ScaledResiduals)", "mul"))
+@network(eager=("own forward (ScaledResiduals)", "mul"))
 class ScaledResiduals(nn.Module):
     """ReZero by a scalar, LayerScale by a vector, a fixed number, and a subtraction."""
 
@@ -1319,7 +1319,7 @@ class FeaturePyramid(nn.Module):
         return self.fc(torch.cat([m.mean((2, 3)) for m in merged.values()], dim=1))
 
 
-@network(fx="circular", eager="circular")
+@network(eager="circular")
 class Paddings(nn.Module):
     """Reflected, replicated, circular, one-sided, "same" and constant padding."""
 
@@ -1550,7 +1550,7 @@ class Outputs(NamedTuple):
     gate: Tensor | None = None
 
 
-@network(eager=("module gate.1 (Softmax)", "softmax"))
+@network(eager=("own forward (Experts)", "stack"))
 class Experts(nn.Module):
     """A NamedTuple inside, experts stacked and weighed by a softmax gate, LogSoftmax as the last module."""
 
