@@ -1669,9 +1669,9 @@ class ModuleChain(nn.Module):
         return self.layers(x)
 
 
-@network()
+@network(eager=("own forward (PlainVGG)", "view"))
 class PlainVGG(nn.Module):
-    """Convolutions, ReLU6 and max pooling in one Sequential that a loop makes; two linear layers behind a flatten."""
+    """Convolutions, ReLU and max pooling in one Sequential that a loop makes; two linear layers behind a flatten."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1681,7 +1681,7 @@ class PlainVGG(nn.Module):
             if isinstance(width, str):
                 layers.append(nn.MaxPool2d(2, 2) if width == "M" else nn.AvgPool2d(2, 2))
             else:
-                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU6(inplace=True)]
+                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
                 channels = width
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(nn.Linear(64, 32), nn.ReLU(True), nn.Dropout(p=0.5), nn.Linear(32, CLASSES))
