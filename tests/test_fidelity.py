@@ -374,3 +374,21 @@ def test_each_call_of_a_module_is_a_tensor_of_its_own_in_fx() -> None:
         assert row.scale == pytest.approx(float(one.qparams[name].scale[0]))
     assert rows[second].scale > 2 * rows["hardswish"].scale
     assert all(row.own_sqnr_db is not None and row.own_sqnr_db > 15 for row in rows.values())
+
+
+@pytest.mark.parametrize("join", [lambda x: x * 2, lambda x: x + x.flip(1)])
+def test_a_relu_that_torch_takes_into_the_operation_before_it_has_a_row_without_weights(join: Any) -> None:
+    class Joined(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.relu1(join(self.bn1(self.conv1(x))))
+            return self.fc(x.mean((2, 3)))
+
+    class WithRelu(Joined):
+        def __init__(self) -> None:
+            super().__init__()
+            self.relu1 = nn.ReLU()
+
+    one = case(WithRelu(), Flow.fx)
+    row = one.by_name([images(4, seed=5)])["relu1"]
+    assert row.weight_sqnr_db is None
+    assert 15 < row.sqnr_db < 60

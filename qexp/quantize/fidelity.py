@@ -443,8 +443,9 @@ def _clamps(graph_module: fx.GraphModule) -> dict[str, Interval]:
 
 
 def _weight_sqnr_db(fused: nn.Module, int8: nn.Module, name: str) -> float | None:
-    known, converted = dict(fused.named_modules(remove_duplicate=False)), int8.get_submodule(name)
-    layer, converted = known.get(name), converted.conv if isinstance(converted, AfterStride) else converted
+    """Of a module's weights; None where it has none, or where torch took it (a ReLU) into what comes before it."""
+    layer, converted = (dict(model.named_modules(remove_duplicate=False)).get(name) for model in (fused, int8))
+    converted = converted.conv if isinstance(converted, AfterStride) else converted
     layer = layer[0] if isinstance(layer, _FusedModule) else layer
     expected, actual = getattr(layer, "weight", None), getattr(converted, "weight", None)
     if not isinstance(expected, Tensor) or not callable(actual):
