@@ -33,7 +33,7 @@ def test_pytorch_default_is_exactly_what_torch_gives_for_the_engine(
             (ours.weight, theirs.weight, WEIGHT),
         ):
             observer, expected = make(), other()
-            assert type(observer) is type(expected)
+            assert isinstance(observer, type(expected))
             observer(tensor)
             expected(tensor)
             for mine, torchs in zip(observer.calculate_qparams(), expected.calculate_qparams(), strict=True):

@@ -262,7 +262,7 @@ def _clamped(module: nn.Module, example: Tensor) -> dict[str, Interval]:
     except UntraceableError as error:
         logger.info(
             "qconfig.range_after_clamp has no effect: %s %s",
-            place(error.module, error.kind),
+            place(public(error.module, module), error.kind),
             error.reason,
         )
         return {}
