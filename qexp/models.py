@@ -359,7 +359,7 @@ def _held(path: Path) -> Iterator[None]:
 def _training_key(model: Mapping[str, Any], settings: config.Train, data: Data, seed: int) -> str:
     """SHA-256 of what a trained model depends on; all but the number of threads, which changes rounding only."""
     parts = {
-        "model": {key: value for key, value in model.items() if key not in RESERVED},
+        "model": _made_with(model),
         "train": {**asdict(settings), "device": choose_device(settings.device).type},
         "data": [data.train.digest, data.classes, data.mean, data.std],
         "seed": seed,
@@ -369,9 +369,16 @@ def _training_key(model: Mapping[str, Any], settings: config.Train, data: Data, 
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def _made_with(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes the model, and with which arguments, wherever its weights are from."""
+    return {key: value for key, value in model.items() if key not in RESERVED}
+
+
 def _digest(module: nn.Module, model: Mapping[str, Any]) -> str:
+    """Of everything that the model computes with: an argument that only its forward reads shows nowhere else."""
     digest = hashlib.sha256()
     digest.update(repr(module).encode())
+    digest.update(json.dumps(_made_with(model), sort_keys=True, default=str).encode())
     digest.update(json.dumps(_code("model._target_", model), sort_keys=True).encode())
     for name, tensor in module.state_dict().items():
         if isinstance(tensor, Tensor):

@@ -70,6 +70,17 @@ class Plain(nn.Module):
 Outputs = namedtuple("Outputs", ["logits", "features"])
 
 
+class Scaled(Plain):
+    """The argument is in no weight, and not in how the module prints."""
+
+    def __init__(self, factor: float, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.factor
+
+
 class Pair(Plain):
     def forward(self, x: Tensor) -> Any:
         return Outputs(super().forward(x), x)
@@ -382,6 +393,18 @@ def test_a_checkpoint_is_loaded_exactly_and_nothing_is_trained(digits: Data, tmp
     assert not any(p.requires_grad for p in loaded.module.parameters())
     assert loaded.source == f"38 tensors from {tmp_path / 'weights.pt'}"
     assert not (tmp_path / "kept").exists()
+
+
+def test_models_of_the_same_weights_and_other_arguments_are_told_apart(digits: Data, tmp_path: Path) -> None:
+    def loaded(factor: float) -> models.FloatModel:
+        return float_model(here("Scaled", factor=factor, checkpoint=str(tmp_path / "weights.pt")), digits, tmp_path)
+
+    torch.save(models.build(here("Scaled", factor=1.0), 10, seed=0).state_dict(), tmp_path / "weights.pt")
+    one, two = loaded(1.0), loaded(2.0)
+    image = torch.rand(1, *digits.test.shape)
+    assert torch.equal(two.module(image), 2 * one.module(image))
+    assert one.digest != two.digest
+    assert one.digest == loaded(1.0).digest
 
 
 def test_a_trained_model_is_kept_and_found_again_by_what_produced_it(digits: Data, tmp_path: Path) -> None:
