@@ -530,7 +530,8 @@ def launch(
             status, code = "FAILED", 1
         close(store, parent, rows, status, folder)
     if status == "KILLED":
-        print(f"Stopped after {len(rows)} of {all_jobs}. To run it again:\n  {command()}", file=sys.stderr)
+        finished = sum(row.status == "FINISHED" for row in rows)
+        print(f"Stopped after {finished} of {all_jobs}. To run it again:\n  {command()}", file=sys.stderr)
     if code:
         sys.exit(code)
     return returns
