@@ -1,11 +1,10 @@
-"""Whether the check of layers lets every right model pass: on the models that ship, in all flows, engines and grids."""
+"""False alarms of the check of layers: on the models that ship, in all flows, engines and grids."""
 
 from __future__ import annotations
 
 import itertools
 import statistics
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 
@@ -82,8 +81,7 @@ def settings(first: int) -> Iterator[QConfig]:
 
 
 def check(outputs: str) -> None:
-    """How many right layers the check takes for wrong ones, how far they are, and what it takes of one thread."""
-    warnings.filterwarnings("ignore")
+    """Count the right layers that the check takes for wrong ones, and tell how far they are and what it costs."""
     torch.set_num_threads(1)
     calibration, images = pictures(8, 1), pictures(FEW, 2)
     worst: dict[str, Deviation] = {}

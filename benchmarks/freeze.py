@@ -1,4 +1,4 @@
-"""What must not change while the code is rebuilt: twenty runs of the command line, and everything that they record.
+"""Record what must not change while the code is rebuilt: some twenty runs of the command line.
 
     python -m benchmarks.freeze before.json                       # at one commit
     python -m benchmarks.freeze after.json --against before.json  # at another, on the same machine

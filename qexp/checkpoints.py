@@ -106,7 +106,7 @@ class _State:
 
 @dataclass(frozen=True, eq=False)
 class _Fit:
-    """How the weights at one place of a file match the names of a module."""
+    """A match of the weights at one place of a file with the names of a module."""
 
     state: _State
     names: dict[str, str]  # name in the module -> name in the file
@@ -451,7 +451,7 @@ def _misfit(fit: _Fit, target: Mapping[str, Tensor]) -> str:
 
 
 def _converted(fit: _Fit, target: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the module is given: float32 tensors by its own names, with what stands beside them in the file."""
+    """Return what the module is given: float32 tensors by its own names, with what stands beside them in the file."""
     state = fit.state
     given: dict[str, Any] = OrderedDict(
         (name, _convert(state.tensors[key], target.get(name))) for name, key in fit.names.items()

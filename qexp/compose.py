@@ -185,7 +185,7 @@ def quoted(text: str) -> str:
 
 
 def _is_read_as(text: Any, value: Any) -> bool:
-    """Whether this text, as the whole value of an override, is read as this one."""
+    """Tell whether this text, as the whole value of an override, is read as this one."""
     if not isinstance(text, str):
         return False
     try:
@@ -196,7 +196,7 @@ def _is_read_as(text: Any, value: Any) -> bool:
 
 
 def as_yaml(composed: Any) -> str:
-    """What was composed as YAML, interpolations as they are and without credentials."""
+    """Return a composed configuration as YAML, interpolations as they are and without credentials."""
     plain = OmegaConf.to_container(OmegaConf.create(composed), enum_to_str=True)
     return str(OmegaConf.to_yaml(OmegaConf.create(credentials.masked_tree(plain))))
 
@@ -232,7 +232,7 @@ class Composer:
         return parsed
 
     def replaces(self, later: Override, earlier: Override) -> bool:
-        """Whether nothing is left of what `earlier` sets or chooses when `later` comes after it."""
+        """Tell whether nothing is left of what `earlier` sets or chooses when `later` comes after it."""
         same = later.get_key_element() == earlier.get_key_element()
         return same and not any(isinstance(value, dict) for one in (later, earlier) for value in _values(one))
 

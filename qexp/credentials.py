@@ -28,7 +28,7 @@ _SETTING = re.compile(_NAME, re.VERBOSE | re.IGNORECASE)
 _VARIABLE = re.compile(rf"{_NAME}|\w*_(?:token|pat)", re.VERBOSE | re.IGNORECASE)
 _NO_SECRETS = ("PWD", "OLDPWD")  # what the shell calls its folders
 
-# scheme://user:password@; a password may hold a slash, as SQLAlchemy reads it, and host:port/ is none.
+# The password of an address; it may hold a slash, as SQLAlchemy reads it, and a port is none.
 _ADDRESS = re.compile(
     r"""(?P<before>\b[a-z][\w+.\-]*:/{1,3}[^\s/:@?#'"<>]*:)
         (?!\d{1,5}(?:[/?#\s'"]|$))

@@ -65,7 +65,7 @@ def checked(module: nn.Module, image: Tensor, name: str) -> Tensor:
             raise InputError(f"{broken[0]} of the float model holds NaN or infinity; check model.checkpoint.")
         where = _first_not_finite(module, image)
         raise InputError(f"the float model gives NaN or infinity for {name}, from its {where} on; mend it there.")
-    if reason := unrepeatable(module, image) or of_a_batch(module, image):
+    if reason := unrepeatable(module, image) or of_a_batch(module, image, logits):
         raise InputError(reason)
     return logits
 
@@ -101,18 +101,20 @@ def unrepeatable(module: nn.Module, image: Tensor) -> str:
     return f"the float model answers an image otherwise each time: {what}; in evaluation it must not."
 
 
-def of_a_batch(module: nn.Module, image: Tensor) -> str:
-    """Why the model can't be asked for several images at once, as a sentence; empty where it can."""
+def of_a_batch(module: nn.Module, image: Tensor, logits: Tensor) -> str:
+    """Why the model can't be asked for several images at once, as a sentence; empty where it can.
+
+    image: float32 [1, 3, H, W]; logits: what the model gives for it alone.
+    """
     others = image.flip(-1) / 2, image.flip(-2) / 4  # of another mean and variance, too
     with torch.inference_mode():
-        alone: Tensor = module(image)
         try:
             together: Tensor = module(torch.cat([image, *others]))
         except Exception as error:  # whatever a model's own code raises
             return f"the float model takes one image at a time, and fails with three: {_first_line(error)}."
     if len(together) != 3:
         return f"the float model gives {len(together)} rows of logits for three images; it must give one for each."
-    if difference(alone, together[:1]) <= TOLERANCE_UNTRAINED:
+    if difference(logits, together[:1]) <= TOLERANCE_UNTRAINED:
         return ""
     if reason := _without_statistics(module):
         return reason

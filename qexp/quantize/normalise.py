@@ -303,8 +303,6 @@ def _make_modules(graph_module: fx.GraphModule) -> None:
         torch.conv2d: _conv_maker(nn.Conv2d),
         F.conv_transpose1d: _transposed_maker(nn.ConvTranspose1d),
         F.conv_transpose2d: _transposed_maker(nn.ConvTranspose2d),
-        F.conv_transpose1d: _conv_transpose_maker(nn.ConvTranspose1d),
-        F.conv_transpose2d: _conv_transpose_maker(nn.ConvTranspose2d),
         F.linear: _linear,
         F.batch_norm: _batch_norm,
         F.instance_norm: _instance_norm,
@@ -362,35 +360,6 @@ def _conv_maker(kind: type[nn.Conv1d] | type[nn.Conv2d]) -> Callable[..., nn.Mod
 
 
 def _transposed_maker(kind: type[nn.ConvTranspose1d] | type[nn.ConvTranspose2d]) -> Callable[..., nn.Module | None]:
-    def make(
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        output_padding: Any = 0,
-        groups: int = 1,
-        dilation: Any = 1,
-        ndim: int = 4,
-    ) -> nn.Module:
-        channels_in, per_group, *size = weight.shape
-        conv: nn.Module = kind(
-            channels_in,
-            per_group * groups,
-            _numbers(size),
-            stride=_numbers(stride),
-            padding=_numbers(padding),
-            output_padding=_numbers(output_padding),
-            groups=groups,
-            bias=bias is not None,
-            dilation=_numbers(dilation),
-            device="meta",
-        )
-        return _filled(conv, weight, bias)
-
-    return make
-
-
-def _conv_transpose_maker(kind: type[nn.ConvTranspose1d] | type[nn.ConvTranspose2d]) -> Callable[..., nn.Module | None]:
     def make(
         weight: Tensor,
         bias: Tensor | None = None,
