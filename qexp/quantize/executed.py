@@ -74,17 +74,20 @@ def _leaves(values: Iterable[object]) -> Iterator[Tensor]:
 _CLAMP = torch.ops.aten.clamp.default
 
 
+class DispatchMode(TorchDispatchMode):
+    """torch's, without its compiler: torch would wrap `__torch_dispatch__` for that, whose import takes two seconds."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
 @contextmanager
 def _watched(see: Callable[[Any, Mapping[str, Any], object], None]) -> Iterator[None]:
     """While in this context, tell of each call of torch's operators, as the dispatcher gets them (functions, methods
     and modules alike, in the eager flow as in fx), its arguments by name, and its answer."""
 
-    class Watcher(TorchDispatchMode):
-        @classmethod
-        def _should_skip_dynamo(cls) -> bool:
-            """torch would wrap the method below for its compiler, whose import takes two seconds."""
-            return False
-
+    class Watcher(DispatchMode):
         def __torch_dispatch__(
             self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
         ) -> Any:

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from qexp.config import Flow
 from qexp.errors import InputError
+from qexp.quantize.executed import DispatchMode
 from qexp.quantize.names import place, running
 
 _MOVE_VALUES = """
@@ -92,7 +92,7 @@ class _Refused(RuntimeError):
     """The end of a sentence that begins with the module."""
 
 
-class _Watched(TorchDispatchMode):
+class _Watched(DispatchMode):
     """Looks at each operator of torch's own that takes INT8 tensors; those of torch's INT8 modules have ranges.
 
     failed_in: the operator that raised an error; advice: the end of a sentence about it.
@@ -102,11 +102,6 @@ class _Watched(TorchDispatchMode):
         super().__init__()
         self._flow = flow
         self.failed_in, self.advice = "", ""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """torch would wrap the method below for its compiler, whose import takes two seconds."""
-        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
