@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks import check, many, speed, study, timing
-from qexp import machine
+from qexp.system import machine
 
 BENCHMARKS: dict[str, Callable[[str], None]] = {
     "calibration": speed.calibration,

@@ -13,10 +13,10 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qexp import config as schema
-from qexp import models, quantize
-from qexp.compose import CONF
-from qexp.config import (
+from qexp import quantize
+from qexp.config import schema
+from qexp.config.composition import CONF
+from qexp.config.schema import (
     Activation,
     ActivationObserver,
     Engine,
@@ -30,7 +30,8 @@ from qexp.config import (
     WeightObserver,
 )
 from qexp.errors import InputError
-from qexp.quantize.verify import FEW, Deviation, layer_deviations
+from qexp.models import float_model
+from qexp.quantize.inspection.layer_check import FEW, Deviation, layer_deviations
 
 BITS = (8, 7, 6, 5, 4, 3, 2)
 SIDE = 32
@@ -43,7 +44,7 @@ def shipped(seed: int = 0) -> Iterator[tuple[str, nn.Module]]:
             continue
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
             config = schema.from_hydra(compose("config", [f"model={file.stem}"]), "outputs")
-        module = models.build(config.model, 10, seed)
+        module = float_model.build(config.model, 10, seed)
         yield file.stem, as_if_trained(module, seed)
 
 

@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from benchmarks.speed import composed
 from benchmarks.study import ROOT, listed, steps
-from qexp import experiment, jobs
-from qexp.config import Config
+from qexp.config.schema import Config
+from qexp.launch import jobs
+from qexp.pipeline import run as experiment
 
 RUNS = 500
 EDGE = 50  # runs at the start, after the first few, and at the end, that are compared

@@ -10,7 +10,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from qexp.compose import CONF
+from qexp.config.composition import CONF
 
 # Hydra's own sweeper, and none of qexp's callbacks and log handlers.
 PLAIN = ("hydra/sweeper=basic", "hydra/job_logging=default", "hydra/hydra_logging=default", "~hydra.callbacks.door")

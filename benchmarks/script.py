@@ -29,7 +29,9 @@ from torch.ao.quantization import (
     prepare,
 )
 
-from qexp.vision import torchvision  # torchvision itself, also beside a torch that it wasn't built for
+from qexp.system.torchvision_import import (
+    torchvision,  # torchvision itself, also beside a torch that it wasn't built for
+)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EVALUATION_BATCH, CALIBRATION_BATCH, THREADS = 32, 16, 2

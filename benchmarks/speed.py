@@ -15,11 +15,15 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import nn
 
-from qexp import config as schema
-from qexp import experiment, latency, models, quantize, saved
-from qexp.compose import CONF
-from qexp.config import Config, Observer
-from qexp.data import load_data, normalise
+from qexp import quantize
+from qexp.config import schema
+from qexp.config.composition import CONF
+from qexp.config.schema import Config, Observer
+from qexp.data.splits import load_data, normalise
+from qexp.latency import protocol
+from qexp.models import float_model
+from qexp.pipeline import run
+from qexp.runtimes import saved_models
 
 ROUNDS = 5
 MODELS = ("resnet18", "mobilenet_v2")
@@ -59,8 +63,8 @@ def calibration(outputs: str) -> None:
         data = load_data(config.dataset, Path(config.outputs) / "cache")
         images = normalise(data.train.pixels(np.arange(512)), data.mean, data.std)
         batches = images.split(config.calib.batch_size)
-        fused = quantize.fuse(models.build(config.model, 10, 0), config.flow, True, images[:2])
-        qconfig = experiment.resolved(config)
+        fused = quantize.fuse(float_model.build(config.model, 10, 0), config.flow, True, images[:2])
+        qconfig = run.resolved(config)
 
         def prepared(observer: Observer) -> nn.Module:
             return quantize.prepare(fused, config.flow, qconfig, observer, config.engine, images[:2])  # noqa: B023
@@ -70,7 +74,7 @@ def calibration(outputs: str) -> None:
                 for batch in batches:  # noqa: B023
                     fused(batch)  # noqa: B023
 
-        with latency.threads(config.compute.threads):
+        with protocol.threads(config.compute.threads):
             for title, name in (("all observers", "minmax"), ("histogram", "histogram")):
                 model_of = prepared(OBSERVERS[name])
                 ratio(
@@ -96,12 +100,12 @@ def peak_memory(outputs: str, model: str, count: int) -> int:
     data = load_data(config.dataset, Path(config.outputs) / "cache")
     indices = np.arange(count) % len(data.train)
     few = normalise(data.train.pixels(indices[:2]), data.mean, data.std)
-    fused = quantize.fuse(models.build(config.model, 10, 0), config.flow, True, few)
-    qconfig = experiment.resolved(config)
+    fused = quantize.fuse(float_model.build(config.model, 10, 0), config.flow, True, few)
+    qconfig = run.resolved(config)
     prepared = quantize.prepare(fused, config.flow, qconfig, OBSERVERS["minmax"], config.engine, few)
     size = config.calib.batch_size
     parts = np.split(indices, range(size, count, size))
-    with latency.threads(config.compute.threads):
+    with protocol.threads(config.compute.threads):
         quantize.calibrate(prepared, (normalise(data.train.pixels(part), data.mean, data.std) for part in parts))
     # Not ru_maxrss, which a process inherits from the one that started it.
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
@@ -115,8 +119,8 @@ def whole_run(outputs: str) -> None:
     config = next(jobs)
     folder = Path(config.outputs) / "run"
     folder.mkdir(parents=True)
-    experiment.run_job(config, folder)
-    model = saved.load_int8(folder)
+    run.run_job(config, folder)
+    model = saved_models.load_int8(folder)
     data = load_data(config.dataset, Path(config.outputs) / "cache")
     images = normalise(data.test.pixels(), data.mean, data.std)
 
@@ -125,5 +129,5 @@ def whole_run(outputs: str) -> None:
             for batch in images.split(config.evaluate.batch_size):
                 model(batch)
 
-    with latency.threads(config.compute.threads):
-        ratio("a run without timing, over a bare INT8 pass", lambda: experiment.run_job(next(jobs), folder), bare)
+    with protocol.threads(config.compute.threads):
+        ratio("a run without timing, over a bare INT8 pass", lambda: run.run_job(next(jobs), folder), bare)

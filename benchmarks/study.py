@@ -29,9 +29,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.speed import composed, seconds
-from qexp import config as schema
-from qexp import evaluate, experiment, latency, models, quantize, record, saved, target
-from qexp.data import load_data
+from qexp import quantize
+from qexp.accuracy import predictions, target_cpu
+from qexp.config import schema
+from qexp.data.splits import load_data
+from qexp.latency import protocol
+from qexp.models import float_model
+from qexp.pipeline import run as experiment
+from qexp.pipeline import run_files
+from qexp.runtimes import saved_models
 
 ROOT = Path(__file__).resolve().parent.parent
 GRANULARITIES = ("per_tensor", "per_channel")
@@ -46,22 +52,22 @@ BARE_PASSES = 2
 # What a run does, in its order.
 STEPS = (
     (experiment, "load_data"),
-    (models, "float_model"),
+    (float_model, "float_model"),
     (quantize, "fuse"),
     (experiment, "checked_fusion"),
     (quantize, "prepare"),
     (experiment, "calibrated"),
     (quantize, "convert"),
     (quantize, "skeleton"),
-    (saved, "write"),
-    (saved, "read"),
+    (saved_models, "write"),
+    (saved_models, "read"),
     (experiment, "predicted"),
     (experiment, "per_layer"),
-    (target, "answer"),
+    (target_cpu, "answer"),
     (experiment, "timing_key"),
     (experiment, "timed"),
-    (record, "written"),
-    (record, "layers_written"),
+    (run_files, "written"),
+    (run_files, "layers_written"),
 )
 
 
@@ -167,7 +173,7 @@ def given(outputs: Path) -> tuple[Path, Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels.transpose(1, 2, 0)).save(path)
     files = composed(str(outputs), "dataset=imagefolder", f"dataset.root={folder}")
-    trained = models.float_model(
+    trained = float_model.float_model(
         files.model, files.train, load_data(files.dataset, outputs / "cache"), 0, outputs / "checkpoints", 2
     )
     torch.save(trained.module.state_dict(), folder / "resnet18.pt")
@@ -246,11 +252,11 @@ def bare_pass(outputs: Path, run: str, *settings: str) -> Callable[[], None]:
     folder = outputs / run
     folder.mkdir(parents=True)
     experiment.run_job(config, folder)
-    model, data = saved.load_int8(folder), load_data(config.dataset, Path(config.outputs) / "cache")
+    model, data = saved_models.load_int8(folder), load_data(config.dataset, Path(config.outputs) / "cache")
 
     def whole() -> None:
-        with quantize.engine(config.engine), latency.threads(config.compute.threads):
-            evaluate.predict(model, data.test, data.mean, data.std, config.evaluate.batch_size)
+        with quantize.engine(config.engine), protocol.threads(config.compute.threads):
+            predictions.predict(model, data.test, data.mean, data.std, config.evaluate.batch_size)
 
     return whole
 

@@ -9,9 +9,11 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.speed import composed
-from qexp import experiment, latency, machine, worker
-from qexp.config import Config
-from qexp.data import load_data, normalise
+from qexp.config.schema import Config
+from qexp.data.splits import load_data, normalise
+from qexp.latency import protocol, worker
+from qexp.pipeline import run
+from qexp.system import machine
 
 REPEATS = 40
 RUNTIMES = ("eager", "torchscript")
@@ -22,9 +24,9 @@ def made(outputs: str, name: str, *overrides: str) -> tuple[Config, Path, np.nda
     config = composed(outputs, "saturation.exact_images=0", *overrides)
     folder = Path(outputs) / name
     folder.mkdir(parents=True)
-    experiment.run_job(composed(outputs, "latency.enabled=false", "saturation.exact_images=0", *overrides), folder)
+    run.run_job(composed(outputs, "latency.enabled=false", "saturation.exact_images=0", *overrides), folder)
     data = load_data(config.dataset, Path(config.outputs) / "cache")
-    inputs = normalise(data.test.pixels(np.arange(experiment.LATENCY_IMAGES)), data.mean, data.std).numpy()
+    inputs = normalise(data.test.pixels(np.arange(run.LATENCY_IMAGES)), data.mean, data.std).numpy()
     kept = np.load(folder / "predictions.npz")
     return config, folder, inputs, {precision: kept[precision] for precision in ("fp32", "int8")}
 
@@ -38,12 +40,10 @@ def against_itself(outputs: str) -> None:
     for repeat in tqdm(range(REPEATS), desc="A/A", disable=None):
         for name, (config, folder, inputs, logits) in runs.items():
             config.seed = 1000 * repeat
-            with machine.lock(experiment.TIMING_LOCK):
-                itself, control = worker.measure(
-                    config, folder, inputs, {"fp32": logits["fp32"]}, experiment.tolerances(True)
-                )
-            valid += latency.validity([itself, control])[0]
-            interval = latency.speedup(itself, control)
+            with machine.lock(run.TIMING_LOCK):
+                itself, control = worker.measure(config, folder, inputs, {"fp32": logits["fp32"]}, run.tolerances(True))
+            valid += protocol.validity([itself, control])[0]
+            interval = protocol.speedup(itself, control)
             found[name].append((interval.low, interval.high))
             tqdm.write(f"{repeat + 1:3} {name:12} [{interval.low:.3f}, {interval.high:.3f}]")
     print(f"{valid} of {REPEATS * len(RUNTIMES)} measurements were on a machine quiet enough to be trusted")
@@ -58,12 +58,12 @@ def order(outputs: str) -> None:
     for number, runtimes in enumerate(("[eager,torchscript]", "[torchscript,eager]")):
         with_order = f"latency.runtimes={runtimes}"
         config, folder, inputs, logits = made(outputs, f"order{number}", "latency=standard", with_order)
-        with machine.lock(experiment.TIMING_LOCK):
-            timings = worker.measure(config, folder, inputs, logits, experiment.tolerances(True))
+        with machine.lock(run.TIMING_LOCK):
+            timings = worker.measure(config, folder, inputs, logits, run.tolerances(True))
         by = {timing.variant: timing for timing in timings}
-        valid, reasons = latency.validity(timings)
+        valid, reasons = protocol.validity(timings)
         for runtime in ("eager", "torchscript"):
-            ratio = latency.speedup(by[f"fp32_{runtime}"], by[f"int8_{runtime}"])
+            ratio = protocol.speedup(by[f"fp32_{runtime}"], by[f"int8_{runtime}"])
             trust = "" if valid else f"  not to be trusted: {'; '.join(reasons)}"
             print(
                 f"{runtimes:22} {runtime:12} {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]{trust}", flush=True

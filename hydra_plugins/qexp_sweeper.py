@@ -1,4 +1,4 @@
-"""The sweeper that Hydra finds under `hydra/sweeper: qexp`; what it does lives in qexp/sweep.py.
+"""The sweeper that Hydra finds under `hydra/sweeper: qexp`; what it does lives in qexp/launch/sweep.py.
 
 Hydra imports every plugin at each start, so nothing heavy is imported here. It does so without an entry in
 sys.modules, which a dataclass with postponed annotations needs: hence no `from __future__ import annotations`.
@@ -25,7 +25,7 @@ class QexpSweeper(BasicSweeper):
     """Checks every job before the first starts, and owns the parent run, the table, the signals and the exit status."""
 
     def sweep(self, arguments: list[str]) -> Any:
-        from qexp.sweep import own
+        from qexp.launch.sweep import own
 
         assert self.hydra_context is not None
         loader = self.hydra_context.config_loader

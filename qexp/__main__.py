@@ -11,16 +11,17 @@ from hydra._internal import utils as hydra_utils
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
-from qexp import console, credentials, trials
-from qexp.compose import CONF, Composition, check_choices, check_quotes
+from qexp.config.composition import CONF, Composition, check_choices, check_quotes
+from qexp.config.refusals import refusals
 from qexp.errors import ConfigError
-from qexp.refusals import refusals
+from qexp.launch import trials
+from qexp.system import console, credentials
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def compose_and_run(composed: DictConfig) -> float | None:
     # torch and mlflow are imported only after this point, so that --help and refusals answer at once.
-    from qexp import sweep
+    from qexp.launch import sweep
 
     with open_dict(composed):
         composed.hydra = HydraConfig.get()

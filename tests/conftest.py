@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from qexp import config as schema
-from qexp.compose import CONF
+from qexp.config import schema
+from qexp.config.composition import CONF
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,14 +58,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained `tiny`, so that no test trains one again."""
     import torch
 
-    from qexp import models
-    from qexp.data import load_data
+    from qexp.data.splits import load_data
+    from qexp.models import float_model
 
     folder = tmp_path_factory.mktemp("float")
     overrides = ["model=tiny", "train=fast", "train.epochs=6", "train.lr=0.05", f"outputs={folder}"]
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         config = schema.from_hydra(compose("config", overrides), str(folder))
     data = load_data(config.dataset, folder / "cache")
-    made = models.float_model(config.model, config.train, data, 0, folder / "checkpoints", 2)
+    made = float_model.float_model(config.model, config.train, data, 0, folder / "checkpoints", 2)
     torch.save(made.module.state_dict(), folder / "tiny.pt")
     return folder / "tiny.pt"

@@ -18,7 +18,7 @@ from torch.ao.nn.intrinsic.modules.fused import _FusedModule
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
 
-from qexp.quantize.observers import observers
+from qexp.quantize.calibration.observers import observers
 
 _KEEPS_GRID = {
     *("mean", "avg_pool2d", "adaptive_avg_pool2d", "interpolate", "upsample_bilinear2d"),

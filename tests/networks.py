@@ -23,8 +23,8 @@ from torch.ao.quantization import DeQuantStub, QuantStub, fuse_modules
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from qexp.config import Engine, Flow
-from qexp.vision import torchvision
+from qexp.config.schema import Engine, Flow
+from qexp.system.torchvision_import import torchvision
 
 SIZE = 16
 CLASSES = 10

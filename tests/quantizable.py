@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qexp.config import (
+from qexp.config.schema import (
     Activation,
     ActivationObserver,
     Granularity,

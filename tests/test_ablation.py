@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qexp import ablation
-from qexp.results import METRICS, Row
+from qexp.records import METRICS, Row
+from qexp.report import effects as ablation
 
 
 def row(name: str, accuracy: float, speedup: float | None = None, *, half: float = 0.0022, **params: str) -> Row:

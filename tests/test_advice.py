@@ -11,12 +11,16 @@ import torch
 from quantizable import MINMAX, Chain, images, settings, trained
 from torch import nn
 
-from qexp import experiment, metrics, quantize, target
-from qexp.config import Config, Engine, Flow, Overflow, Scheme
-from qexp.quantize import Narrowed, Side, saturation, sums
-from qexp.quantize.depthwise import without_fast_kernel
-from qexp.quantize.saturation import KernelSignature, Probe
-from qexp.results import Layer, Predictions, Saturation, Source
+from qexp import quantize
+from qexp.accuracy import target_cpu
+from qexp.config.schema import Config, Engine, Flow, Overflow, Scheme
+from qexp.pipeline import run
+from qexp.quantize import Narrowed, Side
+from qexp.quantize.saturation import emulation, kernels
+from qexp.quantize.saturation.kernels import KernelSignature, Probe
+from qexp.quantize.torch_backend.slow_depthwise import without_fast_kernel
+from qexp.records import Layer, Predictions, Saturation, Source
+from qexp.report import metrics
 
 Composed = Callable[..., Config]
 DENSE = (Layer("conv", "conv", True), Layer("fc", "linear", True))
@@ -42,7 +46,7 @@ VNNI, AVX2 = signature(200), signature(101)
 
 @pytest.fixture
 def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[KernelSignature], None]:
-    return lambda cpu: monkeypatch.setattr(saturation, "probe", lambda: cpu)
+    return lambda cpu: monkeypatch.setattr(kernels, "probe", lambda: cpu)
 
 
 def predicted(count: int, right: int) -> Predictions:
@@ -50,15 +54,15 @@ def predicted(count: int, right: int) -> Predictions:
     return Predictions(logits, np.zeros(count, np.int64), tuple(map(str, range(count))))
 
 
-def answered(*rows: sums.LayerSums, source: Source = Source.executed, exact: int = 88) -> target.Answer:
+def answered(*rows: emulation.LayerSums, source: Source = Source.executed, exact: int = 88) -> target_cpu.Answer:
     """What 100 images say, of which 80 are right with the sums that are executed."""
     every, executed = np.arange(100), predicted(100, 80)
     seen = Saturation.observed if any(row.saturates for row in rows) else Saturation.possible
-    return target.Answer(source, every, executed, seen, every, predicted(100, exact), executed, rows)
+    return target_cpu.Answer(source, every, executed, seen, every, predicted(100, exact), executed, rows)
 
 
-def row(name: str, different: int, highest: int = 255) -> sums.LayerSums:
-    return sums.LayerSums(name, "conv", 100, different, 9 * bool(different), highest)
+def row(name: str, different: int, highest: int = 255) -> emulation.LayerSums:
+    return emulation.LayerSums(name, "conv", 100, different, 9 * bool(different), highest)
 
 
 def narrowed(*names: str, side: Side = Side.weights) -> tuple[Narrowed, ...]:
@@ -67,7 +71,7 @@ def narrowed(*names: str, side: Side = Side.weights) -> tuple[Narrowed, ...]:
 
 def test_the_guard_is_explained_where_it_concerns_the_network(composed: Composed, on: Callable[..., None]) -> None:
     def why(config: Config, *given: object) -> str:
-        return experiment.why_guarded(config, experiment.resolved(config).overflow, *given)  # type: ignore[arg-type]
+        return run.why_guarded(config, run.resolved(config).overflow, *given)  # type: ignore[arg-type]
 
     on(VNNI)
     assert why(composed(), DENSE, ()) == ""
@@ -95,8 +99,8 @@ def test_numbers_on_saturation_are_of_layers_that_saturate() -> None:
     assert "saturation/sqnr_db" in some
 
 
-def said(config: Config, layers: tuple[Layer, ...], *given: object, answer: target.Answer) -> list[str]:
-    guard = experiment.resolved(config).overflow
+def said(config: Config, layers: tuple[Layer, ...], *given: object, answer: target_cpu.Answer) -> list[str]:
+    guard = run.resolved(config).overflow
     return list(metrics.of_sums(config, guard, layers, given, answer))  # type: ignore[arg-type]
 
 
@@ -208,11 +212,13 @@ def test_the_largest_code_that_a_layer_got_is_kept(flow: Flow) -> None:
     for name, module in exact.named_modules():
         if (public := name.removeprefix("module.")) in ("features.0", "features.3", "features.6", "fc"):
             watch(public, module)
-    rows = sums.layer_by_layer(int8, exact, [wider], Engine.x86)
+    rows = emulation.layer_by_layer(int8, exact, [wider], Engine.x86)
     assert got["features.0"] > 127  # beyond what the guard's scale maps its range to
     with torch.inference_mode():
         for one in rows:
-            if sums.can_overflow(int8.get_submodule(one.name if flow is Flow.fx else f"module.{one.name}"), Engine.x86):
+            if emulation.can_overflow(
+                int8.get_submodule(one.name if flow is Flow.fx else f"module.{one.name}"), Engine.x86
+            ):
                 assert one.highest == got[one.name]
             else:
                 assert one.highest == 0
@@ -231,7 +237,7 @@ def test_the_bits_of_activations_are_those_that_are_executed(
 ) -> None:
     config = composed(f"qconfig.overflow={guard}", f"qconfig.activation.bits={bits}")
     some = narrowed("conv", side=Side.activations) if guard == "layers" else ()
-    resolved = experiment.resolved_params(config.qconfig, config, some)
+    resolved = run.resolved_params(config.qconfig, config, some)
     assert resolved["resolved.activation_bits"] == expected
     assert resolved["resolved.weight_bits"] == "8"
     qconfig = settings(activation_bits=bits, overflow=guard)

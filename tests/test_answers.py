@@ -13,9 +13,10 @@ from quantizable import MINMAX, images, settings, trained
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qexp import models, quantize
-from qexp.config import Engine, Flow
+from qexp import quantize
+from qexp.config.schema import Engine, Flow
 from qexp.errors import InputError
+from qexp.models import float_model
 
 ONE = images(1)
 
@@ -239,7 +240,7 @@ def test_with_the_statistics_of_a_few_images_a_fault_shows_in_the_logits_of_an_u
     net = Deep().eval()
     few = images(4, seed=5)
     assert quantize.fusion_difference(net, quantize.fuse(net, Flow.eager, True, ONE), ONE) < 1e-3  # it fades
-    models.with_statistics(net, few)
+    float_model.with_statistics(net, few)
     assert not any(m.training for m in net.modules())
     x = net.convs[0](few)
     expected = 0.97 * x.mean((0, 2, 3)), 0.03 + 0.97 * x.var((0, 2, 3))

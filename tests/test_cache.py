@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qexp import cache
 from qexp.errors import InputError
+from qexp.system import cache
 
 VALUES = np.arange(5000, dtype=np.int32).reshape(50, 100)
 

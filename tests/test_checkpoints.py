@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qexp import nets
-from qexp.checkpoints import load_checkpoint
 from qexp.errors import InputError
+from qexp.models import architectures
+from qexp.models.checkpoints import load_checkpoint
 
 State = dict[str, Tensor]
 
 
 def net(classes: int = 3) -> nn.Module:
-    return nets.tiny(num_classes=classes, width=4).eval()
+    return architectures.tiny(num_classes=classes, width=4).eval()
 
 
 def weights(classes: int = 3, seed: int = 1) -> State:
@@ -161,7 +161,7 @@ def test_another_number_of_classes_is_refused_with_both_numbers(tmp_path: Path) 
 
 
 def test_another_architecture_is_refused_with_counts_and_first_names(tmp_path: Path) -> None:
-    message = refusal(saved(tmp_path, nets.resnet20(3).state_dict()))
+    message = refusal(saved(tmp_path, architectures.resnet20(3).state_dict()))
     assert "another architecture" in message
     assert "blocks.2.conv1.weight" in message
     state = weights()

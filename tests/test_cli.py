@@ -276,7 +276,7 @@ SPOILED = """
 import numpy as np
 import torch
 
-from qexp.datasets import ArrayDataset
+from qexp.data.builtin import ArrayDataset
 
 
 def make(split, black):

@@ -17,11 +17,11 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from qexp import config as schema
-from qexp import sweep
-from qexp.compose import CONF, Composer, Composition, check_choices, check_quotes, combinations, quoted
+from qexp.config import schema
+from qexp.config.composition import CONF, Composer, Composition, check_choices, check_quotes, combinations, quoted
+from qexp.config.refusals import explained
 from qexp.errors import ConfigError
-from qexp.refusals import explained
+from qexp.launch import sweep
 
 
 @pytest.fixture

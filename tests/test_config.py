@@ -11,9 +11,9 @@ import pytest
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from qexp import config as schema
-from qexp.compose import CONF
-from qexp.config import Config
+from qexp.config import schema
+from qexp.config.composition import CONF
+from qexp.config.schema import Config
 from qexp.errors import ConfigError
 
 Composed = Callable[..., Config]
@@ -43,9 +43,9 @@ def test_every_experiment_composes_and_starts_with_its_own_command(composed: Com
 
 
 def test_neither_torch_nor_mlflow_is_imported_for_the_configuration() -> None:
-    imports = "import sys, qexp.compose, qexp.sweep, hydra_plugins.qexp_sweeper"
+    imports = "import sys, qexp.config.composition, qexp.launch.sweep, hydra_plugins.qexp_sweeper"
     code = f"{imports}; print({{'torch', 'mlflow'}} & set(sys.modules))"
-    root = str(Path(schema.__file__).parent.parent)
+    root = str(CONF.parent)
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
 

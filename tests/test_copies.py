@@ -11,9 +11,10 @@ from quantizable import MINMAX, images, relative_error, settings, trained
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
-from qexp import models, quantize
-from qexp.config import Engine, Flow
-from qexp.quantize.copies import each_once, evaluation_copy
+from qexp import quantize
+from qexp.config.schema import Engine, Flow
+from qexp.models import float_model
+from qexp.quantize.graph.copies import each_once, evaluation_copy
 
 TWO = images(2)
 SETTINGS = settings()
@@ -175,7 +176,7 @@ def test_wrappers_around_parts_of_a_model_are_taken_off(flow: Flow) -> None:
         expected = trained(chain())(SAVED)
     with quantize.engine(Engine.qnnpack), torch.inference_mode():
         assert relative_error(int8(SAVED), expected) < 0.1
-    built = models.build({"_target_": "test_copies.wrapped", "num_classes": 10}, 10, 0)
+    built = float_model.build({"_target_": "test_copies.wrapped", "num_classes": 10}, 10, 0)
     assert [name for name, _ in built.named_parameters()][:2] == ["0.0.weight", "0.0.bias"]
 
 

@@ -17,14 +17,14 @@ import torch
 import yaml
 from PIL import Image
 
-from qexp import data as data_module
-from qexp import images
-from qexp.config import Calib, Sampling
-from qexp.data import Data, count_shared, digest_of, draw, load_data, normalise
+from qexp.config.schema import Calib, Sampling
+from qexp.data import preprocessing
+from qexp.data import splits as data_module
+from qexp.data.splits import Data, count_shared, digest_of, draw, load_data, normalise
 from qexp.errors import ConfigError, InputError
 
 CONF = Path(__file__).parent.parent / "conf" / "dataset"
-PLAIN = images.Preprocessing(None, None, "bilinear")
+PLAIN = preprocessing.Preprocessing(None, None, "bilinear")
 
 
 def spec(name: str, **overrides: Any) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def test_every_group_file_names_every_reserved_key_and_starts_with_a_comment(fil
     settings = yaml.safe_load(file.read_text())
     assert {*data_module.RESERVED, "root", "_target_"} <= set(settings)
     assert file.read_text().startswith("# ")
-    assert images.check(settings).margin == (0.02 if file.stem == "digits" else 0.005)
+    assert preprocessing.check(settings).margin == (0.02 if file.stem == "digits" else 0.005)
 
 
 @pytest.mark.parametrize(
@@ -108,11 +108,11 @@ def test_settings_that_cannot_work_are_refused_from_the_configuration_alone(
     overrides: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        images.check(spec("digits", **overrides))
+        preprocessing.check(spec("digits", **overrides))
 
 
 def test_one_mean_and_std_stand_for_three_channels() -> None:
-    settings = images.check(spec("digits", mean=0.5, std=[0.25]))
+    settings = preprocessing.check(spec("digits", mean=0.5, std=[0.25]))
     assert settings.mean == (0.5,) * 3
     assert settings.std == (0.25,) * 3
 
@@ -127,12 +127,12 @@ def test_digits_are_two_fixed_stratified_halves_of_scikit_learns(digits: Data) -
     assert (len(digits.train), len(digits.test)) == (898, 899)
     counts = np.bincount(digits.train.labels) - np.bincount(digits.test.labels)
     assert np.abs(counts).max() <= 1
-    from qexp import datasets
+    from qexp.data import builtin
 
     original = sorted(
         (image.tobytes(), label) for image, label in zip(bunch.images / 16 * 255, bunch.target, strict=True)
     )
-    halves = [datasets.digits(split) for split in ("train", "test")]
+    halves = [builtin.digits(split) for split in ("train", "test")]
     ours = [(image, label) for half in halves for image, label in zip(half.images, half.targets, strict=True)]
     expected = sorted((np.round(np.frombuffer(b).reshape(8, 8)).astype(np.uint8).tobytes(), t) for b, t in original)
     assert sorted((image.tobytes(), label) for image, label in ours) == expected
@@ -180,24 +180,24 @@ def test_the_digest_follows_images_labels_classes_and_normalisation(digits: Data
 # ---------------------------------------------------------------- pixels equal torchvision's
 
 
-@pytest.mark.parametrize("interpolation", list(images.INTERPOLATIONS))
+@pytest.mark.parametrize("interpolation", list(preprocessing.INTERPOLATIONS))
 @pytest.mark.parametrize("size", [(64, 48), (48, 64), (53, 97), (300, 41), (40, 40), (33, 47)])
 @pytest.mark.parametrize(("resize", "crop"), [(40, 32), (37, 33), (40, 40), (None, 33)])
 def test_resize_and_crop_equal_torchvision_bit_for_bit(
     interpolation: str, size: tuple[int, int], resize: int | None, crop: int
 ) -> None:
-    from qexp.vision import torchvision
+    from qexp.system.torchvision_import import torchvision
 
     steps = torchvision.transforms
     mode = steps.InterpolationMode(interpolation)
     picture = noise(size, seed=size[0])
     expected = steps.CenterCrop(crop)(steps.Resize(resize, mode)(picture) if resize else picture)
-    ours = images.to_pixels(picture, images.Preprocessing(resize, crop, interpolation))
+    ours = preprocessing.to_pixels(picture, preprocessing.Preprocessing(resize, crop, interpolation))
     np.testing.assert_array_equal(ours, np.asarray(expected).transpose(2, 0, 1))
 
 
 def test_normalise_equals_torchvision_bit_for_bit() -> None:
-    from qexp.vision import torchvision
+    from qexp.system.torchvision_import import torchvision
 
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 31, 17), dtype=np.uint8)
@@ -218,7 +218,7 @@ def test_normalise_equals_torchvision_bit_for_bit() -> None:
 
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")  # torchvision's loader; qexp's does not warn
 def test_kinds_of_image_files_are_decoded_as_torchvision_decodes_them(tmp_path: Path) -> None:
-    from qexp.vision import torchvision
+    from qexp.system.torchvision_import import torchvision
 
     root = tmp_path / "set"
     picture, at = noise(), root / "train" / "many"
@@ -237,7 +237,7 @@ def test_kinds_of_image_files_are_decoded_as_torchvision_decodes_them(tmp_path: 
     picture.save(at / "pages.tiff", save_all=True, append_images=[noise(seed=9)])
     picture.save(at / "p.ppm")
     exif = Image.Exif()
-    exif[images.EXIF_ORIENTATION] = 6
+    exif[preprocessing.EXIF_ORIENTATION] = 6
     picture.save(at / "turned.jpg", exif=exif)
     split = load(root, tmp_path).train
     loader = torchvision.datasets.folder.default_loader
@@ -250,7 +250,7 @@ def test_kinds_of_image_files_are_decoded_as_torchvision_decodes_them(tmp_path: 
 
 def test_an_exif_rotation_is_said(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     exif = Image.Exif()
-    exif[images.EXIF_ORIENTATION] = 6
+    exif[preprocessing.EXIF_ORIENTATION] = 6
     noise(seed=99).save(folder / "test" / "cat" / "turned.jpg", exif=exif)
     with caplog.at_level(logging.INFO):
         load(folder, tmp_path)
@@ -259,14 +259,14 @@ def test_an_exif_rotation_is_said(folder: Path, tmp_path: Path, caplog: pytest.L
 
 def test_16_bit_greys_keep_their_high_byte_instead_of_turning_white() -> None:
     values = np.arange(120, dtype=np.uint16).reshape(10, 12) * 546
-    pixels = images.to_pixels(Image.fromarray(values), PLAIN)
+    pixels = preprocessing.to_pixels(Image.fromarray(values), PLAIN)
     np.testing.assert_array_equal(pixels, np.broadcast_to(values >> 8, (3, 10, 12)))
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_32_bit_pixels_are_refused(mode: str) -> None:
-    with pytest.raises(images.UnusableImage, match="32-bit pixels"):
-        images.to_pixels(Image.new(mode, (8, 8), 3), PLAIN)
+    with pytest.raises(preprocessing.UnusableImage, match="32-bit pixels"):
+        preprocessing.to_pixels(Image.new(mode, (8, 8), 3), PLAIN)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_32_bit_pixels_are_refused(mode: str) -> None:
 def test_arrays_and_tensors_of_any_layout_become_the_same_pixels(convert: Callable[..., Any], channels: int) -> None:
     hwc = np.asarray(noise((12, 10)))
     expected = hwc.transpose(2, 0, 1) if channels == 3 else np.broadcast_to(hwc[:, :, 0], (3, 10, 12))
-    np.testing.assert_array_equal(images.to_pixels(convert(hwc), PLAIN), expected)
+    np.testing.assert_array_equal(preprocessing.to_pixels(convert(hwc), PLAIN), expected)
 
 
 @pytest.mark.parametrize(
@@ -305,8 +305,8 @@ def test_arrays_and_tensors_of_any_layout_become_the_same_pixels(convert: Callab
     ],
 )
 def test_what_is_no_8_bit_image_is_refused(image: Any, message: str) -> None:
-    with pytest.raises(images.UnusableImage, match=message):
-        images.to_pixels(image, PLAIN)
+    with pytest.raises(preprocessing.UnusableImage, match=message):
+        preprocessing.to_pixels(image, PLAIN)
 
 
 # ---------------------------------------------------------------- image folders that work

@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qexp import evaluate, experiment, train
-from qexp.config import Config
-from qexp.data import Data, load_data
-from qexp.datasets import ArrayDataset
+from qexp.accuracy import predictions
+from qexp.config.schema import Config
+from qexp.data.builtin import ArrayDataset
+from qexp.data.splits import Data, load_data
 from qexp.errors import NotFinite
-from qexp.results import Predictions
+from qexp.models import training
+from qexp.pipeline import run
+from qexp.records import Predictions
 
 Composed = Callable[..., Config]
 
@@ -78,9 +80,9 @@ def job(composed: Composed, tmp_path: Path) -> Callable[..., Config]:
 
 
 def refusal(config: Config, folder: Path) -> str:
-    experiment.check_inputs([config])
+    run.check_inputs([config])
     with pytest.raises(NotFinite) as caught:
-        experiment.run_job(config, folder)
+        run.run_job(config, folder)
     assert not re.search("ReLU|fuse", str(caught.value))
     return str(caught.value)
 
@@ -110,13 +112,13 @@ def test_an_int8_model_that_gives_infinity_fails_the_run_however_often(
 def test_what_a_cache_or_a_runtime_hands_over_is_looked_at_too(job: Callable[..., Config], tmp_path: Path) -> None:
     data = data_of(job("Net", ()), tmp_path)
     logits = np.zeros((5, 4), np.float32)
-    found = evaluate.predictions(logits, data.test, "reading", np.arange(7, 12))
+    found = predictions.predictions(logits, data.test, "reading", np.arange(7, 12))
     assert found.image_ids == ("7", "8", "9", "10", "11")
     assert found.labels.tolist() == [3, 0, 1, 2, 3]
     for value in (np.nan, np.inf, -np.inf):
         logits[2, 1] = value
         with pytest.raises(NotFinite, match=r"reading: .* 1 of 5 images, .* image 9 of dataset make \(test\)"):
-            evaluate.predictions(logits, data.test, "reading", np.arange(7, 12))
+            predictions.predictions(logits, data.test, "reading", np.arange(7, 12))
         with pytest.raises(ValueError, match="logits are NaN or infinite"):
             Predictions(logits, found.labels, found.image_ids)
 
@@ -130,10 +132,10 @@ def test_training_that_diverges_names_the_image_only_where_it_is_one(
 ) -> None:
     config = job("Logarithm", (), "+dataset.dark_in_training=17", "train=fast")
     with pytest.raises(NotFinite, match=r"before training, .* 1 of 64 images, .* image 17 of dataset make \(train\)"):
-        train.train(Logarithm(), config.train, data_of(config, tmp_path), threads=1)
+        training.train(Logarithm(), config.train, data_of(config, tmp_path), threads=1)
     finite = data_of(job("Net", ()), tmp_path)
     with pytest.raises(NotFinite, match=r"train\.lr=1e\+30: "):
-        train.train(Net(), job("Net", (), "train=fast", "train.lr=1e30").train, finite, threads=1)
+        training.train(Net(), job("Net", (), "train=fast", "train.lr=1e30").train, finite, threads=1)
 
 
 class Root(Net):
@@ -146,4 +148,4 @@ class Root(Net):
 def test_weights_that_the_last_step_made_infinite_are_named(job: Callable[..., Config], tmp_path: Path) -> None:
     config = job("Root", (), "train=fast", "train.epochs=1", "train.batch_size=64")
     with pytest.raises(NotFinite, match=r"train\.lr=\S+: fc\.bias became NaN or infinite in epoch 1 of 1; use"):
-        train.train(Root(), config.train, data_of(config, tmp_path), threads=1)
+        training.train(Root(), config.train, data_of(config, tmp_path), threads=1)

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from qexp import experiment
-from qexp.config import Config, Engine, Flow
+from qexp.config.schema import Config, Engine, Flow
 from qexp.errors import InputError, RunError
-from qexp.results import METRICS, Result
+from qexp.pipeline import run as experiment
+from qexp.records import METRICS, Result
 
 Composed = Callable[..., Config]
 SMALL = ("model=tiny", "train=fast", "latency=quick", "latency.seconds=0.1", "latency.warmup_seconds=0")
@@ -68,21 +68,21 @@ def test_what_was_saved_gives_the_same_logits_in_a_fresh_process(run: Callable[.
 import json, runpy, sys, torch
 from pathlib import Path
 from qexp import quantize
-from qexp.config import Engine
-from qexp.saved import load_int8
+from qexp.config.schema import Engine
+from qexp.runtimes.saved_models import load_int8
 folder = Path(sys.argv[1])
 images = torch.load(folder / "images.pt", weights_only=True)
 script = runpy.run_path(str(folder / "model" / "load.py"))["model"]
 with quantize.engine(Engine.x86), torch.inference_mode():
     torch.save([script(images), load_int8(folder)(images)], folder / "logits.pt")
 """
-    from qexp.data import load_data, normalise
+    from qexp.data.splits import load_data, normalise
 
     folder = tmp_path / "run"
     config = json.loads((folder / "config.json").read_text())
     data = load_data(config["dataset"], tmp_path / "cache")
     torch.save(normalise(data.test.pixels(), data.mean, data.std), folder / "images.pt")
-    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, cwd=Path(experiment.__file__).parent.parent)
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, cwd=Path(__file__).parents[1])
     expected = torch.from_numpy(np.load(folder / "predictions.npz")["int8"])
     for logits in torch.load(folder / "logits.pt", weights_only=True):
         assert torch.equal(logits, expected)
@@ -124,11 +124,11 @@ def test_what_overflow_became_is_recorded_beside_what_was_asked(run: Callable[..
 
 
 def test_an_unguarded_engine_that_can_saturate_is_doubted(run: Callable[..., Result]) -> None:
-    from qexp.quantize import saturation
+    from qexp.quantize.saturation import kernels
 
     result = run("qconfig.overflow=none", "engine=fbgemm", "latency=off")
     doubted = any("holds for this CPU only" in doubt for doubt in result.doubts)
-    assert doubted == saturation.probe().dense_saturates(Engine.fbgemm)
+    assert doubted == kernels.probe().dense_saturates(Engine.fbgemm)
     assert not any("this CPU only" in doubt for doubt in run("engine=fbgemm", "latency=off").doubts)
 
 

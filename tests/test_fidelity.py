@@ -15,11 +15,12 @@ from quantizable import MINMAX, Chain, Plain, images, settings, trained
 from torch import Tensor, nn
 from torch.ao.nn.quantized import FloatFunctional
 
-from qexp import nets, quantize
-from qexp.config import Engine, Flow
-from qexp.quantize import fidelity
-from qexp.quantize.fidelity import Fidelity, layer_fidelity
-from qexp.results import QParams
+from qexp import quantize
+from qexp.config.schema import Engine, Flow
+from qexp.models import architectures
+from qexp.quantize.inspection import layer_errors
+from qexp.quantize.inspection.layer_errors import Fidelity, layer_fidelity
+from qexp.records import QParams
 
 TWO = images(2)
 BOTH = [Flow.eager, Flow.fx]
@@ -98,7 +99,7 @@ TINY = {
 @pytest.mark.parametrize("engine", quantize.supported())
 def test_every_number_is_that_of_brute_force(engine: Engine) -> None:
     # Calibrated on weaker images than those that are looked at, so that a part of each tensor is clipped.
-    tiny = case(nets.tiny(), Flow.eager, engine=engine, amplitude=0.3)
+    tiny = case(architectures.tiny(), Flow.eager, engine=engine, amplitude=0.3)
     batch = images(6, seed=4)
     rows = tiny.by_name([batch])
     assert list(rows) == list(TINY)
@@ -133,7 +134,7 @@ def weight_decibels(one: Case, name: str) -> float:
 
 
 def test_an_addition_by_itself_is_that_of_the_quantized_operands() -> None:
-    tiny = case(nets.tiny(), Flow.eager)
+    tiny = case(architectures.tiny(), Flow.eager)
     batch = images(6, seed=4)
     floats, int8 = (captured(model, batch, Engine.x86) for model in (tiny.fused, tiny.int8))
     operands = ("blocks.0.conv2", "conv1")
@@ -151,7 +152,7 @@ def test_an_addition_by_itself_is_that_of_the_quantized_operands() -> None:
 
 def test_both_flows_give_the_same_numbers_for_the_same_model() -> None:
     batch = images(6, seed=4)
-    eager, fx = (case(nets.tiny(), flow).by_name([batch]) for flow in BOTH)
+    eager, fx = (case(architectures.tiny(), flow).by_name([batch]) for flow in BOTH)
     assert {TINY[name] for name in eager} == set(fx)
     for name, row in eager.items():
         twin = fx[TINY[name]]
@@ -163,7 +164,7 @@ def test_both_flows_give_the_same_numbers_for_the_same_model() -> None:
 @pytest.mark.parametrize("flow", BOTH)
 @pytest.mark.parametrize("name", ["conv1", "blocks.1.conv2", "blocks.1.downsample.0", "fc"])
 def test_a_layer_with_ruined_weights_is_the_worst_by_itself(flow: Flow, name: str) -> None:
-    tiny = case(nets.tiny(), flow)
+    tiny = case(architectures.tiny(), flow)
     module = tiny.int8.get_submodule(name)
     module = getattr(module, "conv", module)
     with quantize.engine(Engine.x86):
@@ -182,9 +183,9 @@ def test_a_layer_with_ruined_weights_is_the_worst_by_itself(flow: Flow, name: st
 
 @pytest.mark.parametrize("flow", BOTH)
 def test_how_images_are_cut_into_batches_does_not_matter(flow: Flow, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny, batch = case(nets.tiny(), flow), images(7, seed=4)
+    tiny, batch = case(architectures.tiny(), flow), images(7, seed=4)
     whole = tiny.rows([batch])
-    monkeypatch.setattr(fidelity, "_PIXELS", 3 * 16 * 16)
+    monkeypatch.setattr(layer_errors, "_PIXELS", 3 * 16 * 16)
     for parts in ([batch], batch.split(1), batch.split(5)):
         for row, other in zip(tiny.rows(parts), whole, strict=True):
             assert (row.name, row.kind, row.scale) == (other.name, other.kind, other.scale)
@@ -234,9 +235,9 @@ class Twice(nn.Module):
 
 
 NETS = [
-    (nets.tiny, Flow.eager, True),
-    (nets.tiny, Flow.eager, False),
-    (nets.tiny, Flow.fx, True),
+    (architectures.tiny, Flow.eager, True),
+    (architectures.tiny, Flow.eager, False),
+    (architectures.tiny, Flow.fx, True),
     (Chain, Flow.eager, True),
     (Chain, Flow.eager, False),
     (Chain, Flow.fx, True),
@@ -328,7 +329,7 @@ def test_a_relu_that_works_in_place_changes_nothing() -> None:
 
 @pytest.mark.parametrize("flow", BOTH)
 def test_the_models_are_left_as_they_were(flow: Flow) -> None:
-    tiny = case(nets.tiny(), flow)
+    tiny = case(architectures.tiny(), flow)
     with quantize.engine(Engine.x86), torch.inference_mode():
         before = tiny.int8(TWO)
         tiny.rows([TWO])
@@ -340,7 +341,7 @@ def test_the_models_are_left_as_they_were(flow: Flow) -> None:
 
 
 def test_no_images_is_an_error_and_the_dynamic_flow_has_no_scales() -> None:
-    tiny = case(nets.tiny(), Flow.eager)
+    tiny = case(architectures.tiny(), Flow.eager)
     with pytest.raises(ValueError, match="at least one image"):
         tiny.rows([])
     assert layer_fidelity(tiny.fused, tiny.int8, Flow.dynamic, Engine.x86, [TWO]) == ()

@@ -15,9 +15,9 @@ from quantizable import MINMAX, images, relative_error, settings, trained
 from torch import Tensor, nn
 
 from qexp import quantize
-from qexp.config import Engine, Flow
-from qexp.quantize.floating import norm_is_random
-from qexp.quantize.verify import check_layers
+from qexp.config.schema import Engine, Flow
+from qexp.quantize.inspection.layer_check import check_layers
+from qexp.quantize.torch_backend.float_layers import norm_is_random
 
 TWO = images(2)
 BOTH = [Flow.eager, Flow.fx]

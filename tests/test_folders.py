@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from qexp import folders
 from qexp.errors import ConfigError
+from qexp.launch import folders
 
 
 def test_each_job_gets_the_folder_that_is_wanted_or_the_next_that_is_free(tmp_path: Path) -> None:

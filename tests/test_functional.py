@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.ao.nn.quantized import FloatFunctional
 
 from qexp import quantize
-from qexp.config import Engine, Flow
+from qexp.config.schema import Engine, Flow
 from qexp.errors import InputError
-from qexp.quantize.functional import run_or_refuse
+from qexp.quantize.inspection.unsupported_operators import run_or_refuse
 
 TWO = images(2)
 SETTINGS = settings()

@@ -16,15 +16,16 @@ from torch.ao.nn.quantized import FloatFunctional
 from torch.ao.quantization import convert as torch_convert
 from torch.ao.quantization.quantize_fx import convert_fx
 
-from qexp import nets, quantize
-from qexp.config import Engine, Flow, Observer
+from qexp import quantize
+from qexp.config.schema import Engine, Flow, Observer
 from qexp.errors import InputError, RunError
-from qexp.quantize import sums
-from qexp.quantize.executed import beyond, executed
-from qexp.quantize.fidelity import layer_fidelity
-from qexp.quantize.held import clamped, highest_code
-from qexp.quantize.quiet import known_deprecations_silenced
-from qexp.quantize.verify import check_layers
+from qexp.models import architectures
+from qexp.quantize.inspection.layer_check import check_layers
+from qexp.quantize.inspection.layer_errors import layer_fidelity
+from qexp.quantize.inspection.operators import beyond, executed
+from qexp.quantize.saturation import emulation
+from qexp.quantize.torch_backend.deprecations import known_deprecations_silenced
+from qexp.quantize.torch_backend.ignored_quant_max import clamped, highest_code
 from qexp.runtimes import eager, torchscript
 
 FLOWS = [Flow.eager, Flow.fx]
@@ -125,7 +126,7 @@ def largest_codes(model: nn.Module, batch: Tensor, engine: Engine = Engine.x86) 
 
 
 NETS: dict[str, tuple[Callable[[], nn.Module], list[Flow]]] = {
-    "gated": (Gated, FLOWS), "tiny": (nets.tiny, FLOWS), "plain": (Plain, [Flow.fx]), "odd": (Odd, [Flow.fx]),
+    "gated": (Gated, FLOWS), "tiny": (architectures.tiny, FLOWS), "plain": (Plain, [Flow.fx]), "odd": (Odd, [Flow.fx]),
 }  # fmt: skip
 CASES = [(name, flow) for name, (_, flows) in NETS.items() for flow in flows]
 
@@ -232,7 +233,7 @@ def test_a_sum_with_a_number_has_the_bits_asked_for(bits: int) -> None:
 
 @pytest.mark.parametrize("flow", FLOWS)
 def test_with_8_bits_it_is_the_model_that_torch_converts(flow: Flow) -> None:
-    net = trained(nets.tiny())
+    net = trained(architectures.tiny())
     made, engine = prepared(net, flow), Engine.fbgemm
     with quantize.engine(engine), known_deprecations_silenced():
         by_torch = torch_convert(made) if flow is Flow.eager else convert_fx(made)  # type: ignore[arg-type]
@@ -288,7 +289,7 @@ def test_clamping_keeps_the_memory_format_on_every_engine() -> None:
 
 @pytest.mark.parametrize("flow", FLOWS)
 def test_a_clamp_is_executed_and_its_end_depends_on_no_range(flow: Flow) -> None:
-    net, on = trained(nets.tiny()), (Engine.x86, SEEN[:1])
+    net, on = trained(architectures.tiny()), (Engine.x86, SEEN[:1])
     by_range = {
         executed(quantize.convert(prepared(net, flow, RECORDED[observer], activation_bits=4), flow, Engine.x86), *on)
         for observer in ("minmax", "mse")
@@ -331,15 +332,15 @@ def test_exact_and_emulated_sums_see_the_codes_that_are_executed(flow: Flow, eng
     net = trained(Gated())
     made = prepared(net, flow, activation_bits=6)
     model = quantize.convert(made, flow, engine)
-    emulated = sums.with_emulated_sums(model, engine)
+    emulated = emulation.with_emulated_sums(model, engine)
     for other in (emulated, quantize.exact(made, flow)):
         assert max(largest_codes(other, WIDER, engine).values()) == 63
-        rows = sums.layer_by_layer(model, other, [WIDER], engine)
+        rows = emulation.layer_by_layer(model, other, [WIDER], engine)
         assert len(rows) == 4
         assert not any(row.saturates for row in rows)
-    assert sums.not_emulated(model) == ()
-    assert not sums.at_risk(model, engine, {"conv", "pointwise", "linear"})
-    assert sums.at_risk(converted(net, flow, 8), engine, {"conv", "pointwise", "linear"})
+    assert emulation.not_emulated(model) == ()
+    assert not emulation.at_risk(model, engine, {"conv", "pointwise", "linear"})
+    assert emulation.at_risk(converted(net, flow, 8), engine, {"conv", "pointwise", "linear"})
 
 
 @pytest.mark.parametrize("observer", ["minmax", "mse"])
@@ -347,7 +348,7 @@ def test_exact_and_emulated_sums_see_the_codes_that_are_executed(flow: Flow, eng
 @pytest.mark.parametrize("bits", [2, 4, 7])
 def test_weights_end_where_their_grid_does(flow: Flow, observer: str, bits: int) -> None:
     model = converted(trained(Gated()), flow, 8, weight_bits=bits, weight_observer=observer)
-    for name, layer in sums.int8_layers(model):
+    for name, layer in emulation.int8_layers(model):
         codes = layer.weight().int_repr()  # type: ignore[operator]
         assert codes.min() == -(2 ** (bits - 1)), name
         assert codes.max() == 2 ** (bits - 1) - 1, name

@@ -15,9 +15,9 @@ from quantizable import MINMAX, images, relative_error, settings, trained
 from torch import Tensor, nn
 
 from qexp import quantize
-from qexp.config import Engine, Flow
+from qexp.config.schema import Engine, Flow
 from qexp.errors import InputError
-from qexp.quantize.trace import UntraceableError, trace
+from qexp.quantize.graph.tracing import UntraceableError, trace
 
 TWO = images(2)
 

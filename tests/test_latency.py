@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from qexp import config, latency
+from qexp.config import schema
 from qexp.errors import ConfigError
+from qexp.latency import protocol as latency
 
-PROTOCOL = config.Latency(
+PROTOCOL = schema.Latency(
     enabled=True,
-    runtimes=[config.Runtime.eager],
+    runtimes=[schema.Runtime.eager],
     processes=0,
     threads=[1],
     batch_sizes=[1],
@@ -58,7 +59,7 @@ class Simulated:
     def time(
         self,
         variants: dict[str, Callable[[Any], None]],
-        protocol: config.Latency = PROTOCOL,
+        protocol: schema.Latency = PROTOCOL,
         seed: int = 0,
         control_among: Collection[str] = (),
         batches: int = 7,
@@ -523,17 +524,18 @@ def test_more_threads_than_cores_are_refused() -> None:
 
 
 def test_reading_timings_needs_no_torch() -> None:
-    code = "import sys; import qexp.latency, qexp.stats, qexp.machine; sys.exit('torch' in sys.modules)"
+    modules = "qexp.latency.protocol, qexp.statistics, qexp.system.machine"
+    code = f"import sys; import {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_the_protocols_are_complete_and_off_is_off(composed: Callable[..., config.Config]) -> None:
+def test_the_protocols_are_complete_and_off_is_off(composed: Callable[..., schema.Config]) -> None:
     protocols = [composed(f"latency={name}").latency for name in ("off", "quick", "standard", "publish")]
     off, quick, standard, publish = protocols
     assert [protocol.enabled for protocol in protocols] == [False, True, True, True]
     assert [protocol.processes for protocol in protocols] == [0, 0, 2, 5]
     assert quick.seconds < standard.seconds < publish.seconds
     assert quick.runtimes == standard.runtimes
-    assert {*publish.runtimes} - {*standard.runtimes} == {config.Runtime.inductor}
+    assert {*publish.runtimes} - {*standard.runtimes} == {schema.Runtime.inductor}
     assert off.runtimes == quick.runtimes
     assert composed().latency == standard

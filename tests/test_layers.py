@@ -9,9 +9,9 @@ from quantizable import MINMAX, images, relative_error, settings, trained
 from torch import Tensor, nn
 
 from qexp import quantize
-from qexp.config import Engine, Flow
+from qexp.config.schema import Engine, Flow
 from qexp.errors import InputError
-from qexp.results import Layer
+from qexp.records import Layer
 
 TWO = images(2)
 SETTINGS = settings()

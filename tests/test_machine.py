@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from qexp import machine
+from qexp.system import machine
 
 HOLD = """
 import sys

@@ -20,9 +20,12 @@ import yaml
 from torch import Tensor, nn
 from torch.ao.nn.quantized import FloatFunctional
 
-from qexp import config, models, nets, targets, vision
-from qexp.data import Data, load_data
+from qexp.config import instantiation, schema
+from qexp.data.splits import Data, load_data
 from qexp.errors import ConfigError, InputError
+from qexp.models import architectures
+from qexp.models import float_model as models
+from qexp.system import torchvision_import
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
@@ -39,9 +42,9 @@ def here(name: str, **arguments: Any) -> dict[str, Any]:
     return {"_target_": f"{__name__}.{name}", "num_classes": None, "checkpoint": None, "weights": None, **arguments}
 
 
-def fast() -> config.Train:
+def fast() -> schema.Train:
     values = yaml.safe_load((CONF / "train" / "fast.yaml").read_text())
-    return config.Train(**{**values, "augment": config.Augment(**values["augment"]), "device": config.Device.cpu})
+    return schema.Train(**{**values, "augment": schema.Augment(**values["augment"]), "device": schema.Device.cpu})
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +144,7 @@ class Wraps(nn.Module):
 
 
 def positional(depth: int, /, num_classes: int = 10) -> nn.Module:
-    return nets.tiny(num_classes, width=depth)
+    return architectures.tiny(num_classes, width=depth)
 
 
 def parallel() -> nn.Module:
@@ -185,17 +188,17 @@ def test_our_networks_have_no_shared_relu_and_no_batchnorm_left_after_fusion(nam
 
 
 def test_resnet20_has_twenty_layers_and_the_paper_s_size() -> None:
-    module = nets.resnet20()
+    module = architectures.resnet20()
     layers = [p for n, p in module.named_modules() if isinstance(p, nn.Conv2d | nn.Linear) and "downsample" not in n]
     assert len(layers) == 20
     assert sum(p.numel() for p in module.parameters()) == pytest.approx(0.27e6, rel=0.02)
-    assert sum(p.numel() for p in nets.tiny().parameters()) < 10_000
+    assert sum(p.numel() for p in architectures.tiny().parameters()) < 10_000
 
 
 def test_resnet18_has_the_names_of_torchvision_s_and_a_stem_for_small_images() -> None:
-    plain = vision.torchvision.models.resnet18(num_classes=10)
-    assert list(nets.resnet18(num_classes=10).state_dict()) == list(plain.state_dict())
-    small = nets.resnet18("cifar", 10)
+    plain = torchvision_import.torchvision.models.resnet18(num_classes=10)
+    assert list(architectures.resnet18(num_classes=10).state_dict()) == list(plain.state_dict())
+    small = architectures.resnet18("cifar", 10)
     assert list(small.state_dict()) == list(plain.state_dict())
     sizes: list[tuple[int, ...]] = []
     small.layer1.register_forward_hook(lambda _module, _inputs, output: sizes.append(tuple(output.shape)))
@@ -226,7 +229,7 @@ def test_the_seed_decides_the_weights() -> None:
         here("NoReturn"),
         here(
             "Wraps",
-            net={"_target_": "qexp.nets.tiny", "num_classes": 10},
+            net={"_target_": "qexp.models.architectures.tiny", "num_classes": 10},
             widths=[1, 2],
             activation={"_target_": "torch.nn.Hardtanh", "_partial_": True, "min_val": 0.0},
         ),
@@ -260,8 +263,8 @@ def test_a_model_s_code_leaves_no_global_changed() -> None:
 def test_a_start_imports_no_compiler_and_leaves_it_whole() -> None:
     code = """
 import sys
-import qexp.experiment, qexp.models
-qexp.models.build({spec}, 10, seed=0)
+import qexp.pipeline.run, qexp.models.float_model
+qexp.models.float_model.build({spec}, 10, seed=0)
 assert not [name for name in sys.modules if name.startswith(("torch._dynamo", "torch._inductor"))]
 from torchvision.ops import roi_align
 asks = sys.modules[roi_align.__module__].is_compile_supported
@@ -304,8 +307,8 @@ def test_a_model_that_does_not_fit_is_refused_in_a_sentence(spec: dict[str, Any]
         ({"_target_": "resnet18"}, "is not a dotted path"),
         ({"_target_": "models/net.py"}, "is not a dotted path"),
         ({"_target_": "nosuch.Net"}, "there is no module nosuch, neither installed nor in"),
-        ({"_target_": "qexp.nets.resnet81"}, r"qexp\.nets has no resnet81 \(did you mean resnet18"),
-        ({"_target_": "qexp.nets"}, "is a module; name a class or a function"),
+        ({"_target_": "qexp.models.architectures.resnet81"}, r"qexp\.nets has no resnet81 \(did you mean resnet18"),
+        ({"_target_": "qexp.models.architectures"}, "is a module; name a class or a function"),
         ({"_target_": "torch.nn.Module.eval"}, "is a method of an object"),
         (here("made"), "is an object, made already"),
         (
@@ -313,7 +316,10 @@ def test_a_model_that_does_not_fit_is_refused_in_a_sentence(spec: dict[str, Any]
             r"model\.stemm=x: qexp\.nets\.resnet18 takes stem, num_classes \(did you mean stem",
         ),
         ({"_target_": "torch.nn.Linear", "in_features": 3}, r"needs model\.out_features; set it"),
-        (here("Wraps", net={"_target_": "qexp.nets.tiny", "wdith": 1}, widths=[]), r"model\.net\.wdith=1: .* width"),
+        (
+            here("Wraps", net={"_target_": "qexp.models.architectures.tiny", "wdith": 1}, widths=[]),
+            r"model\.net\.wdith=1: .* width",
+        ),
         (model("tiny", checkpoint="a.pt", weights="DEFAULT"), "are both set; leave one out"),
         (model("tiny", weights="DEFAULT"), r"torchvision has no weights for qexp\.nets\.tiny"),
         (model("resnet50", weights="IMAGENET"), "torchvision has IMAGENET1K_V1, IMAGENET1K_V2"),
@@ -339,7 +345,7 @@ def test_a_target_in_the_folder_of_the_command_is_found_and_its_own_failures_are
     # As from a console script, which does not have the current folder on its path.
     program = (
         f"import sys; sys.path = [p for p in sys.path if p]; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from qexp.targets import resolve\n"
+        "from qexp.config.instantiation import resolve\n"
         "from qexp.errors import InputError\n"
         "print(resolve('model', {'_target_': 'mymodel.Net'})[0].__name__)\n"
         "for name in ('crashes', 'misses', 'broken', 'quits'):\n"
@@ -360,20 +366,21 @@ def test_a_target_in_the_folder_of_the_command_is_found_and_its_own_failures_are
 
 def test_arguments_that_the_caller_supplies_must_be_taken_and_not_given() -> None:
     with pytest.raises(ConfigError, match=r"dataset\._target_=math\.hypot|must take the argument split"):
-        targets.resolve("dataset", {"_target_": "qexp.nets.tiny"}, supplied={"split"})
+        instantiation.resolve("dataset", {"_target_": "qexp.models.architectures.tiny"}, supplied={"split"})
     with pytest.raises(ConfigError, match=r"dataset\.split=train: qexp passes split"):
-        targets.resolve("dataset", {"_target_": "qexp.datasets.digits", "split": "train"}, supplied={"split"})
-    assert targets.resolve("dataset", {"_target_": "qexp.datasets.digits"}, supplied={"split"})[1] == {}
+        instantiation.resolve("dataset", {"_target_": "qexp.data.builtin.digits", "split": "train"}, supplied={"split"})
+    assert instantiation.resolve("dataset", {"_target_": "qexp.data.builtin.digits"}, supplied={"split"})[1] == {}
 
 
 def test_functions_that_hide_a_module_of_their_name_and_its_members_are_both_found() -> None:
     package = "torchvision.models.quantization.googlenet"
-    assert targets.locate("model._target_", package).__name__ == "googlenet"
-    assert targets.locate("model._target_", f"{package}.QuantizableGoogLeNet").__name__ == "QuantizableGoogLeNet"
+    assert instantiation.locate("model._target_", package).__name__ == "googlenet"
+    assert instantiation.locate("model._target_", f"{package}.QuantizableGoogLeNet").__name__ == "QuantizableGoogLeNet"
 
 
 def test_torchvision_imports_first_in_a_fresh_process_through_a_target() -> None:
-    program = "from qexp.targets import locate; print(locate('model._target_', 'torchvision.models.resnet18').__name__)"
+    locating = "locate('model._target_', 'torchvision.models.resnet18')"
+    program = f"from qexp.config.instantiation import locate; print({locating}.__name__)"
     script = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert script.stdout.strip() == "resnet18"
 
@@ -466,7 +473,7 @@ def test_the_code_of_a_user_s_model_and_of_what_it_imports_is_part_of_its_key(
     (tmp_path / "usersmodel.py").write_text(
         "from torch import classes, ops\nfrom usersblocks import net\ndef make(num_classes): return net(num_classes)\n"
     )
-    blocks = "from qexp.nets import tiny\ndef net(classes): return tiny(classes)\n"
+    blocks = "from qexp.models.architectures import tiny\ndef net(classes): return tiny(classes)\n"
     spec = {"_target_": "usersmodel.make", "num_classes": None}
     sources = []
     for text in (blocks, blocks, blocks + "# another\n"):
@@ -509,7 +516,7 @@ def test_pretrained_weights_need_as_many_classes_and_a_file_or_a_network(
     with pytest.raises(InputError, match=r"model\.weights=IMAGENET1K_V1: https://.* can't be fetched"):
         models.check_model(spec, 1000, SHAPE)
     assert not list(tmp_path.rglob("*.part"))
-    state = {name: t + 0.01 for name, t in nets.resnet18().state_dict().items()}
+    state = {name: t + 0.01 for name, t in architectures.resnet18().state_dict().items()}
     torch.save(state, tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth")
     module, source = models._pretrained(spec, 1000, seed=0)
     assert torch.equal(module.state_dict()["fc.bias"], state["fc.bias"])
@@ -521,7 +528,7 @@ def test_pretrained_weights_of_other_builders_are_taken_as_torchvision_does(
     name: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    library = vision.torchvision.models
+    library = torchvision_import.torchvision.models
     arguments = {"aux_logits": True, "init_weights": False} if name == "googlenet" else {}
     state = getattr(library, module)(num_classes=1000, **arguments).state_dict()
     url = library.get_model_weights(name)["IMAGENET1K_V1"].url

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.ao.quantization.observer import UniformQuantizationObserverBase
 
 from qexp import quantize
-from qexp.config import ActivationObserver, Engine, Flow, Observer, Overflow, QConfig, Target
-from qexp.quantize import narrowing, sums
-from qexp.quantize.grid import Side
+from qexp.config.schema import ActivationObserver, Engine, Flow, Observer, Overflow, QConfig, Target
+from qexp.quantize.calibration.grid import Side
+from qexp.quantize.saturation import emulation, narrowing
 
 EXAMPLE = images(8)
 OBSERVERS = {
@@ -80,13 +80,13 @@ def test_only_layers_that_saturate_are_narrowed(flow: Flow) -> None:
             assert (after.qmax < plain[name].qmax) == (sides.get(name.removesuffix(".weight")) is Side.weights)
     converted = quantize.convert(narrowed, flow, Engine.x86)
     exact = quantize.exact(narrowed, flow)
-    emulated = sums.with_emulated_sums(converted, Engine.x86)
-    rows = sums.layer_by_layer(emulated, exact, [EXAMPLE], Engine.x86)
+    emulated = emulation.with_emulated_sums(converted, Engine.x86)
+    rows = emulation.layer_by_layer(emulated, exact, [EXAMPLE], Engine.x86)
     assert not any(row.saturates for row in rows)
     # And without the guard it does.
     unguarded = quantize.convert(prepared, flow, Engine.x86)
-    emulated = sums.with_emulated_sums(unguarded, Engine.x86)
-    before = sums.layer_by_layer(emulated, quantize.exact(prepared, flow), [EXAMPLE], Engine.x86)
+    emulated = emulation.with_emulated_sums(unguarded, Engine.x86)
+    before = emulation.layer_by_layer(emulated, quantize.exact(prepared, flow), [EXAMPLE], Engine.x86)
     assert [row.name for row in before if row.saturates] == names
 
 

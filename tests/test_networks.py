@@ -15,9 +15,9 @@ from quantizable import MINMAX, settings
 from torch import Tensor
 
 from qexp import quantize
-from qexp.config import Engine, Flow
+from qexp.config.schema import Engine, Flow
 from qexp.errors import InputError
-from qexp.quantize.verify import FEW, check_layers
+from qexp.quantize.inspection.layer_check import FEW, check_layers
 
 FLOWS = (Flow.fx, Flow.eager)
 

@@ -27,8 +27,9 @@ from torch.ao.quantization import convert as torch_convert
 from torch.ao.quantization import prepare as torch_prepare
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
-from qexp import nets, quantize
-from qexp.config import ActivationObserver, Engine, Flow, Observer, QConfig
+from qexp import quantize
+from qexp.config.schema import ActivationObserver, Engine, Flow, Observer, QConfig
+from qexp.models import architectures
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.ao.quantization is deprecated", "ignore:Please use quant_min and quant_max"
@@ -96,8 +97,9 @@ def engine_restored() -> Any:
 
 
 def eager_net() -> nn.Module:
-    # 16 channels: with 8, oneDNN's own answers change from call to call (see qexp/quantize/strided.py).
-    return trained(nets.tiny(num_classes=10, width=16))
+    # 16 channels: with 8, oneDNN's own answers change from call to call
+    # (see qexp/quantize/torch_backend/onednn_strided_pointwise.py).
+    return trained(architectures.tiny(num_classes=10, width=16))
 
 
 @pytest.mark.parametrize("engine", ["x86", "fbgemm", "onednn"])

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qexp import plots
-from qexp.quantize.fidelity import Fidelity
+from qexp.quantize.inspection.layer_errors import Fidelity
+from qexp.report import charts
 
 
 def rows(count: int) -> list[Fidelity]:
@@ -26,14 +26,16 @@ def rows(count: int) -> list[Fidelity]:
 
 @pytest.mark.parametrize("count", [1, 5, 21, 160])
 def test_a_row_for_each_layer_from_the_top_and_a_readable_png(count: int, tmp_path: Path) -> None:
-    figure = plots.layers(rows(count), "tiny · digits · per_channel")
+    figure = charts.layers(rows(count), "tiny · digits · per_channel")
     noise, clipped = figure.axes
-    assert [label.get_text() for label in noise.get_yticklabels()] == [plots.shortened(row.name) for row in rows(count)]
+    assert [label.get_text() for label in noise.get_yticklabels()] == [
+        charts.shortened(row.name) for row in rows(count)
+    ]
     bottom, top = noise.get_ylim()
     assert top < 0 < count - 1 < bottom or count == 1
     assert len(clipped.patches) == count
     assert clipped.patches[-1].get_width() == pytest.approx(rows(count)[-1].clipped * 100)
-    plots.save(figure, tmp_path / "layers.png")
+    charts.save(figure, tmp_path / "layers.png")
     with Image.open(tmp_path / "layers.png") as image:
         assert image.format == "PNG"
         assert image.width >= 1400
@@ -45,7 +47,7 @@ def test_a_row_for_each_layer_from_the_top_and_a_readable_png(count: int, tmp_pa
 
 
 def test_the_layers_that_add_most_noise_stand_out() -> None:
-    figure = plots.layers(
+    figure = charts.layers(
         [Fidelity(name, "conv", 20.0, own, None, 0.0, 1.0) for name, own in (("a", 30.0), ("b", 9.0), ("c", math.inf))],
         "",
     )
@@ -61,25 +63,25 @@ def test_what_is_not_finite_or_unknown_has_no_marker(tmp_path: Path) -> None:
         Fidelity("unknown", "other", -3.0, None, None, 1.0, 1.0),
         Fidelity("nothing", "conv", -math.inf, -math.inf, None, 0.0, 1.0),
     ]
-    figure = plots.layers(odd, "odd")
+    figure = charts.layers(odd, "odd")
     low, high = figure.axes[0].get_xlim()
     assert low < -3 < high < 100
-    plots.save(figure, tmp_path / "odd.png")
+    charts.save(figure, tmp_path / "odd.png")
     assert (tmp_path / "odd.png").stat().st_size > 0
 
 
 def test_long_names_lose_their_middle() -> None:
-    assert plots.shortened("features.0") == "features.0"
+    assert charts.shortened("features.0") == "features.0"
     long = "trunk_output.block1.block1-0.f.se.scale_activation"
-    assert plots.shortened(long) == "trunk_output.block1….se.scale_activation"
-    assert len(plots.shortened(long)) == 40
+    assert charts.shortened(long) == "trunk_output.block1….se.scale_activation"
+    assert len(charts.shortened(long)) == 40
 
 
 def test_no_layers_is_an_error() -> None:
     with pytest.raises(ValueError, match="at least one layer"):
-        plots.layers([], "")
+        charts.layers([], "")
 
 
 def test_neither_pyplot_nor_torch_is_touched() -> None:
-    code = "import sys, qexp.plots; sys.exit(not {'matplotlib.pyplot', 'torch'}.isdisjoint(sys.modules))"
+    code = "import sys, qexp.report.charts; sys.exit(not {'matplotlib.pyplot', 'torch'}.isdisjoint(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from qexp import progress
-from qexp.results import Row
+from qexp.launch import progress
+from qexp.records import Row
 
 
 class Terminal(io.StringIO):

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.ao.nn.quantized import FloatFunctional
 from torch.ao.quantization import DeQuantStub, QuantStub, fuse_modules
 
-from qexp import nets, quantize
-from qexp.config import ActivationObserver, Engine, Flow, Observer, QConfig
+from qexp import quantize
+from qexp.config.schema import ActivationObserver, Engine, Flow, Observer, QConfig
 from qexp.errors import InputError, NotFinite, RunError
-from qexp.vision import torchvision
+from qexp.models import architectures
+from qexp.system.torchvision_import import torchvision
 
 TWO = images(2)
 
@@ -56,7 +57,7 @@ def test_chains_are_found_by_tracing_where_a_model_has_no_fuse_model() -> None:
 
 
 def test_the_float_model_is_left_as_it_was() -> None:
-    net = trained(nets.tiny())
+    net = trained(architectures.tiny())
     before = {name: value.clone() for name, value in net.state_dict().items()}
     answer = net(TWO)
     prepared_and_converted(net, settings())
@@ -66,7 +67,7 @@ def test_the_float_model_is_left_as_it_was() -> None:
 
 
 def test_a_model_with_stubs_gets_no_second_pair() -> None:
-    _, converted = prepared_and_converted(trained(nets.tiny()), settings())
+    _, converted = prepared_and_converted(trained(architectures.tiny()), settings())
     assert sum(type(m).__name__ == "Quantize" for m in converted.modules()) == 1
     assert next(layer.name for layer in quantize.layers(converted, Flow.eager, Engine.x86)) == "conv1"
 
@@ -192,7 +193,7 @@ def test_a_model_that_every_flow_refuses_is_told_so() -> None:
 
 
 def test_what_is_wrong_with_weights_or_images_is_not_laid_on_the_flow() -> None:
-    net = trained(nets.tiny())
+    net = trained(architectures.tiny())
     with torch.no_grad():
         next(net.parameters())[0] = math.nan
     broken = "conv1.weight of the float model holds NaN or infinity; check model.checkpoint."
@@ -203,12 +204,12 @@ def test_what_is_wrong_with_weights_or_images_is_not_laid_on_the_flow() -> None:
 
 def test_dry_run_takes_what_the_flow_takes() -> None:
     for flow in Flow:
-        quantize.dry_run(trained(nets.tiny()), flow, True, settings(), MINMAX, Engine.x86, TWO)
+        quantize.dry_run(trained(architectures.tiny()), flow, True, settings(), MINMAX, Engine.x86, TWO)
 
 
 @pytest.mark.parametrize("flow", list(Flow))
 def test_skeleton_takes_the_saved_state_and_says_nothing(flow: Flow, tmp_path: object) -> None:
-    net = trained(nets.tiny())
+    net = trained(architectures.tiny())
     qconfig = settings(overflow="activations")
     prepared = quantize.prepare(quantize.fuse(net, flow, True, TWO), flow, qconfig, MINMAX, Engine.x86, TWO)
     if flow is not Flow.dynamic:
@@ -216,7 +217,7 @@ def test_skeleton_takes_the_saved_state_and_says_nothing(flow: Flow, tmp_path: o
     converted = quantize.convert(prepared, flow, Engine.x86)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        other = quantize.fuse(trained(nets.tiny(), seed=9), flow, True, TWO)
+        other = quantize.fuse(trained(architectures.tiny(), seed=9), flow, True, TWO)
         skeleton = quantize.skeleton(other, flow, qconfig, Engine.x86, TWO)
     skeleton.load_state_dict(converted.state_dict(), assign=True)
     with quantize.engine(Engine.x86), torch.inference_mode():
@@ -226,7 +227,7 @@ def test_skeleton_takes_the_saved_state_and_says_nothing(flow: Flow, tmp_path: o
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 @pytest.mark.parametrize("fusion", [True, False])
 def test_qparams_of_the_observers_are_those_of_the_converted_model(granularity: str, fusion: bool) -> None:
-    prepared, converted = prepared_and_converted(trained(nets.tiny()), settings(granularity), fusion)
+    prepared, converted = prepared_and_converted(trained(architectures.tiny()), settings(granularity), fusion)
     expected, actual = quantize.read_qparams(prepared), quantize.read_qparams(converted)
     assert set(expected) == set(actual)
     assert {"quant", "conv1", "conv1.weight", "fc", "fc.weight", "blocks.0.add_relu"} <= set(actual)
@@ -241,7 +242,7 @@ def test_qparams_of_the_observers_are_those_of_the_converted_model(granularity: 
 def test_qparams_of_a_prepared_model_hold_the_codes_that_are_executed(bits: int, highest: int) -> None:
     # A guard that narrows activations does so in their scale alone.
     qconfig = settings(weight_bits=4, activation_bits=bits, overflow="activations")
-    prepared, _ = prepared_and_converted(trained(nets.tiny()), qconfig)
+    prepared, _ = prepared_and_converted(trained(architectures.tiny()), qconfig)
     qparams = quantize.read_qparams(prepared)
     assert (qparams["conv1.weight"].qmin, qparams["conv1.weight"].qmax) == (-8, 7)
     assert (qparams["conv1"].qmin, qparams["conv1"].qmax) == (0, highest)
@@ -427,7 +428,7 @@ def test_signed_activations_fail_in_convolutions_of_every_engine(engine: Engine)
 
 
 def test_an_engine_that_torch_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qexp.quantize.engines.supported", lambda: (Engine.fbgemm,))
+    monkeypatch.setattr("qexp.quantize.torch_backend.engines.supported", lambda: (Engine.fbgemm,))
     refused = pytest.raises(InputError, match=r"engine=qnnpack is not in this build of torch: choose one of fbgemm")
     with refused, quantize.engine(Engine.qnnpack):
         pass

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from qexp import quantize
-from qexp.config import Engine, Flow
+from qexp.config.schema import Engine, Flow
 from qexp.errors import InputError
-from qexp.quantize.trace import trace
-from qexp.vision import torchvision
+from qexp.quantize.graph.tracing import trace
+from qexp.system.torchvision_import import torchvision
 
 TWO = images(2)
 

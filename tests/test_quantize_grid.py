@@ -8,9 +8,9 @@ import torch
 from quantizable import MINMAX, settings
 from torch.ao.quantization import HistogramObserver, MinMaxObserver, MovingAverageMinMaxObserver
 
-from qexp.config import ActivationObserver, Granularity, Observer
-from qexp.quantize.grid import Grid, Side, executed_bits, grid
-from qexp.quantize.observers import activation_observer, to_qparams, weight_observer
+from qexp.config.schema import ActivationObserver, Granularity, Observer
+from qexp.quantize.calibration.grid import Grid, Side, executed_bits, grid
+from qexp.quantize.calibration.observers import activation_observer, to_qparams, weight_observer
 
 DATA = torch.randn(4, 8, 5, 5, generator=torch.Generator().manual_seed(0)) * 2 + 0.7
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.ao.quantization import MinMaxObserver
 
 from qexp import quantize
-from qexp.config import ActivationObserver, Engine, Flow, Granularity, Observer, Scheme
-from qexp.quantize.calibrate import calibrate
-from qexp.quantize.counting import statistics
-from qexp.quantize.grid import Grid, Side, grid
-from qexp.quantize.observers import activation_observer, weight_observer
-from qexp.quantize.ranges import (
+from qexp.config.schema import ActivationObserver, Engine, Flow, Granularity, Observer, Scheme
+from qexp.quantize.calibration.grid import Grid, Side, grid
+from qexp.quantize.calibration.histogram import statistics
+from qexp.quantize.calibration.observers import activation_observer, weight_observer
+from qexp.quantize.calibration.passes import calibrate
+from qexp.quantize.calibration.ranges import (
     range_entropy,
     range_minmax,
     range_moving_average,
@@ -25,7 +25,7 @@ from qexp.quantize.ranges import (
     range_percentile,
     solver,
 )
-from qexp.quantize.statistics import merge
+from qexp.quantize.calibration.tensor_statistics import merge
 
 SYMMETRIC, ASYMMETRIC = Scheme.symmetric, Scheme.asymmetric
 EIGHT = Grid(0, 255)

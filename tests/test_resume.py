@@ -27,11 +27,13 @@ import psutil
 import pytest
 from conftest import ROOT
 
-from qexp import cache, machine, resume, sources, tracking
-from qexp import config as schema
-from qexp.config import Config
+from qexp.config import code_digest, schema
+from qexp.config.schema import Config
 from qexp.errors import ConfigError, InputError
-from qexp.results import Row
+from qexp.launch import resume
+from qexp.records import Row
+from qexp.system import cache, machine
+from qexp.tracking import store as tracking
 
 Composed = Callable[..., Config]
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -61,19 +63,19 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     yield tmp_path
-    sources.code_hash.cache_clear()
+    code_digest.code_hash.cache_clear()
 
 
 def test_the_files_of_a_target_are_its_own_and_what_they_import_but_nothing_installed(user: Path) -> None:
-    found = [str(file.relative_to(user)) for file in sources.files_of("usernet.make")]
+    found = [str(file.relative_to(user)) for file in code_digest.files_of("usernet.make")]
     assert found == [
         "usernet.py", "userpackage/__init__.py", "userpackage/deep/__init__.py", "userpackage/deep/sibling.py",
         "userwidth.py",
     ]  # fmt: skip
     assert "usernet" not in sys.modules  # nothing was run
-    assert sources.files_of("qexp.nets.tiny") == []
-    assert sources.files_of("nosuchmodule.make") == []
-    installed = sources.files_of("filelock.FileLock")
+    assert code_digest.files_of("qexp.models.architectures.tiny") == []
+    assert code_digest.files_of("nosuchmodule.make") == []
+    installed = code_digest.files_of("filelock.FileLock")
     assert installed
     assert all("filelock" in file.parts for file in installed)
 
@@ -92,21 +94,21 @@ def test_the_files_of_a_target_are_its_own_and_what_they_import_but_nothing_inst
 def test_the_code_s_hash_changes_with_the_user_s_code_and_with_nothing_else(
     user: Path, file: str, text: str, counts: bool
 ) -> None:
-    before, without = sources.code_hash("usernet.make", "qexp.datasets.digits"), sources.code_hash()
+    before, without = code_digest.code_hash("usernet.make", "qexp.data.builtin.digits"), code_digest.code_hash()
     (user / file).write_text(text)
-    sources.code_hash.cache_clear()
-    assert (sources.code_hash("usernet.make", "qexp.datasets.digits") != before) is counts
-    assert sources.code_hash() == without != before
-    assert sources.code_hash("qexp.nets.tiny", "qexp.datasets.digits") == without
+    code_digest.code_hash.cache_clear()
+    assert (code_digest.code_hash("usernet.make", "qexp.data.builtin.digits") != before) is counts
+    assert code_digest.code_hash() == without != before
+    assert code_digest.code_hash("qexp.models.architectures.tiny", "qexp.data.builtin.digits") == without
 
 
 def test_the_checkpoint_counts_by_its_content(composed: Composed, tmp_path: Path) -> None:
     config = composed(f"model.checkpoint={tmp_path / 'net.pt'}")
-    digests = [sources.checkpoint_digest(config)]
+    digests = [code_digest.checkpoint_digest(config)]
     for content in (b"a", b"b"):
         (tmp_path / "net.pt").write_bytes(content)
         os.utime(tmp_path / "net.pt", ns=(len(digests), len(digests)))
-        digests.append(sources.checkpoint_digest(config))
+        digests.append(code_digest.checkpoint_digest(config))
     assert digests[0] == schema.NOT_APPLICABLE
     assert len(set(digests)) == 3
 
@@ -114,7 +116,7 @@ def test_the_checkpoint_counts_by_its_content(composed: Composed, tmp_path: Path
 def test_what_a_result_would_depend_on_is_what_it_says_afterwards(
     composed: Composed, checkpoint: Path, tmp_path: Path
 ) -> None:
-    from qexp import experiment
+    from qexp.pipeline import run as experiment
 
     (tmp_path / "run").mkdir()
     given = ["model=tiny", "train=fast", "latency=off", f"model.checkpoint={checkpoint}"]
@@ -259,7 +261,7 @@ def config(composed: Composed, checkpoint: Path) -> Config:
 
 
 def known(items: list[Any]) -> list[dict[str, str]]:
-    from qexp import experiment
+    from qexp.pipeline import run as experiment
 
     return experiment.described([item.job.config for item in items])
 
@@ -281,7 +283,7 @@ def test_only_what_would_give_the_same_is_carried_over_and_latest_first(
     found = resume.study(store, items, ["qexp/digits", "qexp/none yet"])
     assert found.parent == parent.id
     assert [item.name for item in found.left(items)] == ["failed", "other code", "new"]
-    said = [entry.getMessage() for entry in caplog.records if entry.name == "qexp.resume"]
+    said = [entry.getMessage() for entry in caplog.records if entry.name == "qexp.launch.resume"]
     assert said == [
         "1 of 4 jobs are finished already under study=it's one and are not run again; resume=false runs all.",
         "1 were finished under it with another code, and are run again.",

@@ -16,15 +16,16 @@ import yaml
 from quantizable import MINMAX, Plain, images, settings, trained
 from torch import Tensor, nn
 
-from qexp import nets, quantize
-from qexp.config import Activation, Engine, Flow, QConfig
-from qexp.data import Data, load_data, normalise
+from qexp import quantize
+from qexp.accuracy.predictions import predict
+from qexp.config.schema import Activation, Engine, Flow, QConfig
+from qexp.data.splits import Data, load_data, normalise
 from qexp.errors import RunError
-from qexp.evaluate import predict
-from qexp.latency import threads
-from qexp.quantize.quiet import known_deprecations_silenced
+from qexp.latency.protocol import threads
+from qexp.models import architectures
+from qexp.quantize.torch_backend.deprecations import known_deprecations_silenced
 from qexp.runtimes import eager, torchscript
-from qexp.runtimes.model import Loaded, agree
+from qexp.runtimes.base import Loaded, agree
 
 TWO = images(2)
 ENGINES = quantize.supported()
@@ -32,7 +33,7 @@ QCONFIG = settings(overflow="weights")
 
 
 def float_net(flow: Flow) -> nn.Module:
-    return trained(Plain()) if flow is Flow.fx else trained(nets.tiny())
+    return trained(Plain()) if flow is Flow.fx else trained(architectures.tiny())
 
 
 def int8_of(net: nn.Module, flow: Flow, engine: Engine, qconfig: QConfig = QCONFIG) -> nn.Module:
@@ -94,7 +95,9 @@ def test_torchscript_holds_what_a_trace_of_the_model_itself_does(flow: Flow | st
         if isinstance(flow, Flow):
             net = int8_of(float_net(flow), flow, Engine.fbgemm)
         else:
-            net = nn.Sequential(trained(nets.tiny()), torch.jit.script(Branching())).eval().requires_grad_(False)
+            net = (
+                nn.Sequential(trained(architectures.tiny()), torch.jit.script(Branching())).eval().requires_grad_(False)
+            )
         torch.jit.save(torch.jit.freeze(torch.jit.trace(net, TWO)), tmp_path / "plain.ts")
         plain = torch.jit.load(tmp_path / "plain.ts")
         exported = torch.jit.load(torchscript.export(net, TWO, tmp_path / "model.ts"))
@@ -132,7 +135,7 @@ def test_steps_share_the_weights_of_the_fused_model_and_leave_them_as_they_are(f
         quantize.calibrate(prepared, [images(8)])
     quantize.convert(prepared, flow, Engine.x86)
     # Of flow=dynamic, layers stay in FP32, and are read from the file of a model with other weights.
-    other = trained(Plain() if flow is Flow.fx else nets.tiny(), seed=9)
+    other = trained(Plain() if flow is Flow.fx else architectures.tiny(), seed=9)
     saved = eager.export(int8_of(other, flow, Engine.x86), tmp_path / "model.pt")
     eager.load(saved, quantize.skeleton(fused, flow, QCONFIG, Engine.x86, TWO), Engine.x86)
     saved = eager.export(quantize.fuse(other, flow, True, TWO), tmp_path / "fp32.pt")
@@ -170,7 +173,7 @@ def test_the_engine_is_put_back_after_an_error() -> None:
 
 
 def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
-    saved = eager.export(int8_of(trained(nets.tiny(width=16)), Flow.eager, Engine.x86), tmp_path / "model.pt")
+    saved = eager.export(int8_of(trained(architectures.tiny(width=16)), Flow.eager, Engine.x86), tmp_path / "model.pt")
     skeleton = blank(trained(Plain()), Flow.fx, Engine.x86)
     with pytest.raises(RunError, match=r"model\.pt doesn't hold the model that these settings make"):
         eager.load(saved, skeleton, Engine.x86)
@@ -202,7 +205,7 @@ sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 from quantizable import settings, trained
 from qexp import nets, quantize
-from qexp.config import Engine, Flow
+from qexp.config.schema import Engine, Flow
 from qexp.runtimes import eager, torchscript
 folder = Path(sys.argv[1])
 images, expected = torch.load(folder / "expected.pt")

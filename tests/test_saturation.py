@@ -11,8 +11,8 @@ from quantizable import MINMAX, settings
 from torch import Tensor, nn
 
 from qexp import quantize
-from qexp.config import Engine, Flow, Overflow, QConfig, Scheme, Target
-from qexp.quantize.saturation import KINDS, KernelSignature, Probe, overflowing_kinds, probe, resolve_overflow
+from qexp.config.schema import Engine, Flow, Overflow, QConfig, Scheme, Target
+from qexp.quantize.saturation.kernels import KINDS, KernelSignature, Probe, overflowing_kinds, probe, resolve_overflow
 
 ENGINES = [e for e in Engine if e in quantize.supported()]
 EXACT = KernelSignature("exact", tuple(Probe(e, s, "conv", 200) for e in Engine for s in Scheme))

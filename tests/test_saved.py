@@ -11,10 +11,11 @@ from quantizable import MINMAX, images, settings, trained
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from qexp import experiment, quantize
-from qexp.config import Config, Engine, Flow
+from qexp import quantize
+from qexp.config.schema import Config, Engine, Flow
+from qexp.pipeline import run
 from qexp.runtimes import eager
-from qexp.saved import float_size
+from qexp.runtimes.saved_models import float_size
 
 TWO = images(2)
 CALLS = 8
@@ -92,9 +93,9 @@ def test_a_run_reports_what_its_owner_would_ship(composed: Callable[..., Config]
         *("model=custom", "model._target_=test_saved.Again", f"model.checkpoint={tmp_path / 'weights.pt'}"),
         *("+model.width=8", "flow=fx", "engine=qnnpack", "latency=off", "calib.batches=1", "per_layer.images=0"),
     )
-    experiment.check_inputs([config])
+    run.check_inputs([config])
     (tmp_path / "run").mkdir()
-    sizes = experiment.run_job(config, tmp_path / "run").metrics
+    sizes = run.run_job(config, tmp_path / "run").metrics
     assert sizes["size/fp32_mb"] * 1e6 == pytest.approx(own_size(net, tmp_path), rel=0.01)
     int8 = (tmp_path / "run" / "model" / "int8_eager.pt").stat().st_size
     assert sizes["size/int8_mb"] * 1e6 == int8

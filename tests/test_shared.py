@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 from test_tracking import free_port, settings
 
-from qexp import tracking
+from qexp.tracking import store as tracking
 
 FIRST, SECOND, GROUP = 54_001, 54_002, 54_003
 NOBODY = 65_534  # whom every Linux knows by name, as PostgreSQL wants it

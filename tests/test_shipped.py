@@ -7,11 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from qexp import config as schema
-from qexp import models, quantize
-from qexp.compose import CONF
-from qexp.config import Engine, Flow
-from qexp.experiment import resolved
+from qexp import quantize
+from qexp.config import schema
+from qexp.config.composition import CONF
+from qexp.config.schema import Engine, Flow
+from qexp.models import float_model
+from qexp.pipeline.run import resolved
 
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "custom")
 SIZES = [32, 224]  # of the data sets that are shipped, and of the README's folder of images
@@ -25,14 +26,14 @@ def test_every_model_takes_every_data_set(
     model: str, size: int, flow: Flow, composed: Callable[..., schema.Config]
 ) -> None:
     config = composed(f"model={model}", f"flow={flow.value}")
-    module = models.check_model(config.model, 10, (3, size, size))
+    module = float_model.check_model(config.model, 10, (3, size, size))
     example = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     quantize.dry_run(module, flow, True, resolved(config), config.observer, Engine.x86, example)
 
 
 def test_a_shipped_model_that_was_refused_is_taken(composed: Callable[..., schema.Config]) -> None:
     config = composed("model=shufflenet_v2")
-    module = models.check_model(config.model, 10, (3, 32, 32))
+    module = float_model.check_model(config.model, 10, (3, 32, 32))
     quantize.dry_run(
         module, config.flow, True, resolved(config), config.observer, config.engine, torch.ones(1, 3, 32, 32)
     )

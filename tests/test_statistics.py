@@ -12,15 +12,17 @@ from quantizable import MINMAX, RECORDED, Chain, Plain, images, settings, traine
 from torch import Tensor, nn
 from torch.ao.quantization import MinMaxObserver, MovingAverageMinMaxObserver
 
-from qexp import latency, nets, quantize
-from qexp.config import Engine, Flow, Observer, QConfig
+from qexp import quantize
+from qexp.config.schema import Engine, Flow, Observer, QConfig
 from qexp.errors import RunError
-from qexp.quantize import counting, once
-from qexp.quantize.calibrate import calibrate
-from qexp.quantize.counting import Seen, statistics
-from qexp.quantize.observers import activation_observer, observers
-from qexp.quantize.recorder import Recorder
-from qexp.quantize.statistics import SHIFT, TensorStats, merge
+from qexp.latency import protocol
+from qexp.models import architectures
+from qexp.quantize.calibration import cached, histogram
+from qexp.quantize.calibration.histogram import Seen, statistics
+from qexp.quantize.calibration.observers import activation_observer, observers
+from qexp.quantize.calibration.passes import calibrate
+from qexp.quantize.calibration.recorder import Recorder
+from qexp.quantize.calibration.tensor_statistics import SHIFT, TensorStats, merge
 
 MOVING = RECORDED["moving_average"]
 
@@ -177,7 +179,7 @@ def test_an_answer_follows_what_was_seen_since() -> None:
 def test_tensors_may_be_changed_as_soon_as_they_were_recorded(sizes: list[int], threads: int) -> None:
     parts = [values("after a ReLU", size, seed) - seed % 2 for seed, size in enumerate(sizes)]
     recorder = Recorder(MINMAX)
-    with latency.threads(threads), torch.inference_mode():
+    with protocol.threads(threads), torch.inference_mode():
         for part in parts:
             recorder(changing := part.clone())
             changing.zero_()
@@ -200,7 +202,7 @@ def test_what_waits_to_be_counted_does_not_grow_with_the_images(size: int, most:
 
 
 def test_counters_never_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(counting, "_FULL", 3)
+    monkeypatch.setattr(histogram, "_FULL", 3)
     seen, part = Seen(), values("after a ReLU", 200_000)
     for _ in range(8):
         seen.add(part)
@@ -285,7 +287,7 @@ class Passes:
             self.images += len(inputs[0])
 
         prepared.register_forward_pre_hook(count)
-        once.calibrate_once(prepared, batches, lambda batch: torch.from_numpy(batch) / 255, self.folder, on)
+        cached.calibrate_once(prepared, batches, lambda batch: torch.from_numpy(batch) / 255, self.folder, on)
         return prepared
 
 
@@ -346,14 +348,14 @@ def test_a_damaged_entry_is_made_anew(tmp_path: Path) -> None:
 
 def test_what_is_packed_comes_back() -> None:
     stats = [statistics(values(kind)) for kind in KINDS]
-    packed = once.pack(stats)
+    packed = cached.pack(stats)
     assert packed.dtype == np.uint8
-    assert all(same(*pair) for pair in zip(stats, once.unpack(packed), strict=True))
-    assert once.unpack(once.pack([])) == []
+    assert all(same(*pair) for pair in zip(stats, cached.unpack(packed), strict=True))
+    assert cached.unpack(cached.pack([])) == []
 
 
 def test_what_a_fused_module_of_torchs_gives_is_counted_once_and_is_two_batches_to_a_moving_average() -> None:
-    net, batches = trained(nets.tiny()), images(16).split(8)
+    net, batches = trained(architectures.tiny()), images(16).split(8)
     qconfig = settings()
     fused = quantize.fuse(net, Flow.eager, True, batches[0])
     prepared = quantize.prepare(fused, Flow.eager, qconfig, MINMAX, Engine.x86, batches[0])

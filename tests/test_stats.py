@@ -8,8 +8,8 @@ import pytest
 from scipy import optimize
 from scipy import stats as distributions
 
-from qexp import stats
-from qexp.results import Predictions
+from qexp import statistics
+from qexp.records import Predictions
 
 Z95 = distributions.norm.isf(0.025)
 
@@ -41,7 +41,7 @@ def one_hot(classes: list[int]) -> np.ndarray:
 def test_tango_equals_published_intervals(
     first_only: int, second_only: int, n: int, confidence: float, low: float, high: float, digits: int
 ) -> None:
-    interval = stats.tango(first_only, second_only, n, confidence)
+    interval = statistics.tango(first_only, second_only, n, confidence)
     assert (round(interval.low, digits), round(interval.high, digits)) == (low, high)
     assert interval.value == (second_only - first_only) / n
     assert interval.confidence == confidence
@@ -68,42 +68,42 @@ def test_the_score_equals_a_numerical_maximum_of_the_likelihood_for_every_small_
         for b in range(n + 1):
             for c in range(n + 1 - b):
                 for d in (-0.9, -0.4, -0.05, 0.02, 0.3, 0.8):
-                    found = float(stats.tango_z(d, b, c, n))
+                    found = float(statistics.tango_z(d, b, c, n))
                     assert found == pytest.approx(profile_z(d, b, c, n), rel=2e-4, abs=1e-5), (b, c, n, d)
 
 
 def test_the_interval_is_all_differences_that_the_score_test_does_not_reject() -> None:
     grid = np.linspace(-1, 1, 20001)
     for b, c, n in ((0, 0, 30), (1, 0, 30), (4, 9, 30), (0, 12, 30), (30, 0, 30), (7, 7, 14)):
-        kept = grid[np.abs(stats.tango_z(grid, b, c, n)) <= Z95]
-        interval = stats.tango(b, c, n)
+        kept = grid[np.abs(statistics.tango_z(grid, b, c, n)) <= Z95]
+        interval = statistics.tango(b, c, n)
         assert interval.low == pytest.approx(kept[0], abs=1.01e-4)
         assert interval.high == pytest.approx(kept[-1], abs=1.01e-4)
 
 
 def test_swapping_the_two_models_mirrors_the_interval() -> None:
     for b, c, n in ((3, 11, 200), (0, 4, 50), (17, 0, 17), (0, 0, 10)):
-        one, other = stats.tango(b, c, n), stats.tango(c, b, n)
+        one, other = statistics.tango(b, c, n), statistics.tango(c, b, n)
         assert (one.low, one.high) == pytest.approx((-other.high, -other.low), abs=1e-12)
 
 
 def test_the_score_falls_as_the_hypothesis_grows() -> None:
     grid = np.linspace(-1, 1, 4001)
     for b, c, n in ((0, 0, 10), (1, 0, 1), (3, 11, 200), (40, 2, 10000)):
-        assert (np.diff(stats.tango_z(grid, b, c, n)) < 1e-9).all()
+        assert (np.diff(statistics.tango_z(grid, b, c, n)) < 1e-9).all()
 
 
 def test_the_interval_has_width_when_no_prediction_differs() -> None:
-    interval = stats.tango(0, 0, 899)
+    interval = statistics.tango(0, 0, 899)
     # Without a disagreement the ends solve n d^2 = z^2 d (1 - d): d = z^2 / (n + z^2).
     assert interval.high == pytest.approx(Z95**2 / (899 + Z95**2), rel=1e-9)
     assert interval.low == pytest.approx(-interval.high, rel=1e-9)
 
 
 def test_all_images_discordant_and_no_images_have_intervals() -> None:
-    assert stats.tango(20, 0, 20).low == pytest.approx(-1)
-    assert -1 < stats.tango(20, 0, 20).high < -0.5
-    nothing = stats.tango(0, 0, 0)
+    assert statistics.tango(20, 0, 20).low == pytest.approx(-1)
+    assert -1 < statistics.tango(20, 0, 20).high < -0.5
+    nothing = statistics.tango(0, 0, 0)
     assert math.isnan(nothing.value)
     assert (nothing.low, nothing.high) == (-1, 1)
 
@@ -111,18 +111,18 @@ def test_all_images_discordant_and_no_images_have_intervals() -> None:
 @pytest.mark.parametrize(("b", "c", "n"), [(-1, 0, 5), (3, 3, 5)])
 def test_counts_that_are_no_table_are_refused(b: int, c: int, n: int) -> None:
     with pytest.raises(ValueError, match="no paired table"):
-        stats.tango(b, c, n)
+        statistics.tango(b, c, n)
 
 
 def test_non_inferiority_and_the_lower_end_of_the_interval_agree() -> None:
     for b, c, n, confidence in ((12, 9, 899, 0.95), (60, 20, 10000, 0.9), (0, 0, 400, 0.95)):
-        low = stats.tango(b, c, n, confidence).low
-        assert stats.non_inferiority(b, c, n, -low) == pytest.approx((1 - confidence) / 2, rel=1e-6)
+        low = statistics.tango(b, c, n, confidence).low
+        assert statistics.non_inferiority(b, c, n, -low) == pytest.approx((1 - confidence) / 2, rel=1e-6)
 
 
 def test_a_margin_of_nothing_makes_the_score_test_mcnemars() -> None:
     # At d = 0 the score is (c - b) / sqrt(b + c), McNemar's. contingencytables gives Z = -2.132 for cavo_2012.
-    assert float(stats.tango_z(0, 6, 16, 161)) == pytest.approx(2.132, abs=5e-4)
+    assert float(statistics.tango_z(0, 6, 16, 161)) == pytest.approx(2.132, abs=5e-4)
 
 
 def exact_coverage(n: int, expected: float, share_of_second: float) -> float:
@@ -136,7 +136,7 @@ def exact_coverage(n: int, expected: float, share_of_second: float) -> float:
         c[None, :], np.maximum(n - b, 0)[:, None], chance_c / (1 - chance_b)
     )
     assert table.sum() == pytest.approx(1, abs=1e-9)
-    return float(table[np.abs(stats.tango_z(chance_c - chance_b, b[:, None], c[None, :], n)) <= Z95].sum())
+    return float(table[np.abs(statistics.tango_z(chance_c - chance_b, b[:, None], c[None, :], n)) <= Z95].sum())
 
 
 @pytest.mark.parametrize("n", [500, 10_000])
@@ -157,7 +157,7 @@ def test_simulated_coverage_of_tangos_interval(capsys: pytest.CaptureFixture[str
             for share in (0.5, 0.25, 0.0):
                 chances = np.array([1 - share, share]) * expected / n
                 tables = rng.multinomial(n, [*chances, 1 - chances.sum()], 2000)
-                low, high = stats.tango_bounds(tables[:, 0], tables[:, 1], n)
+                low, high = statistics.tango_bounds(tables[:, 0], tables[:, 1], n)
                 truth = chances[1] - chances[0]
                 coverage[n, expected, share] = float(np.mean((low <= truth) & (truth <= high)))
     worst = min(coverage, key=lambda key: coverage[key])
@@ -176,13 +176,13 @@ def test_simulated_coverage_of_tangos_interval(capsys: pytest.CaptureFixture[str
     [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
 )
 def test_wilson_equals_newcombes_table(correct: int, n: int, low: float, high: float) -> None:
-    interval = stats.wilson(correct, n)
+    interval = statistics.wilson(correct, n)
     assert (round(interval.low, 4), round(interval.high, 4)) == (low, high)
     assert interval.value == correct / n
 
 
 def test_wilson_of_no_images_is_everything() -> None:
-    interval = stats.wilson(0, 0)
+    interval = statistics.wilson(0, 0)
     assert math.isnan(interval.value)
     assert (interval.low, interval.high) == (0, 1)
 
@@ -197,8 +197,8 @@ def test_wilson_of_no_images_is_everything() -> None:
     ],
 )
 def test_mcnemar_equals_published_values(b: int, c: int, p: float) -> None:
-    assert stats.mcnemar(b, c) == pytest.approx(p, rel=2e-4)
-    assert stats.mcnemar(c, b) == stats.mcnemar(b, c)
+    assert statistics.mcnemar(b, c) == pytest.approx(p, rel=2e-4)
+    assert statistics.mcnemar(c, b) == statistics.mcnemar(b, c)
 
 
 def test_mcnemar_equals_the_enumeration_of_all_signs() -> None:
@@ -206,7 +206,7 @@ def test_mcnemar_equals_the_enumeration_of_all_signs() -> None:
         n = b + c
         ways = [math.comb(n, k) for k in range(n + 1)]
         brute = sum(way for way in ways if way <= ways[b]) / 2**n
-        assert stats.mcnemar(b, c) == pytest.approx(brute, rel=1e-12)
+        assert statistics.mcnemar(b, c) == pytest.approx(brute, rel=1e-12)
 
 
 # ---- Predictions
@@ -216,15 +216,15 @@ def test_discordant_counts_and_agreement_of_a_small_example() -> None:
     labels = np.array([0, 1, 2, 3, 0])
     first = predictions(one_hot([0, 1, 2, 0, 1]), labels)  # right, right, right, wrong, wrong
     second = predictions(one_hot([0, 1, 0, 3, 2]), labels)  # right, right, wrong, right, wrong otherwise
-    assert stats.discordant(first, second) == (1, 1, 5)
-    assert stats.agreement(first, second) == 2 / 5
-    assert stats.agreement(first, first) == 1
+    assert statistics.discordant(first, second) == (1, 1, 5)
+    assert statistics.agreement(first, second) == 2 / 5
+    assert statistics.agreement(first, first) == 1
 
 
 def test_predictions_of_other_images_are_refused() -> None:
     first = predictions(one_hot([0, 1]))
     other = Predictions(first.logits, first.labels, ("0", "7"))
-    for function in (stats.agreement, stats.discordant, stats.kl_divergence):
+    for function in (statistics.agreement, statistics.discordant, statistics.kl_divergence):
         with pytest.raises(ValueError, match="same images"):
             function(first, other)
 
@@ -234,24 +234,24 @@ def test_kl_divergence_equals_the_sum_written_out() -> None:
     p, q = rng.normal(size=(2, 6, 4)).astype(np.float32)
     soft = [np.exp(logits.astype(float)) / np.exp(logits.astype(float)).sum(1, keepdims=True) for logits in (p, q)]
     brute = np.mean([sum(a * math.log(a / b) for a, b in zip(*rows, strict=True)) for rows in zip(*soft, strict=True)])
-    assert stats.kl_divergence(predictions(p), predictions(q)) == pytest.approx(brute, rel=1e-9)
+    assert statistics.kl_divergence(predictions(p), predictions(q)) == pytest.approx(brute, rel=1e-9)
     # A constant added to all logits of an image changes no probability.
-    assert stats.kl_divergence(predictions(p), predictions(p + 3)) == pytest.approx(0, abs=1e-6)
-    assert stats.kl_divergence(predictions(p), predictions(p)) == 0
+    assert statistics.kl_divergence(predictions(p), predictions(p + 3)) == pytest.approx(0, abs=1e-6)
+    assert statistics.kl_divergence(predictions(p), predictions(p)) == 0
 
 
 def test_kl_divergence_is_finite_for_extreme_logits() -> None:
     sure = np.array([[2000.0, 0, 0, 0]])
-    assert stats.kl_divergence(predictions(sure), predictions(sure[:, ::-1])) == pytest.approx(2000)
+    assert statistics.kl_divergence(predictions(sure), predictions(sure[:, ::-1])) == pytest.approx(2000)
 
 
 def test_sqnr_of_a_tenth_of_noise_is_twenty_decibels() -> None:
     signal = np.random.default_rng(0).normal(size=(50, 10)).astype(np.float32)
-    assert stats.sqnr(signal, signal * 1.1) == pytest.approx(20, abs=1e-4)
-    assert stats.sqnr(signal, signal * 0.99) == pytest.approx(40, abs=1e-3)
-    assert stats.sqnr(signal, signal) == math.inf
+    assert statistics.sqnr(signal, signal * 1.1) == pytest.approx(20, abs=1e-4)
+    assert statistics.sqnr(signal, signal * 0.99) == pytest.approx(40, abs=1e-3)
+    assert statistics.sqnr(signal, signal) == math.inf
     with pytest.raises(ValueError, match="shapes differ"):
-        stats.sqnr(signal, signal[:1])
+        statistics.sqnr(signal, signal[:1])
 
 
 # ---- Verdicts
@@ -269,42 +269,42 @@ def test_sqnr_of_a_tenth_of_noise_is_twenty_decibels() -> None:
     ],
 )
 def test_verdicts(first_only: int, second_only: int, n: int, margin: float, words: str) -> None:
-    assert stats.verdict(first_only, second_only, n, margin) == words
+    assert statistics.verdict(first_only, second_only, n, margin) == words
 
 
 def test_a_verdict_that_cannot_be_given_says_how_many_images_would_do() -> None:
-    assert stats.verdict(200, 170, 10_000, 0.005) == "can't tell with 10,000 images; 17,000 would do"
-    assert stats.verdict(0, 0, 100, 0.005) == "can't tell with 100 images; 3,400 would do"
-    assert stats.images_needed(1, 0, 1, 0.005) > 1
+    assert statistics.verdict(200, 170, 10_000, 0.005) == "can't tell with 10,000 images; 17,000 would do"
+    assert statistics.verdict(0, 0, 100, 0.005) == "can't tell with 100 images; 3,400 would do"
+    assert statistics.images_needed(1, 0, 1, 0.005) > 1
 
 
 @pytest.mark.parametrize(("b", "c", "n", "margin"), [(20, 17, 1000, 0.005), (9, 5, 744, 0.005), (5, 1, 300, 0.02)])
 def test_the_images_that_would_do_give_a_verdict_in_about_four_cases_of_five(
     b: int, c: int, n: int, margin: float
 ) -> None:
-    assert stats.verdict(b, c, n, margin).startswith("can't tell")
-    needed = stats.images_needed(b, c, n, margin)
+    assert statistics.verdict(b, c, n, margin).startswith("can't tell")
+    needed = statistics.images_needed(b, c, n, margin)
     tables = np.random.default_rng(0).multinomial(needed, [b / n, c / n, 1 - (b + c) / n], 4000)
-    low, high = stats.tango_bounds(tables[:, 0], tables[:, 1], needed)
+    low, high = statistics.tango_bounds(tables[:, 0], tables[:, 1], needed)
     assert 0.76 < np.mean((low > -margin) | (high < 0)) < 0.90
 
 
 @pytest.mark.parametrize(("b", "c", "n"), [(60, 47, 10_000), (12, 9, 899), (30, 30, 744)])
 def test_the_detectable_difference_is_found_in_about_four_cases_of_five(b: int, c: int, n: int) -> None:
-    difference, share = stats.detectable(b, c, n), (b + c) / n
+    difference, share = statistics.detectable(b, c, n), (b + c) / n
     chances = [(share + difference) / 2, (share - difference) / 2, 1 - share]
     tables = np.random.default_rng(0).multinomial(n, chances, 4000)
-    low, high = stats.tango_bounds(tables[:, 0], tables[:, 1], n)
+    low, high = statistics.tango_bounds(tables[:, 0], tables[:, 1], n)
     assert 0.76 < np.mean((low > 0) | (high < 0)) < 0.86
 
 
 def test_the_detectable_difference_shrinks_with_images_and_is_not_zero_without_disagreement() -> None:
-    found = [stats.detectable(0, 0, n) for n in (2, 100, 899, 10_000)]
+    found = [statistics.detectable(0, 0, n) for n in (2, 100, 899, 10_000)]
     assert found[0] == 1
     assert found == sorted(found, reverse=True)
     # Without a disagreement: d n is about (z_alpha + z_beta)^2 = 7.85.
     assert found[-1] * 10_000 == pytest.approx(7.85, abs=0.02)
-    assert stats.detectable(0, 0, 0) == 1
+    assert statistics.detectable(0, 0, 0) == 1
 
 
 # ---- Durations
@@ -312,43 +312,43 @@ def test_the_detectable_difference_shrinks_with_images_and_is_not_zero_without_d
 
 def test_p99_is_given_from_a_thousand_calls_on() -> None:
     samples = np.arange(1, 1001, dtype=np.float32)
-    full, short = stats.summarise(samples), stats.summarise(samples[:999])
+    full, short = statistics.summarise(samples), statistics.summarise(samples[:999])
     assert (full.p50, full.p90, full.p99) == pytest.approx((500.5, 900.1, 990.01))
     assert (full.calls, full.minimum, full.iqr) == (1000, 1, pytest.approx(499.5))
     assert short.p99 is None
     with pytest.raises(ValueError, match="no samples"):
-        stats.summarise(samples[:0])
+        statistics.summarise(samples[:0])
 
 
 def test_the_median_ratio_is_the_median_of_all_pairs_and_its_interval_repeats() -> None:
     ratios = [np.array([1.9, 2.0, 2.2]), np.array([2.1, 2.4])]
-    interval = stats.median_ratio(ratios)
+    interval = statistics.median_ratio(ratios)
     assert interval.value == 2.1
     assert interval.low <= 2.1 <= interval.high
-    assert interval == stats.median_ratio(ratios)
+    assert interval == statistics.median_ratio(ratios)
     assert interval.method == "bootstrap of blocks within 2 workers"
-    assert stats.median_ratio(ratios[:1]).method == "bootstrap of blocks within 1 worker"
+    assert statistics.median_ratio(ratios[:1]).method == "bootstrap of blocks within 1 worker"
 
 
 def test_the_bootstrap_of_one_worker_equals_the_exact_distribution_of_resampled_medians() -> None:
     # Of 3 pairs the resampled median is the lowest with probability 7/27, the middle 13/27, the highest 7/27, so the
     # interval at 40% (30th to 70th percentile) is the middle one alone, and at 60% (20th to 80th) all three.
     pairs = [np.array([1.0, 2.0, 3.0])]
-    narrow, wide = stats.median_ratio(pairs, 0.40), stats.median_ratio(pairs, 0.60)
+    narrow, wide = statistics.median_ratio(pairs, 0.40), statistics.median_ratio(pairs, 0.60)
     assert (narrow.low, narrow.high) == (2, 2)
     assert (wide.low, wide.high) == (1, 3)
 
 
 def test_workers_of_different_lengths_give_as_many_blocks_as_they_have() -> None:
     # 9 of 10 pairs are from the first worker, so its value is the median of every resample.
-    interval = stats.median_ratio([np.full(9, 2.0), np.array([5.0])])
+    interval = statistics.median_ratio([np.full(9, 2.0), np.array([5.0])])
     assert (interval.low, interval.value, interval.high) == (2, 2, 2)
 
 
 def test_from_five_workers_on_workers_are_resampled() -> None:
     # Workers that each repeat one number exactly: blocks within workers say nothing, workers say everything.
     workers = [np.full(20, value) for value in (1.8, 1.9, 2.0, 2.1, 2.2)]
-    of_workers, of_blocks = stats.median_ratio(workers), stats.median_ratio(workers[1:])
+    of_workers, of_blocks = statistics.median_ratio(workers), statistics.median_ratio(workers[1:])
     assert of_workers.method == "bootstrap of workers, then blocks"
     assert (of_workers.low, of_workers.high) == pytest.approx((1.8, 2.2))
     assert "4 workers" in of_blocks.method
@@ -362,7 +362,7 @@ def test_the_bootstrap_of_workers_covers_where_workers_differ() -> None:
     for _ in range(200):
         workers = [2 * np.exp(rng.normal(0, 0.03) + rng.normal(0, 0.01, 40)) for _ in range(8)]
         for name, groups in (("workers", workers), ("blocks", [np.concatenate(workers)])):
-            interval = stats.median_ratio(groups, resamples=400)
+            interval = statistics.median_ratio(groups, resamples=400)
             covered[name] += interval.low <= 2 <= interval.high
     # What the hierarchy is for: pooled blocks would claim far too much.
     assert covered["workers"] >= 170
@@ -374,16 +374,16 @@ def test_the_bootstrap_of_workers_covers_where_workers_differ() -> None:
 
 def test_a_means_interval_is_that_of_students_t() -> None:
     values = [0.04, 0.01, 0.02, 0.06]
-    interval = stats.mean_interval(values)
+    interval = statistics.mean_interval(values)
     expected = distributions.ttest_1samp(values, 0).confidence_interval(0.95)
     assert (interval.value, interval.low, interval.high) == pytest.approx((0.0325, expected.low, expected.high))
 
 
 def test_a_standard_deviations_interval_is_that_of_chi_square() -> None:
     # R: sqrt(2 / qchisq(c(0.975, 0.025), 2))
-    interval = stats.spread_interval(1.0, 2)
+    interval = statistics.spread_interval(1.0, 2)
     assert (interval.value, interval.low, interval.high) == pytest.approx((1, 0.5206, 6.2847), abs=1e-4)
-    interval = stats.spread_interval(3.0, 14)
+    interval = statistics.spread_interval(3.0, 14)
     assert (interval.low, interval.high) == pytest.approx(
         [3 * math.sqrt(14 / distributions.chi2.ppf(p, 14)) for p in (0.975, 0.025)]
     )
@@ -392,8 +392,8 @@ def test_a_standard_deviations_interval_is_that_of_chi_square() -> None:
 def test_the_pooled_spread_is_the_residual_of_an_analysis_of_variance() -> None:
     samples = [(1.0, 2.0, 4.0), (7.0,), (3.0, 3.5)]
     residual = sum(float(np.var(sample) * len(sample)) for sample in samples)
-    assert stats.pooled_spread(samples) == pytest.approx((math.sqrt(residual / 3), 3))
-    assert stats.pooled_spread([(1.0,), (2.0,)]) == (0.0, 0)
+    assert statistics.pooled_spread(samples) == pytest.approx((math.sqrt(residual / 3), 3))
+    assert statistics.pooled_spread([(1.0,), (2.0,)]) == (0.0, 0)
 
 
 # ---- From which size on
@@ -411,7 +411,7 @@ def test_of_two_equally_spread_sizes_the_larger_wins_exactly_where_students_one_
     for _ in range(60):
         a = rng.normal(0, 1, 3)
         b = rng.normal(1.5, 1) + a
-        found = stats.plateau([a.tolist(), b.tolist()])
+        found = statistics.plateau([a.tolist(), b.tolist()])
         assert found is not None
         assert (found.index == 1) == (distributions.ttest_ind(b, a, alternative="greater").pvalue < 0.025)
         interval = distributions.ttest_ind(b, a).confidence_interval(0.95)
@@ -439,7 +439,7 @@ def test_the_plateau_is_that_of_the_rule_written_out() -> None:
     seen = set()
     for _ in range(200):
         samples = [rng.normal(mean, 0.5, draws) for mean, draws in ((-3, 3), (-1, 4), (0, 2), (0.5, 3))]
-        found = stats.plateau([sample.tolist() for sample in samples])
+        found = statistics.plateau([sample.tolist() for sample in samples])
         assert found is not None
         assert found.index == by_brute_force(samples)
         seen.add(found.index)
@@ -461,7 +461,7 @@ def test_a_rise_is_seen_where_there_is_none_as_rarely_as_said(spreads: list[floa
         samples = samples_of(rng, [0] * 7, spreads)
         if exact:
             samples[-1] = [0.0]
-        found = stats.plateau(samples, exact)
+        found = statistics.plateau(samples, exact)
         assert found is not None
         wrong += found.index > 0
         covered += found.index > 0 or max(gain.high for gain in found.gains) >= 0
@@ -472,7 +472,7 @@ def test_a_rise_is_seen_where_there_is_none_as_rarely_as_said(spreads: list[floa
 
 def test_a_size_without_error_narrows_the_gain_over_it() -> None:
     samples = [(0.0, 1.0, 2.0), (3.0,)]
-    sampled, exact = stats.plateau(samples), stats.plateau(samples, exact=True)
+    sampled, exact = statistics.plateau(samples), statistics.plateau(samples, exact=True)
     assert sampled is not None
     assert exact is not None
     # s = 1 with 2 degrees of freedom; the mean of three has a variance of 1/3, a single value one of 1, or of 0.
@@ -482,7 +482,7 @@ def test_a_size_without_error_narrows_the_gain_over_it() -> None:
 
 
 def test_where_the_sizes_compared_have_no_spread_that_of_all_counts() -> None:
-    found = stats.plateau([(0.0, 0.1), (5.0, 5.0), (5.0, 5.0)])
+    found = statistics.plateau([(0.0, 0.1), (5.0, 5.0), (5.0, 5.0)])
     assert found is not None
     assert (found.index, found.spread) == (1, pytest.approx(math.sqrt(0.005 / 3)))
 
@@ -491,22 +491,22 @@ def test_where_the_sizes_compared_have_no_spread_that_of_all_counts() -> None:
 def test_a_size_is_called_enough_that_is_not_as_rarely_as_said(means: tuple[float, ...]) -> None:
     rng = np.random.default_rng(4)
     trials, margin, first = 4000, 1.0, means.index(0)
-    found = [stats.enough(samples_of(rng, means, 0.5), margin) for _ in range(trials)]
+    found = [statistics.enough(samples_of(rng, means, 0.5), margin) for _ in range(trials)]
     sampling = 3 * math.sqrt(0.025 * 0.975 / trials)
     assert np.mean([index is not None and index < first for index in found]) <= 0.025 + sampling
-    assert all(stats.enough(samples_of(rng, [0] * 4, 0.1), margin) == 0 for _ in range(50))
-    assert stats.enough([(0.1,), (0.2,)], 0.5) is None
+    assert all(statistics.enough(samples_of(rng, [0] * 4, 0.1), margin) == 0 for _ in range(50))
+    assert statistics.enough([(0.1,), (0.2,)], 0.5) is None
 
 
 def test_a_rise_is_seen_where_there_is_one() -> None:
     rng = np.random.default_rng(3)
-    found = [stats.plateau(samples_of(rng, (-3, -2, 0, 0, 0), 0.3)) for _ in range(300)]
+    found = [statistics.plateau(samples_of(rng, (-3, -2, 0, 0, 0), 0.3)) for _ in range(300)]
     indices = [plateau.index for plateau in found if plateau]
     assert np.mean([index == 2 for index in indices]) > 0.9
     assert np.mean([index > 2 for index in indices]) <= 0.05  # called too small although it is enough
 
 
 def test_without_draws_sizes_cant_be_told_apart() -> None:
-    assert stats.plateau([(0.1,), (0.2,)]) is None
-    assert stats.plateau([(0.1, 0.1), (0.2, 0.2)]) is None
-    assert stats.plateau([(0.1, 0.2)]) is None
+    assert statistics.plateau([(0.1,), (0.2,)]) is None
+    assert statistics.plateau([(0.1, 0.1), (0.2, 0.2)]) is None
+    assert statistics.plateau([(0.1, 0.2)]) is None

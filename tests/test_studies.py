@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.ao.quantization import get_default_qconfig
 
-from qexp.config import Config, Engine
-from qexp.quantize.observers import torch_qconfig
+from qexp.config.schema import Config, Engine
+from qexp.quantize.calibration.observers import torch_qconfig
 
 # Of a layer's output, and a weight: both with a few values far out, as activations after a ReLU have them.
 GENERATOR = torch.Generator().manual_seed(0)

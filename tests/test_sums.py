@@ -10,12 +10,13 @@ import torch.ao.nn.quantized as nnq
 from quantizable import MINMAX, Chain, images, relative_error, settings, trained
 from torch import Tensor, nn
 
-from qexp import nets, quantize
-from qexp.config import Engine, Flow
+from qexp import quantize
+from qexp.config.schema import Engine, Flow
 from qexp.errors import InputError
-from qexp.quantize import saturation, sums
-from qexp.quantize.biases import fit_biases
-from qexp.quantize.saturation import probe
+from qexp.models import architectures
+from qexp.quantize.saturation import emulation, kernels
+from qexp.quantize.saturation.kernels import probe
+from qexp.quantize.torch_backend.qnnpack_biases import fit_biases
 
 ENGINES = [e for e in (Engine.x86, Engine.fbgemm, Engine.onednn) if e in quantize.supported()]
 # x86 is FBGEMM too, wherever there is no VNNI.
@@ -97,7 +98,7 @@ def packed(weight: Tensor, scales: Tensor, per_channel: bool, zero_point: int) -
 
 
 def emulated(module: nn.Module, engine: Engine, saturating: bool = True) -> nn.Module:
-    return sums.with_emulated_sums(nn.Sequential(module), engine, saturating)
+    return emulation.with_emulated_sums(nn.Sequential(module), engine, saturating)
 
 
 def steps(actual: Tensor, expected: Tensor) -> int:
@@ -204,7 +205,7 @@ def test_small_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         module, inputs = layer(shape, ENGINES[0], extreme=True)
         whole[shape] = (emulated(module, ENGINES[0]), inputs)
     expected = {shape: module(inputs) for shape, (module, inputs) in whole.items()}
-    monkeypatch.setattr(sums, "_CHUNK", 1 << 12)
+    monkeypatch.setattr(emulation, "_CHUNK", 1 << 12)
     assert all(steps(module(inputs), expected[shape]) == 0 for shape, (module, inputs) in whole.items())
 
 
@@ -218,8 +219,8 @@ def test_a_pair_can_overflow_if_some_activations_make_it(first: int, second: int
         possible = [a * first + b * second for a in (0, high_first) for b in (0, high_second)]
         expected = max(possible) > 32767 or min(possible) < -32768
         highest = torch.tensor([[[high_first, high_second]]], dtype=torch.int32)
-        assert bool(sums.overflowing(pairs, highest)) == expected
-    assert bool(sums.overflowing(pairs)) == (abs(first + second) > 128 and first * second > 0)
+        assert bool(emulation.overflowing(pairs, highest)) == expected
+    assert bool(emulation.overflowing(pairs)) == (abs(first + second) > 128 and first * second > 0)
 
 
 @pytest.mark.parametrize("shape", ["conv", "odd", "grouped", "depthwise", "linear"])
@@ -227,12 +228,12 @@ def test_a_pair_can_overflow_if_some_activations_make_it(first: int, second: int
 def test_no_pair_that_can_overflow_means_exact_sums(engine: Engine, shape: str) -> None:
     module, inputs = layer(shape, engine, extreme=True)
     # oneDNN's depthwise weights have no neighbours.
-    assert sums.can_overflow(module, engine) == bool(sums.weight_pairs(module, engine)[..., 1].any())
-    assert not sums.can_overflow(module, Engine.qnnpack)
+    assert emulation.can_overflow(module, engine) == bool(emulation.weight_pairs(module, engine)[..., 1].any())
+    assert not emulation.can_overflow(module, Engine.qnnpack)
     weight = module.weight().int_repr() // 2  # -64 to 63
     with quantize.engine(engine):
         module.set_weight_bias(packed(weight, torch.full((len(weight),), 0.01), True, 0), module.bias())
-    assert not sums.can_overflow(module, engine)
+    assert not emulation.can_overflow(module, engine)
     assert steps(emulated(module, engine)(inputs), emulated(module, engine, saturating=False)(inputs)) == 0
 
 
@@ -243,14 +244,14 @@ def test_pairs_are_neighbours_in_the_order_of_the_kernel(engine: Engine) -> None
     weight[5, 6:8, 1, 2] = 100
     with quantize.engine(engine):
         module.set_weight_bias(torch.quantize_per_tensor(weight, 1.0, 0, torch.qint8), None)
-    pairs = sums.weight_pairs(module, engine)
+    pairs = emulation.weight_pairs(module, engine)
     assert pairs.shape == (24, 72, 2)
     assert pairs[5, 5 * 8 + 3].tolist() == [100, 100]  # tap (1, 2) is the sixth of nine, with eight pairs each
-    assert sums.can_overflow(module, engine)
+    assert emulation.can_overflow(module, engine)
     weight[5, 6:8, 1, 2] = torch.tensor([100.0, 28.0])
     with quantize.engine(engine):
         module.set_weight_bias(torch.quantize_per_tensor(weight, 1.0, 0, torch.qint8), None)
-    assert not sums.can_overflow(module, engine)
+    assert not emulation.can_overflow(module, engine)
 
 
 @pytest.mark.parametrize("shape", ["conv", "odd", "pointwise", "grouped", "odd groups", "depthwise", "odd linear"])
@@ -263,7 +264,7 @@ def test_the_largest_activation_of_each_channel_tells_whether_sums_can_overflow(
     def pairs_of(weight: Tensor) -> list:
         with quantize.engine(engine):
             module.set_weight_bias(packed(weight, scales, True, 0), bias)
-        return sums.weight_pairs(module, engine).tolist()
+        return emulation.weight_pairs(module, engine).tolist()
 
     # Where weights are the numbers of their channels, pairs tell which channels they take.
     shown = torch.arange(weight.shape[1]).view(-1, *[1] * (weight.dim() - 2)).expand_as(weight).to(torch.int8)
@@ -272,7 +273,7 @@ def test_the_largest_activation_of_each_channel_tells_whether_sums_can_overflow(
     answers = []
     for _ in range(20):
         pairs = pairs_of(torch.where(torch.rand(weight.shape, generator=generator) < 0.02, weight, weight // 3))
-        test = sums.overflow_test(module, engine)
+        test = emulation.overflow_test(module, engine)
         twins = [emulated(module, engine, saturating) for saturating in (True, False)]
         for share in (0.1, 0.3, 0.6, 1.0):
             limits = 255 * torch.rand(inputs.shape[1], generator=generator) ** (1 / share - 1)
@@ -290,7 +291,7 @@ def test_the_largest_activation_of_each_channel_tells_whether_sums_can_overflow(
                 assert steps(twins[0](given), twins[1](given)) == 0
             answers.append(expected)
     # oneDNN's depthwise weights have no neighbours, nor have groups of 3.
-    neighbours = bool(sums.weight_pairs(module, engine)[..., 1].any())
+    neighbours = bool(emulation.weight_pairs(module, engine)[..., 1].any())
     assert set(answers) == ({True, False} if neighbours else {False})
 
 
@@ -298,17 +299,17 @@ def test_a_transposed_convolution_counts_as_one_that_may_overflow() -> None:
     with quantize.engine(Engine.qnnpack):  # FBGEMM doesn't give back the weights that it was given
         module = nnq.ConvTranspose2d(8, 8, 2)
         module.set_weight_bias(torch.quantize_per_tensor(torch.full((8, 8, 2, 2), 65.0), 1.0, 0, torch.qint8), None)
-    assert sums.can_overflow(module, ENGINES[0])
-    assert not sums.can_overflow(module, Engine.qnnpack)
+    assert emulation.can_overflow(module, ENGINES[0])
+    assert not emulation.can_overflow(module, Engine.qnnpack)
     for highest in (252, 253):  # 2 * 65 * 252 = 32760
         values = torch.zeros(1, 8, 4, 4, dtype=torch.uint8)
         values[0, 3, 1, 1] = highest
         given = torch._make_per_tensor_quantized_tensor(values, 1.0, 0)
-        assert sums.overflow_test(module, ENGINES[0])(given) == (highest > 252)
-        assert not sums.overflow_test(module, Engine.qnnpack)(given)
-    assert sums.not_emulated(nn.Sequential(module)) == ("0",)
+        assert emulation.overflow_test(module, ENGINES[0])(given) == (highest > 252)
+        assert not emulation.overflow_test(module, Engine.qnnpack)(given)
+    assert emulation.not_emulated(nn.Sequential(module)) == ("0",)
     with pytest.raises(InputError, match="ConvTranspose2d"):
-        sums.weight_pairs(module, ENGINES[0])
+        emulation.weight_pairs(module, ENGINES[0])
 
 
 @pytest.mark.parametrize("per_channel", [True, False])
@@ -338,7 +339,7 @@ def test_channels_without_weights_keep_their_bias(shape: str, per_channel: bool)
 def converted(flow: Flow, engine: Engine) -> tuple[nn.Module, nn.Module, Tensor]:
     """A small residual network for this engine and for qnnpack, and images."""
     some = images(4)
-    fused = quantize.fuse(trained(nets.tiny(10)), flow, True, some)
+    fused = quantize.fuse(trained(architectures.tiny(10)), flow, True, some)
     prepared = quantize.prepare(fused, flow, settings(), MINMAX, engine, some)
     quantize.calibrate(prepared, [some])
     return quantize.convert(prepared, flow, engine), quantize.exact(prepared, flow), some
@@ -364,13 +365,13 @@ def test_where_nothing_saturates_exact_sums_change_nothing(engine: Engine, clamp
 def test_whole_models_answer_as_executed(engine: Engine, flow: Flow) -> None:
     model, exact, some = converted(flow, engine)
     before = executed(model, engine, some)
-    assert sums.not_emulated(model) == ()
-    assert sums.at_risk(model, engine, saturation.KINDS)
-    assert not sums.at_risk(exact, Engine.qnnpack, saturation.KINDS)
+    assert emulation.not_emulated(model) == ()
+    assert emulation.at_risk(model, engine, kernels.KINDS)
+    assert not emulation.at_risk(exact, Engine.qnnpack, kernels.KINDS)
     saturating = "conv" in probe().saturating_kinds(engine)
-    twin = sums.with_emulated_sums(model, engine, saturating)
-    rows = sums.layer_by_layer(model, twin, [some[:2], some[2:]], engine)
-    assert len(rows) == len(list(sums.int8_layers(model)))
+    twin = emulation.with_emulated_sums(model, engine, saturating)
+    rows = emulation.layer_by_layer(model, twin, [some[:2], some[2:]], engine)
+    assert len(rows) == len(list(emulation.int8_layers(model)))
     # See check_against_execution for the step that a machine with VNNI may differ by.
     assert max(row.largest for row in rows) <= (0 if saturating else 1)
     if saturating:
@@ -382,11 +383,13 @@ def test_whole_models_answer_as_executed(engine: Engine, flow: Flow) -> None:
 @pytest.mark.parametrize("engine", ONE_OF_EACH)
 def test_layers_are_compared_each_by_itself(engine: Engine, flow: Flow) -> None:
     model, exact, some = converted(flow, engine)
-    saturated = sums.with_emulated_sums(model, engine)
-    rows = {row.name: row for row in sums.layer_by_layer(saturated, exact, [some], engine)}
+    saturated = emulation.with_emulated_sums(model, engine)
+    rows = {row.name: row for row in emulation.layer_by_layer(saturated, exact, [some], engine)}
     rounding = {
         row.name: row
-        for row in sums.layer_by_layer(sums.with_emulated_sums(model, engine, saturating=False), exact, [some], engine)
+        for row in emulation.layer_by_layer(
+            emulation.with_emulated_sums(model, engine, saturating=False), exact, [some], engine
+        )
     }
     assert {row.kind for row in rows.values()} == {"conv", "pointwise", "linear"}
     assert all(row.largest <= 1 for row in rounding.values())
@@ -398,10 +401,10 @@ def test_layers_are_compared_each_by_itself(engine: Engine, flow: Flow) -> None:
 
 def test_qnnpack_has_nothing_to_emulate() -> None:
     with pytest.raises(InputError, match="qnnpack adds up exactly"):
-        sums.with_emulated_sums(nn.Sequential(), Engine.qnnpack)
+        emulation.with_emulated_sums(nn.Sequential(), Engine.qnnpack)
 
 
 def test_models_with_other_layers_are_not_compared() -> None:
     _, exact, some = converted(Flow.eager, ENGINES[0])
     with pytest.raises(InputError, match="has no INT8 layer"):
-        sums.layer_by_layer(nn.Sequential(), exact, [some], ENGINES[0])
+        emulation.layer_by_layer(nn.Sequential(), exact, [some], ENGINES[0])

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from qexp import jobs, sweep
-from qexp.results import Result, Row
+from qexp.launch import jobs, sweep
+from qexp.records import Result, Row
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from test_ablation import RISING, by_size, on_target, row
 
-from qexp import table
-from qexp.results import METRICS, Row
+from qexp.records import METRICS, Row
+from qexp.report import tables
 
 NO_LOSS = "no loss beyond 0.5 points"
 CANT_TELL = "can't tell with 10,000 images; 24,000 would do"
@@ -17,7 +17,7 @@ UNTRUSTED = "the timing can't be trusted."
 
 
 def test_a_line_shows_accuracies_and_the_difference_in_points_with_its_interval() -> None:
-    text = table.runs([row("a", 0.89, half=0.02)])
+    text = tables.runs([row("a", 0.89, half=0.02)])
     assert "0.9000 → 0.8900" in text
     assert "-1.00 [-3.00, +1.00]" in text
     assert "latency" not in text  # nothing was timed
@@ -25,7 +25,7 @@ def test_a_line_shows_accuracies_and_the_difference_in_points_with_its_interval(
 
 def test_a_doubt_stands_once_below_the_table_and_marks_its_runs() -> None:
     rows = [Row(n, n, "FINISHED", tags={"doubts": "holds here only"}) for n in ("a", "b")] + [Row("c", "c", "FINISHED")]
-    text = table.runs(rows)
+    text = tables.runs(rows)
     assert text.count("holds here only") == 1
     assert [line.split()[:2] for line in text.splitlines()[2:4]] == [["a", "(1)"], ["b", "(1)"]]
     assert "c (" not in text
@@ -33,10 +33,10 @@ def test_a_doubt_stands_once_below_the_table_and_marks_its_runs() -> None:
 
 def test_a_failed_run_has_no_line_and_is_named_with_its_error() -> None:
     rows = [row("a", 0.8, x="1"), replace(row("b", 0.1, x="2"), status="FAILED", tags={"error": "too bad."})]
-    assert "b" not in table.runs(rows).split()
-    assert table.effects_text(rows) == ""
-    assert table.failures(rows) == "FAILED  b: too bad."
-    assert table.runs(rows[1:]) == "No run was finished."
+    assert "b" not in tables.runs(rows).split()
+    assert tables.effects_text(rows) == ""
+    assert tables.failures(rows) == "FAILED  b: too bad."
+    assert tables.runs(rows[1:]) == "No run was finished."
 
 
 def measured(
@@ -84,7 +84,7 @@ def granularity() -> list[Row]:
 
 
 def test_the_table_of_a_sweep() -> None:
-    assert table.runs(granularity()) == (
+    assert tables.runs(granularity()) == (
         """\
 run                     FP32 → INT8      points [95%]          verdict              latency, ms    speedup [95%]
 ----------------------  ---------------  --------------------  -------------------  -------------  -------------------
@@ -101,21 +101,21 @@ no loss > 0.5: none beyond 0.5 points, at 95%; can't tell (24,000): 24,000 test 
 
 
 def test_a_verdict_that_all_runs_share_is_said_once_and_in_full() -> None:
-    text = table.runs([measured("a", 0.85, CANT_TELL), measured("b", 0.85, CANT_TELL)])
+    text = tables.runs([measured("a", 0.85, CANT_TELL), measured("b", 0.85, CANT_TELL)])
     assert f"verdict of every run: {CANT_TELL}" in text
     assert text.count("can't tell") == 1
-    assert f"verdict: loss{SATURATED}" in table.runs([measured("a", 0.8, "loss" + SATURATED)])
+    assert f"verdict: loss{SATURATED}" in tables.runs([measured("a", 0.8, "loss" + SATURATED)])
 
 
 def test_what_is_added_to_a_verdict_stands_below_and_is_marked_at_it() -> None:
-    text = table.runs([measured("a", 0.8152, CANT_TELL + SATURATED), measured("b", 0.85)])
+    text = tables.runs([measured("a", 0.8152, CANT_TELL + SATURATED), measured("b", 0.85)])
     assert "can't tell (24,000) (1)" in text
     assert text.endswith(f"(1) {SATURATED.removeprefix('; ')}")
 
 
 def test_an_unknown_verdict_is_shown_and_none_is_blank() -> None:
     rows = [measured("a", 0.85, "something else; and more"), replace(measured("b", 0.85), tags={})]
-    text = table.runs(rows)
+    text = tables.runs(rows)
     assert "something else (1)" in text
     assert text.endswith("(1) and more")
 
@@ -123,7 +123,7 @@ def test_an_unknown_verdict_is_shown_and_none_is_blank() -> None:
 def test_layers_and_sizes_that_differ_have_a_column() -> None:
     a, b = measured("a", 0.85), measured("b", 0.85)
     b = replace(b, metrics={**b.metrics, "quant/layers_float": 3.0, "size/int8_mb": 20.0})
-    text = table.runs([a, b])
+    text = tables.runs([a, b])
     assert "21 of 24" in text
     assert "44.72 → 20.00" in text
     assert "every run: 21" not in text
@@ -132,7 +132,7 @@ def test_layers_and_sizes_that_differ_have_a_column() -> None:
 @pytest.mark.parametrize(("source", "how"), [("exact", "don't saturate"), ("emulated", "16-bit sums emulated")])
 def test_where_the_targets_cpu_is_another_its_accuracy_is_shown_and_marked(source: str, how: str) -> None:
     other = on_target(measured("a", 0.8507, target="avx2"), source, 0.8150, -0.035)
-    text = table.runs([other, measured("b", 0.85)])
+    text = tables.runs([other, measured("b", 0.85)])
     # FP32 is that on the images measured, so that the difference is the one of the two.
     assert "0.8500 → 0.8150 (1)" in text
     assert "-3.50 [-4.50, -2.50]" in text
@@ -140,29 +140,29 @@ def test_where_the_targets_cpu_is_another_its_accuracy_is_shown_and_marked(sourc
     assert last.startswith("(1) accuracy on target=avx2")
     assert how in last
     assert "on 2,000 images" in last
-    assert f"0.8500 → 0.8150 ({source})" in table.line(other)
+    assert f"0.8500 → 0.8150 ({source})" in tables.line(other)
 
 
 def test_the_accuracy_of_what_ran_is_shown_where_the_target_runs_the_same() -> None:
     same = on_target(measured("a", 0.8507), "executed", 0.8, -0.05)
-    assert table.runs([same]) == table.runs([measured("a", 0.8507)])
+    assert tables.runs([same]) == tables.runs([measured("a", 0.8507)])
 
 
 def test_that_accuracies_are_compared_by_their_difference_to_fp32_is_said_where_images_differ() -> None:
     rows = [on_target(measured("a", 0.8507, x="1"), "exact", 0.8150, -0.035), measured("b", 0.8497, x="2")]
-    assert "FP32's on all test images" in table.effects_text(rows)
-    assert "FP32's on all test images" not in table.effects_text([measured("a", 0.8, x="1"), rows[1]])
+    assert "FP32's on all test images" in tables.effects_text(rows)
+    assert "FP32's on all test images" not in tables.effects_text([measured("a", 0.8, x="1"), rows[1]])
 
 
 def test_a_line_says_the_verdict_in_words_and_marks_the_timing() -> None:
-    assert table.line(measured("a", 0.85, CANT_TELL, trusted=False)) == (
+    assert tables.line(measured("a", 0.85, CANT_TELL, trusted=False)) == (
         "a  0.8507 → 0.8500  -0.07 [-0.29, +0.15]  can't tell with 10,000 images  4.90 → 0.86?  "
         "5.70×? [5.41, 5.93]  44.72 → 11.23  21 of 21"
     )
 
 
 def test_every_variant_that_was_timed_has_its_latency() -> None:
-    assert table.latencies([measured("a", 0.85), measured("b", 0.85, trusted=False)]) == (
+    assert tables.latencies([measured("a", 0.85), measured("b", 0.85, trusted=False)]) == (
         """\
 latency, ms (p50); the speedup is fp32 eager channels-last over int8 torchscript; \
 ? not to be trusted (1 of 2 runs; the tag latency_reason says why)
@@ -174,7 +174,7 @@ b      7.90?         4.90?                       2.05?         0.86?"""
 
 
 def test_of_a_single_run_every_pair_is_shown() -> None:
-    assert table.latencies([measured("a", 0.85)]) == (
+    assert tables.latencies([measured("a", 0.85)]) == (
         """\
 latency, ms (p50); the speedup is fp32 eager channels-last over int8 torchscript
                           ms    over int8 eager, 2.05 ms    over int8 torchscript, 0.86 ms
@@ -186,7 +186,7 @@ fp32 eager channels-last  4.90  2.39×                       5.70×"""
 
 def test_the_pair_of_the_speedup_is_starred_where_runs_differ_in_it() -> None:
     b = measured("b", 0.85)
-    text = table.latencies([measured("a", 0.85), replace(b, tags={**b.tags, "fastest.int8": "eager"})])
+    text = tables.latencies([measured("a", 0.85), replace(b, tags={**b.tags, "fastest.int8": "eager"})])
     lines = text.splitlines()
     assert lines[0].endswith("over int8 torchscript (1), fp32 eager channels-last over int8 eager (1)")
     assert lines[3].split() == ["a", "7.90", "4.90*", "2.05", "0.86*"]
@@ -196,13 +196,13 @@ def test_the_pair_of_the_speedup_is_starred_where_runs_differ_in_it() -> None:
 def test_of_many_runs_the_range_of_latencies_is_shown() -> None:
     rows = [measured(str(n), 0.85) for n in range(13)]
     rows = [replace(r, metrics={**r.metrics, "latency/fp32_eager_ms": float(n)}) for n, r in enumerate(rows, start=1)]
-    lines = table.latencies(rows).splitlines()
+    lines = tables.latencies(rows).splitlines()
     assert [line.split()[3] for line in lines[3:]] == ["1.00", "7.00", "13.00"]
 
 
 def test_nothing_timed_no_latencies() -> None:
     failed = replace(measured("b", 0.8), status="FAILED")
-    assert table.latencies([row("a", 0.8), failed]) == ""
+    assert tables.latencies([row("a", 0.8), failed]) == ""
 
 
 def test_the_table_of_effects() -> None:
@@ -210,7 +210,7 @@ def test_the_table_of_effects() -> None:
     rows = [row(f"a{n}", value, 2.0, x="1", y=str(n)) for n, value in enumerate(first)]
     rows += [row(f"b{n}", value, 2.5, x="2", y=str(n)) for n, value in enumerate(second)]
     # Of 4, 1 and 2 points: 2.33 ± 4.303 * 1.528 / sqrt(3).
-    assert table.effects_text(rows) == (
+    assert tables.effects_text(rows) == (
         """\
 setting    value    runs    INT8 accuracy    points to first    [95%]           speedup    to first
 ---------  -------  ------  ---------------  -----------------  --------------  ---------  ----------
@@ -222,11 +222,11 @@ y          2        2       0.7600           -6.00                              
 [95%]: from pair to pair of runs that differ in this setting alone (t, 3 pairs or more)."""
     )
     two = [r for r in rows if r.params["y"] in "01"]
-    assert "[95%]" not in table.effects_text(two)
+    assert "[95%]" not in tables.effects_text(two)
 
 
 def test_draws_are_reported_apart_from_the_sampling_error() -> None:
-    assert table.draws(granularity()) == (
+    assert tables.draws(granularity()) == (
         """\
 qconfig      draws    mean INT8    lowest    highest    SD of draws    sampling error
 -----------  -------  -----------  --------  ---------  -------------  ----------------
@@ -244,18 +244,18 @@ def test_the_spread_of_draws_is_free_of_the_width_of_intervals() -> None:
         replace(r, metrics={**r.metrics, "accuracy/delta_low": -0.5, "accuracy/delta_high": 0.5}) for r in granularity()
     ]
     spread = "As standard deviations, 0.07 between draws over all settings (95% [0.04, 0.19])"
-    assert spread in table.draws(wide)
-    assert "the test images are the larger source" in table.draws(wide)
+    assert spread in tables.draws(wide)
+    assert "the test images are the larger source" in tables.draws(wide)
     narrow = [
         replace(r, metrics={**r.metrics, "accuracy/delta_low": -1e-5, "accuracy/delta_high": 1e-5})
         for r in granularity()
     ]
-    assert spread in table.draws(narrow)
-    assert "the draws are the larger source" in table.draws(narrow)
+    assert spread in tables.draws(narrow)
+    assert "the draws are the larger source" in tables.draws(narrow)
 
 
 def test_where_no_setting_has_two_draws_nothing_is_said_of_them() -> None:
-    assert table.draws(granularity()[:1]) == ""
+    assert tables.draws(granularity()[:1]) == ""
 
 
 def test_the_spread_is_compared_for_each_calibration_size_by_itself() -> None:
@@ -264,14 +264,14 @@ def test_the_spread_is_compared_for_each_calibration_size_by_itself() -> None:
         for b, spread in (("1", 0.02), ("8", 0.001), ("32", 0.0001))
         for s in range(3)
     ]
-    assert table.draws(rows).splitlines()[-1] == (
+    assert tables.draws(rows).splitlines()[-1] == (
         "As standard deviations, against 0.11 between test images: draws vary more with calib.batches=1; "
         "it can't be told with calib.batches=8; draws vary less with calib.batches=32."
     )
 
 
 def test_the_reading_of_a_sweep_over_sizes_says_from_where_and_how_much_could_be_missed() -> None:
-    assert table.calibration(by_size(RISING)) == (
+    assert tables.calibration(by_size(RISING)) == (
         "calibration size: from 8 batches (128 images) on no rise of the mean accuracy is shown, but one of up to 0.09 "
         "points is possible (95%; SD of draws 0.03), less than the sampling error of a run (±0.22): more calibration "
         "would hardly help."
@@ -280,7 +280,7 @@ def test_the_reading_of_a_sweep_over_sizes_says_from_where_and_how_much_could_be
 
 def test_a_size_that_is_enough_is_named_where_a_smaller_one_only_could_be() -> None:
     drawn = {"1": (0.8457, 0.8463, 0.8408), "8": (0.8493, 0.8495, 0.8487), "32": (0.8497, 0.8496, 0.8505)}
-    assert table.calibration(by_size(drawn)) == (
+    assert tables.calibration(by_size(drawn)) == (
         "calibration size: from 1 batch (16 images) on no rise of the mean accuracy is shown, but one of up to 1.17 "
         "points is possible (95%; SD of draws 0.18); from 8 batches (128 images) on it is less than the sampling error "
         "of a run (±0.22), so more than that would hardly help."
@@ -288,52 +288,52 @@ def test_a_size_that_is_enough_is_named_where_a_smaller_one_only_could_be() -> N
 
 
 def test_the_order_of_runs_does_not_matter() -> None:
-    assert table.calibration(by_size(RISING)[::-1]) == table.calibration(by_size(RISING))
+    assert tables.calibration(by_size(RISING)[::-1]) == tables.calibration(by_size(RISING))
 
 
 def test_accuracy_that_rises_up_to_the_largest_size_is_said_to() -> None:
     drawn = {"1": (0.80, 0.801, 0.802), "2": (0.82, 0.821, 0.822), "4": (0.84, 0.841, 0.842)}
-    assert table.calibration(by_size(drawn)) == (
+    assert tables.calibration(by_size(drawn)) == (
         "calibration size: accuracy still rises at the largest size tried, 4 batches (64 images), +2.00 points "
         "[+1.77, +2.23] over 2 batches (32 images): more may help."
     )
-    assert "rises up to all 898 images" in table.calibration(by_size({**drawn, "null": (0.86,)}))
+    assert "rises up to all 898 images" in tables.calibration(by_size({**drawn, "null": (0.86,)}))
 
 
 def test_more_images_that_make_it_worse_are_said_to() -> None:
-    worse = table.calibration(by_size({"1": (0.84, 0.841, 0.842), "2": (0.80, 0.801, 0.802)}))
+    worse = tables.calibration(by_size({"1": (0.84, 0.841, 0.842), "2": (0.80, 0.801, 0.802)}))
     assert "from 1 batch (16 images) on no rise of the mean accuracy is shown" in worse
     assert "every larger size is worse, 2 batches (32 images) by -4.00 points [-4.23, -3.77]." in worse
 
 
 def test_one_larger_size_that_is_worse_is_named() -> None:
     drawn = {"1": (0.84, 0.841, 0.842), "2": (0.80, 0.801, 0.802), "4": (0.841, 0.842, 0.8405)}
-    text = table.calibration(by_size(drawn))
+    text = tables.calibration(by_size(drawn))
     assert "but one of up to 0.2" in text
     assert "; more can be worse, 2 batches (32 images) by -4.00 points [-4.2" in text
 
 
 def test_wide_draws_are_not_taken_for_no_effect() -> None:
-    text = table.calibration(by_size({"1": (0.82, 0.85), "2": (0.84, 0.83)}))
+    text = tables.calibration(by_size({"1": (0.82, 0.85), "2": (0.84, 0.83)}))
     assert "more than the sampling error of a run (±0.22) at every size: more draws (calib.seed) would tell" in text
 
 
 def test_one_draw_a_size_says_what_would_tell() -> None:
-    assert table.calibration(by_size({"1": (0.80,), "8": (0.849,), "null": (0.85,)})) == (
+    assert tables.calibration(by_size({"1": (0.80,), "8": (0.849,), "null": (0.85,)})) == (
         "calibration size: with one draw of calibration images a size, what the size does can't be told apart from "
         "what the draw does; calib.sampling=random calib.seed=0,1,2 would."
     )
 
 
 def test_draws_that_dont_differ_give_no_spread_to_judge_by() -> None:
-    text = table.calibration(by_size({"1": (0.80, 0.80), "8": (0.81, 0.81)}))
+    text = tables.calibration(by_size({"1": (0.80, 0.80), "8": (0.81, 0.81)}))
     assert "lie within 1.00 points" in text
 
 
 def test_sizes_are_read_for_each_combination_of_the_other_settings() -> None:
     higher = {size: tuple(accuracy + 0.01 for accuracy in drawn) for size, drawn in list(RISING.items())[:-1]}
     rows = [*by_size(RISING, qconfig="per_tensor"), *by_size(higher, qconfig="per_channel")]
-    lines = table.calibration(rows).splitlines()
+    lines = tables.calibration(rows).splitlines()
     assert [line.split(":")[0] for line in lines] == [
         "calibration size, qconfig=per_tensor",
         "calibration size, qconfig=per_channel",
@@ -343,20 +343,20 @@ def test_sizes_are_read_for_each_combination_of_the_other_settings() -> None:
 def test_what_holds_for_several_combinations_is_said_once() -> None:
     once = {"1": (0.80,), "8": (0.85,)}
     rows = [*by_size(once, qconfig="per_tensor"), *by_size(once, qconfig="per_channel"), *by_size(RISING, qconfig="x")]
-    undecided, decided = table.calibration(rows).splitlines()
+    undecided, decided = tables.calibration(rows).splitlines()
     assert undecided.startswith("calibration size, 2 combinations of the other settings: with one draw")
     assert decided.startswith("calibration size, qconfig=x: from")
 
 
 def test_one_size_is_no_sweep_over_sizes() -> None:
-    assert table.calibration(granularity()) == ""
-    assert table.calibration([]) == ""
+    assert tables.calibration(granularity()) == ""
+    assert tables.calibration([]) == ""
 
 
 def test_a_timing_that_another_run_made_is_marked_and_named_once() -> None:
     own, *carried = [measured(f"per_channel {name}", 0.85) for name in ("minmax", "mse", "entropy")]
     carried = [replace(row, tags={**row.tags, "latency_from": "minmax (sweeps/x/0)"}) for row in carried]
-    text = table.runs([own, *carried])
+    text = tables.runs([own, *carried])
     assert text.count("4.90 → 0.86 (1)") == 2
     assert text.count("4.90 → 0.86") == 3
     assert text.endswith("\n(1) timed by minmax (sweeps/x/0), whose INT8 model executes the same operators.")

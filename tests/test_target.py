@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qexp import experiment, metrics, target
-from qexp.config import Config, Engine, Flow, Scheme, Target
-from qexp.quantize import saturation
-from qexp.quantize.saturation import KernelSignature, Probe
-from qexp.results import Predictions, Result, Saturation, Source
+from qexp.accuracy import target_cpu
+from qexp.config.schema import Config, Engine, Flow, Scheme, Target
+from qexp.pipeline import run as experiment
+from qexp.quantize.saturation import kernels
+from qexp.quantize.saturation.kernels import KernelSignature, Probe
+from qexp.records import Predictions, Result, Saturation, Source
+from qexp.report import metrics
 
 Composed = Callable[..., Config]
 SMALL = ("model=tiny", "latency=off")
@@ -45,7 +47,7 @@ def test_a_cpu_with_vnni_is_answered_for_by_exact_sums_on_all_images(
 ) -> None:
     result = run("target=vnni", "engine=fbgemm")
     assert result.resolved["resolved.overflow"] == "none"
-    saturates = saturation.probe().dense_saturates(Engine.fbgemm)
+    saturates = kernels.probe().dense_saturates(Engine.fbgemm)
     assert result.tags["accuracy_source"] == ("exact" if saturates else "executed")
     assert result.metrics["accuracy/target_images"] == 899
     exact = run("target=vnni", "engine=qnnpack")
@@ -72,14 +74,14 @@ def test_a_guard_makes_saturation_impossible_or_says_that_it_looked(run: Callabl
 def test_where_this_cpu_is_exact_the_other_one_is_emulated(
     run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    really = saturation.probe()
-    monkeypatch.setattr(saturation, "probe", lambda: signature(200))
+    really = kernels.probe()
+    monkeypatch.setattr(kernels, "probe", lambda: signature(200))
     overrides = ("target=avx2", "qconfig.overflow=none", "engine=fbgemm", "saturation.emulated_images=50")
     result = run(*overrides)
     assert result.tags["accuracy_source"] == "emulated"
     assert result.metrics["accuracy/target_images"] == 50
     kept = np.load(tmp_path / "run" / "predictions.npz")
-    chosen = target.spread(899, 50)
+    chosen = target_cpu.spread(899, 50)
     executed = float((kept["int8"][chosen].argmax(1) == kept["labels"][chosen]).mean())
     if really.dense_saturates(Engine.fbgemm):
         # What was taken for exact is what saturates: the emulator gives the same.
@@ -91,7 +93,7 @@ def test_where_this_cpu_is_exact_the_other_one_is_emulated(
 def test_layers_whose_sums_cannot_be_emulated_are_named(
     composed: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(saturation, "probe", lambda: signature(200))
+    monkeypatch.setattr(kernels, "probe", lambda: signature(200))
     model = ("model=custom", "model._target_=quantizable.Upsampling", "+model.num_classes=10", "train=fast")
     asked = ("target=avx2", "qconfig.overflow=none", "engine=onednn", "saturation.emulated_images=9", "latency=off")
     result = experiment.run_job(composed(*model, *asked), tmp_path)
@@ -104,7 +106,7 @@ def test_a_cpu_with_vnni_has_depthwise_kernels_that_saturate_and_no_others(
 ) -> None:
     caplog.set_level("INFO")
     probes = tuple(replace(one, answer=112) if one.kind == "depthwise" else one for one in signature(200).probes)
-    monkeypatch.setattr(saturation, "probe", lambda: KernelSignature("made up", probes))
+    monkeypatch.setattr(kernels, "probe", lambda: KernelSignature("made up", probes))
     result = run("engine=fbgemm")  # which has dense layers alone
     assert result.resolved["resolved.overflow"] == "layers"
     assert result.metrics["quant/layers_narrowed"] == 0
@@ -115,7 +117,7 @@ def test_a_cpu_with_vnni_has_depthwise_kernels_that_saturate_and_no_others(
 
 def test_without_images_to_compare_saturation_stays_possible(run: Callable[..., Result]) -> None:
     result = run("qconfig.overflow=none", "saturation.exact_images=0", "engine=fbgemm")
-    expected = "possible" if saturation.probe().dense_saturates(Engine.fbgemm) else "impossible"
+    expected = "possible" if kernels.probe().dense_saturates(Engine.fbgemm) else "impossible"
     assert result.tags["saturation"] == expected
 
 
@@ -129,18 +131,18 @@ def test_without_images_to_compare_saturation_stays_possible(run: Callable[..., 
 def test_a_timing_of_another_cpu_is_not_valid_for_the_target(
     composed: Composed, monkeypatch: pytest.MonkeyPatch, here: int, asked: Target, reason: str
 ) -> None:
-    monkeypatch.setattr(saturation, "probe", lambda: signature(here))
-    said = target.other_kernels(composed(f"target={asked}"))
+    monkeypatch.setattr(kernels, "probe", lambda: signature(here))
+    said = target_cpu.other_kernels(composed(f"target={asked}"))
     assert reason in said
     assert bool(said) == bool(reason)
-    assert target.other_kernels(composed(f"target={asked}", f"flow={Flow.dynamic}")) == ""
+    assert target_cpu.other_kernels(composed(f"target={asked}", f"flow={Flow.dynamic}")) == ""
 
 
 def test_images_are_spread_over_the_whole_set() -> None:
-    assert target.spread(10, 4).tolist() == [0, 2, 5, 7]
-    assert target.spread(3, 10).tolist() == [0, 1, 2]
-    assert target.spread(10, 0).tolist() == []
-    assert len(set(target.spread(899, 500).tolist())) == 500
+    assert target_cpu.spread(10, 4).tolist() == [0, 2, 5, 7]
+    assert target_cpu.spread(3, 10).tolist() == [0, 1, 2]
+    assert target_cpu.spread(10, 0).tolist() == []
+    assert len(set(target_cpu.spread(899, 500).tolist())) == 500
 
 
 # ---- The verdict
@@ -156,7 +158,7 @@ def judged(fp32: np.ndarray, saturating: np.ndarray, exact: np.ndarray | None, s
     """The verdict on 10,000 images of which so many are right."""
     everything = np.arange(len(fp32))
     found = predictions(saturating if source == "executed" or exact is None else exact)
-    answer = target.Answer(
+    answer = target_cpu.Answer(
         Source(source), everything, found, Saturation.impossible if exact is None else Saturation.observed,
         everything, None if exact is None else predictions(exact), predictions(saturating),
     )  # fmt: skip

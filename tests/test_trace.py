@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qexp import quantize
-from qexp.config import Engine, Flow
-from qexp.quantize.trace import UntraceableError, trace
+from qexp.config.schema import Engine, Flow
+from qexp.quantize.graph.tracing import UntraceableError, trace
 
 TWO = images(2)
 

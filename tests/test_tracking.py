@@ -27,15 +27,16 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from qexp import config, tracking
+from qexp.config import schema
 from qexp.errors import InputError, RunError
+from qexp.tracking import store as tracking
 
-ROOT = Path(tracking.__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 
 
-def settings(uri: str | None = None, experiment: str | None = None, timeout: float = 5.0) -> config.Tracking:
-    return config.Tracking(
-        uri=uri, experiment=experiment, log_model=config.LogModel.none, timeout=timeout, parent=None, name=None
+def settings(uri: str | None = None, experiment: str | None = None, timeout: float = 5.0) -> schema.Tracking:
+    return schema.Tracking(
+        uri=uri, experiment=experiment, log_model=schema.LogModel.none, timeout=timeout, parent=None, name=None
     )
 
 

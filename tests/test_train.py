@@ -13,23 +13,24 @@ import torch
 import yaml
 from torch import nn
 
-from qexp import config, nets
-from qexp.data import Data, load_data, normalise
+from qexp.config import schema
+from qexp.data.splits import Data, load_data, normalise
 from qexp.errors import InputError, RunError
-from qexp.train import augmented, choose_device, lr_factor, train
+from qexp.models import architectures
+from qexp.models.training import augmented, choose_device, lr_factor, train
 
 CONF = Path(__file__).parents[1] / "conf"
 
 
-def settings(name: str = "fast", **changes: Any) -> config.Train:
+def settings(name: str = "fast", **changes: Any) -> schema.Train:
     values = yaml.safe_load((CONF / "train" / f"{name}.yaml").read_text())
     values |= {
-        "augment": config.Augment(**values["augment"]),
-        "optimizer": config.Optimizer(values["optimizer"]),
-        "schedule": config.Schedule(values["schedule"]),
-        "device": config.Device(values["device"]),
+        "augment": schema.Augment(**values["augment"]),
+        "optimizer": schema.Optimizer(values["optimizer"]),
+        "schedule": schema.Schedule(values["schedule"]),
+        "device": schema.Device(values["device"]),
     }
-    return dataclasses.replace(config.Train(**values), **changes)
+    return dataclasses.replace(schema.Train(**values), **changes)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Data:
 def fresh(seed: int = 0) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return nets.tiny(num_classes=10)
+        return architectures.tiny(num_classes=10)
 
 
 def accuracy(module: nn.Module, data: Data) -> float:
@@ -51,23 +52,23 @@ def accuracy(module: nn.Module, data: Data) -> float:
     return float((logits.argmax(1).numpy() == data.test.labels).mean())
 
 
-@pytest.mark.parametrize("schedule", list(config.Schedule))
-def test_every_schedule_stays_within_one_and_averages_what_it_should(schedule: config.Schedule) -> None:
+@pytest.mark.parametrize("schedule", list(schema.Schedule))
+def test_every_schedule_stays_within_one_and_averages_what_it_should(schedule: schema.Schedule) -> None:
     factors = [lr_factor(schedule, step, 1000) for step in range(1000)]
     assert all(0 < factor <= 1 for factor in factors)
     assert max(factors) == pytest.approx(1, abs=0.01)
-    assert np.mean(factors) == pytest.approx(1.0 if schedule == config.Schedule.constant else 0.5, abs=1e-3)
+    assert np.mean(factors) == pytest.approx(1.0 if schedule == schema.Schedule.constant else 0.5, abs=1e-3)
 
 
 def test_one_cycle_peaks_after_a_quarter_and_one_step_is_enough() -> None:
-    factors = [lr_factor(config.Schedule.onecycle, step, 100) for step in range(100)]
+    factors = [lr_factor(schema.Schedule.onecycle, step, 100) for step in range(100)]
     assert abs(int(np.argmax(factors)) - 25) <= 1
-    assert lr_factor(config.Schedule.onecycle, 0, 1) > 0
+    assert lr_factor(schema.Schedule.onecycle, 0, 1) > 0
 
 
 def test_a_crop_is_a_shift_of_the_image_within_zeros() -> None:
     images = torch.arange(1, 2 * 3 * 5 * 4 + 1, dtype=torch.float32).view(2, 3, 5, 4)
-    crops = augmented(images, config.Augment(flip=False, crop_padding=2), torch.Generator().manual_seed(3))
+    crops = augmented(images, schema.Augment(flip=False, crop_padding=2), torch.Generator().manual_seed(3))
     padded = nn.functional.pad(images, (2, 2, 2, 2))
     for image, crop in zip(padded, crops, strict=True):
         shifts = [image[:, y : y + 5, x : x + 4] for y in range(5) for x in range(5)]
@@ -76,7 +77,7 @@ def test_a_crop_is_a_shift_of_the_image_within_zeros() -> None:
 
 def test_a_flip_mirrors_about_half_of_the_images() -> None:
     images = torch.rand(400, 3, 2, 3)
-    flipped = augmented(images, config.Augment(flip=True, crop_padding=0), torch.Generator().manual_seed(0))
+    flipped = augmented(images, schema.Augment(flip=True, crop_padding=0), torch.Generator().manual_seed(0))
     mirrored = [torch.equal(a.flip(2), b) for a, b in zip(images, flipped, strict=True)]
     same = [torch.equal(a, b) for a, b in zip(images, flipped, strict=True)]
     assert all(m != s for m, s in zip(mirrored, same, strict=True))
@@ -110,8 +111,8 @@ def test_training_leaves_the_random_state_of_its_caller(digits: Data) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("optimizer", list(config.Optimizer))
-def test_every_optimizer_lowers_the_loss(digits: Data, optimizer: config.Optimizer) -> None:
+@pytest.mark.parametrize("optimizer", list(schema.Optimizer))
+def test_every_optimizer_lowers_the_loss(digits: Data, optimizer: schema.Optimizer) -> None:
     result = train(fresh(), settings(epochs=2, lr=0.01, optimizer=optimizer, label_smoothing=0.1), digits, threads=1)
     assert result.loss < 2.25  # ln(10) = 2.303 is chance
 
@@ -128,9 +129,9 @@ def test_a_loss_that_is_not_finite_names_the_learning_rate(digits: Data) -> None
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 def test_cuda_without_a_gpu_is_refused_and_auto_is_the_cpu() -> None:
-    assert choose_device(config.Device.auto).type == "cpu"
+    assert choose_device(schema.Device.auto).type == "cpu"
     with pytest.raises(InputError, match=r"train\.device=cuda"):
-        choose_device(config.Device.cuda)
+        choose_device(schema.Device.cuda)
 
 
 class Auxiliary(nn.Module):
@@ -138,7 +139,7 @@ class Auxiliary(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = nets.tiny(num_classes=10)
+        self.net = architectures.tiny(num_classes=10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         logits = self.net(x)
@@ -153,6 +154,6 @@ def test_auxiliary_heads_are_left_out_of_the_loss(digits: Data) -> None:
 def test_the_default_recipe_reaches_097_on_digits(tmp_path: Path) -> None:
     data = load_data(yaml.safe_load((CONF / "dataset" / "digits.yaml").read_text()), tmp_path)
     torch.manual_seed(0)
-    module = nets.resnet18(num_classes=10)
-    train(module, settings("default", device=config.Device.cpu), data, threads=2)
+    module = architectures.resnet18(num_classes=10)
+    train(module, settings("default", device=schema.Device.cpu), data, threads=2)
     assert accuracy(module, data) >= 0.97

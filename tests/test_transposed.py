@@ -11,8 +11,8 @@ from quantizable import settings, trained
 from torch import Tensor, nn
 
 from qexp import quantize
-from qexp.config import ActivationObserver, Engine, Flow, Observer
-from qexp.quantize.transposed import why_float
+from qexp.config.schema import ActivationObserver, Engine, Flow, Observer
+from qexp.quantize.torch_backend.transposed_convolutions import why_float
 
 # in, out, kernel, stride, padding, output_padding, groups
 SHAPES = [

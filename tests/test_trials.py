@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from qexp import sweep, trials
+from qexp.launch import sweep, trials
 
 FAST = ("latency=off", "per_layer.images=0", "saturation.exact_images=0", "calib=small")
 

@@ -14,10 +14,10 @@ import psutil
 import pytest
 from test_kept import TIMED
 
-from qexp import config as schema
-from qexp import jobs
+from qexp.config import schema
 from qexp.errors import RunError
-from qexp.results import Result
+from qexp.launch import jobs
+from qexp.records import Result
 
 Composed = Callable[..., schema.Config]
 
@@ -179,7 +179,7 @@ def test_a_sweep_begins_its_jobs_ahead_unless_told_otherwise(
 ) -> None:
     result = qexp(
         *SMALL, f"model.checkpoint={checkpoint}", "calib.seed=1,2,3", f"job.ahead={ahead}",
-        "hydra.verbose=[qexp.jobs]", "-m",
+        "hydra.verbose=[qexp.launch.jobs]", "-m",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert (result.stdout + result.stderr).count("is begun while") == lines

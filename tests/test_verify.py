@@ -18,12 +18,14 @@ from test_fidelity import Again, Squeezed, Twice
 from torch import Tensor, fx, nn
 from torch.ao.nn.quantized import FloatFunctional
 
-from qexp import experiment, nets, quantize
-from qexp.config import Config, Engine, Flow
+from qexp import quantize
+from qexp.config.schema import Config, Engine, Flow
 from qexp.errors import InputError, RunError
-from qexp.quantize import saturation
-from qexp.quantize.verify import Deviation, check_layers, layer_deviations
-from qexp.results import QParams
+from qexp.models import architectures
+from qexp.pipeline import run
+from qexp.quantize.inspection.layer_check import Deviation, check_layers, layer_deviations
+from qexp.quantize.saturation import kernels
+from qexp.records import QParams
 
 BOTH = [Flow.eager, Flow.fx]
 
@@ -98,7 +100,7 @@ def test_a_right_model_passes_and_no_layer_is_off_by_more_than_rounding(
 ) -> None:
     if engine is Engine.onednn and "weight_scheme" in wanted:
         wanted = {"weight_scheme": "symmetric"}  # it has no kernels for weights with a zero point
-    for net in (nets.tiny(), Joined()):
+    for net in (architectures.tiny(), Joined()):
         one = case(net, flow, engine, **wanted)
         assert one.fault() == ""
         found = one.deviations()
@@ -305,7 +307,7 @@ def test_saturation_is_counted_apart() -> None:
     quantize.calibrate(prepared, [few])
     one = Case(fused, quantize.convert(prepared, Flow.fx, Engine.fbgemm), Flow.fx, Engine.fbgemm)
     assert one.fault() == ""
-    saturates = "depthwise" in saturation.probe().saturating_kinds(Engine.fbgemm)
+    saturates = "depthwise" in kernels.probe().saturating_kinds(Engine.fbgemm)
     assert (one.deviations()["2"].saturated > 0) == saturates
 
 
@@ -333,7 +335,7 @@ def test_a_flow_that_changes_a_model_is_refused_before_any_work(monkeypatch: pyt
 
     monkeypatch.setattr(quantize, "convert", by_flow)
     with pytest.raises(InputError, match=r"blocks\.0\.conv2 \(Conv2d\) gives.*this model works with flow=eager or"):
-        quantize.dry_run(trained(nets.tiny()), Flow.fx, True, settings(), MINMAX, Engine.qnnpack, images(1))
+        quantize.dry_run(trained(architectures.tiny()), Flow.fx, True, settings(), MINMAX, Engine.qnnpack, images(1))
 
 
 def test_a_run_whose_int8_model_is_another_function_fails(
@@ -342,4 +344,4 @@ def test_a_run_whose_int8_model_is_another_function_fails(
     monkeypatch.setattr(quantize, "convert", functools.partial(spoiled, quantize.convert, "blocks.1.conv1"))
     config = composed("model=tiny", "flow=fx", "engine=qnnpack", "latency=off", f"model.checkpoint={checkpoint}")
     with pytest.raises(RunError, match=r"blocks\.1\.conv1 \(ConvReLU2d\) gives"):
-        experiment.run_job(config, tmp_path)
+        run.run_job(config, tmp_path)

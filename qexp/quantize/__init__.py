@@ -12,27 +12,38 @@ import logging
 import torch
 from torch import Tensor, nn
 
-from qexp.config import ActivationObserver, Engine, Flow, Observer, QConfig, Target
+from qexp.config.schema import ActivationObserver, Engine, Flow, Observer, QConfig, Target
 from qexp.errors import InputError, NotFinite, QexpError
-from qexp.quantize import answers, dynamic, eager, fx, narrowing, saturation, sums
-from qexp.quantize.answers import TOLERANCE, TOLERANCE_UNTRAINED, difference
-from qexp.quantize.biases import fit_biases
-from qexp.quantize.calibrate import calibrate
-from qexp.quantize.compare import blame, explained, fusion_difference
-from qexp.quantize.copies import evaluation_copy, sharing_copy
-from qexp.quantize.engines import engine, require, supported
-from qexp.quantize.executed import beyond, executed
-from qexp.quantize.functional import run_or_refuse
-from qexp.quantize.grid import HIGHEST, SAFE_BITS, SAFE_CODE, Grid, Side, executed_bits, grid, highest_activation
-from qexp.quantize.held import highest_code, hold
-from qexp.quantize.layers import layers, read_qparams
-from qexp.quantize.narrowing import Narrowed
-from qexp.quantize.observers import fix_fewer_levels, highest_observed, observers, records_range
-from qexp.quantize.once import calibrate_once
-from qexp.quantize.quiet import say_once_silently, unprinted
-from qexp.quantize.state import scales_in_state
-from qexp.quantize.strided import contiguous_clamps, without_strides
-from qexp.quantize.verify import check_layers
+from qexp.quantize.calibration.cached import calibrate_once
+from qexp.quantize.calibration.grid import (
+    HIGHEST,
+    SAFE_BITS,
+    SAFE_CODE,
+    Grid,
+    Side,
+    executed_bits,
+    grid,
+    highest_activation,
+)
+from qexp.quantize.calibration.observers import fix_fewer_levels, highest_observed, observers, records_range
+from qexp.quantize.calibration.passes import calibrate
+from qexp.quantize.flows import dynamic, eager, fx
+from qexp.quantize.graph.copies import evaluation_copy, sharing_copy
+from qexp.quantize.inspection import float_checks
+from qexp.quantize.inspection.float_checks import TOLERANCE, TOLERANCE_UNTRAINED, difference
+from qexp.quantize.inspection.fusion_check import blame, explained, fusion_difference
+from qexp.quantize.inspection.layer_check import check_layers
+from qexp.quantize.inspection.layers import layers, read_qparams
+from qexp.quantize.inspection.operators import beyond, executed
+from qexp.quantize.inspection.unsupported_operators import run_or_refuse
+from qexp.quantize.saturation import emulation, kernels, narrowing
+from qexp.quantize.saturation.narrowing import Narrowed
+from qexp.quantize.torch_backend.deprecations import say_once_silently, unprinted
+from qexp.quantize.torch_backend.engines import engine, require, supported
+from qexp.quantize.torch_backend.ignored_quant_max import highest_code, hold
+from qexp.quantize.torch_backend.missing_state import scales_in_state
+from qexp.quantize.torch_backend.onednn_strided_pointwise import contiguous_clamps, without_strides
+from qexp.quantize.torch_backend.qnnpack_biases import fit_biases
 
 __all__ = [
     "SAFE_BITS",
@@ -109,17 +120,19 @@ def narrow(
     images: float32 [n, 3, H, W], some of the calibration images. Returns a copy, and what was narrowed.
     """
     converted = convert(prepared, flow, engine_name)
-    signature = saturation.probe()
-    kinds = saturation.overflowing_kinds(qconfig, engine_name, flow, Target.native, signature)
+    signature = kernels.probe()
+    kinds = kernels.overflowing_kinds(qconfig, engine_name, flow, Target.native, signature)
     emulate = target is Target.avx2 and not signature.dense_saturates(engine_name, qconfig.weight.scheme)
     if emulate:
-        kinds |= saturation.overflowing_kinds(qconfig, engine_name, flow, target, signature)
-    if not sums.at_risk(converted, engine_name, kinds):
+        kinds |= kernels.overflowing_kinds(qconfig, engine_name, flow, target, signature)
+    if not emulation.at_risk(converted, engine_name, kinds):
         return prepared, ()
     if emulate:
-        rows = sums.layer_by_layer(sums.with_emulated_sums(converted, engine_name), converted, [images], engine_name)
+        rows = emulation.layer_by_layer(
+            emulation.with_emulated_sums(converted, engine_name), converted, [images], engine_name
+        )
     else:
-        rows = sums.layer_by_layer(converted, exact(prepared, flow), [images], engine_name)
+        rows = emulation.layer_by_layer(converted, exact(prepared, flow), [images], engine_name)
     risky = [row.name for row in rows if row.saturates]
     return narrowing.narrow(prepared, risky, qconfig, images[:NOISE_IMAGES]) if risky else (prepared, ())
 
@@ -178,11 +191,11 @@ def dry_run(
     module where it fails and what would work.
     """
     one = example[:1]
-    logits = answers.checked(module, one, image)
+    logits = float_checks.checked(module, one, image)
 
     def through(flow: Flow, fusion: bool, engine_name: Engine) -> None:
         # The eager flow's INT8 layers keep hooks, and those that fusing loses are found by what they change.
-        if flow is Flow.fx and (reason := answers.hooked(module, one)):
+        if flow is Flow.fx and (reason := float_checks.hooked(module, one)):
             raise InputError(reason)
         fused = fuse(module, flow, fusion, one)
         with torch.inference_mode():
@@ -223,7 +236,7 @@ def dry_run(
         raise InputError(str(error)) from error
     except Exception as error:
         # What torch raises on a model that it can't quantize is of many classes.
-        sentence = answers.cause(module, one)
+        sentence = float_checks.cause(module, one)
         sentence = sentence or (str(error) if isinstance(error, QexpError) else _of_torch(error, module, flow))
         others = {
             **{f"engine={other.value}": (flow, fusion, other) for other in supported()[:1]},

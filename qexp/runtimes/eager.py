@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qexp.config import Engine
+from qexp.config.schema import Engine
 from qexp.errors import RunError
-from qexp.runtimes.model import Loaded, packing_for
+from qexp.runtimes.base import Loaded, packing_for
 
 
 def export(module: nn.Module, path: Path) -> Path:

@@ -11,7 +11,7 @@ from torch import nn
 
 from qexp.errors import InputError
 from qexp.runtimes import eager
-from qexp.runtimes.model import Loaded
+from qexp.runtimes.base import Loaded
 
 export = eager.export
 """What is saved is what the eager runtime saves: there is no compiled file."""

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qexp.config import Engine
-from qexp.quantize.quiet import known_deprecations_silenced
-from qexp.runtimes.model import Loaded, packing_for
+from qexp.config.schema import Engine
+from qexp.quantize.torch_backend.deprecations import known_deprecations_silenced
+from qexp.runtimes.base import Loaded, packing_for
 
 
 class _Shell(nn.Module):

@@ -1,0 +1,1 @@
+"""Predictions, and the CPU that the model ships on."""

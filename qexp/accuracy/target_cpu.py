@@ -1,0 +1,151 @@
+"""What the INT8 model answers on the CPU that it ships on, where that CPU's kernels add up otherwise than this one's.
+
+Without VNNI, kernels add pairs of products in 16 bits; a *saturating* machine below. Where such a machine has to answer
+for an exact one, the same calibrated model runs on qnnpack, which is exact (where it answers for itself, those of its
+layers alone in which sums can overflow); where an exact one has to answer for a saturating one, they are emulated.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+
+import numpy as np
+from torch import nn
+
+from qexp import quantize
+from qexp.accuracy import predictions as evaluate
+from qexp.config.schema import Config, Engine, Flow, QConfig, Target
+from qexp.data.splits import Data
+from qexp.pipeline import cache_keys
+from qexp.quantize.saturation import emulation, kernels
+from qexp.records import Predictions, Saturation, Source
+from qexp.system import cache
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What answers for the target, and what 16-bit sums do to this model wherever they are.
+
+    target: predictions on `images` (int64 indices of evaluation images); exact, saturating: predictions on the images
+    `compared`, with sums of 32 and of 16 bits, None where they were not needed; layers: each layer judged by itself.
+    """
+
+    source: Source
+    images: np.ndarray
+    target: Predictions
+    saturation: Saturation
+    compared: np.ndarray = field(default_factory=lambda: np.arange(0))
+    exact: Predictions | None = None
+    saturating: Predictions | None = None
+    layers: tuple[emulation.LayerSums, ...] = ()
+
+    @property
+    def target_is_exact(self) -> bool:
+        """Whether the target's sums can't saturate."""
+        return self.saturation is Saturation.impossible or self.source is Source.exact
+
+    @property
+    def saturating_layers(self) -> tuple[str, ...]:
+        """Layers in which sums were seen to saturate."""
+        return tuple(layer.name for layer in self.layers if layer.saturates)
+
+
+def answer(
+    config: Config,
+    qconfig: QConfig,
+    data: Data,
+    prepared: nn.Module,
+    int8: nn.Module,
+    executed: Predictions,
+    content: str,
+) -> Answer:
+    """Answer for `config.target`, by the cheapest means that can.
+
+    qconfig: resolved; prepared: calibrated; int8: converted from it; executed: INT8 predictions on all evaluation
+    images, made on this machine; content: what identifies int8 (see qexp/pipeline/cache_keys.py).
+    """
+    everything = np.arange(len(executed.labels))
+    signature, engine = kernels.probe(), config.engine
+    here, there = (
+        kernels.overflowing_kinds(qconfig, engine, config.flow, cpu, signature)
+        for cpu in (Target.native, config.target)
+    )
+    plain = Answer(Source.executed, everything, executed, Saturation.impossible)
+    if not emulation.at_risk(int8, engine, here | there):
+        return plain
+    # A CPU with VNNI may still have depthwise kernels that saturate: that is no CPU without it.
+    if here and (config.target is not Target.avx2 or signature.dense_saturates(engine, qconfig.weight.scheme)):
+        every = config.target is Target.vnni
+        compared = everything if every else spread(len(everything), config.saturation.exact_images)
+        if not len(compared):
+            return replace(plain, saturation=Saturation.possible)
+        exact_model = partial(quantize.exact, prepared, config.flow)
+        title = "evaluating INT8 with exact sums"
+        found, layers = _run(exact_model, int8, content, config, data, compared, title, whole=every)
+        source, counts = (Source.exact, found) if every else (Source.executed, executed)
+        return Answer(source, everything, counts, _seen(layers), compared, found, executed.at(compared), layers)
+    compared = spread(len(everything), config.saturation.emulated_images)
+    if left := emulation.not_emulated(int8):
+        said = "%d layers add up as they do on this CPU, since their 16-bit sums can't be emulated: %s."
+        log.warning(said, len(left), ", ".join(left))
+    emulated = partial(emulation.with_emulated_sums, int8, engine)
+    found, layers = _run(emulated, int8, content, config, data, compared, "emulating 16-bit sums")
+    exact = executed.at(compared)
+    return Answer(Source.emulated, compared, found, _seen(layers), compared, exact, found, layers)
+
+
+def other_kernels(config: Config) -> str:
+    """Why a timing on this machine says nothing of the target, as a clause; empty where it does."""
+    saturates = kernels.probe().dense_saturates(Engine.fbgemm)
+    if config.flow is Flow.dynamic or config.target is Target.native:
+        return ""
+    if config.target is Target.vnni and saturates:
+        return "timed on a CPU without VNNI, and target=vnni means one with it"
+    if config.target is Target.avx2 and not saturates:
+        return "timed on a CPU with VNNI, and target=avx2 means one without it"
+    return ""
+
+
+def spread(available: int, wanted: int) -> np.ndarray:
+    """int64 indices of `wanted` images, evenly spread: a folder's images come class by class."""
+    count = min(available, wanted)
+    return np.arange(count) * available // max(count, 1)
+
+
+def _seen(layers: tuple[emulation.LayerSums, ...]) -> Saturation:
+    return Saturation.observed if any(layer.saturates for layer in layers) else Saturation.possible
+
+
+def _run(
+    make: Callable[[], nn.Module],
+    int8: nn.Module,
+    content: str,
+    config: Config,
+    data: Data,
+    images: np.ndarray,
+    title: str,
+    whole: bool = False,
+) -> tuple[Predictions, tuple[emulation.LayerSums, ...]]:
+    """What the model that `make` gives answers, and how each of its layers differs from its namesake in `int8`.
+
+    content: of int8, by which the answer is cached; title: how the model differs; whole: layers in which nothing can
+    overflow run too (see `emulation.compared`).
+    """
+
+    def run() -> dict[str, np.ndarray]:
+        model = make()
+        with emulation.compared(int8, model, config.engine, whole) as layers, quantize.engine(config.engine):
+            size = config.evaluate.batch_size
+            predictions = evaluate.predict(model, data.test, data.mean, data.std, size, title, images)
+        return {"logits": predictions.logits, "layers": np.array(json.dumps([asdict(one) for one in layers.values()]))}
+
+    key = cache_keys.predictions_key(config, data, [content, title, *(["whole"] if whole else [])], images)
+    found = cache.arrays(cache_keys.folder(config), key, run)
+    layers = tuple(emulation.LayerSums(**values) for values in json.loads(str(found["layers"])))
+    return evaluate.predictions(found["logits"], data.test, title, images), layers

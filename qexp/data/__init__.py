@@ -1,0 +1,1 @@
+"""Images: the sets, their splits, their preprocessing."""

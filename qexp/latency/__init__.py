@@ -1,0 +1,1 @@
+"""The timing protocol, its worker processes, timings that runs share."""

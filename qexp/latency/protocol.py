@@ -1,0 +1,586 @@
+"""How long a call takes: the timing protocol, what it records, and what follows from the records.
+
+All variants are timed side by side. A round holds two blocks of each, in random order and then in the mirrored order
+(A B C C B A), so that a machine that slows down or speeds up steadily during a round does so for all variants alike.
+A block is some calls of one variant in a row, at least `block_ms` long. Every call's duration is kept. Once all
+variants have `min_blocks`, rounds go on with the fastest of either precision alone, for the sake of the headline.
+
+Beside the durations, a block records what else happened meanwhile, from which `validity` says whether to trust it;
+and the fastest of the variants named can be timed twice, as its own control. What fresh processes measured, one after
+the other (qexp/latency/worker.py), is `merged`: what one process measures varies together, so the process is what is
+repeated.
+
+torch is imported only where threads are set and models are called.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import resource
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qexp.config import schema
+from qexp.errors import ConfigError
+from qexp.records import Interval
+from qexp.system import machine
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qexp import statistics  # imported where it is used: processes that only time need no scipy
+
+# What the fastest FP32 variant is called where it is timed once more, against itself.
+CONTROL = "control"
+
+# torch.utils.benchmark.Timer finds a block's size in the same way, but keeps only the mean of each block, from which
+# no percentile of calls follows.
+MAX_CALLS_PER_BLOCK = 1 << 20
+
+# How long to sleep before a measurement, to see what else is running.
+SECONDS_ASLEEP = 0.2
+
+# From where on a measurement is not to be trusted. The control, against itself: its interval, and how far that may
+# reach to either side of 1.
+CONTROL_CONFIDENCE = 0.99
+CONTROL_WIDTH = 0.05
+# A block whose wall time exceeds its thread's processor time by more than this is late; a few blocks in a hundred are
+# everywhere, and move no median.
+WALL_OVER_CPU = 0.05
+LATE_BLOCKS = 0.05
+SWITCHES_A_SECOND = 25
+# The share of all processors that may be at work for others, and the processors that a hypervisor may take.
+BUSY_SHARE = 0.25
+STOLEN = 0.02
+# A warm-up is over where two blocks in a row differ by less than this, or after so many blocks more.
+STEADY = 0.05
+BLOCKS_TO_STEADY = 4
+# Of the first quarter of a variant's rounds against the rest.
+DRIFT = 0.1
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the machine did besides, during the measurement of all variants.
+
+    started, ended: seconds since the epoch, warm-up included. Processors on average, None where unknown: busy_before,
+    at work just before while this process slept; others, at work for other processes meanwhile; stolen, taken by a
+    hypervisor meanwhile. processors: how many there are.
+    """
+
+    started: float
+    ended: float
+    processors: int
+    busy_before: float
+    others: float
+    stolen: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Timing:
+    """What was measured of one variant at one batch size and number of threads, by one process or, merged, by several.
+
+    samples: float32 [calls], milliseconds of each call, in the order of the calls; block: int32 [calls], which block
+    a call belongs to, from 0. Of each block [blocks]: worker: int32, the process, from 0; round: int32, the round of
+    that process, from 0; position: int32, its place among the blocks of all variants of its process; wall_ms, cpu_ms:
+    float64, its duration and the processor time of the calling thread in it; switches: int32, how often the system
+    took the processor away (of all threads where there are several). first_ms: the first call; like all of the
+    warm-up it is no sample. compile_ms: what the compilation before it took, None where nothing is compiled (both are
+    medians over processes). conditions: of each process. control_of: of a control, the variant that it is, timed a
+    second time.
+    """
+
+    variant: str
+    batch_size: int
+    threads: int
+    samples: np.ndarray
+    block: np.ndarray
+    worker: np.ndarray
+    round: np.ndarray
+    position: np.ndarray
+    wall_ms: np.ndarray
+    cpu_ms: np.ndarray
+    switches: np.ndarray
+    first_ms: float
+    conditions: tuple[Conditions, ...]
+    compile_ms: float | None = None
+    control_of: str | None = None
+
+    @property
+    def started(self) -> float:
+        """Seconds since the epoch at which the measurement of all variants began."""
+        return self.conditions[0].started
+
+    @property
+    def ended(self) -> float:
+        """Seconds since the epoch at which it ended."""
+        return self.conditions[-1].ended
+
+    @property
+    def block_ms(self) -> np.ndarray:
+        """float64 [blocks]: milliseconds a call, mean over the calls of each block."""
+        return np.bincount(self.block, self.samples) / np.bincount(self.block)
+
+    @property
+    def round_ms(self) -> np.ndarray:
+        """float64 [rounds]: milliseconds a call, mean over the two blocks of each round."""
+        _, which = np.unique(self._round_ids, return_inverse=True)
+        return np.bincount(which, self.block_ms) / np.bincount(which)
+
+    @property
+    def rounds(self) -> np.ndarray:
+        """int64 [rounds]: a number for each round, the same for all variants that were timed in it."""
+        return np.unique(self._round_ids)
+
+    @property
+    def workers(self) -> np.ndarray:
+        """int64 [rounds]: the process of each round."""
+        return self.rounds >> 32
+
+    @property
+    def _round_ids(self) -> np.ndarray:
+        ids: np.ndarray = (self.worker.astype(np.int64) << 32) + self.round
+        return ids
+
+    @property
+    def summary(self) -> statistics.Summary:
+        """Percentiles of the samples, in milliseconds."""
+        from qexp import statistics
+
+        return statistics.summarise(self.samples)
+
+
+def time_side_by_side(
+    variants: Mapping[str, Callable[[Tensor], Any]],
+    inputs: Tensor,
+    protocol: schema.Latency,
+    *,
+    batch_size: int = 1,
+    seed: int = 0,
+    control_among: Collection[str] = (),
+) -> list[Timing]:
+    """Time the variants interleaved, in this process, with as many threads as torch has now (see `threads`).
+
+    variants: callables by name, each taking float32 [batch_size, 3, H, W]; whatever one does to its input (another
+    memory format, another device) is timed with it. inputs: float32 [images, 3, H, W]; calls cycle through all of
+    them, as images or as batches. control_among: the fastest of these is timed twice, the second time as CONTROL.
+    One Timing for each variant, in the order of `variants`; the control, if any, comes last.
+    """
+    import torch
+
+    batches = make_batches(inputs, batch_size)
+    with torch.inference_mode():
+        return time_blocks(
+            variants,
+            batches,
+            protocol,
+            batch_size=batch_size,
+            threads=torch.get_num_threads(),
+            seed=seed,
+            control_among=control_among,
+        )
+
+
+def make_batches(inputs: Tensor, batch_size: int) -> list[Tensor]:
+    """The inputs as batches of one size; what is left over is dropped, and too few images are repeated."""
+    if len(inputs) < batch_size:
+        inputs = inputs.repeat(-(-batch_size // len(inputs)), 1, 1, 1)
+    count = len(inputs) // batch_size
+    return [inputs[index * batch_size : (index + 1) * batch_size].contiguous() for index in range(count)]
+
+
+def time_blocks(
+    variants: Mapping[str, Callable[[Any], Any]],
+    batches: Sequence[Any],
+    protocol: schema.Latency,
+    *,
+    batch_size: int,
+    threads: int,
+    seed: int = 0,
+    control_among: Collection[str] = (),
+    clock: Callable[[], int] = time.perf_counter_ns,
+) -> list[Timing]:
+    """The protocol itself, for any callables: warm-up, block sizes, then rounds of blocks.
+
+    Rounds go on until `protocol.seconds` are over and every variant has `protocol.min_blocks` blocks; those after that
+    are of the contenders (see `_contenders`). clock: gives nanoseconds.
+    """
+    with no_gc():
+        asleep = machine.work()
+        time.sleep(SECONDS_ASLEEP)
+        awake, started = machine.work(), time.time()
+        runners = [_Runner(variant, call, batches, threads, clock) for variant, call in variants.items()]
+        for runner in runners:
+            runner.warm_up(protocol)
+        if control_among:
+            fastest_ = min((r for r in runners if r.variant in control_among), key=lambda runner: runner.estimate_ms)
+            runners.append(fastest_.control())
+        _rounds(runners, protocol, np.random.default_rng(seed), clock)
+        ended, end = time.time(), machine.work()
+    conditions = Conditions(
+        started=started,
+        ended=ended,
+        processors=os.cpu_count() or 1,
+        busy_before=machine.others(asleep, awake),
+        others=machine.others(awake, end),
+        stolen=machine.stolen(awake, end),
+    )
+    return [runner.timing(batch_size, conditions) for runner in runners]
+
+
+def on_cpu(variants: Collection[str]) -> list[str]:
+    """Those of the names that are FP32 on the CPU, among which the control is chosen."""
+    return [name for name in variants if name.startswith("fp32") and name != "fp32_cuda"]
+
+
+PER_BLOCK = ("worker", "round", "position", "wall_ms", "cpu_ms", "switches")
+
+
+def merged(workers: Sequence[Timing]) -> Timing:
+    """What several processes measured of one variant, as one record, in their order.
+
+    Raises ValueError where there is none, or they measured different things.
+    """
+    if len({(w.variant, w.control_of, w.batch_size, w.threads) for w in workers}) != 1:
+        raise ValueError("only timings of one variant, batch size and number of threads can be merged")
+    # What is counted from 0 in each process goes on from one to the next.
+    before = {"block": np.cumsum([0, *(len(w.round) for w in workers)]), "worker": np.arange(len(workers))}
+
+    def column(name: str) -> np.ndarray:
+        parts = [getattr(w, name) for w in workers]
+        shifted = [p + n for p, n in zip(parts, before[name], strict=False)] if name in before else parts
+        return _read_only(np.concatenate(shifted), parts[0].dtype)
+
+    columns: dict[str, Any] = {name: column(name) for name in ("samples", "block", *PER_BLOCK)}
+    compiled = [w.compile_ms for w in workers if w.compile_ms is not None]
+    return replace(
+        workers[0],
+        **columns,
+        first_ms=float(np.median([w.first_ms for w in workers])),
+        compile_ms=float(np.median(compiled)) if compiled else None,
+        conditions=tuple(condition for w in workers for condition in w.conditions),
+    )
+
+
+def save(timings: Sequence[Timing], path: Path) -> None:
+    """Write timings as one .npz, which `load` reads without unpickling anything."""
+    arrays: dict[str, Any] = to_arrays(timings)
+    np.savez(path, **arrays)
+
+
+def load(path: Path) -> list[Timing]:
+    """The timings that `save` wrote."""
+    with np.load(path, allow_pickle=False) as file:
+        return from_arrays(file)
+
+
+def to_arrays(timings: Sequence[Timing]) -> dict[str, np.ndarray]:
+    """Timings as plain arrays by name, which `from_arrays` takes."""
+    arrays = {
+        f"{i}.{name}": getattr(t, name) for i, t in enumerate(timings) for name in ("samples", "block", *PER_BLOCK)
+    }
+    plain = [
+        {f.name: getattr(t, f.name) for f in fields(t) if f.name not in ("samples", "block", *PER_BLOCK, "conditions")}
+        | {"conditions": [asdict(condition) for condition in t.conditions]}
+        for t in timings
+    ]
+    return {"plain": np.array(json.dumps(plain)), **arrays}
+
+
+def from_arrays(arrays: Mapping[str, Any]) -> list[Timing]:
+    """The timings that `to_arrays` took apart."""
+    return [
+        Timing(
+            **{name: arrays[f"{i}.{name}"] for name in ("samples", "block", *PER_BLOCK)},
+            conditions=tuple(Conditions(**values) for values in plain.pop("conditions")),
+            **plain,
+        )
+        for i, plain in enumerate(json.loads(str(arrays["plain"])))
+    ]
+
+
+def _rounds(
+    runners: Sequence[_Runner], protocol: schema.Latency, rng: np.random.Generator, clock: Callable[[], int]
+) -> None:
+    deadline = clock() + protocol.seconds * 1e9
+    rounds = blocks = 0
+    timed = runners
+    while clock() < deadline or 2 * rounds < max(protocol.min_blocks, 1):
+        if rounds and 2 * rounds >= protocol.min_blocks and timed is runners:
+            timed = _contenders(runners)
+        order = rng.permutation(len(timed)).tolist()
+        for place, index in enumerate(order + order[::-1]):
+            timed[index].measure(rounds, blocks + place)
+        rounds, blocks = rounds + 1, blocks + 2 * len(timed)
+
+
+def _contenders(runners: Sequence[_Runner]) -> Sequence[_Runner]:
+    """What the headline is made of: on the CPU the fastest of either precision so far, and the control with what it
+    repeats."""
+    controls = [runner for runner in runners if runner.control_of]
+    names = {runner.control_of for runner in controls}
+    plain = [runner for runner in runners if not runner.control_of and runner.variant != "fp32_cuda"]
+    for precision in {runner.precision for runner in plain}:
+        names.add(min((r for r in plain if r.precision == precision), key=lambda runner: runner.p50).variant)
+    return [runner for runner in runners if runner in controls or runner.variant in names]
+
+
+class _Runner:
+    """One variant while it is timed: what it is called with next, how many calls are a block, what was measured."""
+
+    def __init__(
+        self,
+        variant: str,
+        call: Callable[[Any], Any],
+        batches: Sequence[Any],
+        threads: int,
+        clock: Callable[[], int],
+    ) -> None:
+        self.variant = variant
+        self.call = call
+        self.batches = batches
+        self.threads = threads
+        self.clock = clock
+        self.next = 0
+        self.calls = 1
+        self.first_ms = 0.0
+        self.estimate_ms = 0.0
+        self.control_of: str | None = None
+        self.durations: list[np.ndarray] = []
+        self.blocks: list[tuple[int, int, float, float, int]] = []
+
+    @property
+    def precision(self) -> str:
+        return self.variant.partition("_")[0]
+
+    @property
+    def p50(self) -> float:
+        """Milliseconds a call, of what was measured so far."""
+        return float(np.median(np.concatenate(self.durations)))
+
+    def control(self) -> _Runner:
+        """A second runner of the same warm callable, with blocks of the same size."""
+        twin = _Runner(CONTROL, self.call, self.batches, self.threads, self.clock)
+        twin.calls, twin.first_ms, twin.control_of = self.calls, self.first_ms, self.variant
+        return twin
+
+    def run(self, calls: int) -> np.ndarray:
+        """float64 [calls]: milliseconds of each of `calls` calls in a row."""
+        call, clock = self.call, self.clock
+        batches = [self.batches[index % len(self.batches)] for index in range(self.next, self.next + calls)]
+        self.next += calls
+        ticks = [0] * calls
+        for index, batch in enumerate(batches):
+            start = clock()
+            call(batch)
+            ticks[index] = clock() - start
+        return np.array(ticks) / 1e6
+
+    def warm_up(self, protocol: schema.Latency) -> None:
+        """Call it for `warmup_calls` calls and `warmup_seconds` at least, then find a block's size by doubling."""
+        deadline = self.clock() + protocol.warmup_seconds * 1e9
+        self.first_ms = float(self.run(1)[0])
+        done = 1
+        while done < protocol.warmup_calls or self.clock() < deadline:
+            self.run(1)
+            done += 1
+        # By the fastest call: one that was interrupted would make the block too short.
+        self.estimate_ms = float(self.run(1).min())
+        while self.estimate_ms * self.calls < protocol.block_ms and self.calls < MAX_CALLS_PER_BLOCK:
+            self.calls *= 2
+            self.estimate_ms = float(self.run(self.calls).min())
+        # No more than it takes: the more rounds, the less does what the machine does meanwhile differ within one.
+        self.calls = min(self.calls, math.ceil(protocol.block_ms / self.estimate_ms))
+        if protocol.warmup_seconds > 0:
+            self._until_steady()
+
+    def _until_steady(self) -> None:
+        """Blocks until two in a row take the same time, a few at most: `validity` tells where the drift went on."""
+        before = float(np.median(self.run(self.calls)))
+        for _ in range(BLOCKS_TO_STEADY):
+            now = float(np.median(self.run(self.calls)))
+            if abs(now / before - 1) < STEADY:
+                return
+            before = now
+
+    def measure(self, round_: int, position: int) -> None:
+        """One block."""
+        switches, cpu, wall = self._switches(), time.thread_time_ns(), self.clock()
+        durations = self.run(self.calls)
+        wall, cpu = self.clock() - wall, time.thread_time_ns() - cpu
+        self.durations.append(durations)
+        self.blocks.append((round_, position, wall / 1e6, cpu / 1e6, self._switches() - switches))
+
+    def _switches(self) -> int:
+        # Linux only; elsewhere all threads count.
+        who = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF) if self.threads == 1 else resource.RUSAGE_SELF
+        return resource.getrusage(who).ru_nivcsw
+
+    def timing(self, batch_size: int, conditions: Conditions) -> Timing:
+        """What was measured, as a record."""
+        block = np.repeat(np.arange(len(self.durations)), [len(durations) for durations in self.durations])
+        round_, position, wall, cpu, switches = (np.array(column) for column in zip(*self.blocks, strict=True))
+        return Timing(
+            variant=self.variant,
+            batch_size=batch_size,
+            threads=self.threads,
+            samples=_read_only(np.concatenate(self.durations), np.float32),
+            block=_read_only(block, np.int32),
+            worker=_read_only(np.zeros(len(self.blocks)), np.int32),
+            round=_read_only(round_, np.int32),
+            position=_read_only(position, np.int32),
+            wall_ms=_read_only(wall, np.float64),
+            cpu_ms=_read_only(cpu, np.float64),
+            switches=_read_only(switches, np.int32),
+            first_ms=self.first_ms,
+            conditions=(conditions,),
+            control_of=self.control_of,
+        )
+
+
+def _read_only(values: np.ndarray, dtype: type) -> np.ndarray:
+    array: np.ndarray = values.astype(dtype)
+    array.flags.writeable = False
+    return array
+
+
+def fastest(timings: Sequence[Timing]) -> Timing:
+    """The timing with the lowest p50."""
+    return min(timings, key=lambda timing: timing.summary.p50)
+
+
+def speedup(fp32: Timing, int8: Timing, confidence: float = 0.95) -> Interval:
+    """How many times faster INT8 is: the median over rounds of FP32's time over INT8's, with a bootstrap interval that
+    resamples processes, then rounds (see `stats.median_ratio`). Rounds count in which both were timed.
+
+    Raises ValueError where the two were not timed side by side.
+    """
+    if fp32.conditions != int8.conditions:
+        raise ValueError(f"{fp32.variant} and {int8.variant} were not timed side by side")
+    from qexp import statistics
+
+    _, mine, others = np.intersect1d(fp32.rounds, int8.rounds, assume_unique=True, return_indices=True)
+    ratios, workers = fp32.round_ms[mine] / int8.round_ms[others], fp32.workers[mine]
+    return statistics.median_ratio([ratios[workers == worker] for worker in np.unique(workers)], confidence)
+
+
+def pairs(timings: Sequence[Timing]) -> Iterator[tuple[Timing, Timing, Interval]]:
+    """Every FP32 variant and every INT8 variant that were timed side by side, and how many times faster INT8 is."""
+    variants = [timing for timing in timings if timing.control_of is None]
+    for fp32 in (timing for timing in variants if timing.variant.startswith("fp32")):
+        for int8 in (timing for timing in variants if timing.variant.startswith("int8")):
+            if (fp32.batch_size, fp32.threads) == (int8.batch_size, int8.threads):
+                yield fp32, int8, speedup(fp32, int8)
+
+
+def validity(timings: Sequence[Timing]) -> tuple[bool, tuple[str, ...]]:
+    """Whether a measurement can be trusted, and if not, every reason against it, a sentence each.
+
+    timings: all of one measurement, its control among them; what other processes do shows in different ways, since a
+    steady disturbance hits both sides of every pair, and the control alone can't see it.
+    """
+    of_machine = [reason for conditions in timings[0].conditions for reason in _of_machine(conditions)]
+    reasons = dict.fromkeys([*_of_control(timings), *_of_blocks(timings), *of_machine])
+    return not reasons, tuple(reasons)
+
+
+def _of_control(timings: Sequence[Timing]) -> Iterator[str]:
+    for control in (timing for timing in timings if timing.control_of):
+        itself = next(timing for timing in timings if timing.variant == control.control_of)
+        ratio = speedup(itself, control, CONTROL_CONFIDENCE)
+        stated = f"{control.control_of} against itself gives {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
+        if not ratio.low <= 1 <= ratio.high:
+            yield f"{stated}, which leaves out 1"
+        if ratio.low < 1 - CONTROL_WIDTH or ratio.high > 1 + CONTROL_WIDTH:
+            yield f"{stated}, which is wider than {1 - CONTROL_WIDTH:.2f} to {1 + CONTROL_WIDTH:.2f}"
+
+
+def _of_blocks(timings: Sequence[Timing]) -> Iterator[str]:
+    wall, cpu = (np.concatenate([getattr(timing, name) for timing in timings]) for name in ("wall_ms", "cpu_ms"))
+    # With several threads the calling one waits for the others, now and then asleep.
+    if timings[0].threads == 1:
+        late = int(np.sum(wall > (1 + WALL_OVER_CPU) * cpu))
+        if late > LATE_BLOCKS * len(wall):
+            yield (
+                f"in {late} of {len(wall)} blocks the wall time exceeds the thread's processor time by more than "
+                f"{WALL_OVER_CPU:.0%}: something else ran on its core"
+            )
+    rate = sum(int(timing.switches.sum()) for timing in timings) / (wall.sum() / 1000)
+    if rate > SWITCHES_A_SECOND:
+        yield f"{rate:.0f} involuntary context switches a second: another process wanted the same core"
+    # What all variants do alike is the machine's doing, and the same on both sides of every ratio. Of those that were
+    # timed from the first round to the last.
+    whole = max(len(timing.rounds) for timing in timings)
+    throughout = [timing for timing in timings if len(timing.rounds) == whole]
+    alike = np.exp(np.mean([np.log(timing.round_ms) for timing in throughout], axis=0))
+    for timing in throughout:
+        relative, workers = timing.round_ms / alike, timing.workers
+        drifts = [_drift(relative[workers == worker]) for worker in np.unique(workers)]
+        # A warm-up that isn't over shows in every process.
+        drift = min(drifts, key=abs)
+        if abs(drift) > DRIFT and len(set(np.sign(drifts))) == 1:
+            yield f"{timing.variant} was {abs(drift):.0%} {'slower' if drift > 0 else 'faster'} at first than later"
+
+
+def _drift(rounds: np.ndarray) -> float:
+    """How much slower the first quarter of the rounds is than the rest, by medians."""
+    first = max(len(rounds) // 4, 1)
+    return float(np.median(rounds[:first]) / np.median(rounds[first:]) - 1) if len(rounds) > first else 0.0
+
+
+def _of_machine(conditions: Conditions) -> Iterator[str]:
+    limit = BUSY_SHARE * conditions.processors
+    of_all = f"of {conditions.processors} processors"
+    if conditions.busy_before > limit:
+        yield f"{conditions.busy_before:.1f} {of_all} were busy before it began"
+    if conditions.others > limit:
+        yield f"{conditions.others:.1f} {of_all} were busy with other processes meanwhile"
+    if conditions.stolen is not None and conditions.stolen > STOLEN:
+        yield f"the hypervisor took {conditions.stolen:.2f} {of_all} away"
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch's intra-op threads set to `count`, and set back afterwards."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def no_gc() -> Iterator[None]:
+    """Garbage collected once, and then not before the end: a collection would be counted as some call's time."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def check_threads(threads: Sequence[int], allowed: int) -> None:
+    """Raise ConfigError where more threads are asked for than can run at once (see `machine.allowed_cores`).
+
+    Threads that share a core are not what anybody ships, and their times say nothing.
+    """
+    if max(threads) > allowed:
+        raise ConfigError(
+            f"latency.threads={list(threads)}: this process may use {allowed} core{'s' * (allowed != 1)}; "
+            f"use numbers from 1 to {allowed}."
+        )

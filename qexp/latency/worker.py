@@ -1,0 +1,214 @@
+"""Fresh processes that time what a run saved, one after the other: `measure` starts them, `main` is what they do.
+
+A worker is pinned to cores of its own, with its number of threads set before torch is imported; it reads the saved
+models from the run's folder, sees that they answer as the running process found, and times them side by side. As many
+workers as there are cores start and read at the same time; while one times, the others wait.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from qexp.config import schema
+from qexp.config.schema import Config
+from qexp.errors import RunError
+from qexp.latency import protocol as latency
+from qexp.system import machine, processes
+
+log = logging.getLogger(__name__)
+
+# Images on which a worker's models are compared with what the running process found.
+CHECKED_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a worker is told. folder: the run's; scratch: where it finds `inputs.npy` (float32 [n, 3, H, W]) and
+    `<precision>.npy` (their logits, float32 [n, classes]); result: where it writes; tolerance: by precision that is
+    timed, a key of model.TOLERANCE."""
+
+    config: dict[str, object]
+    folder: str
+    scratch: str
+    result: str
+    threads: int
+    cores: list[int]
+    seed: int
+    tolerance: dict[str, str]
+
+
+def measure(
+    config: Config,
+    folder: Path,
+    inputs: np.ndarray,
+    logits: Mapping[str, np.ndarray],
+    tolerance: Mapping[str, str],
+) -> list[latency.Timing]:
+    """Time every variant in `latency.processes` fresh processes for each number of threads, and merge their timings.
+
+    inputs: float32 [n, 3, H, W]; logits: what these give, float32 [n, classes], by precision; no other precision is
+    timed. Raises RunError where a worker fails, or its models give other logits.
+    """
+    protocol = config.latency
+    with tempfile.TemporaryDirectory(prefix="qexp-timing-") as scratch, ExitStack() as closing:
+        np.save(Path(scratch) / "inputs.npy", inputs)
+        for precision, expected in logits.items():
+            np.save(Path(scratch) / f"{precision}.npy", expected)
+        orders = [
+            Order(
+                config=schema.exact(config),
+                folder=str(folder),
+                scratch=scratch,
+                result=str(Path(scratch) / f"{process}_{threads}.npz"),
+                threads=threads,
+                cores=machine.separate_cores(threads),
+                seed=config.seed + process,
+                tolerance={precision: tolerance[precision] for precision in logits},
+            )
+            for process in range(protocol.processes)
+            for threads in protocol.threads
+        ]
+        abreast = len(machine.separate_cores(len(orders)))
+        found: list[latency.Timing] = []
+        with tqdm(total=len(orders), desc="timing", unit="process", disable=None, leave=False) as bar:
+            for first in range(0, len(orders), abreast):
+                for order, process in _ready(orders[first : first + abreast], closing):
+                    _go(process, order, _controls(found, order.threads))
+                    found += latency.load(Path(order.result))
+                    bar.update()
+    place = {threads: index for index, threads in enumerate(protocol.threads)}
+    sizes = {size: index for index, size in enumerate(protocol.batch_sizes)}
+    names = list(dict.fromkeys(timing.variant for timing in found))
+
+    def key(timing: latency.Timing) -> tuple[int, int, int]:
+        return place[timing.threads], sizes[timing.batch_size], names.index(timing.variant)
+
+    return [latency.merged(list(group)) for _, group in groupby(sorted(found, key=key), key)]
+
+
+def _controls(found: Sequence[latency.Timing], threads: int) -> dict[str, str]:
+    """By batch size, the variant that an earlier worker timed against itself: only what all of them time is merged."""
+    return {str(t.batch_size): t.control_of for t in found if t.threads == threads and t.control_of}
+
+
+def _ready(orders: Sequence[Order], closing: ExitStack) -> list[tuple[Order, subprocess.Popen[str]]]:
+    """A process for each order, all of them with their models read. `closing` kills those that are left."""
+    started = []
+    for order in orders:
+        with Path(order.result).with_suffix(".err").open("w") as errors:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "qexp.latency.worker"],
+                env=environment(order.threads),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+        closing.enter_context(process)
+        closing.callback(process.kill)
+        assert process.stdin is not None
+        with suppress(BrokenPipeError):  # it ended: `_go` says why
+            # Not by a file: there may be credentials among the arguments of a model.
+            process.stdin.write(json.dumps(asdict(order)) + "\n")
+            process.stdin.flush()
+        started.append((order, process))
+    for _, process in started:
+        assert process.stdout is not None
+        process.stdout.readline()  # empty where it ended: `_go` says why
+    return started
+
+
+def _go(process: subprocess.Popen[str], order: Order, control: Mapping[str, str]) -> None:
+    """Let a worker time, and wait until it has."""
+    process.communicate(json.dumps(control))
+    if process.returncode:
+        errors = Path(order.result).with_suffix(".err").read_text()
+        said = errors.strip().splitlines() or [f"it ended with status {process.returncode}"]
+        log.debug("%s", errors)
+        raise RunError(f"timing in a process of its own failed: {said[-1].removeprefix('qexp.errors.RunError: ')}")
+
+
+def environment(threads: int) -> dict[str, str]:
+    """This process's environment for a worker: threads that wait as OpenMP has it by default, and where code is."""
+    env = {**os.environ, "QEXP_WORKER": "1", "PYTHONPATH": processes.python_path()}
+    if "QEXP_WAIT_POLICY" in env:  # ours, not the user's
+        env.pop("OMP_WAIT_POLICY", None)
+    # No pool of compilers beside what is timed.
+    counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    return env | counts | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+
+
+def main() -> None:
+    """What a worker does: hear its order, read the models, say so, wait for word of its control, and time."""
+    order = Order(**json.loads(sys.stdin.readline()))
+    processes.end_with_parent()  # nobody else's timing is disturbed by an orphan
+
+    import torch
+
+    from qexp import quantize
+    from qexp.runtimes import saved_models
+    from qexp.runtimes.base import agree, with_cuda
+
+    torch.set_num_threads(order.threads)
+    torch.set_num_interop_threads(1)
+    torch.manual_seed(order.seed)
+    config = schema.from_plain(order.config)
+    folder, scratch = Path(order.folder), Path(order.scratch)
+    inputs = torch.from_numpy(np.load(scratch / "inputs.npy"))
+    structures = saved_models.structures(config, folder, order.tolerance)
+    variants = dict(saved_models.read(config, structures, folder, config.latency.runtimes))
+    print("ready", flush=True)
+    control = json.loads(sys.stdin.read() or sys.exit(1))
+    machine.pin(order.cores)
+    timings: list[latency.Timing] = []
+    with quantize.engine(config.engine), torch.inference_mode():
+        for name, model in variants.items():
+            precision = name.partition("_")[0]
+            expected = np.load(scratch / f"{precision}.npy")[:CHECKED_IMAGES]
+            agree(expected, model(inputs[:CHECKED_IMAGES]).numpy(), order.tolerance[precision])
+        timed = with_cuda(variants)
+        for batch_size in config.latency.batch_sizes:
+            among = control.get(str(batch_size))
+            compiled = _compile(variants, latency.make_batches(inputs, batch_size)[0])
+            timings += [
+                replace(timing, compile_ms=compiled.get(timing.variant))
+                for timing in latency.time_side_by_side(
+                    timed,
+                    inputs,
+                    config.latency,
+                    batch_size=batch_size,
+                    seed=order.seed,
+                    control_among=[among] if among else latency.on_cpu(variants),
+                )
+            ]
+    latency.save(timings, Path(order.result))
+
+
+def _compile(variants: Mapping[str, Callable[[Any], object]], batch: object) -> dict[str, float]:
+    """Milliseconds that the first call of each compiled variant with this batch takes."""
+    took = {}
+    for name in (name for name in variants if name.endswith("_inductor")):
+        started = time.perf_counter()
+        variants[name](batch)
+        took[name] = 1000 * (time.perf_counter() - started)
+    return took
+
+
+if __name__ == "__main__":
+    main()
+    os._exit(0)  # what was measured is on disk; to take torch apart would need two seconds more

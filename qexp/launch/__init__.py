@@ -1,0 +1,1 @@
+"""One run or a sweep: planning, processes, signals, resuming, progress."""

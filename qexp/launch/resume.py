@@ -1,0 +1,336 @@
+"""What was done before: a study goes on where it stopped, and a run is repeated and compared with what it was."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from omegaconf.errors import OmegaConfBaseException
+from tabulate import tabulate
+
+from qexp.config import schema
+from qexp.config.schema import Config
+from qexp.errors import ConfigError, InputError
+from qexp.launch import jobs
+from qexp.records import PRECISIONS, Row
+from qexp.report.effects import together
+from qexp.system.credentials import MASK, masked, masked_tree
+
+if TYPE_CHECKING:
+    from qexp.launch.sweep import Job, Planned
+    from qexp.tracking.store import Run, Store
+
+log = logging.getLogger(__name__)
+
+# The tags that say what a result depends on beside its settings, in words.
+DEPENDS_ON = {
+    "code_hash": "code",
+    "checkpoint_digest": "checkpoint",
+    "data_digest": "data",
+    "calib_digest": "calibration images",
+    "kernel_signature": "INT8 kernels",
+    "torch": "torch",
+    "cpu": "CPU",
+}
+
+# What may be given beside `rerun`: it says where a run is recorded, not what it computes.
+BESIDE_RERUN = ("rerun", "outputs", "study", "tracking")
+
+
+def check(job: Job) -> None:
+    """Raise ConfigError where `rerun` stands in a sweep, or beside a setting that would make it another run."""
+    rerun = job.config.rerun
+    if rerun is None:
+        return
+    if not job.alone:
+        raise ConfigError(f"rerun={rerun} repeats one run by itself, not in a sweep; leave out -m.")
+    given = [f"{key}={value}" for key, value in job.overrides.items() if key.partition(".")[0] not in BESIDE_RERUN]
+    others = [override for override in given if masked(override) == override]
+    if others:
+        raise ConfigError(
+            f"rerun={rerun} repeats a run as it was, and {others[0]} would make it another; only outputs, study, "
+            "tracking.* and credentials may be given with it."
+        )
+
+
+def close_orphans(store: Store) -> None:
+    """Close, as KILLED, the runs that were left open by processes of this machine that are gone, and say so."""
+    from qexp.tracking import store as tracking
+
+    closed = tracking.close_orphans(store)
+    if closed:
+        names = ", ".join(repr(row.name) for row in closed[:3]) + (", …" if len(closed) > 3 else "")
+        log.warning("%d runs whose process is gone were still open, and are closed as KILLED: %s.", len(closed), names)
+
+
+# ----------------------------------------------------------------------------------------------- a study goes on
+
+
+@dataclass(frozen=True)
+class Study:
+    """What there is of a study when a sweep of it begins.
+
+    A study has one run for all its sweeps, which each of them opens again, so that its runs are found under one
+    parent. parent: that run's id, None where there is none; before: ids of all runs of the study; done: by
+    config_hash, the finished runs whose result would be the same today.
+    """
+
+    name: str = ""
+    parent: str | None = None
+    before: frozenset[str] = frozenset()
+    done: Mapping[str, Row] = field(default_factory=dict)
+
+    def left(self, planned: Sequence[Planned]) -> list[Planned]:
+        """The jobs that have to be run."""
+        return [item for item in planned if schema.config_hash(item.job.config) not in self.done]
+
+    def open(self, store: Store, **given: Any) -> Run:
+        """The parent run, with what is done under it. given: as `tracking.open_parent` takes it."""
+        from qexp.tracking import store as tracking
+
+        parent = tracking.open_parent(store, again=self.parent, **given)
+        try:
+            tracking.adopt(store, parent.id, list(self.done.values()))
+        except BaseException:
+            parent.kill()
+            raise
+        return parent
+
+    def new(self, rows: Sequence[Row]) -> list[Row]:
+        """Those of the parent's runs that this sweep started."""
+        return [row for row in rows if row.run_id not in self.before]
+
+    def with_done(self, planned: Sequence[Planned], rows: Sequence[Row]) -> list[Row]:
+        """This sweep's runs and those that it need not repeat, in the order in which the jobs were planned.
+
+        What was done has the names and params that this sweep gives it, since both depend on what is swept.
+        """
+        rows = list(rows)
+        for item in planned:
+            row = self.done.get(schema.config_hash(item.job.config))
+            if row is not None:
+                resolved = {name: value for name, value in row.params.items() if name.startswith("resolved.")}
+                tags = {**row.tags, "carried_over": f"carried over: finished earlier under study={self.name}."}
+                rows.append(replace(row, name=item.name, params={**item.job.params, **resolved}, tags=tags))
+        place = {item.name: index for index, item in enumerate(planned)}
+        return sorted(rows, key=lambda row: place.get(row.name, len(place)))
+
+
+def study(store: Store, planned: Sequence[Planned], experiments: Sequence[str]) -> Study:
+    """What there is of the study that these jobs belong to, and say what of it is not run again."""
+    from qexp.tracking import store as tracking
+
+    config = planned[0].job.config
+    if not (config.study and config.resume):
+        return Study()
+    rows = tracking.of_study(store, config.study, experiments)
+    # One that is still open is another process's.
+    parents = [row.run_id for row in rows if tracking.SWEEP_TAG in row.tags and row.status != "RUNNING"]
+    if any(tracking.SWEEP_TAG in row.tags and row.status == "RUNNING" for row in rows):
+        log.warning("another sweep of study=%s is open; what it has not finished yet is run here too.", config.study)
+    finished: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.status == "FINISHED" and "config_hash" in row.tags:
+            finished.setdefault(row.tags["config_hash"], []).append(row)
+    asked = [item.job.config for item in planned if schema.config_hash(item.job.config) in finished]
+    done: dict[str, Row] = {}
+    changed: dict[str, None] = {}
+    for job, today in zip(asked, jobs.described(asked) if asked else [], strict=True):
+        key = today["config_hash"]
+        differences = [(row, differing(row.tags, today, job.latency.enabled)) for row in finished[key]]
+        same = [row for row, names in differences if not names]
+        if same:
+            done[key] = same[-1]
+        else:
+            changed |= dict.fromkeys(differences[-1][1])
+    if done:
+        log.warning(
+            "%d of %d jobs are finished already under study=%s and are not run again; resume=false runs all.",
+            len(done), len(planned), config.study,
+        )  # fmt: skip
+    if changed:
+        again = len(asked) - len(done)
+        log.warning("%d were finished under it with another %s, and are run again.", again, ", ".join(changed))
+    return Study(config.study, parents[-1] if parents else None, frozenset(row.run_id for row in rows), done)
+
+
+def differing(then: Mapping[str, str], now: Mapping[str, str], timed: bool) -> list[str]:
+    """In words, what differs of all that a result depends on. timed: on the CPU too, and not on its kernels alone."""
+    names = [tag for tag in DEPENDS_ON if tag != "cpu" or timed]
+    return [DEPENDS_ON[tag] for tag in names if then.get(tag) != now.get(tag)]
+
+
+# --------------------------------------------------------------------------------------------- a run once more
+
+
+@dataclass(frozen=True, eq=False)
+class Earlier:
+    """A run that is to be repeated. job: what repeats it; row: as MLflow has it.
+
+    predictions: the arrays of its `predictions.npz`, None where it has none; added: settings that it did not have, with
+    the values that they have now.
+    """
+
+    job: Job
+    row: Row
+    predictions: Mapping[str, np.ndarray] | None
+    added: Mapping[str, Any]
+
+    def compared(self, now: Row) -> str:
+        """What has changed since, and how the figures differ."""
+        then, started = self.row, time.strftime("%Y-%m-%d %H:%M", time.localtime(self.row.start))
+        lines = [f"compared with {then.name!r} ({then.run_id}) of {started}, which is {then.status}:"]
+        lines.append(comparison(then, now, self.predictions, _arrays(self.job.folder / "predictions.npz")))
+        if self.added:
+            given = ", ".join(f"{name}={value}" for name, value in self.added.items())
+            lines.append(f"It did not know these settings, which are as this version has them: {given}.")
+        return "\n".join(lines)
+
+
+def earlier(store: Store, job: Job) -> Earlier | None:
+    """The run that `job` is to repeat, None where it is a job of its own.
+
+    Raises InputError where there is no such run, or it can't be repeated.
+    """
+    from qexp.tracking import store as tracking
+
+    rerun = job.config.rerun
+    if rerun is None:
+        return None
+    check(job)
+    row, experiment = tracking.find(store, rerun)
+    if tracking.SWEEP_TAG in row.tags:
+        raise InputError(f"rerun={rerun} is a whole sweep ({row.name!r}); give the id of one of the runs under it.")
+    with tempfile.TemporaryDirectory(prefix="qexp-") as folder:
+        file = tracking.fetch(store, rerun, "config.json", Path(folder))
+        if file is None:
+            raise InputError(
+                f"rerun={rerun}: the run {row.name!r} has no artifact config.json to repeat it from; it is another "
+                "tool's, or older than that."
+            )
+        recorded = file.read_text()
+        predictions = tracking.fetch(store, rerun, "predictions.npz", Path(folder))
+        arrays = _arrays(predictions) if predictions else None
+    config, added = _recorded(rerun, recorded, job.config)
+    name = job.config.tracking.name or row.name
+    where = replace(job.config.tracking, experiment=store.experiment or experiment, name=name)
+    config = replace(config, tracking=where, outputs=job.config.outputs, study=job.config.study, rerun=rerun)
+    choices, overrides = _as_asked(row.params)
+    return Earlier(replace(job, config=config, choices=choices, overrides=overrides), row, arrays, added)
+
+
+def _recorded(rerun: str, text: str, now: Config) -> tuple[Config, dict[str, Any]]:
+    """The configuration of a run, and the settings in it that are today's since the run has none."""
+    try:
+        values, whole_now = json.loads(text), schema.exact(now)
+        whole = _completed(values, whole_now)
+        whole = {name: _with_credentials(rerun, value, whole_now.get(name), name) for name, value in whole.items()}
+        config = schema.from_plain(whole)
+    except (ValueError, TypeError, AttributeError, OmegaConfBaseException) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"rerun={rerun}: this version of qexp can't take the configuration that the run has: {reason}."
+        ) from error
+    had = schema.flat(values)
+    added = {name: value for name, value in schema.flat(whole).items() if name not in had}
+    return config, {name: added[name] for name in added if name.partition(".")[0] not in schema.RECORDED_ONLY}
+
+
+def _with_credentials(rerun: str, recorded: Any, now: Any, name: str) -> Any:
+    """`recorded` with the credentials that were masked in it, as they are given now. name: of the setting."""
+    if name in schema.RECORDED_ONLY:
+        return recorded
+    if isinstance(recorded, Mapping):
+        given = now if isinstance(now, Mapping) else {}
+        return {
+            key: _with_credentials(rerun, value, given.get(key), f"{name}.{key}") for key, value in recorded.items()
+        }
+    if MASK not in str(recorded):
+        return recorded
+    if now is None or masked_tree(now, name.rpartition(".")[2]) != recorded:
+        raise InputError(
+            f"rerun={rerun}: {name}={recorded} was given with a credential, which qexp writes down nowhere; give "
+            f"{name} again beside rerun."
+        )
+    return now
+
+
+def _completed(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """`recorded`, and from `now` the settings that it lacks; `model` and `dataset` have keys of their own."""
+    result = dict(recorded)
+    for name, value in now.items():
+        if name not in recorded:
+            result[name] = value
+        elif isinstance(value, Mapping) and name not in ("model", "dataset"):
+            result[name] = _completed(recorded[name], value)
+    return result
+
+
+def _as_asked(params: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Choices and overrides that give the same params again (see `config.params`)."""
+    choices = {group: params.get(group, schema.NOT_APPLICABLE) for group in schema.GROUPS}
+    changed = {f"{group}.": "" for group, choice in choices.items() if choice.endswith("*")}
+    typed = {name: value for name, value in params.items() if name not in (*schema.GROUPS, *schema.FIELDS)}
+    return {group: choice.removesuffix("*") for group, choice in choices.items()}, changed | typed
+
+
+def comparison(
+    then: Row, now: Row, images_then: Mapping[str, np.ndarray] | None, images_now: Mapping[str, np.ndarray] | None
+) -> str:
+    """Two runs of one configuration as a table: what each depended on, and its figures.
+
+    images: the arrays of `predictions.npz`, by name: labels [N], image_ids [N], logits `fp32` and `int8` [N, classes].
+    """
+    lines = []
+    for tag, name in DEPENDS_ON.items():
+        before, after = then.tags.get(tag, ""), now.tags.get(tag, "")
+        lines.append([name, before or "?", after or "?", "" if before == after else "changed" if before else "unknown"])
+    for precision in PRECISIONS:
+        values = [row.metrics.get(f"accuracy/{precision}") for row in (then, now)]
+        known = images_then is not None and images_now is not None
+        told = images_told(images_then, images_now, precision) if known else ""  # type: ignore[arg-type]
+        lines.append([f"accuracy {precision.upper()}", *("" if v is None else f"{v:.4f}" for v in values), told])
+    for precision in PRECISIONS:
+        both = [row.metrics[name] for row in (then, now) if (name := f"latency/{precision}_ms") in row.metrics]
+        if len(both) == 2:
+            change = f"{100 * (both[1] / both[0] - 1):+.1f}%"
+            lines.append([f"latency {precision.upper()}, ms", *(f"{value:.3f}" for value in both), change])
+    intervals = [together(row, "latency/speedup", "latency/speedup_low", "latency/speedup_high") for row in (then, now)]
+    if all(intervals):
+        apart = max(low for _, low, _ in intervals) > min(high for *_, high in intervals)
+        told = "the intervals are apart" if apart else "the intervals overlap"
+        lines.append(["speedup [95%]", *("{:.2f}× [{:.2f}, {:.2f}]".format(*three) for three in intervals), told])
+    return str(tabulate(lines, ["", "then", "now", ""], tablefmt="simple", disable_numparse=True))
+
+
+def images_told(then: Mapping[str, np.ndarray], now: Mapping[str, np.ndarray], precision: str) -> str:
+    """How the predictions of two runs differ, in images."""
+    same = all(np.array_equal(then[name], now[name]) for name in ("labels", "image_ids"))
+    before, after = then[precision], now[precision]
+    if not same or before.shape != after.shape:
+        return "other images"
+    broken = int((~np.isfinite(before)).any(axis=1).sum())
+    if broken:  # the run is of a time when such logits were not refused
+        return f"{broken} of {len(before)} images had NaN or infinity as logits then"
+    if np.array_equal(before, after):
+        return "equal, the logits bit for bit"
+    classes = before.argmax(axis=1), after.argmax(axis=1)
+    moved = int((classes[0] != classes[1]).sum())
+    if not moved:
+        return "equal on every image, the logits not"
+    gained = int((classes[1] == then["labels"]).sum()) - int((classes[0] == then["labels"]).sum())
+    return f"{moved} of {len(before)} images answered otherwise, {gained:+d} right"
+
+
+def _arrays(file: Path) -> dict[str, np.ndarray] | None:
+    if not file.is_file():
+        return None
+    with np.load(file, allow_pickle=False) as arrays:
+        return dict(arrays)

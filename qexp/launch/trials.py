@@ -1,0 +1,55 @@
+"""Sweeps of other sweepers than qexp's, which think of their jobs, here trials, as they go: a run that is their parent.
+
+Light to import: the command line's door ends what was begun, whatever happens in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+# Ends the parent run with a status; empty where none is open.
+_open: list[Callable[[str], None]] = []
+
+
+def begin(master: DictConfig) -> None:
+    """Open the run that all trials become children of. master: what Hydra composed for the sweep, which hands the
+    parent on to its jobs.
+
+    Raises ConfigError where the sweep's folder holds finished runs, InputError where the store can't be used.
+    """
+    from qexp.config.composition import Composition
+    from qexp.errors import ConfigError
+    from qexp.launch import folders, resume, sweep
+    from qexp.tracking import store as tracking
+
+    folder = Path(master.hydra.sweep.dir).absolute()
+    folders.check_free("hydra.sweep.dir", folder, f"**/{folders.RESULT}")
+    try:
+        job = sweep.job_from(Composition.of(master))
+    except ConfigError:  # a setting without a value, which the sweeper may be about to give
+        return
+    store = tracking.connect(job.config.tracking, Path(job.config.outputs), job.cwd)
+    experiment = store.experiment_name(job.choices["dataset"])
+    tracking.check_experiment(store, experiment)
+    sweep.say_ignored(sweep=True)
+    resume.close_orphans(store)
+    title = f"sweep {job.config.study or folder.name}"
+    parent = tracking.open_parent(store, experiment=experiment, name=title, tags=sweep.tags(job))
+    master.hydra.overrides.task.append(f"tracking.parent={parent.id}")
+
+    def close(status: str) -> None:
+        rows = tracking.children(store, parent.id)
+        if status == "FINISHED" and any(row.status != "FINISHED" for row in rows):
+            status = "FAILED"
+        sweep.close(store, parent, rows, status, folder)
+
+    _open.append(close)
+
+
+def end(status: str) -> None:
+    """Close the parent run, if one is open, with the table of its trials."""
+    while _open:
+        _open.pop()(status)

@@ -1,0 +1,238 @@
+"""What a run leaves behind: the files in its folder, and the tags that say which code and machine made it."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qexp.config import code_digest, schema
+from qexp.config.schema import Config
+from qexp.data.splits import Data
+from qexp.latency import protocol
+from qexp.quantize import Narrowed
+from qexp.quantize.inspection.layer_errors import Fidelity
+from qexp.quantize.saturation import kernels
+from qexp.quantize.saturation.emulation import LayerSums
+from qexp.records import Artifact, Interval, Layer, Predictions, QParams
+from qexp.system import machine
+
+
+def tags(config: Config) -> dict[str, str]:
+    """Which machine and which code a result holds for."""
+    here = machine.describe()
+    return {
+        "cpu": here.cpu,
+        "isa": here.isa,
+        "torch": str(torch.__version__),  # of a class of torch's, which would be imported wherever this is unpickled
+        "kernel_signature": kernels.probe().id,
+        **code_digest.tags(config),
+        "git_sha": git_sha(),
+    }
+
+
+def data_tags(config: Config, data: Data, calibration: str) -> dict[str, str]:
+    """Which images a result holds for. calibration: digest of the images drawn, empty where there are none.
+
+    The digest of the data is of the evaluation images and all labels, and, where the model is trained here, of the
+    training images.
+    """
+    trained = not (config.model.get("checkpoint") or config.model.get("weights"))
+    parts = [data.digest, data.train.digest] if trained else [data.digest]
+    digest = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+    return {"data_digest": digest, "calib_digest": calibration[:16] or schema.NOT_APPLICABLE}
+
+
+def images_expected(data: Data) -> dict[str, Any]:
+    """What a model takes: images of this shape, scaled to 0 to 1 and normalised so, for these classes."""
+    mean, std = list(data.mean), list(data.std)
+    return {
+        "shape": list(data.test.shape),
+        "classes": len(data.classes),
+        "names": list(data.classes),
+        "mean": mean,
+        "std": std,
+    }
+
+
+def flavor(config: Config, data: Data, artifacts: list[Artifact]) -> dict[str, Any]:
+    """Arguments of `tracking.Run.log_model`; empty where the INT8 model was not saved as TorchScript."""
+    saved = [a for a in artifacts if a.precision == "int8" and a.runtime == "torchscript"]
+    if not saved:
+        return {}
+    return {
+        "torchscript": Path(saved[0].path),
+        "engine": str(config.engine),
+        "name": "int8",
+        "image": data.test.shape,
+        "classes": len(data.classes),
+        "metadata": images_expected(data),
+    }
+
+
+def loading_code(config: Config, artifacts: list[Artifact]) -> str:
+    """A script that loads the INT8 model beside it."""
+    scripted = any(a.precision == "int8" and a.runtime == "torchscript" for a in artifacts)
+    head = (
+        '"""Loads the INT8 model beside it: float32 [n, 3, H, W], normalised as images.json says, to logits."""'
+        "\n\nfrom pathlib import Path\n\nimport torch\n"
+    )
+    engine = (
+        "# Weights are packed for the engine that is set when the model is loaded, and run under that engine only.\n"
+        f'torch.backends.quantized.engine = "{config.engine}"\n'
+    )
+    here = "Path(__file__).resolve().parent"
+    if scripted:
+        return f'{head}\n{engine}model = torch.jit.load({here} / "int8_torchscript.pt").eval()\n'
+    return f"{head}\nfrom qexp.runtimes.saved_models import load_int8\n\n{engine}model = load_int8({here}.parent)\n"
+
+
+def datasets_used(config: Config, data: Data, calibrated_on: int) -> tuple[dict[str, Any], ...]:
+    """What was calibrated on and what was evaluated on, for MLflow's record of inputs."""
+    common = {"name": data.name, "source": str(config.dataset.get("root") or config.dataset["_target_"])}
+    shape = list(data.test.shape)
+    evaluation = {**common, "digest": data.digest[:32], "context": "evaluation"}
+    used = [{**evaluation, "profile": {"images": len(data.test), "shape": shape, "classes": len(data.classes)}}]
+    if calibrated_on:
+        drawn = hashlib.sha256(json.dumps([data.digest, asdict(config.calib)]).encode()).hexdigest()[:32]
+        profile = {"images": calibrated_on, "shape": shape}
+        used.append({**common, "digest": drawn, "context": "calibration", "profile": profile})
+    return tuple(used)
+
+
+@cache
+def git_sha() -> str:
+    """The commit of the current folder's checkout, `+` where it was changed; `none` outside of one."""
+    try:
+        sha = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+        dirty = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "none"
+    return sha.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+def written(
+    folder: Path,
+    config: Config,
+    data: Data,
+    predictions: Mapping[str, Predictions],
+    qparams: Mapping[str, QParams],
+    layers: tuple[Layer, ...],
+    timings: list[protocol.Timing],
+    latency_from: str,
+    artifacts: list[Artifact],
+) -> dict[str, str]:
+    """Write what is kept of a run into its folder; the paths by their place in the run's artifacts."""
+    fp32, int8 = predictions["fp32"], predictions["int8"]
+    np.savez_compressed(
+        folder / "predictions.npz",
+        fp32=fp32.logits, int8=int8.logits, labels=fp32.labels, image_ids=np.array(fp32.image_ids),
+    )  # fmt: skip
+    _json(folder / "config.json", schema.plain(config))
+    _json(folder / "qparams.json", {name: _qparams(value) for name, value in qparams.items()})
+    _json(folder / "model" / "artifacts.json", [{**asdict(a), "path": Path(a.path).name} for a in artifacts])
+    (folder / "model" / "load.py").write_text(loading_code(config, artifacts))
+    names = ["predictions.npz", "config.json", "qparams.json", "model"]
+    if timings:
+        rows = [_timing(t) for t in timings]
+        _csv(folder / "latency.csv", list(rows[0]), rows)
+        build = {"version": torch.__version__, "build": torch.__config__.show(), "engine": str(config.engine)}
+        measured_by = {"latency_from": latency_from} if latency_from else {}
+        where = {"machine": asdict(machine.describe()), "torch": build, **measured_by}
+        _json(
+            folder / "latency.json", {**where, "rows": rows, "speedups": [_pair(*p) for p in protocol.pairs(timings)]}
+        )
+        samples = {f"{t.variant}.batch{t.batch_size}.threads{t.threads}": t.samples for t in timings}
+        np.savez_compressed(folder / "latency_samples.npz", **samples)  # type: ignore[arg-type]
+        names += ["latency.json", "latency.csv", "latency_samples.npz"]
+    return {name: str(folder / name) for name in names}
+
+
+COLUMNS = (
+    "name", "kind", "int8", "sqnr_db", "own_sqnr_db", "weight_sqnr_db", "clipped", "saturated", "highest", "narrowed",
+    "scale", "kernel", "reason",
+)  # fmt: skip
+
+
+def layers_written(
+    folder: Path,
+    config: Config,
+    layers: tuple[Layer, ...],
+    fidelity: tuple[Fidelity, ...],
+    sums: tuple[LayerSums, ...],
+    narrowed: tuple[Narrowed, ...],
+) -> dict[str, str]:
+    """Write the table of layers (layers.csv, in the order in which they run) and its chart; the paths as `written`.
+
+    saturated: share of the layer's outputs that 16-bit sums changed, where that was looked at; highest: the largest
+    activation that it got there, as a code, if its weights let sums overflow (a guard's 7 bits end at 127); narrowed:
+    the side that overflow=layers gave 7 bits.
+    """
+    of_layers, measured = {layer.name: layer for layer in layers}, {row.name: row for row in fidelity}
+    shares, sides = {row.name: row.share for row in sums}, {row.name: str(row.side) for row in narrowed}
+    codes = {row.name: row.highest for row in sums if row.highest}
+    rows = []
+    for name in dict.fromkeys([*measured, *of_layers]):
+        row: dict[str, Any] = {"name": name, "saturated": shares.get(name), "narrowed": sides.get(name)}
+        row["highest"] = codes.get(name)
+        for by in (of_layers, measured):
+            row |= asdict(by[name]) if name in by else {}
+        rows.append({column: row.get(column) for column in COLUMNS})
+    _csv(folder / "layers.csv", COLUMNS, rows)
+    files = {"layers.csv": str(folder / "layers.csv")}
+    if fidelity:
+        from qexp.report import charts
+
+        model, qconfig = config.model["_target_"].rpartition(".")[2], config.qconfig
+        how = f"overflow={qconfig.overflow}, flow={config.flow}, engine={config.engine}"
+        title = f"{model}, weights {qconfig.weight.granularity}, {how}"
+        charts.save(charts.layers(fidelity, title), folder / "layers.png")
+        files["layers.png"] = str(folder / "layers.png")
+    return files
+
+
+def _json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, allow_nan=False, default=str) + "\n")
+
+
+def _csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _qparams(value: QParams) -> dict[str, Any]:
+    plain = {"scale": value.scale.tolist(), "zero_point": value.zero_point.tolist()}
+    return {**plain, "qmin": value.qmin, "qmax": value.qmax, "axis": value.axis}
+
+
+def _timing(timing: protocol.Timing) -> dict[str, Any]:
+    summary = asdict(timing.summary)
+    return {
+        "variant": timing.variant,
+        "batch_size": timing.batch_size,
+        "threads": timing.threads,
+        **summary,
+        "images_per_second": 1000 * timing.batch_size / summary["p50"],
+        "first_ms": timing.first_ms,
+        "compile_ms": timing.compile_ms,
+        "processes": len(timing.conditions),
+        "rounds": len(timing.rounds),
+        "started": timing.started,
+        "ended": timing.ended,
+    }
+
+
+def _pair(fp32: protocol.Timing, int8: protocol.Timing, speedup: Interval) -> dict[str, Any]:
+    names = {"fp32": fp32.variant, "int8": int8.variant}
+    return {**names, "batch_size": fp32.batch_size, "threads": fp32.threads, **asdict(speedup)}

@@ -1,0 +1,114 @@
+"""Calibration whose statistics are kept on disk: the same images are never run through the same model twice.
+
+FP32 activations don't depend on how they will be quantized, so one entry serves every observer, grid and engine. It is
+of the first n batches; what is asked for next resumes from the longest that is kept, whoever asked for that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor, nn
+
+from qexp.quantize.calibration.observers import observers
+from qexp.quantize.calibration.passes import calibrate
+from qexp.quantize.calibration.recorder import Recorder
+from qexp.quantize.calibration.tensor_statistics import TensorStats
+from qexp.quantize.graph.tensor_names import tensor_names
+from qexp.system import cache
+
+
+def calibrate_once(
+    prepared: nn.Module,
+    batches: Sequence[np.ndarray],
+    as_input: Callable[[np.ndarray], Tensor],
+    folder: Path,
+    depends_on: str,
+    named: Callable[[int], str] = "calibration image {}".format,
+) -> None:
+    """As `calibrate`, for a model with recorders; only the batches that no entry in `folder` covers are run.
+
+    batches: the images as they are stored; as_input, named: as there; depends_on: all that the
+    activations depend on beside the batches and the places where they are recorded: model, flow, normalisation, what
+    executes it.
+    """
+    recorders = _recorders(prepared)
+    keys = _keys(batches, f"{depends_on} {_sites(prepared, recorders)}")
+
+    def make() -> np.ndarray:
+        done = 0
+        for number in range(len(batches) - 1, 0, -1):
+            found = cache.find(folder, keys[number - 1])
+            if found is not None:
+                _resume(recorders, found)
+                done = number
+                break
+        before = sum(map(len, batches[:done]))
+        calibrate(prepared, batches[done:], lambda position: named(before + position), as_input)
+        return pack([recorder.stats for recorder in recorders if recorder.stats is not None])
+
+    _resume(recorders, cache.array(folder, keys[-1], make))
+
+
+def _recorders(prepared: nn.Module) -> list[Recorder]:
+    """Each once, where several tensors share one."""
+    found = {id(observer): observer for observer in observers(prepared).values() if isinstance(observer, Recorder)}
+    return list(found.values())
+
+
+def _sites(prepared: nn.Module, recorders: list[Recorder]) -> str:
+    """Which tensors are recorded, where together, and what they are clamped to before."""
+    names, index = tensor_names(prepared), {id(recorder): i for i, recorder in enumerate(recorders)}
+    return repr(
+        [
+            (name, names.get(name), index[id(observer)], list(observer._forward_pre_hooks.values()))
+            for name, observer in observers(prepared).items()
+            if id(observer) in index
+        ]
+    )
+
+
+def _keys(batches: Sequence[np.ndarray], depends_on: str) -> list[str]:
+    """A key for the first batch, for the first two, …"""
+    digest, keys = hashlib.sha256(depends_on.encode()), []
+    for batch in batches:
+        digest.update(f"{batch.dtype.str} {batch.shape}".encode() + np.ascontiguousarray(batch).tobytes())
+        keys.append(f"calibration {digest.hexdigest()}")
+    return keys
+
+
+def _resume(recorders: list[Recorder], packed: np.ndarray) -> None:
+    for recorder, stats in zip(recorders, unpack(packed), strict=True):
+        recorder.resume(stats)
+
+
+def pack(stats: Sequence[TensorStats]) -> np.ndarray:
+    """Statistics of any number of tensors as bytes, uint8 [n]: how many, their sizes, and their arrays."""
+    sizes = np.array([(len(one.minima), len(one.keys)) for one in stats], np.int64).reshape(len(stats), 2)
+    arrays = [np.array([len(stats)], np.int64), sizes.ravel()]
+    for one in stats:
+        arrays += [one.minima, one.maxima, one.keys, one.counts]
+    return np.concatenate([np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8) for array in arrays])
+
+
+def unpack(packed: np.ndarray) -> list[TensorStats]:
+    """What `pack` packed."""
+    content, position = packed.tobytes(), 0
+
+    def take(dtype: type, count: int) -> np.ndarray:
+        nonlocal position
+        array: np.ndarray = np.frombuffer(content, dtype, count, position)
+        position += array.nbytes
+        return array
+
+    (tensors,) = take(np.int64, 1)
+    sizes = take(np.int64, 2 * int(tensors)).reshape(-1, 2)
+    return [
+        TensorStats(
+            take(np.float32, batches), take(np.float32, batches), take(np.int32, bins), take(np.int64, bins)
+        )
+        for batches, bins in sizes.tolist()
+    ]  # fmt: skip

@@ -1,0 +1,1 @@
+"""The ways to quantize a model: one file each."""

@@ -1,0 +1,1 @@
+"""The traced model: its canonical form, clamps, tensor names."""

@@ -1,0 +1,163 @@
+"""What the tensors of a model are called: by the module, or the operation, that makes them.
+
+In the eager flow a module's name stays as it is. A graph's nodes are named anew at every step of torch's fx flow, so
+there the name is given once, to the fused graph, and carried from node to node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.ao.quantization import QuantWrapper
+
+from qexp.quantize.graph.clamps import RELU, clamp_of
+from qexp.quantize.torch_backend.float_layers import InFloat
+from qexp.quantize.torch_backend.ignored_quant_max import torch_function
+from qexp.quantize.torch_backend.onednn_strided_pointwise import AfterStride
+
+_POST = "activation_post_process"
+_TENSOR = "tensor"
+
+
+def public(name: str, module: nn.Module) -> str:
+    """A submodule's name in the user's model, without the wrappers that qexp put around models and layers."""
+    owner, _, last = name.rpartition(".")
+    if last in ("conv", "layer", "quant") and isinstance(module.get_submodule(owner), AfterStride | InFloat):
+        name = owner
+    if isinstance(module, QuantWrapper):
+        return "" if name == "module" else name.removeprefix("module.")
+    return name
+
+
+def tensor_names(prepared: nn.Module) -> dict[str, str]:
+    """From the name of each observer to that of the tensor it watches."""
+    if isinstance(prepared, fx.GraphModule):
+        return {str(node.target): tensor_of(node) for node in prepared.graph.nodes if _is_observer(node)}
+    return {
+        name: public(name.removesuffix(f".{_POST}"), prepared)
+        for name, _ in prepared.named_modules()
+        if name.endswith(f".{_POST}")
+    }
+
+
+# ------------------------------------------------------------------------------------------------ nodes of a graph
+
+
+def tensor_of(node: fx.Node) -> str:
+    """The name of the tensor that a node gives; empty where it gives none (a size, a weight, the output)."""
+    return str(node.meta.get(_TENSOR, ""))
+
+
+def name_tensors(fused: fx.GraphModule) -> None:
+    """Give every node of a fused graph, in place, the name that what it gives has from now on.
+
+    That is the module's, or torch's for the operation; later calls of a module are numbered as operations are.
+    """
+    nodes = [node for node in fused.graph.nodes if node.op == "placeholder" or node.op.startswith("call_")]
+    own = {node: str(node.target) if node.op == "call_module" else node.name for node in nodes}
+    taken: set[str] = set()
+    for node in nodes:
+        name, number = own[node], 0
+        while name in taken or (number and name in own.values()):
+            number += 1
+            name = f"{own[node]}_{number}"
+        taken.add(name)
+        node.meta[_TENSOR] = name
+
+
+def carry_to_prepared(fused: fx.GraphModule, prepared: fx.GraphModule) -> None:
+    """Name the nodes of a prepared graph, in place. It was traced from the fused one, and has observers besides."""
+    before = {(node.op, node.name, str(node.target)): node for node in fused.graph.nodes}
+    for node in prepared.graph.nodes:
+        if _is_observer(node):
+            node.meta[_TENSOR] = tensor_of(node.all_input_nodes[0])
+        elif node.op == "placeholder" or node.op.startswith("call_"):
+            node.meta[_TENSOR] = tensor_of(before[node.op, node.name, str(node.target)])
+
+
+def note_origins(prepared: fx.GraphModule) -> None:
+    """Write each name, in place, where torch notes what a node came from: the one thing that its convert_fx hands on
+    to every node that it makes in place of another. (qexp's tracing notes nothing there.)"""
+    for node in prepared.graph.nodes:
+        node.stack_trace = tensor_of(node) or None
+
+
+def carry_to_converted(prepared: fx.GraphModule, converted: fx.GraphModule) -> None:
+    """Name the nodes of a graph, in place, that was converted from a prepared one whose origins were noted."""
+    after_relu, modules = {}, dict(prepared.named_modules(remove_duplicate=False))
+    for node in prepared.graph.nodes:
+        users = list(node.users)
+        if len(users) == 1 and clamp_of(users[0], modules) == RELU:
+            after_relu[tensor_of(node)] = tensor_of(users[0])
+    for node in converted.graph.nodes:
+        origin, node.stack_trace = node.stack_trace, None
+        if origin is not None:
+            # Where torch took a ReLU into an operation, what comes out is the ReLU's.
+            node.meta[_TENSOR] = after_relu.get(origin, origin) if took_relu(node) else origin
+        elif hands_on(node):
+            node.meta[_TENSOR] = tensor_of(node.all_input_nodes[0])
+
+
+def hands_on(node: fx.Node) -> bool:
+    """Whether a node of a converted graph only brings a tensor onto a grid, or from it."""
+    return torch_function(node.target) in (torch.quantize_per_tensor, "dequantize", "to")
+
+
+def took_relu(node: fx.Node) -> bool:
+    """Whether a node of a converted graph is an operation into which torch took the ReLU behind it."""
+    operation = str(node.target)
+    return node.op == "call_function" and operation.endswith("_relu") and not operation.endswith("leaky_relu")
+
+
+def _is_observer(node: fx.Node) -> bool:
+    return node.op == "call_module" and _POST in str(node.target)
+
+
+# ------------------------------------------------------------------------------------------------ sentences
+
+
+def place(name: str, kind: str) -> str:
+    """Where in a model something happened, for a sentence: `module layer1.0 (BasicBlock)`."""
+    return f"module {name} ({kind})" if name else f"own forward ({kind})"
+
+
+@contextmanager
+def running(
+    module: nn.Module,
+    before: Callable[[tuple[str, str], Any], None] | None = None,
+    after: Callable[[tuple[str, str], Any], None] | None = None,
+) -> Iterator[list[tuple[str, str]]]:
+    """The modules that are being run, the innermost last, each as name and class; `module` itself, which is always one
+    of them, has no name. Where a call raises, the list stays as it was then.
+
+    before, after: told what such a module is given and what it gives; inputs are laid to the module that calls it.
+    """
+    stack = [("", type(module).__name__)]
+
+    def enter(name: str) -> Callable[..., None]:
+        def hook(m: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if before is not None:
+                before(stack[-1], inputs)
+            stack.append((name, type(m).__name__))
+
+        return hook
+
+    def leave(m: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        where = stack.pop()
+        if after is not None:
+            after(where, output)
+
+    handles = []
+    for name, m in module.named_modules():
+        if m is not module:
+            handles.append(m.register_forward_pre_hook(enter(public(name, module)), prepend=True))
+            handles.append(m.register_forward_hook(leave))
+    try:
+        yield stack
+    finally:
+        for handle in handles:
+            handle.remove()

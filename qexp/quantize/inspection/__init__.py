@@ -1,0 +1,1 @@
+"""The converted model looked at: its layers, their errors, the operators executed."""

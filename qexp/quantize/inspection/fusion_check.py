@@ -1,0 +1,98 @@
+"""Whether a fused model still computes what the float model does, and where it stops doing so."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.ao.nn.intrinsic.modules.fused import _FusedModule
+
+from qexp.config.schema import Flow
+from qexp.quantize.inspection.float_checks import TOLERANCE, cause, difference, drawn
+
+
+def fusion_difference(float_module: nn.Module, fused: nn.Module, batch: Tensor) -> float:
+    """Largest difference of two models' logits on a batch, as a share of the largest logit (infinite if not finite)."""
+    with torch.inference_mode():
+        return difference(float_module(batch), fused(batch))
+
+
+def explained(float_module: nn.Module, fused: nn.Module, flow: Flow, batch: Tensor) -> str:
+    """Why a fused model gives other logits than the float model, as a sentence: the cause where it is known, else where
+    they part.
+
+    batch: float32 [n, 3, H, W], on which they do; the float model's logits are finite.
+    """
+    with torch.inference_mode():
+        apart = (float_module(batch) - fused(batch)).abs().nan_to_num(math.inf).reshape(len(batch), -1).amax(1)
+    worst = batch[int(apart.argmax())][None]
+    if reason := cause(float_module, worst):
+        return reason
+    found, where = fusion_difference(float_module, fused, batch), blame(float_module, fused, worst)
+    return (
+        f"the fused model differs from the float model by {found:.2g} of the largest logit, from {where} on: "
+        f"{TOLERANCE:g} is allowed; {_advice(float_module, fused, flow, worst)}."
+    )
+
+
+def _advice(float_module: nn.Module, fused: nn.Module, flow: Flow, image: Tensor) -> str:
+    """What is wrong with the fused model where that is known, or else what can be, as a clause."""
+    calls = Counter[str]()
+    _run(float_module, image, lambda name, output: calls.update([name]))
+    gone = [name for name, m in fused.named_modules() if isinstance(m, nn.Identity) and calls[name] > 1]
+    if flow is Flow.eager and gone:
+        return (
+            f"the module {gone[0]} is called {calls[gone[0]]} times, and is fused into the layer before one of these "
+            "calls; give each call a module of its own"
+        )
+    if draws := drawn(float_module, image):  # so seldom that it was not seen before
+        return draws
+    if flow is Flow.eager:
+        return "only modules that always run one after the other may be fused"
+    return "tracing follows one call of forward, and what that decides anew in each call is lost"
+
+
+def blame(float_module: nn.Module, fused: nn.Module, batch: Tensor, tolerance: float = TOLERANCE) -> str:
+    """The first block of `fused` (or the first module, where a flow has dissolved the blocks) that computes another
+    output than in the float model.
+
+    A block must give what the block of its name does. A fused module gives what the last of its chain did, whichever
+    that was, so it is looked for among all outputs of the float model.
+    """
+    expected: list[tuple[str, Tensor]] = []
+    _run(float_module, batch, lambda name, output: expected.append((name, output)))
+    blocks = {name for name, m in fused.named_modules() if list(m.children()) and not isinstance(m, _FusedModule)}
+    found: list[str] = []
+
+    def look(name: str, output: Tensor) -> None:
+        others = [other for known, other in expected if name not in blocks or known == name]
+        if not found and not any(_close(output, other, tolerance) for other in others if other.shape == output.shape):
+            found.append(name)
+
+    _run(fused, batch, look)
+    return found[0] if found else "its own forward"
+
+
+def _close(output: Tensor, other: Tensor, tolerance: float) -> bool:
+    return float((output - other).abs().max()) <= tolerance * max(float(other.abs().max()), 1e-30)
+
+
+def _run(module: nn.Module, batch: Tensor, see: Callable[[str, Tensor], None]) -> None:
+    def hook(name: str) -> Callable[..., None]:
+        def forward_hook(m: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if isinstance(output, Tensor) and output.is_floating_point():
+                # A copy, for a ReLU may work in place on it.
+                see(name, output.clone())
+
+        return forward_hook
+
+    handles = [m.register_forward_hook(hook(name)) for name, m in module.named_modules() if name]
+    try:
+        with torch.inference_mode():
+            module(batch)
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,612 @@
+"""Whether every layer of the INT8 model computes the function of its float twin, only coarser.
+
+The INT8 model runs on a few images, and what each of its layers reads and gives is kept. Then the float model runs as
+its shadow: each layer is given what the INT8 layer read, with the INT8 layer's weights, so that no noise of a layer
+before it and none of rounded weights is in its answer, and what it hands on is the INT8 layer's answer. So the float
+model's own Python carries the values of the INT8 model from layer to layer, and three things are seen by themselves:
+
+- what a layer reads: if the float model brings another tensor to it, something between it and the layers before was
+  lost or changed in the INT8 model (an operation in place on a copy, codes of two grids that were put together);
+- what it computes: from the same input, with the same weights, another function gives what no rounding explains;
+- what it holds: weights within half a step of the float ones, the same bias, and the grid that calibration gave it.
+
+Distances are in steps of the INT8 tensor's grid, and values beyond its ends are moved there, as kernels do.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.ao.nn.quantized.dynamic as nnqd
+from torch import Tensor, fx, nn
+from torch.ao.nn.intrinsic.modules.fused import _FusedModule
+from torch.ao.nn.quantizable import LSTM, MultiheadAttention
+from torch.ao.nn.quantized import FloatFunctional, QFunctional
+from torch.ao.quantization import DeQuantStub, QuantStub, QuantWrapper
+from torch.fx.node import map_aggregate
+
+from qexp.config.schema import Engine, Flow, Scheme
+from qexp.errors import RunError
+from qexp.quantize.calibration.grid import HIGHEST
+from qexp.quantize.graph.tensor_names import hands_on, public, tensor_of, took_relu
+from qexp.quantize.graph.tracing import standard_type
+from qexp.quantize.inspection.layers import is_per_channel, weight_scales
+from qexp.quantize.saturation import emulation, kernels
+from qexp.quantize.torch_backend.engines import engine as torch_engine
+from qexp.quantize.torch_backend.ignored_quant_max import highest_code
+from qexp.quantize.torch_backend.onednn_strided_pointwise import AfterStride
+from qexp.quantize.torch_backend.qnnpack_biases import fit_biases
+from qexp.records import QParams
+
+FEW = 2
+"""Images that are enough: each position of each channel is one more trial, and another function shows at most."""
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far one INT8 layer is from its float twin, at most, over all images and calls.
+
+    name: of the layer, or of the tensor that an operation gives. computes: what torch executes. read, output: distance
+    of what it reads, and of what it gives for the same, in steps of these tensors' grids; of tensors in FP32 in
+    ten-thousandths of their largest value. weight: in steps of the weight's grid; bias: in millionths of the largest.
+    allowed_read, allowed: what rounding explains of `read` and of `output`. step: of the output's grid, 0 in FP32;
+    calibrated: the one that calibration gave, 0 where that is not known or not the layer's to choose. saturated:
+    outputs whose distance is that of 16-bit sums which saturated; they are not in `output`.
+    """
+
+    name: str
+    computes: str
+    read: float = 0.0
+    output: float = 0.0
+    weight: float = 0.0
+    bias: float = 0.0
+    allowed_read: float = 0.0
+    allowed: float = 0.0
+    step: float = 0.0
+    calibrated: float = 0.0
+    saturated: int = 0
+
+    @property
+    def fault(self) -> str:
+        """What is wrong with it, as the rest of a sentence about it; empty where nothing is."""
+        if not self.read <= self.allowed_read:
+            return (
+                f"reads a tensor that is {self.read:.3g} steps of its grid away from the one that its float twin reads "
+                f"({self.allowed_read:g} is rounding): what is computed between it and the layers before it was lost "
+                "or changed"
+            )
+        if not self.weight <= _ALLOWED_WEIGHT:
+            return f"holds weights that are {self.weight:.3g} steps of their grid away from the float ones"
+        if not self.bias <= 1:
+            return f"holds a bias that differs from the float one by {self.bias / 1e6:.2g} of the largest"
+        if self.calibrated and not math.isclose(self.step, self.calibrated, rel_tol=1e-5):
+            return f"gives its output in steps of {self.step:.3g}, where calibration found {self.calibrated:.3g}"
+        if not self.output <= self.allowed:
+            grid = f"steps of its grid ({self.step:.3g})" if self.step else "ten-thousandths of its largest value"
+            return (
+                f"gives, for what it reads, an output {self.output:.3g} {grid} away from its float twin's, where "
+                f"rounding explains {self.allowed:g}"
+            )
+        return ""
+
+
+_ALLOWED_WEIGHT = 0.51
+_ALLOWED_FP32 = 1.0
+# Attention was 2.4 steps away and an LSTM of 49 tokens 3.8; with tokens and images mixed up it is 60 and more.
+_ALLOWED_MANY = 16.0
+
+
+def check_layers(
+    fused: nn.Module,
+    int8: nn.Module,
+    flow: Flow,
+    engine: Engine,
+    images: Tensor,
+    qparams: Mapping[str, QParams] | None = None,
+) -> None:
+    """Raise RunError, in a sentence that names the layer, where one computes another function than its float twin.
+
+    Arguments as of `layer_deviations`. The first such layer is named, in the order of execution.
+    """
+    for found in layer_deviations(fused, int8, flow, engine, images, qparams):
+        if found.fault:
+            raise RunError(
+                f"the INT8 model of flow={flow.value} and engine={engine.value} computes something else than the float "
+                f"model: {found.name} ({found.computes}) {found.fault}."
+            )
+
+
+def layer_deviations(
+    fused: nn.Module,
+    int8: nn.Module,
+    flow: Flow,
+    engine: Engine,
+    images: Tensor,
+    qparams: Mapping[str, QParams] | None = None,
+) -> tuple[Deviation, ...]:
+    """How far each layer and operation of the INT8 model is from its float twin, in the order of execution.
+
+    fused: as from `quantize.fuse`; int8: converted from it by the same flow for `engine`; images: float32 [n, 3, H, W],
+    a few; qparams: as `quantize.read_qparams` gives them of the prepared model. Both models are left as they were.
+    """
+    models: _Graphs | _Modules = _Graphs(fused, int8) if isinstance(int8, fx.GraphModule) else _Modules(fused, int8)
+    images = images.contiguous(memory_format=torch.channels_last)
+    with torch_engine(engine), torch.no_grad():
+        given, calls = models.run_int8(images.clone())
+        clips = isinstance(models, _Graphs)
+        shadow = _Shadow(calls, qparams or {}, engine, highest_code(int8), models.allowed_read, clips)
+        answer = models.run_float(images.clone(), shadow)
+        shadow.compare_answers(answer, given)
+    return tuple(shadow.found.values())
+
+
+# ------------------------------------------------------------------------------------------------ distances
+
+
+def _steps(values: Tensor, quantized: Tensor, highest: int, clips: bool = True) -> Tensor:
+    """How many steps of its grid each value of a quantized tensor is away from a float one; clips: where this lies
+    beyond the grid's ends, from that end; highest: the last code of activations."""
+    scale, zero_point = _grid(quantized)
+    codes = quantized.int_repr()
+    exact = (values / scale).add_(zero_point)
+    if clips:
+        limits = torch.iinfo(codes.dtype)
+        exact.clamp_(limits.min, highest if codes.dtype is torch.uint8 else limits.max)
+    return exact.sub_(codes).abs_()
+
+
+def _grid(quantized: Tensor) -> tuple[Any, Any]:
+    """Scale and zero point, as numbers or in the shape that goes with the tensor."""
+    if not is_per_channel(quantized):
+        return quantized.q_scale(), quantized.q_zero_point()
+    shape = [1] * quantized.ndim
+    shape[quantized.q_per_channel_axis()] = -1
+    scales, zero_points = quantized.q_per_channel_scales(), quantized.q_per_channel_zero_points()
+    return scales.float().view(shape), zero_points.view(shape)
+
+
+def _distance(values: Tensor, given: Tensor, highest: int, clips: bool = True) -> float:
+    """Of a float tensor from an INT8 model's, at most: in steps, or in ten-thousandths of the largest value in FP32.
+
+    Infinite where shapes differ; a value that is not a number is nobody's fault here.
+    """
+    if values.shape != given.shape:
+        return math.inf
+    if not values.numel() or not values.is_floating_point():
+        return 0.0
+    if given.is_quantized:
+        return _largest(_steps(values, given, highest, clips))
+    return _largest((values - given).abs_()) / max(1e-4 * _largest(given.abs()), 1e-30)
+
+
+def _largest(distances: Tensor) -> float:
+    """The largest that is a number."""
+    largest = float(distances.max())
+    return largest if not math.isnan(largest) else float(distances.nan_to_num(0.0, math.inf).max())
+
+
+def _weight_distance(weight: Tensor, quantized: Tensor, as_float: Tensor) -> float:
+    """Steps between a float weight and an INT8 layer's, at most; what an observer clipped is at one of the ends.
+
+    as_float: the second, dequantized; it is overwritten, for a network's weights are large.
+    """
+    scale, zero_point = _grid(quantized)
+    off = as_float.sub_(weight.detach()).abs_()
+    others = [d for d in range(off.ndim) if not is_per_channel(quantized) or d != quantized.q_per_channel_axis()]
+    largest = float((off.amax(others, keepdim=True) / scale).max())
+    if largest <= _ALLOWED_WEIGHT:
+        return largest
+    beyond, codes = off > _ALLOWED_WEIGHT * scale, quantized.int_repr()
+    scales, zero_points = (torch.as_tensor(each).expand(off.shape)[beyond] for each in (scale, zero_point))
+    exact = (weight.detach()[beyond] / scales + zero_points).clamp(int(codes.min()), int(codes.max()))
+    return max(0.5, float((exact - codes[beyond]).abs().max()))
+
+
+# ------------------------------------------------------------------------------------------------ the two passes
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of an INT8 layer: what was called, what it read (weights that are handed over too), and what it gave."""
+
+    module: nn.Module | None
+    computes: str
+    inputs: tuple[Tensor, ...]
+    output: Any
+
+
+def _tensors(values: Any) -> tuple[Tensor, ...]:
+    """Copies of the tensors among a call's arguments, packed weights unpacked; an operation in place may follow."""
+    found: list[Tensor] = []
+
+    def look(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            found.append(value.clone())
+        elif isinstance(value, torch.ScriptObject) and hasattr(value, "unpack"):
+            found.append(value.unpack()[0])
+        return value
+
+    map_aggregate(values, look)
+    return tuple(found)
+
+
+def _as_float(value: Any) -> Any:
+    return value.dequantize() if isinstance(value, Tensor) and value.is_quantized else value
+
+
+class _Shadow:
+    """What the float model's layers do while it runs behind the INT8 model."""
+
+    def __init__(
+        self,
+        calls: Mapping[str, deque[_Call]],
+        qparams: Mapping[str, QParams],
+        engine: Engine,
+        highest: int,
+        allowed_read: float,
+        clips: bool,
+    ):
+        self._calls, self._qparams, self._engine, self._highest = calls, qparams, engine, highest
+        self._allowed_read, self._clips = allowed_read, clips
+        self.found: dict[str, Deviation] = {}
+
+    def next_call(self, key: str) -> _Call | None:
+        """The INT8 model's call that the next of this name is the twin of."""
+        waiting = self._calls.get(key)
+        return waiting.popleft() if waiting else None
+
+    def read(self, key: str, call: _Call, arguments: Any) -> Any:
+        """The arguments of the float twin, with what the INT8 layer read in place of what the float model brings."""
+        waiting, distance = iter(call.inputs), 0.0
+
+        def given(value: Any) -> Any:
+            nonlocal distance
+            mine = next(waiting, None) if isinstance(value, Tensor) else None
+            if mine is None or torch.equal(value, as_float := _as_float(mine)):
+                return value
+            distance = max(distance, _distance(value, mine, self._highest, self._clips))
+            return as_float if as_float.shape == value.shape else value
+
+        arguments = map_aggregate(arguments, given)
+        self._note(key, call, read=distance, allowed_read=self._allowed_read)
+        return arguments
+
+    def run(self, key: str, call: _Call, layer: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The answer of a float layer with the INT8 layer's weights."""
+        weight, bias = _held(call.module)
+        owner = layer[0] if isinstance(layer, _FusedModule) else layer
+        own = owner._parameters.get("weight")
+        if weight is None or own is None or weight.shape != own.shape:
+            return run(*args, **kwargs)
+        if bias is not None or owner._parameters.get("bias") is not None:
+            self._note(key, call, bias=_bias_distance(owner._parameters.get("bias"), bias))
+        as_float = _as_float(weight)
+        owner._parameters["weight"] = nn.Parameter(as_float, requires_grad=False)
+        try:
+            rounded = _rounded(args[0], self._engine) if isinstance(call.module, nnqd.Linear) else args[0]
+            answer = run(rounded, *args[1:], **kwargs)
+        finally:
+            owner._parameters["weight"] = own
+        if weight.is_quantized:
+            self._note(key, call, weight=_weight_distance(own, weight, as_float))
+        return answer
+
+    def gave(self, key: str, call: _Call, answer: Any) -> Any:
+        """What the INT8 layer gave, in place of the float layer's answer."""
+        theirs = iter(_tensors(call.output))
+
+        def replaced(value: Any) -> Any:
+            mine = next(theirs, None) if isinstance(value, Tensor) else None
+            if mine is None:
+                return value
+            self._compare(key, call, value, mine)
+            as_float = _as_float(mine)
+            return as_float if as_float.shape == value.shape else value
+
+        return map_aggregate(answer, replaced)
+
+    def compare_answers(self, answer: Any, given: Any) -> None:
+        """The whole models' answers: what follows their last layer."""
+        call = _Call(None, "the model's output", (), given)
+        self._compare("output", call, answer, given)
+
+    def _compare(self, key: str, call: _Call, expected: Tensor, given: Tensor) -> None:
+        distance, saturated = _distance(expected, given, self._highest), 0
+        allowed = _allowed(call, given, self._engine)
+        if not distance <= allowed and _saturated(call, expected, given, allowed, self._engine):
+            saturated, distance = int((_steps(expected, given, self._highest) > allowed).sum()), 0.0
+        step, calibrated = given.q_scale() if given.is_quantized else 0.0, 0.0
+        if key in self._qparams and _chooses_grid(call, given):
+            calibrated = float(self._qparams[key].scale[0])
+        found = {"output": distance, "allowed": allowed, "step": step, "calibrated": calibrated}
+        self._note(key, call, **found, saturated=saturated)
+
+    def _note(self, key: str, call: _Call, **seen: Any) -> None:
+        before = self.found.get(key, Deviation(key, call.computes))
+        after = {name: max(value, getattr(before, name)) for name, value in seen.items()}
+        if "saturated" in seen:
+            after["saturated"] = before.saturated + seen["saturated"]
+        self.found[key] = Deviation(**{**before.__dict__, **after})
+
+
+def _chooses_grid(call: _Call, given: Tensor) -> bool:
+    """Whether a call's output is on a grid of its own, which calibration gave it: neither on that of what it reads, nor
+    on one that follows from that and a number, as after a multiplication by it."""
+    if not given.is_quantized or any(one.is_quantized and _same_grid(one, given) for one in call.inputs):
+        return False
+    return (
+        call.computes.rpartition(".")[2].removesuffix("_relu").removesuffix("_scalar") not in ("add", "mul")
+        or len(call.inputs) > 1
+    )
+
+
+def _same_grid(one: Tensor, other: Tensor) -> bool:
+    return not is_per_channel(one) and (one.q_scale(), one.q_zero_point()) == (other.q_scale(), other.q_zero_point())
+
+
+def _held(module: nn.Module | None) -> tuple[Tensor | None, Tensor | None]:
+    """The weight that an INT8 layer computes with, and its bias; None where it has none."""
+    module = module.conv if isinstance(module, AfterStride) else module
+    if module is None:
+        return None, None
+    if callable(getattr(module, "get_weight", None)):  # torch's reference modules
+        return module.get_weight(), getattr(module, "bias", None)  # type: ignore[operator]
+    if not callable(getattr(module, "_weight_bias", None)):
+        return None, None
+    held: tuple[Tensor, Tensor | None] = module._weight_bias()  # type: ignore[operator]
+    return held  # unpacked once for both, which copies them
+
+
+def _bias_distance(bias: Tensor | None, given: Tensor | None) -> float:
+    """In millionths of the largest; no bias is one of zeros."""
+    mine = torch.zeros(1) if bias is None else bias.detach()
+    theirs = torch.zeros(1) if given is None else given.detach()
+    return 1e6 * float((mine - theirs).abs().max()) / max(float(mine.abs().max()), 1e-30) / 10
+
+
+def _rounded(inputs: Tensor, engine: Engine) -> Tensor:
+    """What a dynamic linear layer rounds its input to: 7 bits between the ends of the batch, 8 with qnnpack."""
+    scale, zero_point = torch._choose_qparams_per_tensor(inputs, engine is not Engine.qnnpack)
+    return torch.quantize_per_tensor(inputs, float(scale), int(zero_point), torch.quint8).dequantize()
+
+
+def _allowed(call: _Call, given: Tensor, engine: Engine) -> float:
+    """How far rounding can take an INT8 layer's output, `given`, from its float twin's, in steps.
+
+    Kernels round once, to half a step; twice where they average codes. qnnpack also rounds the bias, to a whole number
+    of (scale of the input · scale of the weights), which is more than a step of the output on grids of few bits. What
+    rounds after each of many operations of its own adds up.
+    """
+    if isinstance(call.module, MultiheadAttention | LSTM):
+        return _ALLOWED_MANY
+    weight = _held(call.module)[0] if engine is Engine.qnnpack else None
+    if weight is None or not given.is_quantized or not call.inputs[0].is_quantized:
+        return 1.0
+    bias = float(weight_scales(weight)[0].max()) * call.inputs[0].q_scale() / given.q_scale() / 2
+    return max(1.0, 0.6 + bias)
+
+
+def _saturated(call: _Call, expected: Tensor, given: Tensor, allowed: float, engine: Engine) -> bool:
+    """Whether 16-bit sums that saturate are why a layer gave something else than expected: this machine's kernels have
+    such sums, they can overflow with what the layer read, and emulated ones give the same.
+
+    Where these can't be emulated, that the layer gives what it should with exact sums, qnnpack's.
+    """
+    layer: Any = call.module
+    inner = layer.conv if isinstance(layer, AfterStride) else layer
+    if engine is Engine.qnnpack or layer is None or not any(one is inner for _, one in emulation.int8_layers(layer)):
+        return False
+    scheme = Scheme.asymmetric if bool(weight_scales(inner.weight())[1].any()) else Scheme.symmetric
+    kinds = kernels.saturating_here(engine, scheme, kernels.probe())
+    inputs, alone = call.inputs[0], nn.Sequential(layer)
+    if not emulation.at_risk(alone, engine, kinds) or not emulation.overflow_test(layer, engine)(inputs):
+        return False
+    if not emulation.not_emulated(alone):
+        emulated = emulation.with_emulated_sums(alone, engine)(inputs)
+        return int((emulated.int_repr().int() - given.int_repr().int()).abs().max()) <= 1
+    with torch_engine(Engine.qnnpack):
+        exact = copy.deepcopy(layer)  # packed anew
+        fit_biases(exact)
+        return _distance(expected, exact(inputs), HIGHEST) <= allowed
+
+
+# ------------------------------------------------------------------------------------------------ flow=eager, dynamic
+
+_METHODS = ("add", "add_relu", "add_scalar", "cat", "matmul", "mul", "mul_scalar")  # of FloatFunctional
+
+
+class _Modules:
+    """Models that are modules: a layer is a module without children, or an operation of a FloatFunctional."""
+
+    allowed_read = 1.5
+    """What lies between two layers is the user's Python, whose functions round, too (an average pooling, say); but none
+    of them may clip, for the ends of the grids that they choose are none that calibration found."""
+
+    def __init__(self, fused: nn.Module, int8: nn.Module):
+        self._int8 = int8
+        # The same wrapper, so that names are the same; it computes nothing.
+        self._fused = QuantWrapper(fused) if isinstance(int8, QuantWrapper) else fused
+        self._layers = dict(_layers(self._fused))
+        # A module under two names may be two in the converted model.
+        self._keys: dict[str, str] = {}
+        first = {id(module): name for name, module in reversed(self._layers.items())}
+        for name, module in self._fused.named_modules(remove_duplicate=False):
+            if id(module) in first:
+                self._keys[name] = first[id(module)]
+
+    def run_int8(self, images: Tensor) -> tuple[Any, dict[str, deque[_Call]]]:
+        calls: dict[str, deque[_Call]] = {}
+
+        def around(name: str, module: nn.Module, computes: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            inputs = _tensors((args, kwargs))
+            output = run(*args, **kwargs)
+            kept = map_aggregate(output, lambda value: value.clone() if isinstance(value, Tensor) else value)
+            if not isinstance(module, nn.Identity):
+                calls.setdefault(self._keys[name], deque()).append(_Call(module, computes, inputs, kept))
+            return output
+
+        known = dict(self._int8.named_modules(remove_duplicate=False))
+        twins = {id(known[name]): (name, known[name]) for name in reversed(self._keys) if name in known}
+        with _around(twins.values(), around):
+            return self._int8(images), calls
+
+    def run_float(self, images: Tensor, shadow: _Shadow) -> Any:
+        def around(name: str, module: nn.Module, computes: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            call = shadow.next_call(self._keys[name])
+            if call is None:
+                return run(*args, **kwargs)
+            key = public(name, self._int8)
+            own = _tensors_of((args, kwargs))
+            given, named = shadow.read(key, call, (args, kwargs))
+            if getattr(module, "inplace", False) and own[0] is not given[0]:
+                # So that who else holds the tensor sees what the layer does to it.
+                given = (own[0].copy_(given[0]), *given[1:])
+            answer = shadow.run(key, call, module, run, given, named)
+            replaced = shadow.gave(key, call, answer)
+            if isinstance(answer, Tensor) and any(answer is value for value in own) and answer is not replaced:
+                return answer.copy_(replaced)
+            return replaced
+
+        # torch's kernel for a whole transformer layer calls none of its modules.
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with _around(self._layers.items(), around):
+                return self._fused(images)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _layers(fused: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    inside: tuple[str, ...] = ()
+    for name, module in fused.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        if isinstance(module, FloatFunctional | _FusedModule | nn.MultiheadAttention):
+            inside += (f"{name}.",)
+            yield name, module
+        elif isinstance(module, QuantStub | DeQuantStub) or (
+            standard_type(module) is not None and not list(module.children())
+        ):
+            yield name, module
+
+
+def _tensors_of(values: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    map_aggregate(values, lambda value: found.append(value) if isinstance(value, Tensor) else None)
+    return found
+
+
+@contextmanager
+def _around(layers: Iterable[tuple[str, nn.Module]], around: Callable[..., Any]) -> Iterator[None]:
+    """In this context `around` is called in place of each of these modules, and of each operation of a FloatFunctional,
+    with its name, the module, what it computes, the function that it stands for, and the arguments."""
+    with ExitStack() as stack:
+        for name, module in layers:
+            operations = isinstance(module, FloatFunctional | QFunctional)
+            for method in _METHODS if operations else ("forward",):
+                computes = f"{type(module).__name__}.{method}" if operations else type(module).__name__
+                _wrap(stack, around, name, module, computes, method)
+        yield
+
+
+def _wrap(
+    stack: ExitStack, around: Callable[..., Any], name: str, module: nn.Module, computes: str, method: str
+) -> None:
+    before = module.__dict__.get(method)
+    run = getattr(module, method)
+    # On the instance, where it hides the method of the class.
+    module.__dict__[method] = lambda *args, **kwargs: around(name, module, computes, run, args, kwargs)
+
+    def restore() -> None:
+        if before is None:
+            del module.__dict__[method]
+        else:
+            module.__dict__[method] = before
+
+    stack.callback(restore)
+
+
+# ------------------------------------------------------------------------------------------------ flow=fx
+
+
+class _Graphs:
+    """Models that are graphs: a layer is a node, under the name of the tensor that it gives."""
+
+    allowed_read = 0.51
+    """Where a tensor in FP32 is brought onto a grid on its way, and clipped at the ends that calibration found."""
+
+    def __init__(self, fused: nn.Module, int8: fx.GraphModule):
+        assert isinstance(fused, fx.GraphModule)
+        self._fused, self._int8 = fused, int8
+
+    def run_int8(self, images: Tensor) -> tuple[Any, dict[str, deque[_Call]]]:
+        calls: dict[str, deque[_Call]] = {}
+        modules = dict(self._int8.named_modules(remove_duplicate=False))
+
+        def run(node: fx.Node, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            inputs = _tensors((args, kwargs))
+            output = run(*args, **kwargs)
+            kept = map_aggregate(output, lambda value: value.clone() if isinstance(value, Tensor) else value)
+            module = modules[str(node.target)] if node.op == "call_module" else None
+            computes = type(module).__name__ if module is not None else _spelling(node)
+            calls.setdefault(tensor_of(node), deque()).append(_Call(module, computes, inputs, kept))
+            return output
+
+        nodes = {node for node in self._int8.graph.nodes if node.op.startswith("call_") and tensor_of(node)}
+        return _Around(self._int8, {node for node in nodes if not hands_on(node)}, run).run(images), calls
+
+    def run_float(self, images: Tensor, shadow: _Shadow) -> Any:
+        modules = dict(self._fused.named_modules(remove_duplicate=False))
+        by_tensor = {tensor_of(node): node for node in self._fused.graph.nodes if tensor_of(node)}
+        first = {node: tensor for tensor, node in by_tensor.items()}
+        for node in self._int8.graph.nodes:
+            if took_relu(node):
+                # torch took a ReLU into the operation before it: one reads, and the other gives.
+                relu = by_tensor[tensor_of(node)]
+                del first[relu]
+                first[relu.all_input_nodes[0]] = tensor_of(node)
+        running: dict[str, _Call] = {}
+
+        def run(node: fx.Node, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            begins, ends = first.get(node, ""), tensor_of(node)
+            call = shadow.next_call(begins)
+            if call is not None:
+                running[begins] = call
+                args, kwargs = shadow.read(begins, call, (args, kwargs))
+            if call is not None and node.op == "call_module":
+                answer = shadow.run(begins, call, modules[str(node.target)], run, args, kwargs)
+            else:
+                answer = run(*args, **kwargs)
+            call = running.pop(ends, None)
+            return answer if call is None else shadow.gave(ends, call, answer)
+
+        nodes = {node for node in self._fused.graph.nodes if node.op.startswith("call_")}
+        return _Around(self._fused, nodes, run).run(images)
+
+
+class _Around(fx.Interpreter):
+    """Runs a graph, with `around` in place of the nodes in `nodes`: it is given a node, what runs it, and arguments."""
+
+    def __init__(self, graph_module: fx.GraphModule, nodes: set[fx.Node], around: Callable[..., Any]):
+        super().__init__(graph_module)
+        self._nodes, self._around = nodes, around
+
+    def run_node(self, n: fx.Node) -> Any:
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return getattr(self, n.op)(n.target, args, kwargs)
+
+        return self._around(n, run, args, kwargs) if n in self._nodes else run(*args, **kwargs)
+
+
+def _spelling(node: fx.Node) -> str:
+    return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))

@@ -1,0 +1,208 @@
+"""What a converted model executes: which layers run in INT8, which stayed in FP32, and with which parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.ao.nn.quantized as nnq
+import torch.ao.nn.quantized.dynamic as nnqd
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.ao.nn.intrinsic.modules.fused import _FusedModule
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from qexp.config.schema import Engine, Flow
+from qexp.quantize.calibration.observers import observers, to_qparams
+from qexp.quantize.graph.tensor_names import public, tensor_names, tensor_of
+from qexp.quantize.torch_backend.float_layers import why_float
+from qexp.records import Layer, QParams
+
+_INT8_CONV = (nnq.Conv1d, nnq.Conv2d, nnq.Conv3d, nnq.ConvTranspose1d, nnq.ConvTranspose2d, nnq.ConvTranspose3d)
+_INT8_NORM = (nnq.BatchNorm2d, nnq.BatchNorm3d)
+_FUNCTIONS = {
+    F.conv1d: "conv",
+    F.conv2d: "conv",
+    F.conv3d: "conv",
+    F.conv_transpose1d: "conv_transpose",
+    F.conv_transpose2d: "conv_transpose",
+    F.conv_transpose3d: "conv_transpose",
+    F.linear: "linear",
+    F.batch_norm: "batchnorm",
+}
+
+
+def conv_kind(weight: torch.Size, groups: int) -> str:
+    """depthwise, grouped, pointwise or conv, from a weight's shape [out, in / groups, ...]."""
+    if groups > 1:
+        return "depthwise" if weight[1] == 1 else "grouped"
+    return "pointwise" if all(size == 1 for size in weight[2:]) else "conv"
+
+
+def layers(converted: nn.Module, flow: Flow, engine: Engine) -> tuple[Layer, ...]:
+    """Every convolution, linear and recurrent layer and BatchNorm of a converted model, in the order of its modules."""
+    found: list[Layer] = []
+    wholes = _wholes(converted)
+    for name, module in converted.named_modules():
+        label, whole = public(name, converted), _whole_of(name, wholes)
+        for layer, kind in _kinds(label, module):
+            if isinstance(module, (*_INT8_CONV, *_INT8_NORM, nnq.Linear, nnqd.Linear)):
+                dynamic = " (dynamic)" if isinstance(module, nnqd.Linear) else ""
+                found.append(Layer(layer, kind, True, kernel=f"{engine.value} {kind}{dynamic}"))
+            else:
+                found.append(Layer(layer, kind, False, reason=_why_float(module, kind, whole, flow, engine)))
+    if isinstance(converted, fx.GraphModule):
+        found.extend(_functional_layers(converted.graph, engine))
+    return tuple(found)
+
+
+def _kinds(name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Names and kinds of the layers that a module is: none, one, or the projections of its input that attention has."""
+    kind = _kind(module)
+    if kind is not None:
+        yield name, kind
+    elif type(module) is nn.MultiheadAttention:
+        projections = ["in_proj"] if module.in_proj_weight is not None else ["q_proj", "k_proj", "v_proj"]
+        for projection in projections:
+            yield f"{name}.{projection}".lstrip("."), "linear"
+
+
+def _wholes(converted: nn.Module) -> dict[str, nn.Module]:
+    """By name, modules of torch's own that compute all that is in them by themselves: in a graph those that it calls,
+    else attention."""
+    modules = dict(converted.named_modules())
+    if isinstance(converted, fx.GraphModule):
+        called = {str(node.target) for node in converted.graph.nodes if node.op == "call_module"}
+        return {name: module for name, module in modules.items() if name in called}
+    return {name: module for name, module in modules.items() if type(module) is nn.MultiheadAttention}
+
+
+def _whole_of(name: str, wholes: Mapping[str, nn.Module]) -> nn.Module | None:
+    """The outermost of these modules in which this one lies; None where there is none."""
+    parts = name.split(".")
+    around = (".".join(parts[:length]) for length in range(1, len(parts)))
+    return next((wholes[outer] for outer in around if outer in wholes), None)
+
+
+def _kind(module: nn.Module) -> str | None:
+    if isinstance(module, (*_INT8_NORM, _BatchNorm)):
+        return "batchnorm"
+    if isinstance(module, nnq.Linear | nnqd.Linear | nn.Linear):
+        return "linear"
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return "recurrent"
+    if isinstance(module, (*_INT8_CONV, _ConvNd)):
+        if "Transpose" in type(module).__name__:
+            return "conv_transpose"
+        weight = module.weight() if callable(module.weight) else module.weight
+        return conv_kind(weight.shape, module.groups)
+    return None
+
+
+def _why_float(module: nn.Module, kind: str, whole: nn.Module | None, flow: Flow, engine: Engine) -> str:
+    if getattr(module, "never_runs", False):
+        return "never runs in evaluation"
+    kept_whole = whole if whole is not None else module if isinstance(module, nn.MultiheadAttention) else None
+    if kept_whole is not None:
+        return f"part of a {type(kept_whole).__name__}, which flow={flow.value} leaves in FP32 as a whole"
+    if flow is Flow.dynamic:
+        plain = f"torch.nn.Linear alone, and this is a {type(module).__name__}"
+        return f"flow=dynamic quantizes {plain if kind == 'linear' else 'linear layers only'}"
+    if reason := why_float(module, engine):
+        return reason
+    if ".reference." in type(module).__module__:
+        return f"flow={flow.value} found no INT8 kernel for it here: it runs in FP32 on values that were INT8"
+    return f"flow={flow.value} has no INT8 module for {type(module).__name__}"
+
+
+def _functional_layers(graph: fx.Graph, engine: Engine) -> Iterator[Layer]:
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target in _FUNCTIONS:
+            yield Layer(tensor_of(node), _FUNCTIONS[node.target], False, reason=_why_function_is_float(node))
+        elif getattr(node.target, "__module__", "") == "torch._ops.quantized" or "quantized." in str(node.target):
+            operation = str(node.target).removeprefix("quantized.")
+            kinds = ("conv_transpose", "conv", "linear", "batch_norm")
+            kind = next((k for k in kinds if operation.startswith(k)), None)
+            # Weights that the model computes are packed at each call.
+            if kind is not None and "prepack" not in operation:
+                kind = "batchnorm" if kind == "batch_norm" else kind
+                yield Layer(tensor_of(node), kind, True, kernel=f"{engine.value} {kind}")
+
+
+def _why_function_is_float(node: fx.Node) -> str:
+    weights = [n for n in node.all_input_nodes[1:] if n.op != "get_attr"]
+    if weights:
+        return "its weights are computed by the model, not constant"
+    return f"flow=fx has no INT8 kernel for {getattr(node.target, '__name__', node.target)}"
+
+
+def read_qparams(module: nn.Module) -> dict[str, QParams]:
+    """Quantization parameters by tensor name: those of activations under the module or operation that makes them, those
+    of weights under the layer's name with `.weight`.
+
+    Of a prepared model they are what convert will read from the observers, grid included. A converted model no longer
+    knows a narrowed grid: qmin and qmax are then those of its 8-bit type.
+    """
+    return _prepared_qparams(module) if observers(module) else _converted_qparams(module)
+
+
+def _prepared_qparams(prepared: nn.Module) -> dict[str, QParams]:
+    names = tensor_names(prepared)
+    found = {names[name]: to_qparams(observer) for name, observer in observers(prepared).items() if name in names}
+    for name, module in prepared.named_modules():
+        layer = module[0] if isinstance(module, _FusedModule) else module
+        qconfig = getattr(module, "qconfig", None)
+        if qconfig is None or not isinstance(layer, _ConvNd | nn.Linear) or _inside_fused(prepared, name):
+            continue
+        observer = qconfig.weight()
+        observer(layer.weight)
+        axis = 0 if "channel" in str(observer.qscheme) else None
+        found[f"{public(name, prepared)}.weight"] = to_qparams(observer, axis)
+    return found
+
+
+def _inside_fused(prepared: nn.Module, name: str) -> bool:
+    return isinstance(prepared.get_submodule(name.rpartition(".")[0]), _FusedModule)
+
+
+def _converted_qparams(converted: nn.Module) -> dict[str, QParams]:
+    found: dict[str, QParams] = {}
+    for name, module in converted.named_modules():
+        label = public(name, converted)
+        if isinstance(getattr(module, "scale", None), float | Tensor) and hasattr(module, "zero_point"):
+            found[label] = _qparams(module.scale, module.zero_point, torch.iinfo(torch.uint8))
+        weight = getattr(module, "weight", None)
+        if callable(weight) and isinstance(tensor := weight(), Tensor) and tensor.is_quantized:
+            found[f"{label}.weight"] = _weight_qparams(tensor)
+    return found
+
+
+def weight_scales(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a quantized weight its scales, float64, and zero points, int64: [channels], or [1] where all share one."""
+    if is_per_channel(weight):
+        return weight.q_per_channel_scales().double(), weight.q_per_channel_zero_points().long()
+    return torch.tensor([weight.q_scale()], dtype=torch.float64), torch.tensor([weight.q_zero_point()])
+
+
+def is_per_channel(weight: Tensor) -> bool:
+    return weight.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
+
+
+def _weight_qparams(weight: Tensor) -> QParams:
+    axis = weight.q_per_channel_axis() if is_per_channel(weight) else None
+    return _qparams(*weight_scales(weight), torch.iinfo(torch.int8), axis)
+
+
+def _qparams(scale: Any, zero_point: Any, limits: torch.iinfo, axis: int | None = None) -> QParams:
+    return QParams(
+        scale=np.atleast_1d(np.asarray(scale, dtype=np.float32)),
+        zero_point=np.atleast_1d(np.asarray(zero_point, dtype=np.int64)),
+        qmin=limits.min,
+        qmax=limits.max,
+        axis=axis,
+    )

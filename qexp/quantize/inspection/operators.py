@@ -1,0 +1,125 @@
+"""Which operators a converted model executes, on what: models for which this is the same take the same time.
+
+Scales and zero points are left out, since no kernel is chosen by them; but whether a zero point is 0 is kept, for
+kernels leave out a sum then (FBGEMM's ReQuantizeOutput and fbgemmConv have a variant for each case).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qexp.config.schema import Engine
+from qexp.quantize.torch_backend.engines import engine
+
+_PER_CHANNEL = (torch.per_channel_affine, torch.per_channel_symmetric, torch.per_channel_affine_float_qparams)
+# What torch's packed convolutions tell beside their weights, by method.
+_PACKED = ("stride", "padding", "output_padding", "dilation", "groups", "transpose")
+
+
+def executed(converted: nn.Module, engine_name: Engine, images: Tensor) -> tuple[str, ...]:
+    """The operators that `converted` executes for images, float32 [n, 3, H, W], in order, each with its arguments.
+
+    Of a tensor there are dtype, shape, strides and, where it is quantized, its scheme (per tensor or per channel) and
+    whether its zero points are 0; of packed weights the same, and stride, padding, dilation and groups; numbers as
+    they are, without scales and zero points of outputs and the ends of a clamp of quantized tensors.
+    """
+    calls: list[str] = []
+
+    def record(function: Any, given: Mapping[str, Any], answer: object) -> None:
+        ends = ("min", "max") if function is _CLAMP and given["self"].is_quantized else ()
+        # These ends are steps of the tensor's grid (see held.py).
+        told = [(name, "end" if name in ends else _described(name, value)) for name, value in given.items()]
+        calls.append(f"{function} {told}")
+
+    with _watched(record), engine(engine_name), torch.inference_mode():
+        converted(images)
+    return tuple(calls)
+
+
+def beyond(converted: nn.Module, engine_name: Engine, images: Tensor, highest: int) -> str:
+    """The first operator whose answer, read by another one, has activations with codes beyond `highest`; "" if none.
+
+    images: float32 [n, 3, H, W].
+    """
+    made: dict[int, tuple[Tensor, str]] = {}  # with the tensors, so that no id is used twice
+    found: list[str] = []
+
+    def look(function: Any, given: Mapping[str, Any], answer: object) -> None:
+        answers = list(_leaves([answer]))
+        if answers and function not in (_CLAMP, torch.ops.aten.int_repr.default):
+            found.extend(made[id(value)][1] for value in _leaves(given.values()) if id(value) in made)
+        for value in answers:
+            if value.dtype is torch.quint8 and int(torch.int_repr(value).max()) > highest:
+                made[id(value)] = value, str(function).split(".")[1]
+
+    with _watched(look), engine(engine_name), torch.inference_mode():
+        converted(images)
+    return found[0] if found else ""
+
+
+def _leaves(values: Iterable[object]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _leaves(value)
+
+
+_CLAMP = torch.ops.aten.clamp.default
+
+
+class DispatchMode(TorchDispatchMode):
+    """torch's, without its compiler: torch would wrap `__torch_dispatch__` for that, whose import takes two seconds."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+@contextmanager
+def _watched(see: Callable[[Any, Mapping[str, Any], object], None]) -> Iterator[None]:
+    """While in this context, tell of each call of torch's operators, as the dispatcher gets them (functions, methods
+    and modules alike, in the eager flow as in fx), its arguments by name, and its answer."""
+
+    class Watcher(DispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        ) -> Any:
+            names = [argument.name for argument in func._schema.arguments]
+            given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+            answer = func(*args, **(kwargs or {}))
+            see(func, given, answer)
+            return answer
+
+    with Watcher():
+        yield
+
+
+def _described(name: str, value: Any) -> object:
+    """One argument of an operator, as plain values."""
+    if isinstance(value, Tensor):
+        return _tensor(value)
+    if isinstance(value, torch.ScriptObject):
+        settings = [str(getattr(value, method)()) for method in _PACKED if hasattr(value, method)]
+        return [_described(name, part) for part in value.unpack()] + settings  # type: ignore[attr-defined]
+    if isinstance(value, list | tuple):
+        return [_described(name, item) for item in value]
+    if "zero_point" in name:
+        return value == 0
+    return "scale" if "scale" in name and isinstance(value, float) else str(value)
+
+
+def _tensor(value: Tensor) -> list[object]:
+    plain: list[object] = [str(value.dtype), list(value.shape), list(value.stride())]
+    if not value.is_quantized:
+        return plain
+    if value.qscheme() in _PER_CHANNEL:
+        zero, axis = not bool(value.q_per_channel_zero_points().any()), value.q_per_channel_axis()
+        return [*plain, str(value.qscheme()), axis, zero]
+    return [*plain, str(value.qscheme()), value.q_zero_point() == 0]

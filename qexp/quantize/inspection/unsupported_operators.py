@@ -1,0 +1,192 @@
+"""What a converted model computes on INT8 tensors outside of INT8 modules: whether torch's answer can be trusted.
+
+An INT8 module has a range of its own for what it gives. A function has none: torch lets its output have the scale of
+its (first) input. That is right where it only moves values or gives values between them, as pooling and ReLU do, and
+wrong where the output's range is another: a concatenation keeps the range of its first tensor, and clips the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from qexp.config.schema import Flow
+from qexp.errors import InputError
+from qexp.quantize.graph.tensor_names import place, running
+from qexp.quantize.inspection.operators import DispatchMode
+
+_MOVE_VALUES = """
+    alias as_strided channel_shuffle chunk clone contiguous detach diagonal expand flatten flip index index_select
+    lift_fresh native_channel_shuffle narrow permute pixel_shuffle pixel_unshuffle repeat _reshape_alias reshape rot90
+    select slice split split_with_sizes squeeze t tensor_split transpose unbind unflatten unfold _unsafe_view unsqueeze
+    view max min sort topk max_pool1d max_pool2d max_pool3d quantized_max_pool1d quantized_max_pool2d
+    quantized_max_pool3d reflection_pad1d reflection_pad2d upsample_nearest2d _upsample_nearest_exact2d
+    upsample_nearest3d _upsample_nearest_exact3d
+"""
+# The range of an input always holds 0, so what moves values towards it stays inside.
+_STAY_BETWEEN_VALUES = """
+    mean avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d
+    adaptive_avg_pool2d adaptive_avg_pool3d upsample_bilinear2d grid_sampler_2d relu relu_ relu6 hardtanh hardtanh_
+    clamp leaky_relu leaky_relu_ gelu dropout
+"""
+_HAVE_A_RANGE_OF_THEIR_OWN = "sigmoid tanh hardsigmoid"
+_KEEP_THE_RANGE = frozenset(
+    f"aten::{name}" for name in f"{_MOVE_VALUES} {_STAY_BETWEEN_VALUES} {_HAVE_A_RANGE_OF_THEIR_OWN}".split()
+)
+# These put a number in; 0 is in every range.
+_KEEP_THE_RANGE_WITH_ZERO = {"aten::constant_pad_nd": 2, "aten::masked_fill": 2, "aten::threshold": 2}
+# These make room for values, without any yet.
+_EMPTY = frozenset({"aten::empty_like", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided"})
+# These put tensors together, which is right where all have the same scale.
+_JOIN = frozenset({"aten::cat", "aten::stack"})
+# Of tensors that hold nothing but 0, which all have the same: a model that isn't trained may have such branches.
+_SCALE_OF_NOTHING = 1e-6
+_INSTEAD = {
+    "aten::cat": "cat",
+    "aten::stack": "cat of unsqueezed tensors",
+    "aten::add": "add",
+    "aten::mul": "mul",
+    "aten::matmul": "matmul",
+    "aten::bmm": "matmul",
+}
+# How far an INT8 operator may be from the same on FP32, in steps of its output: half of one for rounding, and one at
+# the end of the fixed range of sigmoid and its like, 255/256.
+_STEPS = 1.01
+
+
+_BUG = "INTERNAL ASSERT FAILED"  # torch's words for what says nothing to its users
+
+
+def run_or_refuse(converted: nn.Module, flow: Flow, example: Tensor) -> None:
+    """Run a converted model once; raises InputError with the innermost module that computes what torch has no INT8
+    kernel for, what eager mode takes no range of, or what torch's INT8 kernel answers with other values than FP32.
+
+    example: float32 [n, 3, H, W]. torch's engine must be set.
+    """
+    watched = _Watched(flow)
+    with running(converted) as modules:
+        try:
+            if flow is not Flow.dynamic:
+                # In inference mode torch hides what a function is made of.
+                with torch.no_grad(), watched:
+                    converted(example)
+            # While they are watched, some of torch's modules don't take their shortest way.
+            with torch.inference_mode():
+                converted(example)
+        except (RuntimeError, NotImplementedError, TypeError, AssertionError) as error:
+            where = place(*modules[-1])
+            if isinstance(error, _Refused):
+                sentence = f"flow={flow.value} can't quantize this model: {where} {error}{watched.advice}"
+                raise InputError(sentence) from error
+            raise InputError(
+                f"flow={flow.value} can't run this model: {where} does something that INT8 tensors don't take "
+                f"({watched.failed_in or _first_line(error)}){watched.advice}"
+            ) from error
+
+
+class _Refused(RuntimeError):
+    """The end of a sentence that begins with the module."""
+
+
+class _Watched(DispatchMode):
+    """Looks at each operator of torch's own that takes INT8 tensors; those of torch's INT8 modules have ranges.
+
+    failed_in: the operator that raised an error; advice: the end of a sentence about it.
+    """
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        self._flow = flow
+        self.failed_in, self.advice = "", ""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name, kwargs = func._schema.name, kwargs or {}
+        inputs = [value for value in tree_leaves((args, kwargs)) if _is_int8(value)]
+        if not inputs or not name.startswith("aten::") or name in _EMPTY:
+            try:
+                return func(*args, **kwargs)
+            except RuntimeError as error:
+                if _BUG in str(error):
+                    self.failed_in = name
+                raise
+        # FX has a range for every tensor that it quantizes, and one for all that are put together.
+        unobserved = self._flow is Flow.eager and not _keeps_the_range(name, args, inputs)
+        if unobserved and name in _JOIN:  # torch would warn of it in its own words
+            self._refuse(name, args)
+        expected = _in_float(func, args, kwargs)
+        try:
+            answer = func(*args, **kwargs)
+        except Exception:
+            self.failed_in, self.advice = name, self._advice(name, args)
+            raise
+        outputs = tree_leaves(answer)
+        if not any(map(_is_int8, outputs)):
+            return answer
+        if unobserved:
+            self._refuse(name, args)
+        if expected is not None:
+            for output, other in zip(outputs, tree_leaves(expected), strict=False):
+                _compare(name, output, other)
+        return answer
+
+    def _refuse(self, name: str, args: tuple[Any, ...]) -> None:
+        self.advice = self._advice(name, args)
+        raise _Refused(f"computes {name} on INT8 tensors, for whose output eager mode has no range")
+
+    def _advice(self, name: str, args: tuple[Any, ...]) -> str:
+        method = _INSTEAD.get(name.removesuffix("_"))
+        if method is None or self._flow is not Flow.eager:
+            return ""
+        if method in ("add", "mul") and isinstance(args[1], int | float):
+            method += "_scalar"
+        elif not all(_is_int8(value) for value in tree_leaves(args) if isinstance(value, Tensor)):
+            return ""  # it takes INT8 tensors alone
+        return f"; write torch.ao.nn.quantized.FloatFunctional().{method} in its place"
+
+
+def _is_int8(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_quantized
+
+
+def _in_float(func: Any, args: Any, kwargs: Any) -> Any:
+    """What the operator gives for the same values in FP32; None where it only exists for INT8."""
+    floats = tree_map(lambda value: value.dequantize() if _is_int8(value) else value, (args, dict(kwargs)))
+    try:
+        return func(*floats[0], **floats[1])
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def _keeps_the_range(name: str, args: Any, inputs: list[Tensor]) -> bool:
+    """Whether what the operator gives for any values lies in the range that torch gives it."""
+    if name in _KEEP_THE_RANGE_WITH_ZERO:
+        position = _KEEP_THE_RANGE_WITH_ZERO[name]
+        return len(args) <= position or args[position] == 0
+    if name in _JOIN:
+        scales = {(one.q_scale(), one.q_zero_point()) for one in inputs}
+        return len(scales) == 1 and inputs[0].q_scale() > _SCALE_OF_NOTHING
+    return name in _KEEP_THE_RANGE
+
+
+def _compare(name: str, output: Any, expected: Any) -> None:
+    """Raise _Refused where an INT8 operator's output is another than what the same operator gives in FP32."""
+    if not _is_int8(output):
+        return
+    steps = float((output.dequantize() - expected).abs().max()) / output.q_scale() if output.numel() else 0.0
+    if not steps <= _STEPS:
+        raise _Refused(
+            f"computes {name} with these arguments, which torch's INT8 kernel of "
+            f"engine={torch.backends.quantized.engine} answers with values that are up to {steps:.0f} steps of their "
+            "grid from those of FP32"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].split(". This could be")[0].rstrip(".")[:160] if lines else type(error).__name__

@@ -1,0 +1,534 @@
+"""What the convolutions and linear layers of a converted model answer with the 16-bit sums of x86 without VNNI.
+
+There, kernels multiply u8 by s8 and add pairs of products in int16, which saturates (the instruction vpmaddubsw),
+before they go on in int32. Which products make a pair follows from the order in which a kernel goes through a
+reduction, so its answer can be computed on any machine. Orders and rounding are those of the AVX2 kernels of FBGEMM
+(engines x86 and fbgemm) and oneDNN (engine onednn) in torch 2.13, and what comes out is bit for bit what these execute.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.ao.nn.intrinsic.quantized as nniq
+import torch.ao.nn.quantized as nnq
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from qexp.config.schema import Engine
+from qexp.errors import InputError
+from qexp.quantize.calibration.grid import HIGHEST, SAFE_CODE
+from qexp.quantize.graph.tensor_names import public
+from qexp.quantize.inspection.layers import conv_kind, is_per_channel, weight_scales
+from qexp.quantize.torch_backend.engines import engine
+from qexp.quantize.torch_backend.ignored_quant_max import highest_code, is_held, torch_class
+from qexp.quantize.torch_backend.onednn_strided_pointwise import AfterStride
+
+_INT16 = torch.iinfo(torch.int16)
+_CHUNK = 1 << 19
+"""Values held at once for one step: 2 MB of float32 stay in the cache of a core, which makes steps twice as fast."""
+
+_TRANSPOSED = (nnq.ConvTranspose1d, nnq.ConvTranspose2d, nnq.ConvTranspose3d)
+_LAYERS = (nnq.Conv1d, nnq.Conv2d, nnq.Conv3d, *_TRANSPOSED, nnq.Linear)
+# By exact type: torch.ao has subclasses that add another tensor, or apply other functions than ReLU.
+_EMULATED = (nnq.Conv2d, nniq.ConvReLU2d, nnq.Linear, nniq.LinearReLU)
+_RELUS = (nniq.ConvReLU2d, nniq.LinearReLU)
+
+
+# ------------------------------------------------------------------------------------------------ pairs of weights
+
+
+def int8_layers(converted: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Each INT8 convolution and linear layer with its name in `converted` (`names.public` gives the user's)."""
+    for name, module in converted.named_modules():
+        if isinstance(module, _LAYERS):
+            yield name, module
+
+
+def at_risk(converted: nn.Module, engine_name: Engine, kinds: Collection[str]) -> bool:
+    """Whether the weights of any layer let 16-bit sums overflow; a layer called as a function counts as one that does.
+
+    kinds: of layer in which kernels add up in 16 bits (see `saturation.overflowing_kinds`).
+    """
+    if engine_name is Engine.qnnpack or not kinds:
+        return False
+    if highest_code(converted) <= SAFE_CODE:
+        return False
+    functions = any(_is_int8_function(n) for n in _nodes(converted))
+    layers = (layer for _, layer in int8_layers(converted) if _kind(layer) in kinds)
+    return functions or any(can_overflow(layer, engine_name) for layer in layers)
+
+
+def weight_pairs(module: nn.Module, engine_name: Engine) -> Tensor:
+    """The weights of an INT8 convolution or linear layer in the pairs whose products `engine_name` adds in 16 bits.
+
+    int16 [out, pairs, 2]. All kernels go through a reduction in the order (kh, kw, channel of the group) and add
+    neighbours; what has no neighbour is paired with 0. In FBGEMM that is at most the last weight; oneDNN begins anew at
+    each tap, and qnnpack adds nothing in 16 bits. Raises InputError for transposed convolutions, whose order isn't
+    known, and for what is no INT8 layer.
+    """
+    layer = _checked(module)
+    weight = layer.weight()  # unpacked at every call
+    return _paired(_flat(weight), _run_length(layer, weight, engine_name))
+
+
+def overflowing(pairs: Tensor, highest: Tensor | None = None) -> Tensor:
+    """Which pairs of weights can leave int16, bool [...], with activations of 0 to `highest` (None: to 255, as uint8).
+
+    pairs: int16 [..., 2]; highest: int32 that broadcasts to it. The extremes of a pair are the sums of its positive and
+    of its negative products: with 255, only weights of one sign can overflow, whose sum is beyond 128 or -128.
+    """
+    if highest is None:
+        return (pairs[..., 0] + pairs[..., 1]).abs() > 128
+    products = pairs.to(torch.int32) * highest
+    return (products.clamp(min=0).sum(-1) > _INT16.max) | (products.clamp(max=0).sum(-1) < _INT16.min)
+
+
+def can_overflow(module: nn.Module, engine_name: Engine) -> bool:
+    """Whether any pair of products can leave int16: if none can, the layer's sums are exact whatever its input.
+
+    Raises InputError for what is neither an INT8 layer nor an emulated one.
+    """
+    return bool(overflowing(_possible_pairs(_inner(module), engine_name)).any())
+
+
+def overflow_test(module: nn.Module, engine_name: Engine) -> Callable[[Tensor], bool]:
+    """A test of what an INT8 layer gets, quint8 [n, channels, ...] or [..., features]: whether any pair of products can
+    leave int16 with the largest activation of each channel in there. If none can, these sums are exact.
+
+    Raises InputError for what is neither an INT8 layer nor an emulated one.
+    """
+    layer = _inner(module)
+    pairs = _possible_pairs(layer, engine_name)
+    outputs, which = overflowing(pairs).nonzero(as_tuple=True)
+    if not len(outputs):
+        return _never
+    risky = pairs[outputs, which]
+    if isinstance(layer, _TRANSPOSED):
+        # Any activation may meet any weight, as if all were of one channel.
+        width, channels = 1, torch.zeros_like(risky, dtype=torch.int64)
+    else:
+        groups, (of_group, terms, run) = _groups(layer), _reduction(layer, engine_name)
+        width, taken = groups * of_group, _paired((torch.arange(terms) % of_group)[None], run)[0]
+        channels = taken[which] + (outputs // (len(pairs) // groups) * of_group)[:, None]
+    along = -1 if isinstance(layer, (nnq.Linear, EmulatedLinear)) else 1
+
+    def test(images: Tensor) -> bool:
+        highest = images.int_repr().movedim(along, -1).reshape(-1, width).amax(0).int()
+        # What fills up the borders is the zero point.
+        return bool(overflowing(risky, highest.clamp(min=images.q_zero_point())[channels]).any())
+
+    return test
+
+
+def _never(images: Tensor) -> bool:
+    return False
+
+
+def _possible_pairs(layer: Any, engine_name: Engine) -> Tensor:
+    """`weight_pairs`; of a transposed convolution, whose order isn't known, the extremes of any two weights."""
+    if isinstance(layer, _Emulated):
+        return layer.pairs
+    if not isinstance(layer, _TRANSPOSED):
+        return weight_pairs(layer, engine_name)
+    extremes = torch.stack(layer.weight().int_repr().to(torch.int16).aminmax())
+    return torch.stack([extremes, extremes * (engine_name is not Engine.qnnpack)], dim=1)[:, None]
+
+
+def _inner(module: nn.Module) -> Any:
+    """The layer itself; Any, since of torch.ao's classes only the names are typed."""
+    return module.conv if isinstance(module, AfterStride) else module
+
+
+def _checked(module: nn.Module) -> Any:
+    layer = _inner(module)
+    if not isinstance(layer, _LAYERS) or isinstance(layer, _TRANSPOSED):
+        raise InputError(f"{type(layer).__name__} is no INT8 layer whose order of sums is known")
+    return layer
+
+
+def _groups(layer: nn.Module) -> int:
+    return int(getattr(layer, "groups", 1))
+
+
+def _reduction(layer: Any, engine_name: Engine) -> tuple[int, int, int]:
+    """How many channels a group has, how many terms are added up for an output, and `_run_length`."""
+    if isinstance(layer, _Emulated):
+        return layer.channels, layer.terms, layer.run
+    weight = layer.weight()
+    return weight.shape[1], weight[0].numel(), _run_length(layer, weight, engine_name)
+
+
+def _flat(weight: Tensor) -> Tensor:
+    """Quantized weights [out, channels, ...] as int16 [out, terms], the channels of a tap side by side."""
+    out, channels = weight.shape[:2]
+    return weight.int_repr().to(torch.int16).reshape(out, channels, -1).transpose(1, 2).flatten(1)
+
+
+def _run_length(layer: Any, weight: Tensor, engine_name: Engine) -> int:
+    """After how many terms of a reduction pairing begins anew.
+
+    FBGEMM: PackAWithIm2Col and GenerateI8Depthwise pack four terms at a time, whatever they are. oneDNN: the
+    convolution kernels (jit_uni_x8s8s32x) fill each tap's channels up to a multiple of 4, and those of groups whose
+    channels are no multiple of 4 go to an exact kernel; its matrix product halves a reduction of 257 to 767 terms
+    (get_k_padd in gemm_driver.cpp; longer ones it cuts into blocks of 384, which makes no difference).
+    """
+    terms, channels = weight[0].numel(), weight.shape[1]
+    if engine_name is Engine.qnnpack:
+        return 1
+    if engine_name is not Engine.onednn:
+        return terms
+    if isinstance(layer, nnq.Linear):
+        return -(-terms // 2) if 256 < terms < 768 else terms
+    exact = layer.groups > 1 and (channels % 4 or len(weight) // layer.groups % 4)
+    return 1 if exact else channels
+
+
+def _paired(values: Tensor, run: int) -> Tensor:
+    """[n, terms, ...] as neighbours [n, pairs, 2, ...] that are never of two runs, filled up with zeros."""
+    runs = _filled(values, 1, run).unflatten(1, (-1, run))
+    return _filled(runs, 2, 2).flatten(1, 2).unflatten(1, (-1, 2))
+
+
+def _filled(values: Tensor, dim: int, multiple: int) -> Tensor:
+    shape = list(values.shape)
+    shape[dim] = -shape[dim] % multiple
+    return torch.cat([values, values.new_zeros(shape)], dim) if shape[dim] else values
+
+
+# ------------------------------------------------------------------------------------------------ emulated layers
+
+
+def with_emulated_sums(converted: nn.Module, engine_name: Engine, saturating: bool = True) -> nn.Module:
+    """A copy of a converted model (eager or FX) whose layers compute as AVX2 kernels do, on any machine.
+
+    That is every INT8 Conv2d and Linear, with ReLU or without, dense, grouped and depthwise; `not_emulated` names the
+    rest, which runs as it did: run the copy within `engine(engine_name)`. With saturating=False their sums are exact
+    and only the rounding is the engine's. x86 means FBGEMM, to which it hands all layers where there is no VNNI. Raises
+    InputError for qnnpack, which has no 16-bit sums.
+    """
+    if engine_name is Engine.qnnpack:
+        raise InputError("engine=qnnpack adds up exactly: there are no 16-bit sums to emulate")
+    with engine(engine_name):
+        # Layers are packed anew for the engine that is set.
+        copied = copy.deepcopy(converted)
+    twins: dict[nn.Module, nn.Module] = {}
+    for owner in list(copied.modules()):
+        for name, child in list(owner._modules.items()):
+            if child is not None and torch_class(child) in _EMULATED:
+                # One layer under two names stays one.
+                twins[child] = twins.get(child) or _twin(child, engine_name, saturating)
+                setattr(owner, name, twins[child])
+    return copied
+
+
+def not_emulated(converted: nn.Module) -> tuple[str, ...]:
+    """Names of the INT8 layers that `with_emulated_sums` leaves alone: 1- and 3-dimensional, transposed, fused with
+    something else than ReLU, or called as functions.
+    """
+    modules = [
+        public(name, converted) for name, module in int8_layers(converted) if torch_class(module) not in _EMULATED
+    ]
+    return (*modules, *(node.name for node in _nodes(converted) if _is_int8_function(node)))
+
+
+def _nodes(converted: nn.Module) -> list[fx.Node]:
+    return list(converted.graph.nodes) if isinstance(converted, fx.GraphModule) else []
+
+
+def _is_int8_function(node: fx.Node) -> bool:
+    return node.op == "call_function" and str(node.target).startswith(("quantized.conv", "quantized.linear"))
+
+
+def _twin(layer: nn.Module, engine_name: Engine, saturating: bool) -> nn.Module:
+    if isinstance(layer, nnq.Conv2d):
+        return EmulatedConv2d(layer, engine_name, saturating)
+    assert isinstance(layer, nnq.Linear)
+    return EmulatedLinear(layer, engine_name, saturating)
+
+
+class _Emulated(nn.Module):
+    """What the emulated layers share: from rows of activations to quantized answers."""
+
+    pairs: Tensor
+    bias: Tensor | None
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+
+    def __init__(self, layer: Any, engine_name: Engine, saturating: bool) -> None:
+        super().__init__()
+        weight = layer.weight()
+        self.relu = torch_class(layer) in _RELUS
+        self.highest = layer.highest if is_held(layer) else HIGHEST
+        self.scale, self.zero_point = float(layer.scale), int(layer.zero_point)
+        self.groups, self.kind = _groups(layer), _kind(layer)
+        self.channels, self.terms, self.run = _reduction(layer, engine_name)
+        self.per_channel = is_per_channel(weight)
+        scale, zero_point = weight_scales(weight)
+        bias = layer.bias()
+        self.register_buffer("pairs", weight_pairs(layer, engine_name))
+        self.saturating = saturating and can_overflow(self, engine_name)
+        self.register_buffer("bias", None if bias is None else bias.detach().float())
+        self.register_buffer("weight_scale", scale.float())
+        self.register_buffer("weight_zero_point", zero_point.double())
+        self.requantized: Callable[[_Emulated, Tensor, float], Tensor] = _as_fbgemm
+        if engine_name is Engine.onednn:
+            self.requantized = _as_onednn
+            if isinstance(layer, nnq.Linear):
+                # Of convolutions only the activations' scales go through their reciprocals.
+                self.weight_scale = _reciprocal(_reciprocal(self.weight_scale))
+
+    def answers(self, rows: Tensor, input_scale: float, input_zero_point: int) -> Tensor:
+        """uint8 [out, positions] from the activations as float32 [groups, terms, positions]."""
+        sums = pair_sums(_paired(rows, self.run), self.pairs, self.saturating)
+        weights = self.pairs.double().sum((1, 2)) - self.terms * self.weight_zero_point
+        sums -= input_zero_point * weights[:, None]
+        if self.weight_zero_point.any():
+            activations = rows.double().sum(1).repeat_interleave(len(sums) // self.groups, dim=0)
+            sums -= self.weight_zero_point[:, None] * activations
+        return self.requantized(self, sums, input_scale)
+
+    def quantized(self, answers: Tensor) -> Tensor:
+        made: Tensor = torch._make_per_tensor_quantized_tensor(answers, self.scale, self.zero_point)
+        return made
+
+
+class EmulatedLinear(_Emulated):
+    """Takes and gives quint8 [..., features]."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        values = inputs.int_repr()
+        rows = values.reshape(-1, self.terms).T.float()
+        scale, zero_point = inputs.q_scale(), inputs.q_zero_point()
+        parts = [self.answers(r[None], scale, zero_point) for r in rows.split(_parts(self.terms), dim=1)]
+        return self.quantized(torch.cat(parts, dim=1).T.reshape(*values.shape[:-1], -1).contiguous())
+
+
+class EmulatedConv2d(_Emulated):
+    """Takes and gives quint8 [n, channels, rows, columns]."""
+
+    def __init__(self, layer: nnq.Conv2d, engine_name: Engine, saturating: bool) -> None:
+        super().__init__(layer, engine_name, saturating)
+        self.kernel, self.stride, self.dilation = _two(layer.kernel_size), _two(layer.stride), _two(layer.dilation)
+        above, left = _two(layer.padding)
+        self.padding = (left, left, above, above)
+        self.padding_mode = layer.padding_mode
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        scale, zero_point = inputs.q_scale(), inputs.q_zero_point()
+        windows = self._windows(self._padded(inputs.int_repr().float(), zero_point))
+        rows, columns = windows.shape[-2:]
+        parts = [
+            self.answers(some.reshape(self.groups, self.terms, -1), scale, zero_point)
+            for some in windows.split(_parts(self.groups * self.terms * rows * columns), dim=4)
+        ]
+        answers = torch.cat(parts, dim=1).unflatten(1, (-1, rows, columns)).transpose(0, 1)
+        return self.quantized(answers.contiguous(memory_format=torch.channels_last))
+
+    def _padded(self, images: Tensor, zero_point: int) -> Tensor:
+        if self.padding_mode == "zeros":
+            # What stands for 0 is the zero point.
+            return F.pad(images, self.padding, value=zero_point)
+        return F.pad(images, self.padding, mode=self.padding_mode)
+
+    def _windows(self, images: Tensor) -> Tensor:
+        """A view of images [n, channels, ...] as [groups, kh, kw, channels of a group, n, rows, columns]."""
+        windows = images.contiguous().unflatten(1, (self.groups, -1))
+        for dimension, size, stride, dilation in zip((3, 4), self.kernel, self.stride, self.dilation, strict=True):
+            windows = windows.unfold(dimension, dilation * (size - 1) + 1, stride)[..., ::dilation]
+        return windows.permute(1, 5, 6, 2, 0, 3, 4)
+
+
+def pair_sums(rows: Tensor, pairs: Tensor, saturating: bool = True) -> Tensor:
+    """Sums of products, float64 [out, positions]; if `saturating`, each pair's is clamped to int16 first.
+
+    rows: float32 [groups, pairs, 2, positions], integers of 0 to 255; pairs: int16 [out, pairs, 2]. All numbers on the
+    way are integers up to 2^53 (2^24 in float32), so nothing is rounded. Only pairs that can overflow with the largest
+    activations that these rows have are looked at one by one.
+    """
+    groups, count, _, positions = rows.shape
+    outputs_of_group = len(pairs) // groups
+    dtype = torch.float32 if 2 * count * HIGHEST * 128 <= 1 << 24 else torch.float64
+    weights = pairs.to(dtype).view(groups, outputs_of_group, 2 * count)
+    sums = torch.bmm(weights, rows.to(dtype).view(groups, 2 * count, positions)).flatten(0, 1).double()
+    if not saturating:
+        return sums
+    highest = rows.amax(-1).to(torch.int32).repeat_interleave(outputs_of_group, dim=0)
+    outputs, which = overflowing(pairs, highest).nonzero(as_tuple=True)
+    pairs_of_rows = rows.reshape(groups * count, 2, positions)
+    step = _parts(4 * positions)
+    for output, pair in zip(outputs.split(step), which.split(step), strict=True):
+        factors = pairs[output, pair].float()
+        activations = pairs_of_rows[output // outputs_of_group * count + pair]
+        sum_of_two = activations[:, 0] * factors[:, :1] + activations[:, 1] * factors[:, 1:]
+        lost = sum_of_two.clamp(_INT16.min, _INT16.max) - sum_of_two
+        sums.index_add_(0, output, lost.double())
+    return sums
+
+
+def _as_fbgemm(layer: _Emulated, sums: Tensor, input_scale: float) -> Tensor:
+    """uint8 [out, positions]; requantizeOutputProcessingAvx2 in FBGEMM's QuantUtilsAvx2.cc.
+
+    It divides the bias by the product of scales if weights are per channel. Per tensor it multiplies by the reciprocal,
+    which its compiler fuses with the addition: rounded once, as here by way of float64.
+    """
+    product = _float32(input_scale) * layer.weight_scale
+    values = sums.float()
+    if layer.bias is not None and layer.per_channel:
+        values = values + (layer.bias / product)[:, None]
+    elif layer.bias is not None:
+        values = (values.double() + (layer.bias.double() * _reciprocal(product).double())[:, None]).float()
+    steps = (values * (product / _float32(layer.scale))[:, None]).round()
+    return (steps + layer.zero_point).clamp(layer.zero_point if layer.relu else 0, layer.highest).to(torch.uint8)
+
+
+def _as_onednn(layer: _Emulated, sums: Tensor, input_scale: float) -> Tensor:
+    """uint8 [out, positions]; store_output in oneDNN's jit_uni_x8s8s32x_conv_kernel.cpp.
+
+    It adds the zero point before it rounds. torch hands it the reciprocals of scales, which rounds those again.
+    """
+    product = _reciprocal(_reciprocal(input_scale)) * layer.weight_scale
+    values = sums.float() * product[:, None]
+    if layer.bias is not None:
+        values = values + layer.bias[:, None]
+    if layer.relu:
+        values = values.clamp(min=0)
+    inverse = _reciprocal(_reciprocal(_reciprocal(layer.scale)))
+    return (values * inverse + layer.zero_point).clamp(0, layer.highest).round().to(torch.uint8)
+
+
+def _float32(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32)
+
+
+def _reciprocal(value: Tensor | float) -> Tensor:
+    """Rounded once, to float32."""
+    return torch.as_tensor(value, dtype=torch.float64).reciprocal().float()
+
+
+def _two(values: Sequence[int] | str) -> tuple[int, int]:
+    first, second = (int(value) for value in values)
+    return first, second
+
+
+def _parts(values: int) -> int:
+    """How many things of that many values make a chunk."""
+    return max(1, _CHUNK // values)
+
+
+# ------------------------------------------------------------------------------------------------ layer by layer
+
+
+@dataclass(frozen=True)
+class LayerSums:
+    """How one INT8 layer's quantized outputs differ from another's, both given the same input."""
+
+    name: str
+    kind: str
+    outputs: int
+    """How many were compared, or found to be the same whatever adds them up."""
+    different: int
+    """How many differ by more than one step of the output's grid. One step is how libraries round differently: with
+    the same sums, FBGEMM and qnnpack give neighbours for about one output in ten thousand."""
+    largest: int
+    """Largest difference of those compared, in steps."""
+    highest: int = 0
+    """Largest activation that it got, as a code; 0 where its weights let none overflow."""
+
+    @property
+    def share(self) -> float:
+        return self.different / self.outputs
+
+    @property
+    def saturates(self) -> bool:
+        """Whether 16-bit sums were seen to change an answer."""
+        return self.different > 0
+
+
+@contextmanager
+def compared(
+    executed: nn.Module, other: nn.Module, engine_name: Engine, whole: bool = False
+) -> Iterator[dict[str, LayerSums]]:
+    """While `other` runs in this context, give each INT8 layer of `executed` what its namesake in there gets, and
+    compare what both answer: by layer, in the order in which layers are called.
+
+    So each layer is judged by itself, not by what those before it did. Where the activations that it gets are too small
+    for 16 bits to overflow (see `overflow_test`), both have the same sums, and the engine's own kernel answers for the
+    two, unless the `whole` of other is to run. Both models are converted from the same prepared one for `engine_name`,
+    or one of them is an emulated copy. The kind is conv, pointwise, grouped, depthwise or linear. Raises InputError
+    where `executed` lacks a layer of `other`.
+    """
+    theirs, mine = _by_name(other), _by_name(executed)
+    missing = [name for name in theirs if name not in mine]
+    if missing:
+        raise InputError(f"the executed model has no INT8 layer {missing[0]}, so the two can't be compared")
+    found: dict[str, LayerSums] = {}
+
+    def compare(name: str) -> Callable[[Tensor], Tensor]:
+        own, namesake = theirs[name].forward, mine[name]
+        kind, can_overflow_with = _kind(theirs[name]), overflow_test(namesake, engine_name)
+        kernel = own if whole or isinstance(namesake, _Emulated) else namesake
+
+        def forward(images: Tensor) -> Tensor:
+            different = largest = 0
+            if can_overflow_with(images):
+                output = own(images)
+                steps = (namesake(images).int_repr().int() - output.int_repr().int()).abs()
+                different, largest = int((steps > 1).sum()), int(steps.max())
+            else:
+                output = kernel(images)
+            before = found.get(name, LayerSums(name, kind, 0, 0, 0))
+            highest = 0 if can_overflow_with is _never else int(images.int_repr().max())
+            found[name] = LayerSums(
+                name,
+                kind,
+                before.outputs + output.numel(),
+                before.different + different,
+                max(before.largest, largest),
+                max(before.highest, highest),
+            )
+            return output
+
+        return forward
+
+    forwards = {name: compare(name) for name in theirs}
+    for name, layer in theirs.items():
+        vars(layer)["forward"] = forwards[name]
+    try:
+        yield found
+    finally:
+        for layer in theirs.values():
+            del vars(layer)["forward"]
+
+
+def layer_by_layer(
+    executed: nn.Module, other: nn.Module, batches: Iterable[Tensor], engine_name: Engine
+) -> tuple[LayerSums, ...]:
+    """Run `other` on float32 [n, 3, H, W] batches, and compare its layers with those of `executed` (see `compared`)."""
+    with compared(executed, other, engine_name) as found, engine(engine_name), torch.inference_mode():
+        for batch in batches:
+            other(batch)
+    return tuple(found.values())
+
+
+def _by_name(converted: nn.Module) -> dict[str, nn.Module]:
+    """By its public name, each INT8 layer, with the stride that is taken before it."""
+    found: dict[str, nn.Module] = {}
+    for name, module in converted.named_modules():
+        if isinstance(module, (*_LAYERS, _Emulated, AfterStride)):
+            found.setdefault(public(name, converted), module)
+    return found
+
+
+def _kind(module: Any) -> str:
+    layer = _inner(module)
+    if isinstance(layer, _Emulated):
+        return layer.kind
+    if isinstance(layer, nnq.Linear):
+        return "linear"
+    return "conv_transpose" if isinstance(layer, _TRANSPOSED) else conv_kind(layer.weight().shape, layer.groups)

@@ -1,0 +1,1 @@
+"""torch.ao's engines, and the workarounds for torch's bugs."""

@@ -1,0 +1,177 @@
+"""Layers that stay in FP32, since torch's INT8 ones compute something else, are too coarse, or don't exist.
+
+torch's fx flow dequantizes before whatever it doesn't know and quantizes behind it; in the eager flow a wrapper does.
+
+What is known of torch 2.13 on x86, besides transposed convolutions, each found by comparing the INT8 layer with its
+float twin on the same dequantized input:
+
+- GroupNorm and InstanceNorm of channels-last tensors, which convolutions give, answer at random where a group has fewer
+  than 64 values: so did all of 39 sizes below that, in 6 calls on 64 images, and none of 9 from 64 on.
+- A softmax or sigmoid has a fixed grid of 1/256, which is coarse where it gives the model's answer.
+- Average pooling with a divisor of its own hands on its input's grid, beyond which its output may lie.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.ao.quantization import DeQuantStub, QuantStub
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.overrides import TorchFunctionMode
+
+from qexp.config.schema import Engine
+from qexp.quantize.graph.tracing import standard_type
+from qexp.quantize.torch_backend import transposed_convolutions
+from qexp.quantize.torch_backend.onednn_strided_pointwise import contiguous_strides, strides_are_ambiguous
+
+_VALUES_IN_A_GROUP = 64
+RANDOM_NORM = f"torch's INT8 kernel answers at random where a group has fewer than {_VALUES_IN_A_GROUP} values"
+_WITHOUT_INT8 = (
+    nn.PReLU,
+    nn.CELU,
+    nn.SELU,
+    nn.SiLU,
+    nn.Mish,
+    nn.GLU,
+    nn.Softplus,
+    nn.Softsign,
+    nn.LogSigmoid,
+    nn.Softmax,
+    nn.Softmax2d,
+    nn.LogSoftmax,
+    nn.AdaptiveMaxPool2d,
+    nn.LPPool2d,
+    nn.LocalResponseNorm,
+    nn.RMSNorm,
+    nn.ReplicationPad2d,
+    nn.CircularPad2d,
+)
+_PROBABILITIES = (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Sigmoid, nn.LogSigmoid)
+
+
+class InFloat(nn.Module):
+    """A layer of the eager flow that stays in FP32: dequantize, layer, quantize (but for the model's answer).
+
+    Where the model's author has dequantized before it, it gives FP32 too.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.dequant, self.layer = DeQuantStub(), layer
+        self.quant = None if getattr(layer, _LAST, False) else QuantStub()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.layer(self.dequant(inputs))
+        if self.quant is None or not (inputs.is_quantized or isinstance(self.quant, QuantStub)):
+            return outputs
+        quantized: Tensor = self.quant(outputs)
+        return quantized
+
+
+_REASON, _LAST = "stays_float", "gives_answer"
+
+
+def why_float(module: nn.Module, engine: Engine) -> str:
+    """Why this float layer has to stay in FP32 with this engine; empty where it hasn't."""
+    return str(getattr(module, _REASON, "")) or transposed_convolutions.why_float(module, engine)
+
+
+def norm_is_random(values: int) -> bool:
+    """Whether torch's INT8 instance and group norms answer at random, with as many values in a group."""
+    return values < _VALUES_IN_A_GROUP
+
+
+def mark_float_layers(module: nn.Module, example: Tensor) -> None:
+    """Note, in place, which layers of a model have to stay in FP32 in the eager flow, and why.
+
+    And see that tensors leave layers as torch's INT8 functions need them: dequantized for a softmax that gives the
+    answer, with plain strides for a mean of maps of 1x1.
+
+    example: float32 [n, 3, H, W], by which is known how large the maps are, and what gives the answer.
+    """
+    seen = _Seen()
+    seen.run(module, example[:1])
+    for layer, inputs in seen.inputs.items():
+        last = layer in seen.last
+        reason = _reason(layer, inputs, last)
+        if reason:
+            layer.__dict__[_REASON], layer.__dict__[_LAST] = reason, last
+    for layer in seen.before_answer:
+        layer.register_forward_hook(dequantized)
+    for layer in seen.before_mean:
+        layer.register_forward_hook(contiguous_strides)
+
+
+def dequantized(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    """A forward hook: the output in FP32."""
+    return output.dequantize() if output.is_quantized else output
+
+
+def _reason(layer: nn.Module, inputs: torch.Size, last: bool) -> str:
+    kind = standard_type(layer)
+    if kind is None:
+        return ""
+    if issubclass(kind, nn.GroupNorm | _InstanceNorm):
+        groups: Any = layer.num_groups if isinstance(layer, nn.GroupNorm) else layer.num_features
+        return RANDOM_NORM if norm_is_random(math.prod(inputs[1:]) // groups) else ""
+    if issubclass(kind, nn.AvgPool2d | nn.AvgPool3d):
+        return "its divisor takes it beyond its input's range" if getattr(layer, "divisor_override", None) else ""
+    if last and issubclass(kind, _PROBABILITIES):
+        return "it gives the model's answer, for which the fixed grid of 1/256 is too coarse"
+    if issubclass(kind, _WITHOUT_INT8) or (issubclass(kind, nn.Upsample) and getattr(layer, "mode", "") == "bicubic"):
+        return f"torch has no INT8 module for {kind.__name__} that computes the same"
+    return ""
+
+
+class _Seen(TorchFunctionMode):
+    """What a model computes for an image.
+
+    inputs: of each layer that takes and gives a tensor, its input's shape. last: the layers among `_PROBABILITIES` that
+    give the model's answer; before_answer: those whose output a function like them makes the answer of; before_mean:
+    those whose output has strides that a mean in INT8 can't tell from channels-last.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs: dict[nn.Module, torch.Size] = {}
+        self.last: set[nn.Module] = set()
+        self.before_answer: set[nn.Module] = set()
+        self.before_mean: set[nn.Module] = set()
+        self._made_by: dict[int, nn.Module] = {}  # by address: who wrote there last
+        self._probabilities: list[tuple[Tensor, nn.Module, set[nn.Module]]] = []
+
+    def run(self, module: nn.Module, image: Tensor) -> None:
+        """Look at one image, float32 [1, 3, H, W]."""
+        layers = [layer for layer in module.modules() if not list(layer.children())]
+        handles = [layer.register_forward_hook(self._after) for layer in layers]
+        try:
+            with torch.inference_mode(), self:
+                answer = module(image.clone())
+        finally:
+            for handle in handles:
+                handle.remove()
+        for output, layer, found in self._probabilities:
+            if isinstance(answer, Tensor) and output.data_ptr() == answer.data_ptr():
+                found.add(layer)
+
+    def _after(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
+            self.inputs[layer] = inputs[0].shape
+            self._made_by[output.data_ptr()] = layer
+            if isinstance(layer, _PROBABILITIES):
+                self._probabilities.append((output, layer, self.last))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        source = args[0] if args and name in ("mean", "softmax", "log_softmax", "sigmoid") else None
+        layer = self._made_by.get(source.data_ptr()) if isinstance(source, Tensor) else None
+        if isinstance(source, Tensor) and layer is not None:
+            if name == "mean" and source.ndim == 4 and strides_are_ambiguous(source.shape):
+                self.before_mean.add(layer)
+            elif name != "mean":
+                self._probabilities.append((output, layer, self.before_answer))
+        return output

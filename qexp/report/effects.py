@@ -1,0 +1,314 @@
+"""Effects of settings, calibration draws and calibration sizes, computed from tracked runs; tables.py words them.
+
+Accuracies are fractions of 1. Two kinds of chance are kept apart: the *sampling error*, what other test images would
+change, is half the 95% interval of a run's difference to FP32; the *spread of draws*, what other calibration images
+(`calib.seed`) change on the same test images, is a standard deviation that only several runs tell.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist, fmean
+from typing import TYPE_CHECKING
+
+from qexp.config.schema import NOT_APPLICABLE
+from qexp.records import Interval, Row, Source
+
+if TYPE_CHECKING:
+    from qexp.statistics import (
+        Plateau,  # imported where it is used, since a refusal in a second is worth more than scipy
+    )
+
+# What the tag `accuracy_source` says where the accuracy on the target's CPU isn't that of what ran here.
+SOURCES: dict[str, str] = {
+    Source.exact: "with sums that don't saturate",
+    Source.emulated: "with its kernels' 16-bit sums emulated",
+}
+
+# Fewer pairs than this tell next to nothing about how much they vary.
+PAIRS_FOR_INTERVAL = 3
+
+SIZE, DRAW = "calib.batches", "calib.seed"
+CALIBRATION = ("calib", SIZE, DRAW)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A run's accuracies as they are shown; fp32 and int8 on the same images, delta their paired difference.
+
+    source: "" where they are of what ran here, else a key of SOURCES, and they are the target's. comparable: INT8
+    accuracy that can be compared between runs on different numbers of images, FP32's on the whole evaluation set plus
+    the paired difference (the difference estimator of survey sampling); int8 where source is "".
+    """
+
+    fp32: float
+    int8: float
+    delta: Interval
+    source: str
+    comparable: float
+
+    @property
+    def sampling(self) -> float:
+        """The sampling error: half the 95% interval of delta."""
+        return (self.delta.high - self.delta.low) / 2
+
+
+def accuracy(row: Row) -> Accuracy | None:
+    """None where the run has none."""
+    source = row.tags.get("accuracy_source", "")
+    source = source if source in SOURCES and "accuracy/int8_target" in row.metrics else ""
+    on = "_target" if source else ""
+    names = ("fp32", f"int8{on}", f"delta{on}", f"delta{on}_low", f"delta{on}_high")
+    found = together(row, *(f"accuracy/{name}" for name in names))
+    if not found:
+        return None
+    fp32, int8, delta, low, high = found
+    interval = Interval(delta, low, high, 0.95, "Tango score")
+    if source:
+        return Accuracy(int8 - delta, int8, interval, source, fp32 + delta)
+    return Accuracy(fp32, int8, interval, "", int8)
+
+
+Run = tuple[Row, Accuracy]
+
+
+def together(row: Row, *metrics: str) -> list[float]:
+    """Metrics that are logged together, in this order; nothing where one is missing."""
+    return [row.metrics[name] for name in metrics] if row.metrics.keys() >= set(metrics) else []
+
+
+def finished(rows: Iterable[Row]) -> list[Row]:
+    return [row for row in rows if row.status == "FINISHED"]
+
+
+def compared(rows: Iterable[Row]) -> list[Run]:
+    """The finished runs that have an accuracy, with it."""
+    return [(row, found) for row in finished(rows) if (found := accuracy(row))]
+
+
+def value(row: Row, setting: str) -> str:
+    return row.params.get(setting, NOT_APPLICABLE)
+
+
+def _values(row: Row, settings: Iterable[str]) -> tuple[str, ...]:
+    return tuple(value(row, setting) for setting in settings)
+
+
+def varied(rows: Sequence[Row], without: Sequence[str] = ()) -> list[str]:
+    """The settings with several values among the rows; of those that split the rows in the same way the first.
+
+    Not what was resolved, nor a setting that has one value and no effect in the other rows: another one says so.
+    """
+    result: dict[tuple[int, ...], str] = {}
+    for name in dict.fromkeys(name for row in rows for name in row.params):
+        values = [value(row, name) for row in rows]
+        if not name.startswith("resolved.") and name not in without and len({*values} - {NOT_APPLICABLE}) > 1:
+            result.setdefault(tuple(map(values.index, values)), name)
+    return list(result.values())
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one value of one setting does, over the runs that have it.
+
+    accuracy, speedup: means over those runs; delta_accuracy, delta_speedup: mean difference to the setting's first
+    value, over `pairs` pairs of runs that are equal in every other setting; None where there is no such pair.
+    interval: of delta_accuracy as the mean of pairs that vary at random (t, 95%), from PAIRS_FOR_INTERVAL pairs on: it
+    tells how the effect varies from pair to pair and nothing of the sampling error that all pairs share.
+    """
+
+    setting: str
+    value: str
+    runs: int
+    accuracy: float
+    speedup: float | None
+    pairs: int
+    delta_accuracy: float | None
+    interval: Interval | None
+    delta_speedup: float | None
+
+
+def effects(rows: Sequence[Row]) -> list[Effect]:
+    """The effect of each value of each setting that varied among the finished runs."""
+    runs = compared(rows)
+    names = varied([row for row, _ in runs])
+    result = []
+    for name in names:
+        others = _held(name, names, [row for row, _ in runs])
+        having: dict[str, list[Run]] = {}
+        for run in runs:
+            having.setdefault(value(run[0], name), []).append(run)
+        first = {_values(run[0], others): run for run in next(iter(having.values()))}
+        for index, (choice, group) in enumerate(having.items()):
+            pairs = [(first[key], run) for run in group if (key := _values(run[0], others)) in first]
+            result.append(_effect(name, choice, group, pairs, is_first=index == 0))
+    return result
+
+
+def _held(name: str, names: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    """The settings that are equal in otherwise equal runs: all others but those that can't be while `name` varies, a
+    group's choice and the fields that it sets. A field that is swept beside its group's choice is held."""
+
+    def sets(group: str, field: str) -> bool:
+        pairs = {(value(row, group), value(row, field)) for row in rows}
+        return field.startswith(f"{group}.") and len(pairs) == len({choice for choice, _ in pairs})
+
+    return [other for other in names if other != name and not sets(name, other) and not sets(other, name)]
+
+
+def _effect(
+    setting: str, choice: str, group: Sequence[Run], pairs: Sequence[tuple[Run, Run]], is_first: bool
+) -> Effect:
+    from qexp import statistics
+
+    differences = [b.comparable - a.comparable for (_, a), (_, b) in pairs]
+    speedups = [together(row, "latency/speedup") for row, _ in group]
+    steps = [(together(a, "latency/speedup"), together(b, "latency/speedup")) for (a, _), (b, _) in pairs]
+    return Effect(
+        setting,
+        choice,
+        runs=len(group),
+        accuracy=fmean(found.comparable for _, found in group),
+        speedup=_mean([speedup for known in speedups for speedup in known]),
+        pairs=len(pairs),
+        delta_accuracy=_mean(differences),
+        interval=statistics.mean_interval(differences) if len(pairs) >= PAIRS_FOR_INTERVAL and not is_first else None,
+        delta_speedup=_mean([b[0] - a[0] for a, b in steps if a and b]),
+    )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Runs that differ in their calibration images alone: settings: those that vary between such groups, by name.
+
+    accuracies: INT8's, one a draw; sampling: mean sampling error of a run.
+    """
+
+    settings: dict[str, str]
+    accuracies: tuple[float, ...]
+    sampling: float
+
+
+def draws(rows: Sequence[Row]) -> list[Draws]:
+    """The draws of each combination of settings of which there are two or more; the same seed twice is one draw."""
+    groups: dict[frozenset[tuple[str, str]], dict[str, Run]] = {}
+    for row, found in compared(rows):
+        rest = {name: text for name, text in row.params.items() if name != DRAW and not name.startswith("resolved.")}
+        groups.setdefault(frozenset(rest.items()), {}).setdefault(value(row, DRAW), (row, found))
+    several = [list(group.values()) for group in groups.values() if len(group) > 1]
+    names = varied([row for group in several for row, _ in group], without=[DRAW])
+    return [
+        Draws(
+            {name: value(group[0][0], name) for name in names},
+            tuple(found.comparable for _, found in group),
+            fmean(found.sampling for _, found in group),
+        )
+        for group in several
+    ]
+
+
+@dataclass(frozen=True)
+class Spreads:
+    """Both kinds of chance as standard deviations; draws: pooled over settings, with its 95% interval."""
+
+    draws: Interval
+    images: float
+
+    @property
+    def can_tell(self) -> bool:
+        """Whether it can be told which is the larger."""
+        return not self.draws.low <= self.images <= self.draws.high
+
+
+def spreads(groups: Sequence[Draws]) -> Spreads:
+    """images: mean sampling error over 1.96."""
+    from qexp import statistics
+
+    spread, freedom = statistics.pooled_spread([group.accuracies for group in groups])
+    images = fmean(group.sampling for group in groups) / NormalDist().inv_cdf(0.975)
+    return Spreads(statistics.spread_interval(spread, freedom), images)
+
+
+@dataclass(frozen=True)
+class Size:
+    """One number of calibration images: batches (None: all), images if known, and INT8 accuracies, one a draw.
+
+    exact: all images, in an order that doesn't matter: there is no draw, and the accuracy has no spread.
+    """
+
+    batches: int | None
+    images: float | None
+    accuracies: tuple[float, ...]
+    exact: bool
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Runs that differ in their number of calibration images and draws alone, and how many images are enough.
+
+    settings: those that vary between such groups, by name; sizes: smallest first; sampling: mean sampling error of a
+    run; plateau: by `stats.plateau`, None where draws can't tell; enough: index of the size from which on larger ones
+    are shown to bring less than the sampling error (`stats.enough`), None where none is.
+    """
+
+    settings: dict[str, str]
+    sizes: tuple[Size, ...]
+    sampling: float
+    plateau: Plateau | None
+    enough: int | None
+
+
+def calibrations(rows: Sequence[Row]) -> list[Calibration]:
+    """One for each combination of the other settings in which `calib.batches` varied."""
+    from qexp import statistics
+
+    runs = [run for run in compared(rows) if value(run[0], SIZE) != NOT_APPLICABLE]
+    names = varied([row for row, _ in runs], without=CALIBRATION)
+    result = []
+    for whole in _combinations([_values(row, names) for row, _ in runs]):
+        group = [run for run in runs if _fits(_values(run[0], names), whole)]
+        sizes = _sizes(group)
+        if len(sizes) < 2:
+            continue
+        accuracies, exact = [size.accuracies for size in sizes], sizes[-1].exact
+        sampling = fmean(found.sampling for _, found in group)
+        plateau, enough = statistics.plateau(accuracies, exact), statistics.enough(accuracies, sampling, exact)
+        result.append(Calibration(dict(zip(names, whole, strict=True)), sizes, sampling, plateau, enough))
+    return result
+
+
+def _fits(values: tuple[str, ...], whole: tuple[str, ...]) -> bool:
+    """Whether the values are those of `whole`, but for settings that have no effect."""
+    return all(a in (b, NOT_APPLICABLE) for a, b in zip(values, whole, strict=True))
+
+
+def _combinations(values: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The distinct ones, without those that fit another: runs without a setting's effect go with each of its values."""
+    keys = list(dict.fromkeys(values))
+    return [key for key in keys if not any(_fits(key, other) for other in keys if other != key)]
+
+
+def _sizes(runs: Sequence[Run]) -> tuple[Size, ...]:
+    """Smallest first; of runs with the same size and seed the first."""
+    groups: dict[str, dict[str, Run]] = {}
+    for row, found in runs:
+        groups.setdefault(value(row, SIZE), {}).setdefault(value(row, DRAW), (row, found))
+    result = []
+    for batches in sorted(groups, key=lambda text: math.inf if text == "null" else int(text)):
+        group = groups[batches]
+        first = next(iter(group.values()))[0]
+        result.append(
+            Size(
+                None if batches == "null" else int(batches),
+                first.metrics.get("calib/images"),
+                tuple(found.comparable for _, found in group.values()),
+                exact=batches == "null" and NOT_APPLICABLE in group,
+            )
+        )
+    return tuple(result)

@@ -1,0 +1,257 @@
+"""From predictions, timings, layers and files to the numbers that are logged, and to what one must know of them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from qexp import quantize, statistics
+from qexp.accuracy.target_cpu import Answer
+from qexp.config.schema import Config, Engine, Flow, Overflow, Scheme, Target
+from qexp.data.splits import Data
+from qexp.latency import protocol
+from qexp.quantize import Narrowed, supported
+from qexp.quantize.saturation import kernels
+from qexp.records import Artifact, Interval, Layer, Predictions, Saturation, Source
+
+
+def of_accuracy(fp32: Predictions, int8: Predictions) -> dict[str, float]:
+    """Both accuracies on the same images, and their paired difference with what is known of it."""
+    fp32_only, int8_only, n = statistics.discordant(fp32, int8)
+    delta = statistics.tango(fp32_only, int8_only, n)
+    wilson = {name: statistics.wilson(int(p.correct.sum()), n) for name, p in (("fp32", fp32), ("int8", int8))}
+    sqnr = statistics.sqnr(fp32.logits, int8.logits)
+    return {
+        **{f"accuracy/{name}": interval.value for name, interval in wilson.items()},
+        **{f"accuracy/{name}_low": interval.low for name, interval in wilson.items()},
+        **{f"accuracy/{name}_high": interval.high for name, interval in wilson.items()},
+        "accuracy/delta": delta.value,
+        "accuracy/delta_low": delta.low,
+        "accuracy/delta_high": delta.high,
+        "accuracy/mcnemar_p": statistics.mcnemar(fp32_only, int8_only),
+        "accuracy/agreement": statistics.agreement(fp32, int8),
+        "accuracy/detectable": statistics.detectable(fp32_only, int8_only, n),
+        "accuracy/kl": statistics.kl_divergence(fp32, int8),
+        **({"accuracy/sqnr_db": sqnr} if math.isfinite(sqnr) else {}),
+    }
+
+
+def of_target(fp32: Predictions, answer: Answer, margin: float) -> dict[str, float]:
+    """INT8 accuracy on the CPU that `target` means, and what 16-bit sums cost on whichever CPU has them."""
+    first_only, second_only, n = statistics.discordant(fp32.at(answer.images), answer.target)
+    delta = statistics.tango(first_only, second_only, n)
+    found = {
+        "accuracy/int8_target": float(answer.target.correct.mean()),
+        "accuracy/delta_target": delta.value,
+        "accuracy/delta_target_low": delta.low,
+        "accuracy/delta_target_high": delta.high,
+        "accuracy/target_images": float(n),
+        "accuracy/non_inferiority_p": statistics.non_inferiority(first_only, second_only, n, margin),
+        "saturation/layers": float(len(answer.saturating_layers)),
+    }
+    loss = _lost_to_saturation(answer)
+    if loss is None or answer.exact is None or answer.saturating is None:
+        return found
+    found |= {
+        "accuracy/int8_exact": float(answer.exact.correct.mean()),
+        "accuracy/exact_images": float(len(answer.exact.labels)),
+    }
+    if not answer.saturating_layers:
+        # What differs between the two is how libraries round.
+        return found
+    sqnr = statistics.sqnr(answer.exact.logits, answer.saturating.logits)
+    return found | {
+        "saturation/loss": loss.value,
+        "saturation/loss_low": loss.low,
+        "saturation/loss_high": loss.high,
+        "saturation/agreement": statistics.agreement(answer.exact, answer.saturating),
+        **({"saturation/sqnr_db": sqnr} if math.isfinite(sqnr) else {}),
+    }
+
+
+def _lost_to_saturation(answer: Answer) -> Interval | None:
+    """Exact minus saturating accuracy, paired by image; None where the two were not compared."""
+    if answer.exact is None or answer.saturating is None:
+        return None
+    return statistics.tango(*statistics.discordant(answer.saturating, answer.exact))
+
+
+def verdict(fp32: Predictions, answer: Answer, margin: float, guard: Overflow = Overflow.none) -> str:
+    """The verdict on the target's accuracy in words, with 16-bit saturation as its cause where that is shown.
+
+    guard: what was executed, not auto."""
+    first_only, second_only, n = statistics.discordant(fp32.at(answer.images), answer.target)
+    said = statistics.verdict(first_only, second_only, n, margin)
+    lost = _lost_to_saturation(answer)
+    if lost is None or answer.exact is None or answer.target_is_exact or lost.low <= 0:
+        return said
+    rest = statistics.tango(*statistics.discordant(fp32.at(answer.compared), answer.exact))
+    cause = "all of it" if rest.high >= 0 else f"{100 * lost.value:.1f} of them"
+    points = 100 * (first_only - second_only) / n
+    advice = f"{_instead_of(guard)} avoids it"
+    return f"{said}; {points:.1f} points lost, {cause} to 16-bit sums that saturate; {advice}"
+
+
+def _instead_of(guard: Overflow) -> str:
+    """The guard that avoids what this one lets happen: those that look at images, or at a range, do so on calibration
+    images."""
+    return f"qconfig.overflow={Overflow.auto if guard is Overflow.none else Overflow.weights}"
+
+
+def of_latency(timings: list[protocol.Timing]) -> dict[str, float]:
+    """p50, p90 and p99 of each variant at the first batch size and number of threads, and fastest over fastest."""
+    first = [timing for timing in headline(timings) if timing.control_of is None]
+    if not first:
+        return {}
+    metrics: dict[str, float] = {}
+    for timing in first:
+        summary = timing.summary
+        metrics[f"latency/{timing.variant}_ms"] = summary.p50
+        metrics[f"latency/{timing.variant}_p90_ms"] = summary.p90
+        if summary.p99 is not None:
+            metrics[f"latency/{timing.variant}_p99_ms"] = summary.p99
+    fp32, int8 = fastest(first)
+    ratio = protocol.speedup(fp32, int8)
+    return metrics | {
+        "latency/fp32_ms": fp32.summary.p50,
+        "latency/int8_ms": int8.summary.p50,
+        "latency/speedup": ratio.value,
+        "latency/speedup_low": ratio.low,
+        "latency/speedup_high": ratio.high,
+    }
+
+
+def headline(timings: list[protocol.Timing]) -> list[protocol.Timing]:
+    """The timings at the first batch size and the first number of threads: those that metrics hold."""
+    return [t for t in timings if (t.batch_size, t.threads) == (timings[0].batch_size, timings[0].threads)]
+
+
+def fastest(timings: list[protocol.Timing]) -> tuple[protocol.Timing, protocol.Timing]:
+    """The fastest FP32 and the fastest INT8 variant on the CPU."""
+    on_cpu = [t for t in timings if t.control_of is None and t.variant != "fp32_cuda"]
+    by = {precision: [t for t in on_cpu if t.variant.startswith(precision)] for precision in ("fp32", "int8")}
+    return protocol.fastest(by["fp32"]), protocol.fastest(by["int8"])
+
+
+def latency_tags(timings: list[protocol.Timing], other_kernels: str = "") -> dict[str, str]:
+    """Which variants the speedup compares, and whether the measurement can be trusted, with every reason if not.
+
+    other_kernels: why a timing on this machine says nothing of the target, if it doesn't.
+    """
+    if not timings:
+        return {}
+    first = headline(timings)
+    fp32, int8 = fastest(first)
+    _, reasons = protocol.validity(first)
+    reasons = (*reasons, other_kernels) if other_kernels else reasons
+    return {
+        "fastest.fp32": fp32.variant.removeprefix("fp32_"),
+        "fastest.int8": int8.variant.removeprefix("int8_"),
+        "latency_valid": str(not reasons).lower(),
+        **({"latency_reason": "; ".join(reasons)} if reasons else {}),
+    }
+
+
+def of_size(float_bytes: int, artifacts: list[Artifact]) -> dict[str, float]:
+    """Megabytes of the float model as its owner would ship it, and of the first INT8 artifact."""
+    int8 = next(artifact.bytes for artifact in artifacts if artifact.precision == "int8")
+    return {"size/fp32_mb": float_bytes / 1e6, "size/int8_mb": int8 / 1e6, "size/ratio": float_bytes / int8}
+
+
+def of_layers(layers: tuple[Layer, ...]) -> dict[str, float]:
+    weighted = [layer for layer in layers if layer.kind != "batchnorm"]
+    return {
+        "quant/layers_int8": float(sum(layer.int8 for layer in weighted)),
+        "quant/layers_float": float(sum(not layer.int8 for layer in weighted)),
+        "quant/batchnorm_left": float(len(layers) - len(weighted)),
+    }
+
+
+def of_sums(
+    config: Config, guard: Overflow, layers: tuple[Layer, ...], narrowed: tuple[Narrowed, ...], answer: Answer
+) -> Iterator[str]:
+    """What the reader of the table must know of 16-bit sums, a sentence each. guard: what was executed, not auto."""
+    saturating, signature = answer.saturating_layers, kernels.probe()
+    of_kind = {layer.name: layer.kind for layer in layers if layer.int8}
+
+    def or_onednn(names: Collection[str]) -> bool:
+        """Whether these layers' sums are exact with engine=onednn, where it takes the weights."""
+        kinds = kernels.overflowing_kinds(config.qconfig, Engine.onednn, config.flow, config.target, signature)
+        takes = config.qconfig.weight.scheme is Scheme.symmetric and Engine.onednn in supported()
+        return takes and not kinds & {of_kind[name] for name in names if name in of_kind}
+
+    if narrowed:
+        sides = Counter(str(one.side) for one in narrowed)
+        number = " and ".join(f"the {side} of {count}" for side, count in sorted(sides.items(), reverse=True))
+        other = "; engine=onednn needs that for none of them" if or_onednn([one.name for one in narrowed]) else ""
+        yield (
+            f"{number} of {len(of_kind)} INT8 layers have 7 bits, for their 16-bit sums saturate (layers.csv names "
+            f"them){other}."
+        )
+    if guard is not Overflow.none and saturating:
+        highest = max(layer.highest for layer in answer.layers if layer.saturates)
+        other = " or engine=onednn" if or_onednn(saturating) else ""
+        beyond = f", where activations went up to code {highest}" if highest > quantize.SAFE_CODE else ""
+        yield (
+            f"16-bit sums saturate in {len(saturating)} layers ({_some(saturating)}) in spite of qconfig.overflow="
+            f"{guard}, which goes by calibration images{beyond}; {_instead_of(guard)}{other} avoids it."
+        )
+    kinds = kernels.overflowing_kinds(config.qconfig, config.engine, config.flow, Target.native, signature)
+    risky = [name for name, kind in of_kind.items() if kind in kinds]
+    executed = answer.source is Source.executed and answer.saturation is not Saturation.impossible
+    # What auto left alone it can't be recommended for: the model ships on another CPU then.
+    if config.qconfig.overflow is Overflow.none and risky and executed:
+        other = " or engine=onednn" if or_onednn(risky) else ""
+        yield (
+            f"16-bit sums {'saturate' if saturating else 'can saturate'} in the kernels of engine={config.engine}, and "
+            f"the guard is off: this accuracy holds for this CPU only; qconfig.overflow=auto{other} avoids it."
+        )
+
+
+def of_slow_kernels(config: Config, slow: tuple[str, ...]) -> Iterator[str]:
+    """That layers take long, in a sentence. slow: as of `depthwise.without_fast_kernel`."""
+    if not slow:
+        return
+    other = (
+        ", where engine=onednn has one"
+        if config.qconfig.weight.scheme is Scheme.symmetric and Engine.onednn in supported()
+        else ""
+    )
+    yield (
+        f"FBGEMM, which engine={config.engine} takes for {len(slow)} depthwise convolutions ({_some(slow)}), has no "
+        "fast kernel for them (it wants channels in eights, a window of 3, 5 or 7 with its padding of half of it, and "
+        f"stride 1 or 2): they take tens to a thousand times as long{other}."
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def doubts(config: Config, data: Data, layers: tuple[Layer, ...], found: Mapping[str, Any]) -> Iterator[str]:
+    """What the reader of the table must know beside that of sums and kernels, a sentence each."""
+    if config.dataset["_target_"] == "qexp.data.builtin.digits":
+        yield f"digits, with {len(data.test)} images of 8x8 pixels, is for trying the tool and not for deciding."
+    if config.flow is Flow.dynamic and config.engine is Engine.onednn:
+        yield (
+            "two threads that call one dynamic model of engine=onednn at a time get wrong answers (a fault of torch): "
+            "serve it with a model for each thread, or with engine=x86."
+        )
+    if found.get("latency_valid") == "false":
+        yield "the timing can't be trusted (the tag latency_reason says why): repeat it on a quiet machine."
+    low, high = found.get("latency/speedup_low"), found.get("latency/speedup_high")
+    if low is not None and high is not None:
+        if high < 1:
+            yield f"INT8 is slower than FP32 with flow={config.flow} engine={config.engine} on this CPU."
+        elif low <= 1:
+            yield "INT8 and FP32 are as fast as each other, as far as the noise lets one tell."
+    left = [layer for layer in layers if not layer.int8 and layer.kind != "batchnorm"]
+    if left:
+        reasons = ", ".join(dict.fromkeys(layer.reason for layer in left if layer.reason))
+        named = _some([layer.name for layer in left])
+        yield f"{len(left)} layers stay in FP32 ({named}){f': {reasons}' if reasons else ''}."
+    norms = sum(layer.kind == "batchnorm" for layer in layers)
+    if norms and config.flow is not Flow.dynamic:
+        yield f"{norms} BatchNorms were not folded into a convolution."

@@ -1,0 +1,406 @@
+"""Tracked runs as text: a sweep's final table, what settings, calibration draws and sizes do, and every latency.
+
+Accuracies are fractions of 1; differences between them are printed in points (hundredths). What is computed is in
+`qexp/report/effects.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from statistics import fmean, median, stdev
+
+from tabulate import tabulate
+
+from qexp.config.schema import NOT_APPLICABLE
+from qexp.records import PRECISIONS, VARIANTS, Interval, Row
+from qexp.report import effects
+from qexp.report.effects import finished, together
+
+# With more runs than this, the table of latencies shows their range instead of each.
+MOST_RUNS = 12
+
+# Sizes of saved models that differ by less are said once, below the table.
+SAME_SIZE = 0.02
+
+# What `stats.verdict` says, and what was added to it.
+VERDICT = re.compile(
+    r"(no loss beyond (?P<margin>\S+) points|can't tell with [^;]* images; (?P<images>\S+) would do|[^;]*)"
+    r"(?:;\s*(?P<added>.*))?",
+    re.DOTALL,
+)
+
+
+def runs(rows: Sequence[Row]) -> str:
+    """A line for each finished run, in the order given; below it what they share, and notes, each once and numbered.
+
+    Where the target's CPU is another one (`ablation.SOURCES`), accuracies and interval are the target's. A
+    timing that can't be trusted has a `?`.
+    """
+    done = finished(rows)
+    if not done:
+        return "No run was finished."
+    shared = _shared(done)
+    numbers: dict[str, int] = {}
+
+    def marked(row: Row) -> dict[str, str]:
+        notes = _notes(row)
+        return {
+            column: cell + "".join(f" ({numbers.setdefault(n, len(numbers) + 1)})" for n in notes.get(column, []))
+            for column, cell in _cells(row).items()
+            if column not in shared
+        }
+
+    lines = [marked(row) for row in done]
+    columns = [column for column in lines[0] if any(line[column] for line in lines)]
+    verdict, rest = shared.get("verdict"), [text for column, text in shared.items() if column != "verdict"]
+    below = [
+        *([f"verdict{' of every run' if len(done) > 1 else ''}: {verdict}"] if verdict else []),
+        *([f"every run: {', '.join(rest)}"] if rest else []),
+        *([] if verdict else _legend(done)),
+        *(f"({number}) {note}" for note, number in numbers.items()),
+    ]
+    return "\n".join([_table([[line[column] for column in columns] for line in lines], columns), *below])
+
+
+def line(row: Row) -> str:
+    """One finished run in one line, without headings."""
+    cells, accuracy = _cells(row), effects.accuracy(row)
+    if accuracy and accuracy.source:
+        cells["FP32 → INT8"] += f" ({accuracy.source})"
+    cells["verdict"] = row.tags.get("verdict", "").split(";")[0]
+    return "  ".join(cell for cell in cells.values() if cell)
+
+
+def doubts(row: Row) -> list[str]:
+    """The sentences kept in the tag `doubts`, one a line."""
+    return [line for line in row.tags.get("doubts", "").splitlines() if line]
+
+
+def failures(rows: Sequence[Row]) -> str:
+    """A line for each run that did not finish, with its sentence."""
+    ended = [row for row in rows if row.status != "FINISHED"]
+    return "\n".join(f"{row.status}  {row.name}: {row.tags.get('error', '')}" for row in ended)
+
+
+def _table(lines: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
+    return str(tabulate(lines, headers, tablefmt="simple", disable_numparse=True))
+
+
+def _cells(row: Row) -> dict[str, str]:
+    """The row by the headings of its columns, empty where nothing is known."""
+    accuracy, doubt = effects.accuracy(row), _untrusted(row)
+    ms = together(row, "latency/fp32_ms", "latency/int8_ms")
+    speedup = together(row, "latency/speedup", "latency/speedup_low", "latency/speedup_high")
+    size = together(row, "size/fp32_mb", "size/int8_mb")
+    layers = together(row, "quant/layers_int8", "quant/layers_float")
+    return {
+        "run": row.name,
+        "FP32 → INT8": f"{accuracy.fp32:.4f} → {accuracy.int8:.4f}" if accuracy else "",
+        "points [95%]": f"{100 * accuracy.delta.value:+.2f} {_ends(accuracy.delta)}" if accuracy else "",
+        "verdict": _short(row),
+        "latency, ms": f"{' → '.join(map(_ms, ms))}{doubt}" if ms else "",
+        "speedup [95%]": "{:.2f}×{} [{:.2f}, {:.2f}]".format(speedup[0], doubt, *speedup[1:]) if speedup else "",
+        "size, MB": "{:.2f} → {:.2f}".format(*size) if size else "",
+        "INT8 layers": f"{layers[0]:.0f} of {sum(layers):.0f}" if layers else "",
+    }
+
+
+def _notes(row: Row) -> dict[str, list[str]]:
+    """What must be known of the row, by the column that it is about."""
+    carried = row.tags.get("carried_over")
+    accuracy, notes = effects.accuracy(row), {"run": [*doubts(row), *([carried] if carried else [])]}
+    if accuracy and accuracy.source:
+        # Not of what ran here, and maybe not of all images.
+        images, target = row.metrics.get("accuracy/target_images"), effects.value(row, "target")
+        number = "" if images is None else f" on {images:,.0f} images"
+        cpu = f"target={target}" if target != NOT_APPLICABLE else "the target's CPU"
+        how = f"{effects.SOURCES[accuracy.source]},{number}"
+        notes["FP32 → INT8"] = [f"accuracy on {cpu}, {how}: this CPU's kernels give another."]
+    if carried := row.tags.get("latency_from"):
+        notes["latency, ms"] = [f"timed by {carried}, whose INT8 model executes the same operators."]
+    if added := _verdict(row)["added"]:
+        notes["verdict"] = [added]
+    return notes
+
+
+def _verdict(row: Row) -> re.Match[str]:
+    match = VERDICT.fullmatch(row.tags.get("verdict", ""))
+    assert match, "the last alternative takes everything"
+    return match
+
+
+def _short(row: Row) -> str:
+    """The verdict for a column: `no loss > 0.5`, `loss`, `can't tell (24,000)`; another text up to its semicolon."""
+    said, margin, images, _ = _verdict(row).groups()
+    return f"no loss > {margin}" if margin else f"can't tell ({images})" if images else said
+
+
+def _legend(done: Sequence[Row]) -> list[str]:
+    """What the short verdicts mean, each with the first number that there is."""
+    found = [_verdict(row) for row in done]
+    margins = [f"no loss > {m}: none beyond {m} points, at 95%" for match in found if (m := match["margin"])]
+    images = [f"can't tell ({n}): {n} test images would do" for match in found if (n := match["images"])]
+    parts = [*margins[:1], *images[:1]]
+    return ["; ".join(parts)] if parts else []
+
+
+def _shared(done: Sequence[Row]) -> dict[str, str]:
+    """By column, what all runs share and is said once below the table; of a single run only the verdict."""
+    verdicts = {row.tags.get("verdict", "") for row in done}
+    layers = {_cells(row)["INT8 layers"] for row in done}
+    result = {"verdict": verdicts.pop()} if len(verdicts) == 1 else {}
+    if len(done) > 1:
+        result["INT8 layers"] = f"{layers.pop()} layers in INT8" if len(layers) == 1 and layers != {""} else ""
+        result["size, MB"] = _shared_size([together(row, "size/fp32_mb", "size/int8_mb") for row in done])
+    return {column: text for column, text in result.items() if text}
+
+
+def _shared_size(sizes: Sequence[Sequence[float]]) -> str:
+    if not all(sizes) or len({f"{fp32:.2f}" for fp32, _ in sizes}) > 1:
+        return ""
+    low, high = min(int8 for _, int8 in sizes), max(int8 for _, int8 in sizes)
+    if high > (1 + SAME_SIZE) * low:
+        return ""
+    to = "" if f"{low:.2f}" == f"{high:.2f}" else f" to {high:.2f}"
+    return f"{sizes[0][0]:.2f} → {low:.2f}{to} MB"
+
+
+def _ends(interval: Interval) -> str:
+    """Fractions as points."""
+    return f"[{100 * interval.low:+.2f}, {100 * interval.high:+.2f}]"
+
+
+def _untrusted(row: Row) -> str:
+    return "?" if row.tags.get("latency_valid") == "false" else ""
+
+
+def _ms(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
+
+
+# The metric of each variant's p50, and the variant.
+P50 = {
+    f"latency/{precision}_{variant}_ms": f"{precision}_{variant}" for precision in PRECISIONS for variant in VARIANTS
+}
+
+
+def latencies(rows: Sequence[Row]) -> str:
+    """Milliseconds a call (p50) of every precision and runtime that was timed.
+
+    Of a single run every FP32 variant over every INT8 variant; of several a line for each run, and with more than
+    MOST_RUNS their lowest, median and highest. The heading names the pair that the speedup compares, the fastest of
+    each precision; where it isn't the same in all runs, it has a `*`. Empty where nothing was timed.
+    """
+    timed = [row for row in finished(rows) if P50.keys() & row.metrics.keys()]
+    columns = [name for name in P50 if any(name in row.metrics for row in timed)]
+    if not timed:
+        return ""
+    pairs = Counter(map(_headline, timed))
+    shared, each = len(pairs) == 1, len(timed) <= MOST_RUNS
+    del pairs[()]
+    heading = ["latency, ms (p50)"]
+    if pairs and shared:
+        heading.append(f"the speedup is {_over(*pairs)}")
+    elif pairs:
+        compared = ", ".join(f"{_over(pair)} ({number})" for pair, number in pairs.items())
+        heading.append(f"{'* ' if each else ''}what the speedup compares: {compared}")
+    if untrusted := sum(bool(_untrusted(row)) for row in timed):
+        heading.append(f"? not to be trusted ({untrusted} of {len(timed)} runs; the tag latency_reason says why)")
+    if len(timed) == 1:
+        lines = _each_pair(timed[0], columns)
+    else:
+        lines = _each_run(timed, columns, starred=not shared) if each else _lowest_to_highest(timed, columns)
+    return "\n".join(["; ".join(heading), _table(lines[1:], lines[0])])
+
+
+def _each_pair(row: Row, columns: Sequence[str]) -> list[list[str]]:
+    fp32, int8 = ([name for name in columns if P50[name].startswith(precision)] for precision in PRECISIONS)
+    lines = [["", "ms", *(f"over {_spoken(P50[name])}, {_p50(row, name)} ms" for name in int8)]]
+    for a in fp32:
+        ratios = [f"{row.metrics[a] / row.metrics[b]:.2f}×" for b in int8]
+        lines.append([_spoken(P50[a]), _p50(row, a), *ratios])
+    return lines
+
+
+def _each_run(timed: Sequence[Row], columns: Sequence[str], starred: bool) -> list[list[str]]:
+    lines = [["run", *(_spoken(P50[name]) for name in columns)]]
+    for row in timed:
+        compared = _headline(row) if starred else ()
+        lines.append([row.name, *(_p50(row, name, "*" if P50[name] in compared else "") for name in columns)])
+    return lines
+
+
+def _lowest_to_highest(timed: Sequence[Row], columns: Sequence[str]) -> list[list[str]]:
+    known = [[row.metrics[name] for row in timed if name in row.metrics] for name in columns]
+    ways: dict[str, Callable[[list[float]], float]] = {"lowest": min, "median": median, "highest": max}
+    lines = [["run", *(_spoken(P50[name]) for name in columns)]]
+    return lines + [[f"{label} of {len(timed)}", *(_ms(way(v)) for v in known)] for label, way in ways.items()]
+
+
+def _p50(row: Row, name: str, mark: str = "") -> str:
+    return f"{_ms(row.metrics[name])}{mark}{_untrusted(row)}" if name in row.metrics else ""
+
+
+def _headline(row: Row) -> tuple[str, ...]:
+    """The variants that the speedup compares, FP32 first; empty where a tag lacks."""
+    fastest = [row.tags.get(f"fastest.{precision}") for precision in PRECISIONS]
+    return tuple(f"{p}_{v}" for p, v in zip(PRECISIONS, fastest, strict=True)) if all(fastest) else ()
+
+
+def _over(pair: Sequence[str]) -> str:
+    return " over ".join(map(_spoken, pair))
+
+
+def _spoken(variant: str) -> str:
+    return variant.replace("channels_last", "channels-last").replace("_", " ")
+
+
+def effects_text(rows: Sequence[Row]) -> str:
+    """The effects as a table; empty where nothing varied."""
+    found = effects.effects(rows)
+    if not found:
+        return ""
+    lines = [
+        {
+            "setting": effect.setting,
+            "value": effect.value,
+            "runs": str(effect.runs),
+            "INT8 accuracy": f"{effect.accuracy:.4f}",
+            "points to first": "" if effect.delta_accuracy is None else f"{100 * effect.delta_accuracy:+.2f}",
+            "[95%]": _ends(effect.interval) if effect.interval else "",
+            "speedup": "" if effect.speedup is None else f"{effect.speedup:.2f}×",
+            "to first": "" if effect.delta_speedup is None else f"{effect.delta_speedup:+.2f}",
+        }
+        for effect in found
+    ]
+    known = any(effect.interval for effect in found)
+    columns = [column for column in lines[0] if known or column != "[95%]"]
+    caption = ["[95%]: from pair to pair of runs that differ in this setting alone (t, 3 pairs or more)."] * known
+    return "\n".join([_table([[line[c] for c in columns] for line in lines], columns), *caption, *_estimated(rows)])
+
+
+def _estimated(rows: Sequence[Row]) -> list[str]:
+    """That accuracies here aren't those above, where a target's was measured, which may be on part of the images."""
+    if all(math.isclose(accuracy.comparable, accuracy.int8, abs_tol=1e-9) for _, accuracy in effects.compared(rows)):
+        return []
+    return ["INT8 accuracy on another CPU: FP32's on all test images plus the difference on those measured."]
+
+
+def draws(rows: Sequence[Row]) -> str:
+    """What other calibration images change, for each setting with two draws or more, beside the sampling error.
+
+    The two are never added up: to tell which is larger, both are taken as standard deviations. Empty where no setting
+    has two draws.
+    """
+    found = effects.draws(rows)
+    if not found:
+        return ""
+    lines = [
+        [
+            *group.settings.values(),
+            str(len(group.accuracies)),
+            *(f"{number(group.accuracies):.4f}" for number in (fmean, min, max)),
+            f"{100 * stdev(group.accuracies):.2f}",
+            f"±{100 * group.sampling:.2f}",
+        ]
+        for group in found
+    ]
+    headers = [*found[0].settings, "draws", "mean INT8", "lowest", "highest", "SD of draws", "sampling error"]
+    explained = [
+        "SD of draws: what other calibration images (calib.seed) change on the same test images, in points.",
+        "sampling error: what other test images would change, half the 95% interval of one run, in points.",
+    ]
+    return "\n".join([_table(lines, headers), *explained, *_estimated(rows), _larger(found)])
+
+
+def _larger(found: Sequence[effects.Draws]) -> str:
+    """Which source of chance is the larger, if that can be told; by calibration size, since that sets the spread."""
+    spreads, number = effects.spreads(found), sum(len(group.accuracies) for group in found)
+    images = f"{100 * spreads.images:.2f} between test images"
+    size = next((name for name in found[0].settings if name in effects.CALIBRATION), None)
+    if size:
+        told: dict[str, list[str]] = {}
+        for value in dict.fromkeys(group.settings[size] for group in found):
+            here = effects.spreads([group for group in found if group.settings[size] == value])
+            more = "draws vary more" if here.draws.value > here.images else "draws vary less"
+            told.setdefault(more if here.can_tell else "it can't be told", []).append(value)
+        said = "; ".join(f"{which} with {size}={', '.join(values)}" for which, values in told.items())
+        return f"As standard deviations, against {images}: {said}."
+    a, b = ("draws", "test images") if spreads.draws.value > spreads.images else ("test images", "draws")
+    if spreads.can_tell:
+        said = f"the {a} are the larger source of chance, so more of them tell more than more {b}"
+    else:
+        said = f"the {a} seem to be the larger source of chance, but {number} draws can't settle it"
+    overall = "" if len(found) == 1 else " over all settings"
+    within = f"95% [{100 * spreads.draws.low:.2f}, {100 * spreads.draws.high:.2f}]"
+    between = f"{100 * spreads.draws.value:.2f} between draws{overall} ({within})"
+    return f"As standard deviations, {between} against {images}: {said}."
+
+
+def calibration(rows: Sequence[Row]) -> str:
+    """A sentence on how many calibration images are enough, for each combination of the other settings; combinations of
+    which the same is to be said share one.
+
+    Empty where `calib.batches` didn't vary. See `stats.plateau` for the rule.
+    """
+    readings: dict[str, list[str]] = {}
+    for found in effects.calibrations(rows):
+        which = "".join(f", {name}={value}" for name, value in found.settings.items())
+        readings.setdefault(_reading(found), []).append(which)
+    lines = []
+    for said, (first, *others) in readings.items():
+        which = f", {1 + len(others)} combinations of the other settings" if others else first
+        lines.append(f"calibration size{which}: {said}")
+    return "\n".join(lines)
+
+
+def _reading(found: effects.Calibration) -> str:
+    sizes, plateau = found.sizes, found.plateau
+    if plateau is None:
+        return _undecided(sizes)
+    start, largest = sizes[plateau.index], sizes[-1]
+    if start is largest:
+        gain = plateau.gains[-1]
+        brings = f"{_label(largest)}, {100 * gain.value:+.2f} points {_ends(gain)} over {_label(sizes[-2])}"
+        if largest.batches is None:
+            return f"accuracy rises up to {brings}: more calibration helps, and there is no more."
+        return f"accuracy still rises at the largest size tried, {brings}: more may help."
+    text = f"from {_label(start)} on no rise of the mean accuracy is shown"
+    most = max(gain.high for gain in plateau.gains)
+    worst, gain = min(zip(sizes[plateau.index + 1 :], plateau.gains, strict=True), key=lambda pair: pair[1].high)
+    worse = f"worse, {_label(worst)} by {100 * gain.value:+.2f} points {_ends(gain)}."
+    if most <= 0:
+        return f"{text}, and every larger size is {worse}"
+    text += f", but one of up to {100 * most:.2f} points is possible (95%; SD of draws {100 * plateau.spread:.2f})"
+    error = f"the sampling error of a run (±{100 * found.sampling:.2f})"
+    if found.enough is None:
+        text += f", and more than {error} at every size: more draws (calib.seed) would tell"
+    elif found.enough <= plateau.index:
+        text += f", less than {error}: more calibration would hardly help"
+    else:
+        text += f"; from {_label(sizes[found.enough])} on it is less than {error}, so more than that would hardly help"
+    return f"{text}; more can be {worse}" if gain.high < 0 else f"{text}."
+
+
+def _label(size: effects.Size) -> str:
+    """`8 batches (128 images)`, `all 898 images`."""
+    if size.batches is None:
+        return "all images" if size.images is None else f"all {size.images:,.0f} images"
+    number = "" if size.images is None else f" ({size.images:,.0f} images)"
+    return f"{size.batches} batch{'es' if size.batches != 1 else ''}{number}"
+
+
+def _undecided(sizes: Sequence[effects.Size]) -> str:
+    if all(len(size.accuracies) == 1 for size in sizes):
+        return (
+            "with one draw of calibration images a size, what the size does can't be told apart from what the draw "
+            "does; calib.sampling=random calib.seed=0,1,2 would."
+        )
+    means = [fmean(size.accuracies) for size in sizes]
+    return (
+        "the draws of a size don't differ on these test images, so there is no spread to hold the sizes against; "
+        f"their mean accuracies lie within {100 * (max(means) - min(means)):.2f} points."
+    )

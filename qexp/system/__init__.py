@@ -1,0 +1,1 @@
+"""The machine, its processes, the disk cache, the console and what must not be printed."""

@@ -1,0 +1,1 @@
+"""MLflow: the store, a run, what is read back. No other package imports it."""
