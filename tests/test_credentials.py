@@ -12,13 +12,13 @@ import pytest
 from omegaconf import OmegaConf
 from test_tracking import empty, server, settings  # noqa: F401  (empty and server are fixtures)
 
+from qexp import tracking
 from qexp.config import schema
 from qexp.config.composition import as_yaml
 from qexp.errors import ConfigError, InputError
 from qexp.launch import resume, sweep
 from qexp.system import credentials
 from qexp.system.credentials import learn, masked, masked_tree
-from qexp.tracking import store as tracking
 
 Composed = Callable[..., schema.Config]
 

@@ -27,13 +27,13 @@ import psutil
 import pytest
 from conftest import ROOT
 
+from qexp import tracking
 from qexp.config import code_digest, schema
 from qexp.config.schema import Config
 from qexp.errors import ConfigError, InputError
 from qexp.launch import resume
 from qexp.records import Row
 from qexp.system import cache, machine
-from qexp.tracking import store as tracking
 
 Composed = Callable[..., Config]
 Command = Callable[..., subprocess.CompletedProcess[str]]

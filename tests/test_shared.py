@@ -16,7 +16,8 @@ import pytest
 from conftest import ROOT
 from test_tracking import free_port, settings
 
-from qexp.tracking import store as tracking
+from qexp import tracking
+from qexp.tracking import databases, values
 
 FIRST, SECOND, GROUP = 54_001, 54_002, 54_003
 NOBODY = 65_534  # whom every Linux knows by name, as PostgreSQL wants it
@@ -53,12 +54,12 @@ def test_a_new_store_is_the_groups_where_the_umask_lets_it(shared: Path) -> None
 
 def test_a_file_that_was_copied_with_its_permissions_gets_those_of_a_new_one(tmp_path: Path) -> None:
     served = tmp_path / "served_model.py"
-    shutil.copy(tracking.SERVED, served)
+    shutil.copy(tracking.SERVED_MODEL, served)
     served.chmod(0o400)
     (tmp_path / "new").touch()
-    tracking._renewed(served)
+    values.renewed(served)
     assert served.stat().st_mode == (tmp_path / "new").stat().st_mode
-    assert served.read_bytes() == tracking.SERVED.read_bytes()
+    assert served.read_bytes() == tracking.SERVED_MODEL.read_bytes()
 
 
 @pytest.mark.slow
@@ -85,15 +86,15 @@ def test_a_database_that_cannot_be_written_to_is_one_sentence_before_any_work(sh
 def test_a_database_that_another_process_holds_is_not_said_to_be_broken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "SQLITE_SECONDS", 0.1)
+    monkeypatch.setattr(databases, "SQLITE_SECONDS", 0.1)
     database = tmp_path / "mlflow.db"
     with sqlite3.connect(database) as connection:
         connection.execute("CREATE TABLE t (x)")
         connection.commit()
         connection.execute("BEGIN IMMEDIATE")
         with pytest.raises(tracking.InputError, match=rf"{database} has been locked by another process"):
-            tracking._check_sqlite(database, "outputs=x")
-    tracking._check_sqlite(database, "outputs=x")
+            databases._check_sqlite(database, "outputs=x")
+    databases._check_sqlite(database, "outputs=x")
     assert sqlite3.connect(database).execute("SELECT name FROM sqlite_master").fetchall() == [("t",)]
 
 

@@ -27,9 +27,9 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
+from qexp import tracking
 from qexp.config import schema
 from qexp.errors import InputError, RunError
-from qexp.tracking import store as tracking
 
 ROOT = Path(__file__).parents[1]
 
@@ -244,7 +244,7 @@ def test_an_end_that_a_lost_server_does_not_take_is_said_and_not_waited_for(
     run = begin(store, "lost")
     address = f"http://127.0.0.1:{free_port()}"
     run.store = dataclasses.replace(store, uri=address, client=MlflowClient(address))
-    monkeypatch.setattr(tracking, "END_SECONDS", 0.5)
+    monkeypatch.setattr(tracking.run, "END_SECONDS", 0.5)
     start = time.monotonic()
     run.kill()
     assert time.monotonic() - start < 10
@@ -285,7 +285,7 @@ def test_a_parent_holds_the_table_and_counts_and_its_children_are_found(store: t
 
 
 def test_children_are_read_past_the_first_page(store: tracking.Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "PAGE", 3)
+    monkeypatch.setattr(tracking.query, "PAGE", 3)
     parent = tracking.open_parent(store, experiment="qexp/digits", name="sweep", tags={})
     names = [f"job {index}" for index in range(8)]
     for name in names:

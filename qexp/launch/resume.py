@@ -25,7 +25,8 @@ from qexp.system.credentials import MASK, masked, masked_tree
 
 if TYPE_CHECKING:
     from qexp.launch.sweep import Job, Planned
-    from qexp.tracking.store import Run, Store
+    from qexp.tracking.run import Run
+    from qexp.tracking.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def check(job: Job) -> None:
 
 def close_orphans(store: Store) -> None:
     """Close, as KILLED, the runs that were left open by processes of this machine that are gone, and say so."""
-    from qexp.tracking import store as tracking
+    from qexp import tracking
 
     closed = tracking.close_orphans(store)
     if closed:
@@ -93,7 +94,7 @@ class Study:
 
     def open(self, store: Store, **given: Any) -> Run:
         """The parent run, with what is done under it. given: as `tracking.open_parent` takes it."""
-        from qexp.tracking import store as tracking
+        from qexp import tracking
 
         parent = tracking.open_parent(store, again=self.parent, **given)
         try:
@@ -125,7 +126,7 @@ class Study:
 
 def study(store: Store, planned: Sequence[Planned], experiments: Sequence[str]) -> Study:
     """What there is of the study that these jobs belong to, and say what of it is not run again."""
-    from qexp.tracking import store as tracking
+    from qexp import tracking
 
     config = planned[0].job.config
     if not (config.study and config.resume):
@@ -199,7 +200,7 @@ def earlier(store: Store, job: Job) -> Earlier | None:
 
     Raises InputError where there is no such run, or it can't be repeated.
     """
-    from qexp.tracking import store as tracking
+    from qexp import tracking
 
     rerun = job.config.rerun
     if rerun is None:

@@ -38,7 +38,8 @@ from qexp.report import effects, tables
 from qexp.system import console, credentials
 
 if TYPE_CHECKING:
-    from qexp.tracking.store import Run, Store
+    from qexp.tracking.run import Run
+    from qexp.tracking.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -277,7 +278,7 @@ def run(job: Job) -> float | None:
 
 def single(job: Job) -> float | None:
     """One run by itself: configuration, tracking server and inputs are checked before it starts."""
-    from qexp.tracking import store as tracking
+    from qexp import tracking
 
     schema.check(job.config)
     if job.foreign:
@@ -303,7 +304,7 @@ def single(job: Job) -> float | None:
 
 def say_ignored(sweep: bool) -> None:
     """Log which of MLflow's environment variables are set and not followed."""
-    from qexp.tracking import store as tracking
+    from qexp import tracking
 
     for sentence in tracking.ignored(sweep):
         log.warning(sentence)
@@ -334,7 +335,7 @@ def tags(job: Job) -> dict[str, str]:
 
 def tracked(job: Job, swept: Collection[str] = ()) -> tuple[Row, Any]:
     """The job as a run in MLflow, which ends as FINISHED, FAILED or KILLED whatever happens; its row and its handle."""
-    from qexp.tracking import store as tracking
+    from qexp import tracking
 
     schema.check(job.config, swept)
     store = tracking.connect(job.config.tracking, Path(job.config.outputs), job.cwd)
@@ -477,7 +478,7 @@ def launch(
     master: DictConfig, composer: Composer, planned: Sequence[Planned], launcher: Any, batch_size: int | None
 ) -> Any:
     """Open the parent run, launch the jobs, close the parent with the table, and exit with 1 where a job failed."""
-    from qexp.tracking import store as tracking
+    from qexp import tracking
 
     first = planned[0].job
     folder = Path(os.path.abspath(master.hydra.sweep.dir))  # noqa: PTH100  (as Hydra does, links are not followed)
@@ -541,7 +542,7 @@ def launch(
 
 def close(store: Store, parent: Run, rows: Sequence[Row], status: str, folder: Path) -> None:
     """End a sweep's run with the table of its jobs, which is printed too, and where everything is."""
-    from qexp.tracking import store as tracking
+    from qexp import tracking
 
     text = summary(rows)
     counts = Counter(row.status.lower() for row in rows)
@@ -576,7 +577,7 @@ def unstarted(returned: Any) -> Row | None:
 
 def failed(name: str, error: Exception) -> Row:
     """The row of a job that has failed."""
-    from qexp.tracking import store as tracking
+    from qexp import tracking
 
     return Row("", name, "FAILED", tags={"error": tracking.sentence(error)})
 

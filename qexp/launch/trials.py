@@ -20,10 +20,10 @@ def begin(master: DictConfig) -> None:
 
     Raises ConfigError where the sweep's folder holds finished runs, InputError where the store can't be used.
     """
+    from qexp import tracking
     from qexp.config.composition import Composition
     from qexp.errors import ConfigError
     from qexp.launch import folders, resume, sweep
-    from qexp.tracking import store as tracking
 
     folder = Path(master.hydra.sweep.dir).absolute()
     folders.check_free("hydra.sweep.dir", folder, f"**/{folders.RESULT}")

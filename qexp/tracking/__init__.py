@@ -1,1 +1,48 @@
 """MLflow: the store, a run, what is read back. No other package imports it."""
+
+import os
+
+# Before mlflow is imported, since it reads them then. Its telemetry starts threads that call home, in a process
+# that measures latency; it prints two lines for every run that ends on a server, and bars for files that it copies.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+from qexp.tracking.errors import sentence
+from qexp.tracking.links import ui
+from qexp.tracking.query import adopt, children, close_orphans, fetch, find, of_study
+from qexp.tracking.run import (
+    SERVED_MODEL,
+    SWEEP_TAG,
+    DatasetUse,
+    Run,
+    check_run,
+    close_parent,
+    ignored,
+    open_parent,
+    start_run,
+)
+from qexp.tracking.store import Store, check_experiment, connect
+
+__all__ = [
+    "SERVED_MODEL",
+    "SWEEP_TAG",
+    "DatasetUse",
+    "Run",
+    "Store",
+    "adopt",
+    "check_experiment",
+    "check_run",
+    "children",
+    "close_orphans",
+    "close_parent",
+    "connect",
+    "fetch",
+    "find",
+    "ignored",
+    "of_study",
+    "open_parent",
+    "sentence",
+    "start_run",
+    "ui",
+]

@@ -1,0 +1,91 @@
+"""What MLflow, its server or its database raise, in a sentence."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import TypeVar
+
+import requests
+from mlflow.exceptions import MlflowException
+
+from qexp.errors import InputError, QexpError
+from qexp.system.credentials import masked
+from qexp.tracking.store import Store
+
+T = TypeVar("T")
+
+
+def sentence(error: BaseException) -> str:
+    """An error in one line, without credentials: ours as they are, others with their type before them."""
+    text = masked(" ".join(str(error).split()))
+    return text if isinstance(error, QexpError) else f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
+@contextmanager
+def refused(store: Store, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (MlflowException, requests.RequestException) as error:
+        raise InputError(f"MLflow at {masked(store.uri)} refuses {what}: {first_line(error)}.") from error
+
+
+def unusable(error: BaseException, what: str) -> InputError:
+    """Why a store can't be used: an environment variable of a library, where the error is about one, else `what`."""
+    said = first_line(error)
+    variables = variables_in(said)
+    blamed = f"the environment variable {' or '.join(variables)}" if variables else what
+    return InputError(f"{blamed} can't be used: {said}.")
+
+
+def variables_in(text: str) -> list[str]:
+    """Which environment variables that MLflow or requests reads an error's text is about, by their names or values."""
+    known = ("MLFLOW_", "REQUESTS_", "CURL_")
+    return sorted(
+        name
+        for name, value in os.environ.items()
+        if name.startswith(known)
+        and name != "MLFLOW_TRACKING_URI"
+        and (name in text or (len(value) > 2 and f" {value}" in f" {text}"))
+    )
+
+
+def of_proxy(error: BaseException | None) -> bool:
+    """Whether it is a proxy that can't be reached."""
+    while error is not None:
+        if isinstance(error, requests.exceptions.ProxyError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def first_line(error: BaseException) -> str:
+    """The first line that says something: SQLAlchemy may begin with how it came to write what then failed."""
+    lines = str(error).strip().split("\n")
+    told = [line for line in lines if not line.startswith("(raised as a result of Query-invoked autoflush")]
+    return masked((told or lines)[0].rstrip("."))
+
+
+def root_cause(error: BaseException) -> str:
+    """The last clause of requests' nested messages, as `Connection refused`."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    text = str(getattr(error, "strerror", None) or error)
+    return text.strip().split("\n")[0].rstrip(".")
+
+
+def in_thread(call: Callable[[], T]) -> Future[T]:
+    """Start a call in a daemon thread, where no signal interrupts it and where waiting for it can have a limit."""
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="qexp-tracking", daemon=True).start()
+    return future

@@ -1,0 +1,46 @@
+"""How to look at runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+import urllib.parse
+from dataclasses import dataclass
+from pathlib import Path
+
+from qexp.system.credentials import masked
+from qexp.tracking.run import PARENT_TAG, Run
+from qexp.tracking.store import Store
+
+
+@dataclass(frozen=True)
+class Ui:
+    """How to look at runs: `command` starts the UI (None where a server has one already), `url` opens it on them."""
+
+    command: str | None
+    url: str
+
+
+def ui(store: Store, run: Run, sort_by: str = "accuracy/int8") -> Ui:
+    """How to open MLflow's UI on exactly a sweep's runs, given its parent, or on the page of a single run.
+
+    sort_by: the metric that a sweep's runs are listed by.
+    """
+    local = store.artifacts is not None
+    base = "http://127.0.0.1:5000" if local else re.sub(r"//[^/@]*@", "//", store.uri).rstrip("/")
+    where = f"{base}/#/experiments/{run.experiment_id}/runs"
+    query = {"workflowType": "machine_learning"}
+    if not run.is_sweep:
+        where += f"/{run.id}"
+    else:
+        # Sorted by time, as it is by default, the UI folds all children away under their parent.
+        query["searchFilter"] = f"tags.`{PARENT_TAG}` = '{run.id}'"
+        query["orderByKey"], query["orderByAsc"] = f"metrics.`{sort_by}`", "false"
+    url = f"{where}?{urllib.parse.urlencode(query, quote_via=urllib.parse.quote)}"
+    if not local:
+        return Ui(None, url)
+    beside = Path(sys.executable).with_name("mlflow")
+    program = str(beside) if beside.exists() else "mlflow"
+    options = ["--backend-store-uri", masked(store.uri), "--host", "127.0.0.1", "--port", "5000", "--workers", "1"]
+    return Ui(shlex.join([program, "ui", *options]), url)

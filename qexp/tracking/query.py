@@ -1,0 +1,144 @@
+"""Runs as they are read back from MLflow, and what is changed in those that have ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import requests
+from mlflow.entities import Run as MlflowRun
+from mlflow.exceptions import MlflowException
+
+from qexp.errors import InputError
+from qexp.records import Row
+from qexp.system import machine
+from qexp.system.credentials import masked
+from qexp.tracking.errors import first_line, refused
+from qexp.tracking.run import PARENT_TAG
+from qexp.tracking.store import Store, check_client
+
+PAGE = 500
+
+
+def children(store: Store, parent: str, experiments: Sequence[str] = ()) -> list[Row]:
+    """The runs of a sweep in the order they started, all pages of them.
+
+    experiments: names of the experiments that they are in; by default, the parent's own.
+    """
+    with refused(store, "a search"):
+        ids = _ids(store, experiments) if experiments else [store.client.get_run(parent).info.experiment_id]
+        return _search(store, ids, f"tags.`{PARENT_TAG}` = '{parent}'")
+
+
+def of_study(store: Store, study: str, experiments: Sequence[str]) -> list[Row]:
+    """The runs with this tag `study`, the sweeps' own among them, in the order they started; none that was deleted."""
+    with refused(store, "a search"):
+        return _search(store, _ids(store, experiments), f"tags.study = {_literal(study)}")
+
+
+def _ids(store: Store, experiments: Sequence[str]) -> list[str]:
+    found = [store.client.get_experiment_by_name(name) for name in experiments]
+    return [experiment.experiment_id for experiment in found if experiment is not None]
+
+
+def _search(store: Store, experiment_ids: Sequence[str], condition: str) -> list[Row]:
+    """All pages of it, in the order in which the runs started."""
+    rows: list[Row] = []
+    token: str | None = None
+    while experiment_ids:
+        page = store.client.search_runs(
+            list(experiment_ids), condition, max_results=PAGE, order_by=["attributes.start_time ASC"], page_token=token
+        )
+        rows.extend(row_of(run) for run in page)
+        token = page.token
+        if not token:
+            break
+    return rows
+
+
+def _literal(text: str) -> str:
+    """A string in a condition of MLflow's, which knows no escapes."""
+    quote = '"' if "'" in text else "'"
+    return f"{quote}{text}{quote}"
+
+
+def adopt(store: Store, parent: str, rows: Sequence[Row]) -> None:
+    """Make those of the runs children of `parent` that have none, or one that was deleted."""
+    by_parent: dict[str, list[Row]] = {}
+    for row in rows:
+        by_parent.setdefault(row.tags.get(PARENT_TAG, ""), []).append(row)
+    with refused(store, "a parent of runs"):
+        for former, its in by_parent.items():
+            if former != parent and not (former and _exists(store, former)):
+                for row in its:
+                    store.client.set_tag(row.run_id, PARENT_TAG, parent)
+
+
+def _exists(store: Store, run_id: str) -> bool:
+    try:
+        return bool(store.client.get_run(run_id).info.lifecycle_stage == "active")
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
+
+
+def close_orphans(store: Store) -> list[Row]:
+    """Close as KILLED what processes of this machine left open that are gone; what was closed.
+
+    Runs of other machines, and those whose process runs or may do so, are left alone.
+    """
+    with refused(store, "a search"):
+        experiments = _experiments(store)
+        mine = _search(store, experiments, f"attributes.status = 'RUNNING' and tags.host = {_literal(machine.host())}")
+        gone = [row for row in mine if not has_process(row)]
+        # One may have ended by itself since the search; now that its process is gone, nobody else ends it.
+        left = [row for row in gone if store.client.get_run(row.run_id).info.status == "RUNNING"]
+        for row in left:
+            store.client.set_tag(row.run_id, "error", f"process {row.tags['pid']} ended without closing the run.")
+            store.client.set_terminated(row.run_id, "KILLED")
+    return left
+
+
+def _experiments(store: Store) -> list[str]:
+    """Ids of all experiments."""
+    ids: list[str] = []
+    token: str | None = None
+    while True:
+        page = store.client.search_experiments(max_results=PAGE, page_token=token)
+        ids.extend(experiment.experiment_id for experiment in page)
+        token = page.token
+        if not token:
+            return ids
+
+
+def has_process(row: Row) -> bool:
+    try:
+        return machine.is_running(int(row.tags["pid"]), float(row.tags["pid_started"]))
+    except (KeyError, ValueError):  # not as this module writes them
+        return True
+
+
+def find(store: Store, run_id: str) -> tuple[Row, str]:
+    """The run of this id, and the name of its experiment. Raises InputError where there is none."""
+    try:
+        run = store.client.get_run(run_id)
+        return row_of(run), store.client.get_experiment(run.info.experiment_id).name
+    except (MlflowException, requests.RequestException) as error:
+        raise InputError(f"there is no run {run_id} in MLflow at {masked(store.uri)}: {first_line(error)}.") from error
+
+
+def fetch(store: Store, run_id: str, name: str, folder: Path) -> Path | None:
+    """A copy, in `folder`, of the artifact of this name at the top of a run; None where the run has none."""
+    with refused(store, f"the artifacts of run {run_id}"):
+        check_client(f"the run {run_id}", store.client.get_run(run_id).info.artifact_uri)
+        if name not in {file.path for file in store.client.list_artifacts(run_id)}:
+            return None
+        return Path(store.client.download_artifacts(run_id, name, str(folder)))
+
+
+def row_of(run: MlflowRun) -> Row:
+    info, data = run.info, run.data
+    end = info.end_time / 1000 if info.end_time else None
+    start = info.start_time / 1000
+    return Row(info.run_id, info.run_name, info.status, start, end, data.params, data.metrics, data.tags)
