@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qexp import quantize
-from qexp.config import schema
+from qexp.config import conversion
 from qexp.config.composition import CONF
 from qexp.config.schema import (
     Activation,
@@ -43,7 +43,7 @@ def shipped(seed: int = 0) -> Iterator[tuple[str, nn.Module]]:
         if file.stem == "custom":
             continue
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            config = schema.from_hydra(compose("config", [f"model={file.stem}"]), "outputs")
+            config = conversion.from_hydra(compose("config", [f"model={file.stem}"]), "outputs")
         module = float_model.build(config.model, 10, seed)
         yield file.stem, as_if_trained(module, seed)
 

@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 
 from qexp import quantize
-from qexp.config import schema
+from qexp.config import conversion, schema
 from qexp.config.composition import CONF
 from qexp.config.schema import Config, Observer
 from qexp.data.splits import load_data, normalise
@@ -37,7 +37,7 @@ OBSERVERS = {
 def composed(outputs: str, *overrides: str) -> Config:
     """The configuration of one job, with a float model that trains in seconds."""
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return schema.from_hydra(compose("config", [f"outputs={outputs}", "train=fast", *overrides]), outputs)
+        return conversion.from_hydra(compose("config", [f"outputs={outputs}", "train=fast", *overrides]), outputs)
 
 
 def seconds(call: Callable[[], object]) -> float:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from benchmarks.speed import composed, seconds
 from qexp import quantize
 from qexp.accuracy import predictions, target_cpu
-from qexp.config import schema
+from qexp.config import conversion
 from qexp.data.splits import load_data
 from qexp.latency import protocol
 from qexp.models import float_model
@@ -204,7 +204,7 @@ def read(outputs: Path) -> dict[Setting, Found]:
     """What the jobs of a sweep left in their folders."""
     found = {}
     for file in sorted(outputs.glob("sweeps/*/*/config.json")):
-        config = schema.from_plain(json.loads(file.read_text()))
+        config = conversion.from_plain(json.loads(file.read_text()))
         logits = np.load(file.with_name("predictions.npz"))
         fp32, int8 = (float((logits[name].argmax(1) == logits["labels"]).mean()) for name in ("fp32", "int8"))
         qconfig, batches = config.qconfig, int(config.calib.batches or 0)

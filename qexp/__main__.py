@@ -21,11 +21,11 @@ from qexp.system import console, credentials
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def compose_and_run(composed: DictConfig) -> float | None:
     # torch and mlflow are imported only after this point, so that --help and refusals answer at once.
-    from qexp.launch import sweep
+    from qexp.launch import job, tracked_run
 
     with open_dict(composed):
         composed.hydra = HydraConfig.get()
-    return sweep.run(sweep.job_from(Composition.of(composed)))
+    return tracked_run.run(job.job_from(Composition.of(composed)))
 
 
 def options_first(arguments: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from qexp.config import schema
+from qexp.config import conversion, schema
 from qexp.config.composition import CONF
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +28,7 @@ def no_tracking_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def composed(tmp_path: Path) -> Iterator[Callable[..., schema.Config]]:
     """composed(*overrides) -> the typed configuration that Hydra would hand to a job."""
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        yield lambda *overrides: schema.from_hydra(
+        yield lambda *overrides: conversion.from_hydra(
             compose("config", [f"outputs={tmp_path / 'outputs'}", *overrides]), str(tmp_path)
         )
 
@@ -64,7 +64,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("float")
     overrides = ["model=tiny", "train=fast", "train.epochs=6", "train.lr=0.05", f"outputs={folder}"]
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        config = schema.from_hydra(compose("config", overrides), str(folder))
+        config = conversion.from_hydra(compose("config", overrides), str(folder))
     data = load_data(config.dataset, folder / "cache")
     made = float_model.float_model(config.model, config.train, data, 0, folder / "checkpoints", 2)
     torch.save(made.module.state_dict(), folder / "tiny.pt")

@@ -17,11 +17,12 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from qexp.config import schema
+from qexp.config import conversion
 from qexp.config.composition import CONF, Composer, Composition, check_choices, check_quotes, combinations, quoted
 from qexp.config.refusals import explained
 from qexp.errors import ConfigError
-from qexp.launch import sweep
+from qexp.launch import planning
+from qexp.launch.job import job_from
 
 
 @pytest.fixture
@@ -57,8 +58,8 @@ def test_jobs_are_what_hydra_composes_whichever_came_before(loader: Any) -> None
     given = master(loader, "outputs=here")
     composer = Composer(given, loader)
     for overrides in (*JOBS, *reversed(JOBS)):
-        ours = sweep.job_from(composer(["outputs=here", *overrides]))
-        hydras = sweep.job_from(Composition.of(loader.load_sweep_config(given, ["outputs=here", *overrides])))
+        ours = job_from(composer(["outputs=here", *overrides]))
+        hydras = job_from(Composition.of(loader.load_sweep_config(given, ["outputs=here", *overrides])))
         assert ours == hydras, overrides
         assert repr(ours.config) == repr(hydras.config)  # an enum equals its text
         assert ours.params == hydras.params
@@ -66,7 +67,7 @@ def test_jobs_are_what_hydra_composes_whichever_came_before(loader: Any) -> None
 
 def test_a_run_is_named_for_what_tells_it_from_another(loader: Any) -> None:
     composer = Composer(master(loader, "outputs=here"), loader)
-    names = [sweep.job_from(composer(["outputs=here", f"calib={calib}"])).name for calib in ("small", "all")]
+    names = [job_from(composer(["outputs=here", f"calib={calib}"])).name for calib in ("small", "all")]
     assert names == ["resnet18 digits per_channel minmax 8", "resnet18 digits per_channel minmax all"]
 
 
@@ -109,7 +110,7 @@ def test_what_an_interpolation_lacks_is_said_in_a_sentence(
     monkeypatch.delenv("QEXP_NOPE", raising=False)
     monkeypatch.setenv("QEXP_TEXT", "text")
     with pytest.raises(ConfigError) as refused:
-        schema.from_hydra(compose("config", [override]), ".")
+        conversion.from_hydra(compose("config", [override]), ".")
     assert str(refused.value).startswith(sentence)
     assert "\n" not in str(refused.value)
 
@@ -277,7 +278,7 @@ def test_the_command_line_stands_in_place_of_a_studys_own_overrides_of_the_same(
 
     def planned(*typed: str) -> list[tuple[str, int, bool]]:
         params = ["qconfig=per_tensor,per_channel", "calib.seed=0,1,2"]
-        configs = [item.job.config for item in sweep.plan(composer, params, ["experiment=granularity", *typed])]
+        configs = [item.job.config for item in planning.plan(composer, params, ["experiment=granularity", *typed])]
         return [(str(c.qconfig.weight.granularity), c.calib.seed, c.qconfig.range_after_clamp) for c in configs]
 
     both, three = ("per_tensor", "per_channel"), range(3)
@@ -291,7 +292,7 @@ def test_jobs_are_named_by_what_counts_and_no_two_alike(loader: Any) -> None:
     composer = Composer(master(loader), loader)
 
     def named(*typed: str) -> list[str]:
-        return [item.name for item in sweep.plan(composer, [], typed)]
+        return [item.name for item in planning.plan(composer, [], typed)]
 
     assert named("engine=x86,fbgemm", "calib={batches: 4}") == ["x86", "fbgemm"]
     assert named("engine=x86,fbgemm", "engine=onednn,qnnpack") == ["onednn", "qnnpack"]
@@ -302,15 +303,13 @@ def test_jobs_are_named_by_what_counts_and_no_two_alike(loader: Any) -> None:
 
 def test_what_is_merged_into_a_group_is_among_the_params(loader: Any) -> None:
     composer = Composer(master(loader), loader)
-    params = sweep.job_from(composer(["calib={batches: 4}", "latency={seconds: 2}"])).params
+    params = job_from(composer(["calib={batches: 4}", "latency={seconds: 2}"])).params
     assert (params["calib"], params["calib.batches"]) == ("medium*", "4")
     assert (params["latency"], params["latency.seconds"]) == ("standard*", "2.0")
 
 
 def test_a_setting_may_refer_to_what_hydra_knows(loader: Any) -> None:
-    job = sweep.job_from(
-        Composer(master(loader), loader)(["study=of-${hydra:job.name}", "outputs=${hydra:runtime.cwd}"])
-    )
+    job = job_from(Composer(master(loader), loader)(["study=of-${hydra:job.name}", "outputs=${hydra:runtime.cwd}"]))
     assert (job.config.study, job.config.outputs) == ("of-qexp", str(Path.cwd()))
 
 

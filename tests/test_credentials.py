@@ -13,10 +13,10 @@ from omegaconf import OmegaConf
 from test_tracking import empty, server, settings  # noqa: F401  (empty and server are fixtures)
 
 from qexp import tracking
-from qexp.config import schema
+from qexp.config import identity, schema, validation
 from qexp.config.composition import as_yaml
 from qexp.errors import ConfigError, InputError
-from qexp.launch import resume, sweep
+from qexp.launch import callback, job, resume
 from qexp.system import credentials
 from qexp.system.credentials import learn, masked, masked_tree
 
@@ -120,13 +120,13 @@ GIVEN = ("tracking.uri=postgresql://fred:{pw}@h/db", "+dataset.token={pw}", "+mo
 def test_a_configuration_is_written_without_them_and_its_hash_is_of_none(composed: Composed) -> None:
     one, other = (composed(*(text.format(pw=pw) for text in GIVEN)) for pw in ("s3cr3t-1", "s3cr3t-2"))
     assert one.dataset["token"] == "s3cr3t-1"  # in memory it is what was given
-    assert schema.plain(one) == schema.plain(other)
-    assert schema.plain(one)["tracking"]["uri"] == "postgresql://fred:***@h/db"
-    assert schema.plain(one)["dataset"]["token"] == "***"
-    assert schema.plain(one)["model"]["url"] == "https://me:***@h/net.pt"
-    assert schema.config_hash(one) == schema.config_hash(other)
-    assert schema.config_hash(one) != schema.config_hash(composed(*(text.format(pw="p") for text in GIVEN[:2])))
-    params = [schema.params(each, {}, {"+dataset.token": "", "+model.url": ""}) for each in (one, other)]
+    assert identity.plain(one) == identity.plain(other)
+    assert identity.plain(one)["tracking"]["uri"] == "postgresql://fred:***@h/db"
+    assert identity.plain(one)["dataset"]["token"] == "***"
+    assert identity.plain(one)["model"]["url"] == "https://me:***@h/net.pt"
+    assert identity.config_hash(one) == identity.config_hash(other)
+    assert identity.config_hash(one) != identity.config_hash(composed(*(text.format(pw="p") for text in GIVEN[:2])))
+    params = [identity.params(each, {}, {"+dataset.token": "", "+model.url": ""}) for each in (one, other)]
     assert params[0] == params[1]
     assert params[0]["dataset.token"] == "***"
 
@@ -141,28 +141,28 @@ def test_what_hydra_composed_is_written_without_them_and_as_it_was(tmp_path: Pat
     text = as_yaml({"a": {**node, "uri": "http://me:pw@host"}, "b": "${a.n}"})
     assert OmegaConf.to_container(OmegaConf.create(text)) == {"a": {**node, "uri": "http://me:***@host"}, "b": "${a.n}"}
     (tmp_path / "multirun.yaml").write_text("uri: http://me:pw@host\n")
-    sweep.mask_file(tmp_path / "multirun.yaml")
+    callback.mask_file(tmp_path / "multirun.yaml")
     assert (tmp_path / "multirun.yaml").read_text() == "uri: http://me:***@host\n"
-    sweep.mask_file(tmp_path / "missing")
+    callback.mask_file(tmp_path / "missing")
 
 
 def test_a_mask_in_place_of_a_credential_is_refused(
     composed: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match=r"tracking\.uri=http://me:\*\*\*@host: \*\*\* stands for a credential"):
-        schema.check(composed("tracking.uri=http://me:***@host"))
+        validation.check(composed("tracking.uri=http://me:***@host"))
     with pytest.raises(ConfigError, match=r"dataset\.token=\*\*\*: \*\*\* stands for a credential"):
-        schema.check(composed("+dataset.token='***'"))
-    schema.check(composed("tracking.name='*** seed=1'"))  # as a job of a sweep may be called
+        validation.check(composed("+dataset.token='***'"))
+    validation.check(composed("tracking.name='*** seed=1'"))  # as a job of a sweep may be called
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:***@host")
     with pytest.raises(InputError, match=r"MLFLOW_TRACKING_URI=http://me:\*\*\*@host: \*\*\* stands for"):
         tracking.connect(settings(), tmp_path)
 
 
 def test_a_folder_is_not_named_after_one() -> None:
-    sweep.without_credentials("outputs/seed=1", "hydra.sweep.subdir")
+    callback.without_credentials("outputs/seed=1", "hydra.sweep.subdir")
     with pytest.raises(ConfigError, match=r"hydra\.sweep\.subdir would name a folder after a credential"):
-        sweep.without_credentials("outputs/tracking.uri=http:/me:pw@host,seed=1", "hydra.sweep.subdir")
+        callback.without_credentials("outputs/tracking.uri=http:/me:pw@host,seed=1", "hydra.sweep.subdir")
 
 
 def test_a_rerun_takes_them_from_what_is_given_now() -> None:
@@ -267,4 +267,4 @@ def test_neither_the_outputs_nor_a_server_nor_the_terminal_gets_to_see_one(
 
 def test_the_command_that_is_told_and_recorded_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["qexp", "tracking.uri=http://me:pw@host", "+dataset.token=it's"])
-    assert sweep.command() == "python -m qexp 'tracking.uri=http://me:***@host' '+dataset.token=***'"
+    assert job.command() == "python -m qexp 'tracking.uri=http://me:***@host' '+dataset.token=***'"

@@ -28,7 +28,7 @@ import pytest
 from conftest import ROOT
 
 from qexp import tracking
-from qexp.config import code_digest, schema
+from qexp.config import code_digest, identity, schema
 from qexp.config.schema import Config
 from qexp.errors import ConfigError, InputError
 from qexp.launch import resume
@@ -109,7 +109,7 @@ def test_the_checkpoint_counts_by_its_content(composed: Composed, tmp_path: Path
         (tmp_path / "net.pt").write_bytes(content)
         os.utime(tmp_path / "net.pt", ns=(len(digests), len(digests)))
         digests.append(code_digest.checkpoint_digest(config))
-    assert digests[0] == schema.NOT_APPLICABLE
+    assert digests[0] == identity.NOT_APPLICABLE
     assert len(set(digests)) == 3
 
 
@@ -128,7 +128,7 @@ def test_what_a_result_would_depend_on_is_what_it_says_afterwards(
         assert {name: result.tags[name] for name in tags} == tags
     drawn = [tags["calib_digest"] for tags in before]
     assert drawn[0] == drawn[3] != drawn[1]
-    assert drawn[2] == schema.NOT_APPLICABLE
+    assert drawn[2] == identity.NOT_APPLICABLE
     trained = experiment.described([composed("model=tiny", "train=fast")])[0]
     assert trained["data_digest"] != before[0]["data_digest"]  # the training images count where a model is trained
 
@@ -378,15 +378,15 @@ def test_rerun_stands_alone(composed: Composed) -> None:
 
 
 def test_the_params_of_a_repeated_run_are_those_that_it_had(composed: Composed) -> None:
-    chosen = {group: f"{group}_choice" for group in schema.GROUPS}
+    chosen = {group: f"{group}_choice" for group in identity.GROUPS}
     for overrides in (
         {"qconfig": "per_channel", "qconfig.weight.bits": "7", "evaluate.batch_size": "16"},
         {"flow": "dynamic", "calib.batches": "3"},
     ):
         config = composed(*(f"{key}={value}" for key, value in overrides.items()))
-        params = schema.params(config, chosen, overrides)
+        params = identity.params(config, chosen, overrides)
         again = resume._as_asked({**params, "resolved.overflow": "none"})
-        assert schema.params(config, *again) == params
+        assert identity.params(config, *again) == params
 
 
 def recorded(store: tracking.Store, config: Config, values: dict[str, Any] | None) -> str:
@@ -401,14 +401,14 @@ def test_a_run_is_repeated_with_its_own_settings_and_recorded_where_it_is_said(
     store: tracking.Store, composed: Composed, tmp_path: Path
 ) -> None:
     then = composed("calib.batches=7", "study=old", "tracking.name=given", "outputs=elsewhere", "observer.bins=9")
-    values = schema.plain(then)
+    values = identity.plain(then)
     del values["per_layer"], values["calib"]["seed"]  # as of a version that had neither
     run_id = recorded(store, then, values)
     now = composed(f"rerun={run_id}", "study=new")
     found = resume.earlier(store, _Job(now, {"rerun": run_id, "study": "new"}, tmp_path))
     assert found is not None
     again = found.job.config
-    assert schema.config_hash(again) == schema.config_hash(then)
+    assert identity.config_hash(again) == identity.config_hash(then)
     assert (again.rerun, again.study, again.outputs) == (run_id, "new", now.outputs)
     assert (again.tracking.experiment, again.tracking.name) == ("qexp/digits", "first")
     assert found.added == {"calib.seed": 0, "per_layer.images": now.per_layer.images}
@@ -427,7 +427,7 @@ class _Job:
 def test_what_cannot_be_repeated_is_refused_in_a_sentence(
     store: tracking.Store, composed: Composed, tmp_path: Path
 ) -> None:
-    plain = schema.plain(composed())
+    plain = identity.plain(composed())
     sweep = open_sweep(store, "the sweep")
     cases = {
         "0" * 32: r"there is no run 0+ in MLflow at sqlite:.*",

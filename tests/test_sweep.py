@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from qexp.launch import jobs, sweep
+from qexp.launch import jobs, planning, progress, signals, summary, sweep, tracked_run
+from qexp.launch.job import Job
 from qexp.records import Result, Row
 
 
@@ -31,19 +32,19 @@ from qexp.records import Result, Row
     ],
 )
 def test_a_job_is_named_by_what_it_overrides(override: str, name: str) -> None:
-    assert sweep.short(override) == name
+    assert planning.short(override) == name
 
 
 def test_no_two_jobs_have_one_name() -> None:
     telling = [["model.checkpoint=/a/net.pt"], ["model.checkpoint=/b/net.pt"], ["model.checkpoint=/b/other.pt"]]
-    assert sweep.names(telling) == ["model.checkpoint=/a/net.pt", "model.checkpoint=/b/net.pt", "other.pt"]
+    assert planning.names(telling) == ["model.checkpoint=/a/net.pt", "model.checkpoint=/b/net.pt", "other.pt"]
 
 
 def test_what_all_jobs_say_is_let_through_once_and_warnings_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep.Once, "said", set())
+    monkeypatch.setattr(progress.Once, "said", set())
 
     def passes(level: int, text: str) -> bool:
-        return sweep.Once().filter(logging.LogRecord("qexp", level, "", 0, text, (), None))
+        return progress.Once().filter(logging.LogRecord("qexp", level, "", 0, text, (), None))
 
     assert [passes(logging.INFO, "a"), passes(logging.INFO, "a"), passes(logging.INFO, "b")] == [True, False, True]
     assert [passes(logging.WARNING, "w"), passes(logging.WARNING, "w")] == [True, True]
@@ -65,11 +66,11 @@ def test_a_signal_becomes_one_stop_and_handlers_are_put_back(number: signal.Sign
     before = [signal.getsignal(each) for each in STOPPING]
 
     def stopped() -> None:
-        with sweep.stoppable():
+        with signals.stoppable():
             os.kill(os.getpid(), number)
             signal.sigtimedwait([], 5)
 
-    with pytest.raises(sweep.Stop) as caught:
+    with pytest.raises(signals.Stop) as caught:
         stopped()
     assert caught.value.code == 128 + number
     assert [signal.getsignal(each) for each in STOPPING] == before
@@ -77,7 +78,7 @@ def test_a_signal_becomes_one_stop_and_handlers_are_put_back(number: signal.Sign
 
 def test_sighup_that_was_ignored_still_is() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with sweep.stoppable():
+    with signals.stoppable():
         os.kill(os.getpid(), signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
@@ -101,12 +102,12 @@ AFTERWARDS = ["raise", "replace", "swallow"]
 @pytest.mark.parametrize("then", AFTERWARDS)
 def test_a_stop_that_other_code_swallows_or_replaces_is_still_a_stop(then: str) -> None:
     def stopped() -> None:
-        with sweep.stoppable(), sweep.stoppable():
+        with signals.stoppable(), signals.stoppable():
             hit(signal.SIGTERM, then)
 
-    with pytest.raises(sweep.Stop):
+    with pytest.raises(signals.Stop):
         stopped()
-    with sweep.stoppable():
+    with signals.stoppable():
         pass  # the stop was of the contexts before
 
 
@@ -116,12 +117,12 @@ def test_a_stop_ends_a_single_run_and_a_planned_sweep_in_words(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals, code: int, then: str
 ) -> None:
     single: Any = SimpleNamespace(config=SimpleNamespace(tracking=SimpleNamespace(parent=None)), alone=True)
-    monkeypatch.setattr(sweep, "single", lambda job: hit(number, then))
+    monkeypatch.setattr(tracked_run, "single", lambda job: hit(number, then))
     monkeypatch.setattr(sweep, "hide_from_names", lambda master: None)
     monkeypatch.setattr(sweep, "plan", lambda *arguments: hit(number, then))
     monkeypatch.setattr(sweep, "launch", lambda *arguments: pytest.fail("went on after the stop"))
     nothing: Any = None
-    ways: list[Callable[[], object]] = [lambda: sweep.run(single)]
+    ways: list[Callable[[], object]] = [lambda: tracked_run.run(single)]
     if then != "swallow":  # a plan that goes on as if nothing had been is stopped when the sweep is left
         ways.append(lambda: sweep.own(nothing, [], [], nothing, nothing, None))
     for way in ways:
@@ -152,7 +153,7 @@ with sweep.stoppable():
 @pytest.mark.parametrize("first", STOPPING)
 def test_the_end_of_the_terminal_is_no_second_signal(first: signal.Signals) -> None:
     def stopped() -> None:
-        with sweep.stoppable():
+        with signals.stoppable():
             try:
                 os.kill(os.getpid(), first)
                 signal.sigtimedwait([], 5)
@@ -161,7 +162,7 @@ def test_the_end_of_the_terminal_is_no_second_signal(first: signal.Signals) -> N
                 closed.append(True)
 
     closed: list[bool] = []
-    with pytest.raises(sweep.Stop) as caught:
+    with pytest.raises(signals.Stop) as caught:
         stopped()
     assert caught.value.code == 128 + first
     assert closed == [True]
@@ -169,12 +170,12 @@ def test_the_end_of_the_terminal_is_no_second_signal(first: signal.Signals) -> N
 
 def test_after_a_swallowed_stop_nothing_else_is_begun() -> None:
     def stopped() -> None:
-        with sweep.stoppable():
+        with signals.stoppable():
             hit(signal.SIGTERM, "swallow")
-            with sweep.stoppable():
+            with signals.stoppable():
                 pytest.fail("went on after the stop")
 
-    with pytest.raises(sweep.Stop):
+    with pytest.raises(signals.Stop):
         stopped()
 
 
@@ -187,12 +188,12 @@ def test_cpus_whose_kernels_answer_otherwise_are_not_pooled() -> None:
     one = [row("a", "k1", x="1"), row("b", "k1", x="2")]
     other = [row("c", "k2", x="1"), row("d", "k2", x="2")]
     failed = Row("e", "e", "FAILED", tags={"error": "too bad."})
-    assert sweep.summary([*one, *other, failed]) == "\n\n".join(
-        [sweep.summary(one), sweep.summary(other), "FAILED  e: too bad."]
+    assert summary.summary([*one, *other, failed]) == "\n\n".join(
+        [summary.summary(one), summary.summary(other), "FAILED  e: too bad."]
     )
-    assert "points to first" in sweep.summary(one)
-    assert "points to first" not in sweep.summary([one[0], other[1]])
-    assert sweep.summary([failed]) == "No run was finished.\n\nFAILED  e: too bad."
+    assert "points to first" in summary.summary(one)
+    assert "points to first" not in summary.summary([one[0], other[1]])
+    assert summary.summary([failed]) == "No run was finished.\n\nFAILED  e: too bad."
 
 
 def test_what_hydra_composed_is_kept_of_a_job_that_was_begun_before_it_was_written(
@@ -207,8 +208,8 @@ def test_what_hydra_composed_is_kept_of_a_job_that_was_begun_before_it_was_writt
     )  # fmt: skip
     monkeypatch.setattr(jobs, "run", lambda config, folder: result)
     choices = {"dataset": "digits", "model": "tiny"}
-    job = sweep.Job(composed(), choices, {}, folder, tmp_path, 0, False, folder / ".hydra")
-    row, handle = sweep.tracked(job)
+    job = Job(composed(), choices, {}, folder, tmp_path, 0, False, folder / ".hydra")
+    row, handle = tracked_run.tracked(job)
     assert row.status == "FINISHED"
     assert "hydra" in [file.path for file in handle.store.client.list_artifacts(handle.id)]
     kept = handle.store.client.download_artifacts(handle.id, "hydra/overrides.yaml")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from qexp.launch import sweep, trials
+from qexp.launch import job, trials
 
 FAST = ("latency=off", "per_layer.images=0", "saturation.exact_images=0", "calib=small")
 
@@ -65,7 +65,7 @@ def test_a_trial_is_known_by_its_number_whatever_name_was_given() -> None:
     config: Any = SimpleNamespace(tracking=SimpleNamespace(name="mine"), calib=SimpleNamespace(batches=None))
     nothing = dict.fromkeys(("model", "dataset", "qconfig", "observer"), "")
 
-    class Known(sweep.Job):
+    class Known(job.Job):
         params = nothing  # type: ignore[assignment]
 
     jobs = [Known(config, {}, {}, Path(), Path(), number, False, None, True) for number in range(2)]

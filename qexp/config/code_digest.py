@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import qexp
-from qexp.config import schema
+from qexp.config import identity
 from qexp.config.instantiation import current_folder_first
 from qexp.config.schema import Config
 
@@ -22,7 +22,7 @@ from qexp.config.schema import Config
 def tags(config: Config) -> dict[str, str]:
     """What is known of a run before it has begun."""
     return {
-        "config_hash": schema.config_hash(config),
+        "config_hash": identity.config_hash(config),
         "code_hash": code_hash(str(config.model["_target_"]), str(config.dataset["_target_"])),
         "checkpoint_digest": checkpoint_digest(config),
     }
@@ -44,7 +44,7 @@ def checkpoint_digest(config: Config) -> str:
     """16 hex digits over the file that the weights come from; `n/a` where there is none."""
     path = Path(config.model.get("checkpoint") or "")
     if not path.is_file():
-        return schema.NOT_APPLICABLE
+        return identity.NOT_APPLICABLE
     state = path.stat()
     return _file_digest(path, state.st_mtime_ns, state.st_size)
 

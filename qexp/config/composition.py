@@ -28,7 +28,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 import qexp
-from qexp.config.schema import GROUPS, Config
+from qexp.config.identity import GROUPS
+from qexp.config.schema import Config
 from qexp.errors import ConfigError
 from qexp.system import credentials
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from qexp.config import schema
+from qexp.config import conversion, identity
 from qexp.config.schema import Config
 from qexp.errors import RunError
 from qexp.latency import protocol as latency
@@ -71,7 +71,7 @@ def measure(
             np.save(Path(scratch) / f"{precision}.npy", expected)
         orders = [
             Order(
-                config=schema.exact(config),
+                config=identity.exact(config),
                 folder=str(folder),
                 scratch=scratch,
                 result=str(Path(scratch) / f"{process}_{threads}.npz"),
@@ -167,7 +167,7 @@ def main() -> None:
     torch.set_num_threads(order.threads)
     torch.set_num_interop_threads(1)
     torch.manual_seed(order.seed)
-    config = schema.from_plain(order.config)
+    config = conversion.from_plain(order.config)
     folder, scratch = Path(order.folder), Path(order.scratch)
     inputs = torch.from_numpy(np.load(scratch / "inputs.npy"))
     structures = saved_models.structures(config, folder, order.tolerance)

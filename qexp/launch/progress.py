@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from tqdm import tqdm
 
@@ -73,3 +73,16 @@ class Console(logging.StreamHandler[Any]):
     def emit(self, record: logging.LogRecord) -> None:
         with tqdm.external_write_mode(file=self.stream):
             super().emit(record)
+
+
+class Once(logging.Filter):
+    """Lets each sentence through once: what all jobs of a sweep share is said by the first."""
+
+    said: ClassVar[set[str]] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if record.levelno >= logging.WARNING or message not in Once.said:
+            Once.said.add(message)
+            return True
+        return False

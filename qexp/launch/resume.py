@@ -15,7 +15,7 @@ import numpy as np
 from omegaconf.errors import OmegaConfBaseException
 from tabulate import tabulate
 
-from qexp.config import schema
+from qexp.config import conversion, identity
 from qexp.config.schema import Config
 from qexp.errors import ConfigError, InputError
 from qexp.launch import jobs
@@ -24,7 +24,8 @@ from qexp.report.effects import together
 from qexp.system.credentials import MASK, masked, masked_tree
 
 if TYPE_CHECKING:
-    from qexp.launch.sweep import Job, Planned
+    from qexp.launch.job import Job
+    from qexp.launch.planning import Planned
     from qexp.tracking.run import Run
     from qexp.tracking.store import Store
 
@@ -90,7 +91,7 @@ class Study:
 
     def left(self, planned: Sequence[Planned]) -> list[Planned]:
         """The jobs that have to be run."""
-        return [item for item in planned if schema.config_hash(item.job.config) not in self.done]
+        return [item for item in planned if identity.config_hash(item.job.config) not in self.done]
 
     def open(self, store: Store, **given: Any) -> Run:
         """The parent run, with what is done under it. given: as `tracking.open_parent` takes it."""
@@ -115,7 +116,7 @@ class Study:
         """
         rows = list(rows)
         for item in planned:
-            row = self.done.get(schema.config_hash(item.job.config))
+            row = self.done.get(identity.config_hash(item.job.config))
             if row is not None:
                 resolved = {name: value for name, value in row.params.items() if name.startswith("resolved.")}
                 tags = {**row.tags, "carried_over": f"carried over: finished earlier under study={self.name}."}
@@ -140,7 +141,7 @@ def study(store: Store, planned: Sequence[Planned], experiments: Sequence[str]) 
     for row in rows:
         if row.status == "FINISHED" and "config_hash" in row.tags:
             finished.setdefault(row.tags["config_hash"], []).append(row)
-    asked = [item.job.config for item in planned if schema.config_hash(item.job.config) in finished]
+    asked = [item.job.config for item in planned if identity.config_hash(item.job.config) in finished]
     done: dict[str, Row] = {}
     changed: dict[str, None] = {}
     for job, today in zip(asked, jobs.described(asked) if asked else [], strict=True):
@@ -230,23 +231,23 @@ def earlier(store: Store, job: Job) -> Earlier | None:
 def _recorded(rerun: str, text: str, now: Config) -> tuple[Config, dict[str, Any]]:
     """The configuration of a run, and the settings in it that are today's since the run has none."""
     try:
-        values, whole_now = json.loads(text), schema.exact(now)
+        values, whole_now = json.loads(text), identity.exact(now)
         whole = _completed(values, whole_now)
         whole = {name: _with_credentials(rerun, value, whole_now.get(name), name) for name, value in whole.items()}
-        config = schema.from_plain(whole)
+        config = conversion.from_plain(whole)
     except (ValueError, TypeError, AttributeError, OmegaConfBaseException) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(
             f"rerun={rerun}: this version of qexp can't take the configuration that the run has: {reason}."
         ) from error
-    had = schema.flat(values)
-    added = {name: value for name, value in schema.flat(whole).items() if name not in had}
-    return config, {name: added[name] for name in added if name.partition(".")[0] not in schema.RECORDED_ONLY}
+    had = identity.flat(values)
+    added = {name: value for name, value in identity.flat(whole).items() if name not in had}
+    return config, {name: added[name] for name in added if name.partition(".")[0] not in identity.RECORDED_ONLY}
 
 
 def _with_credentials(rerun: str, recorded: Any, now: Any, name: str) -> Any:
     """`recorded` with the credentials that were masked in it, as they are given now. name: of the setting."""
-    if name in schema.RECORDED_ONLY:
+    if name in identity.RECORDED_ONLY:
         return recorded
     if isinstance(recorded, Mapping):
         given = now if isinstance(now, Mapping) else {}
@@ -276,9 +277,9 @@ def _completed(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
 
 def _as_asked(params: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
     """Choices and overrides that give the same params again (see `config.params`)."""
-    choices = {group: params.get(group, schema.NOT_APPLICABLE) for group in schema.GROUPS}
+    choices = {group: params.get(group, identity.NOT_APPLICABLE) for group in identity.GROUPS}
     changed = {f"{group}.": "" for group, choice in choices.items() if choice.endswith("*")}
-    typed = {name: value for name, value in params.items() if name not in (*schema.GROUPS, *schema.FIELDS)}
+    typed = {name: value for name, value in params.items() if name not in (*identity.GROUPS, *identity.FIELDS)}
     return {group: choice.removesuffix("*") for group, choice in choices.items()}, changed | typed
 
 

@@ -23,21 +23,22 @@ def begin(master: DictConfig) -> None:
     from qexp import tracking
     from qexp.config.composition import Composition
     from qexp.errors import ConfigError
-    from qexp.launch import folders, resume, sweep
+    from qexp.launch import folders, resume, sweep, tracked_run
+    from qexp.launch.job import job_from, tags
 
     folder = Path(master.hydra.sweep.dir).absolute()
     folders.check_free("hydra.sweep.dir", folder, f"**/{folders.RESULT}")
     try:
-        job = sweep.job_from(Composition.of(master))
+        job = job_from(Composition.of(master))
     except ConfigError:  # a setting without a value, which the sweeper may be about to give
         return
     store = tracking.connect(job.config.tracking, Path(job.config.outputs), job.cwd)
     experiment = store.experiment_name(job.choices["dataset"])
     tracking.check_experiment(store, experiment)
-    sweep.say_ignored(sweep=True)
+    tracked_run.say_ignored(sweep=True)
     resume.close_orphans(store)
     title = f"sweep {job.config.study or folder.name}"
-    parent = tracking.open_parent(store, experiment=experiment, name=title, tags=sweep.tags(job))
+    parent = tracking.open_parent(store, experiment=experiment, name=title, tags=tags(job))
     master.hydra.overrides.task.append(f"tracking.parent={parent.id}")
 
     def close(status: str) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp import quantize
-from qexp.config import code_digest, schema
+from qexp.config import code_digest, identity
 from qexp.config.schema import Config
 from qexp.data.splits import Data
 from qexp.latency import protocol as latency
@@ -91,7 +91,7 @@ def timing_key(config: Config, data: Data, float_digest: str, int8: nn.Module, i
     """
     operators = _hash(quantize.executed(int8, config.engine, image))
     models = [float_digest, config.flow, config.fusion, config.engine, operators]
-    protocol = {name: value for name, value in schema.plain(config)["latency"].items() if name != "reuse"}
+    protocol = {name: value for name, value in identity.plain(config)["latency"].items() if name != "reuse"}
     here = {name: value for name, value in asdict(machine.describe()).items() if name != "load"}
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     where = [here, cuda, kernels.probe().id, torch.__version__, _environment()]

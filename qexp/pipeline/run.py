@@ -26,7 +26,7 @@ from tqdm import tqdm
 from qexp import quantize
 from qexp.accuracy import predictions as evaluate
 from qexp.accuracy import target_cpu
-from qexp.config import schema
+from qexp.config import identity
 from qexp.config.schema import ActivationObserver, Calib, Config, Engine, Flow, Overflow, QConfig, Runtime, Target
 from qexp.data.splits import Data, count_shared, digest_of, draw, load_data, normalise
 from qexp.errors import RunError
@@ -124,7 +124,7 @@ def described(configs: Sequence[Config]) -> list[dict[str, str]]:
     for config in configs:
         with _globals(config):
             where = json.dumps(config.dataset), cache_keys.folder(config)
-            idle = "calib" in schema.without_effect(config)
+            idle = "calib" in identity.without_effect(config)
             calibration = "" if idle else drawn(where[0], json.dumps(asdict(config.calib)), where[1])
             found.append(run_files.tags(config) | run_files.data_tags(config, opened(*where), calibration))
     return found
@@ -253,7 +253,7 @@ def why_guarded(
 ) -> str:
     """What `qconfig.overflow=auto` became for these layers and why, in a sentence; empty where it concerns none of
     them, or isn't what was asked for."""
-    if config.qconfig.overflow is not Overflow.auto or "qconfig.overflow" in schema.without_effect(config):
+    if config.qconfig.overflow is not Overflow.auto or "qconfig.overflow" in identity.without_effect(config):
         return ""
     where = f"target={config.target}" if config.target is not Target.native else "this CPU"
     kinds = kernels.overflowing_kinds(config.qconfig, config.engine, config.flow, config.target, kernels.probe()) & {
@@ -332,7 +332,7 @@ def calibrated(
 
     What calibration sees is kept, for every observer but torch's own histogram.
     """
-    if "calib" in schema.without_effect(config):
+    if "calib" in identity.without_effect(config):
         return prepared, Calibration()
     chosen = draw(data.train, config.calib)
     pixels = data.train.drawn(chosen)
@@ -465,7 +465,7 @@ def predicted(
 def per_layer(config: Config, fused: nn.Module, int8: nn.Module, data: Data) -> tuple[Fidelity, ...]:
     """How well each layer of the INT8 model does what it does in FP32, on evaluation images."""
     chosen = target_cpu.spread(len(data.test), config.per_layer.images)
-    if "per_layer" in schema.without_effect(config) or not len(chosen):
+    if "per_layer" in identity.without_effect(config) or not len(chosen):
         return ()
     size = at_a_time(data.test.shape)
     batches = np.split(chosen, range(size, len(chosen), size))

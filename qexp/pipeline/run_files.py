@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qexp.config import code_digest, schema
+from qexp.config import code_digest, identity
 from qexp.config.schema import Config
 from qexp.data.splits import Data
 from qexp.latency import protocol
@@ -49,7 +49,7 @@ def data_tags(config: Config, data: Data, calibration: str) -> dict[str, str]:
     trained = not (config.model.get("checkpoint") or config.model.get("weights"))
     parts = [data.digest, data.train.digest] if trained else [data.digest]
     digest = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
-    return {"data_digest": digest, "calib_digest": calibration[:16] or schema.NOT_APPLICABLE}
+    return {"data_digest": digest, "calib_digest": calibration[:16] or identity.NOT_APPLICABLE}
 
 
 def images_expected(data: Data) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def written(
         folder / "predictions.npz",
         fp32=fp32.logits, int8=int8.logits, labels=fp32.labels, image_ids=np.array(fp32.image_ids),
     )  # fmt: skip
-    _json(folder / "config.json", schema.plain(config))
+    _json(folder / "config.json", identity.plain(config))
     _json(folder / "qparams.json", {name: _qparams(value) for name, value in qparams.items()})
     _json(folder / "model" / "artifacts.json", [{**asdict(a), "path": Path(a.path).name} for a in artifacts])
     (folder / "model" / "load.py").write_text(loading_code(config, artifacts))

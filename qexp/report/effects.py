@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import NormalDist, fmean
 from typing import TYPE_CHECKING
 
-from qexp.config.schema import NOT_APPLICABLE
+from qexp.config.identity import NOT_APPLICABLE
 from qexp.records import Interval, Row, Source
 
 if TYPE_CHECKING:

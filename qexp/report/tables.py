@@ -14,7 +14,7 @@ from statistics import fmean, median, stdev
 
 from tabulate import tabulate
 
-from qexp.config.schema import NOT_APPLICABLE
+from qexp.config.identity import NOT_APPLICABLE
 from qexp.records import PRECISIONS, VARIANTS, Interval, Row
 from qexp.report import effects
 from qexp.report.effects import finished, together

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp import quantize
-from qexp.config import schema
+from qexp.config import conversion
 from qexp.config.schema import Config, Overflow, Runtime
 from qexp.models import float_model
 from qexp.pipeline import cache_keys
@@ -137,7 +137,7 @@ def load_int8(folder: Path) -> Loaded:
 
     Call it within `quantize.engine` of the engine that it was converted for.
     """
-    config = schema.from_plain(json.loads((folder / "config.json").read_text()))
+    config = conversion.from_plain(json.loads((folder / "config.json").read_text()))
     with torch.random.fork_rng(devices=[]):
         made = structures(config, folder, ["int8"])
     return read(config, made, folder, [Runtime.eager])["int8_eager"]

@@ -1,0 +1,63 @@
+"""Where Hydra ends: from its composed DictConfig, or from values that were written down, to a typed Config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from qexp.config.schema import Config
+from qexp.errors import ConfigError
+from qexp.system import credentials
+
+
+def from_hydra(composed: Any, cwd: str) -> Config:
+    """The composed DictConfig as typed, plain values; relative paths are taken against `cwd`, where the user typed.
+
+    Raises ConfigError where a value that has no default is missing.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from qexp.config.refusals import unresolved
+
+    try:
+        missing = sorted(str(key) for key in OmegaConf.missing_keys(composed))
+        missing += [one.name for one in fields(Config) if one.name not in composed]
+        if missing:
+            raise ConfigError(f"{missing[0]} has no value: give one, as in {missing[0]}=...")
+        config: Config = OmegaConf.to_object(composed)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise ConfigError(unresolved(error)) from error
+    for name, allowed in _unknown(config):
+        raise ConfigError(f"{name} is no setting; there are {', '.join(allowed)}.")
+    config.outputs = absolute(config.outputs, cwd)
+    for group, key in ((config.model, "checkpoint"), (config.dataset, "root")):
+        if isinstance(group.get(key), str):
+            group[key] = absolute(group[key], cwd)
+    credentials.learn(config)
+    return config
+
+
+def _unknown(settings: Any, parent: str = "") -> Iterator[tuple[str, list[str]]]:
+    """What was added to these settings with + and is none of them, each with those that stand beside it."""
+    known = [one.name for one in fields(settings)]
+    for name, value in vars(settings).items():
+        if name not in known:
+            yield f"{parent}{name}", [f"{parent}{other}" for other in known]
+        elif is_dataclass(value):
+            yield from _unknown(value, f"{parent}{name}.")
+
+
+def from_plain(values: Mapping[str, Any]) -> Config:
+    """The configuration that `exact` gave, back from its nested plain values."""
+    from omegaconf import OmegaConf
+
+    config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), dict(values)))  # type: ignore[assignment]
+    return config
+
+
+def absolute(path: str, cwd: str) -> str:
+    """`path` with `~` expanded, against `cwd` where it is relative."""
+    return str(Path(cwd, Path(path).expanduser()).absolute())

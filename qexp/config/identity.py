@@ -1,0 +1,146 @@
+"""Configurations as plain values: what is written down, the params of a run, and what its result depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
+from enum import StrEnum
+from typing import Any
+
+from qexp.config.schema import OBSERVER_PARAMETERS, ActivationObserver, Config, Flow, Sampling
+from qexp.system import credentials
+
+NOT_APPLICABLE = "n/a"
+# Which observers find the same range in whatever order the images come.
+ORDERLESS = frozenset(ActivationObserver) - {ActivationObserver.moving_average, ActivationObserver.histogram}
+GROUPS = ("model", "dataset", "train", "qconfig", "observer", "calib", "latency")
+# The params of a run beside its groups' choices, in the order of the tables.
+FIELDS = (
+    "qconfig.weight.granularity",
+    "qconfig.weight.scheme",
+    "qconfig.weight.bits",
+    "qconfig.weight.observer",
+    "qconfig.activation.scheme",
+    "qconfig.activation.bits",
+    "qconfig.overflow",
+    "qconfig.range_after_clamp",
+    "observer.averaging_constant",
+    "observer.bins",
+    "observer.percentile",
+    "calib.batches",
+    "calib.batch_size",
+    "calib.sampling",
+    "calib.seed",
+    "flow",
+    "engine",
+    "fusion",
+    "target",
+    "seed",
+)
+# What is said of a run, and changes nothing in its result.
+RECORDED_ONLY = ("tracking", "job", "cache", "study", "resume", "rerun", "objective", "outputs")
+# What a run is called: made of masked settings, it may hold a mask.
+LABELS = ("tracking.name", "study")
+# What has no effect in a flow. torch's dynamic quantization computes activation ranges as it runs, and reduces them
+# to 7 bits by itself where kernels could saturate.
+NO_EFFECT: dict[Flow, tuple[str, ...]] = {
+    Flow.eager: (),
+    Flow.fx: ("fusion",),
+    Flow.dynamic: (
+        "fusion",
+        "observer",
+        "calib",
+        "target",
+        "saturation",
+        "per_layer",
+        "qconfig.activation.scheme",
+        "qconfig.activation.bits",
+        "qconfig.overflow",
+        "qconfig.range_after_clamp",
+    ),
+}
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The configuration as nested plain values, enums by their names, without credentials: as it is written down."""
+    written: dict[str, Any] = credentials.masked_tree(exact(config))
+    return written
+
+
+def exact(config: Config) -> dict[str, Any]:
+    """The configuration as nested plain values, enums by their names, credentials included."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, StrEnum):
+            return str(value)
+        if isinstance(value, dict):
+            return {key: convert(item) for key, item in value.items()}
+        return [convert(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return convert(asdict(config))
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted names."""
+    result: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        result |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return result
+
+
+def without_effect(config: Config) -> tuple[str, ...]:
+    """The settings that change nothing for the choices made, as names or prefixes of names."""
+    names = list(NO_EFFECT[config.flow])
+    has = OBSERVER_PARAMETERS[config.observer.name]
+    names += [f"observer.{name}" for names_ in OBSERVER_PARAMETERS.values() for name in names_ if name not in has]
+    if config.calib.sampling is Sampling.first:
+        names.append("calib.seed")
+    if config.calib.batches is None and config.observer.name in ORDERLESS:
+        # What all images hold is the same in whatever order these come.
+        names += ["calib.seed", "calib.sampling"]
+    if config.model.get("checkpoint") or config.model.get("weights"):
+        names.append("train")
+    return tuple(names)
+
+
+def params(config: Config, choices: Mapping[str, str], overrides: Mapping[str, Any]) -> dict[str, str]:
+    """What was asked, by the names that are typed; `n/a` where it has no effect.
+
+    choices: Hydra's choice by group; overrides: the task's overrides by key. A group's choice is followed by `*`
+    where fields of it were overridden.
+    """
+    values = flat(plain(config))
+    result = {}
+    for group in GROUPS:
+        changed = any(key.lstrip("+~").startswith(f"{group}.") for key in overrides)
+        result[group] = f"{choices.get(group, NOT_APPLICABLE)}{'*' if changed else ''}"
+    typed = sorted(key.lstrip("+~") for key in overrides)
+    names = [*FIELDS, *(name for name in typed if name in values and not _covered(name, RECORDED_ONLY))]
+    result |= {name: _text(values[name]) for name in names}
+    idle = without_effect(config)
+    return {name: NOT_APPLICABLE if _covered(name, idle) else value for name, value in result.items()}
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """What a run's result depends on: the effective settings, without where it is recorded. The same for jobs
+    that would compute the same."""
+    idle = without_effect(config)
+    values = flat(plain(config))
+    return {name: value for name, value in values.items() if not _covered(name, (*idle, *RECORDED_ONLY))}
+
+
+def config_hash(config: Config) -> str:
+    """The first 16 hex digits of the sha256 of `identity`."""
+    text = json.dumps(identity(config), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _covered(name: str, prefixes: Collection[str]) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _text(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,167 @@
+"""Every check that needs nothing but the configuration. Neither torch nor mlflow is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from qexp.config.identity import LABELS, exact, flat
+from qexp.config.schema import (
+    OBSERVER_PARAMETERS,
+    ActivationObserver,
+    Config,
+    Engine,
+    Latency,
+    LogModel,
+    Observer,
+    Runtime,
+    Scheme,
+)
+from qexp.data import preprocessing
+from qexp.errors import ConfigError
+from qexp.system import credentials
+
+# What a number that may be null must be.
+NULLS = {
+    "calib.batches": "a positive number, or null for all of the training images",
+    "job.timeout": "a positive number of seconds, or null for no limit",
+}
+OBJECTIVES = ("accuracy/int8", "accuracy/delta", "latency/int8_ms", "latency/speedup", "size/int8_mb")
+
+
+def check(config: Config, swept: Collection[str] = ()) -> None:
+    """Raise ConfigError for what can't work whatever the inputs are.
+
+    swept: the settings that vary in the sweep that this is a job of; where `observer` does, a parameter that only
+    some of the observers have is ignored by the others instead of refused.
+    """
+    _check_ranges(config)
+    _check_qconfig(config)
+    if "observer" not in swept:
+        _check_observer(config.observer)
+    _check_entropy(config)
+    _check_credentials(config)
+    _check_mappings(config)
+    preprocessing.check(config.dataset)
+
+
+def _check_ranges(config: Config) -> None:
+    calib, train, latency = config.calib, config.train, config.latency
+    positive = {
+        "calib.batches": calib.batches,
+        "calib.batch_size": calib.batch_size,
+        "train.epochs": train.epochs,
+        "train.batch_size": train.batch_size,
+        "train.lr": train.lr,
+        "evaluate.batch_size": config.evaluate.batch_size,
+        "compute.threads": config.compute.threads,
+        "saturation.emulated_images": config.saturation.emulated_images,
+        "job.timeout": config.job.timeout,
+        "tracking.timeout": config.tracking.timeout,
+        "cache.max_gb": config.cache.max_gb,
+        "observer.bins": config.observer.bins,
+        "latency.seconds": latency.seconds,
+        "latency.block_ms": latency.block_ms,
+        "latency.min_blocks": latency.min_blocks,
+    }
+    for name, value in positive.items():
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name}={value}: must be {NULLS.get(name, 'positive')}.")
+    counts = {"saturation.exact_images": config.saturation.exact_images, "per_layer.images": config.per_layer.images}
+    for name, count in counts.items():
+        if count < 0:
+            raise ConfigError(f"{name}={count}: must be 0 or more.")
+    if config.observer.averaging_constant is not None and not 0 < config.observer.averaging_constant <= 1:
+        raise ConfigError(f"observer.averaging_constant={config.observer.averaging_constant}: must be in (0, 1].")
+    if config.observer.percentile is not None and not 50 < config.observer.percentile <= 100:
+        raise ConfigError(f"observer.percentile={config.observer.percentile}: must be over 50 and at most 100.")
+    for name, values in (("latency.threads", latency.threads), ("latency.batch_sizes", latency.batch_sizes)):
+        if not values or any(value < 1 for value in values):
+            raise ConfigError(f"{name}={values}: must be a list of positive numbers, such as [1] or [1,2].")
+    for name, least in (("warmup_calls", latency.warmup_calls), ("warmup_seconds", latency.warmup_seconds)):
+        if not least >= 0:
+            raise ConfigError(f"latency.{name}={least}: must not be negative.")
+    if config.tracking.log_model is LogModel.flavor and Runtime.torchscript not in latency.runtimes:
+        raise ConfigError(
+            "tracking.log_model=flavor logs the TorchScript model, which is not among latency.runtimes="
+            f"{[str(runtime) for runtime in latency.runtimes]}; add torchscript, or use tracking.log_model=artifact."
+        )
+    if latency.processes < 0:
+        raise ConfigError(f"latency.processes={latency.processes}: must be 0 (in the running process) or more.")
+    if latency.reuse not in (True, False, "auto"):
+        raise ConfigError(f"latency.reuse={latency.reuse}: must be auto (true in a sweep), true or false.")
+    _check_runtimes(latency)
+    for name, seed in (("seed", config.seed), ("calib.seed", calib.seed), ("train.seed", train.seed)):
+        if not 0 <= seed < 2**32:
+            raise ConfigError(f"{name}={seed}: must be in 0..{2**32 - 1}.")
+
+
+def _check_runtimes(latency: Latency) -> None:
+    listed = [str(runtime) for runtime in latency.runtimes]
+    if not latency.runtimes or len(set(latency.runtimes)) < len(latency.runtimes):
+        raise ConfigError(f"latency.runtimes={listed}: must be one or more of {', '.join(Runtime)}, each once.")
+    if not any(runtime.takes_int8 for runtime in latency.runtimes):
+        raise ConfigError(f"latency.runtimes={listed}: INT8 runs in none of these; add eager or torchscript.")
+    if Runtime.inductor in latency.runtimes and latency.enabled and latency.processes == 0:
+        raise ConfigError(
+            f"latency.runtimes={listed}: inductor compiles in processes of its own, and latency.processes=0 asks for "
+            "none; use latency=standard or latency=publish, or set latency.processes=2."
+        )
+
+
+def _check_qconfig(config: Config) -> None:
+    qconfig, engine = config.qconfig, config.engine
+    for name, bits in (("weight", qconfig.weight.bits), ("activation", qconfig.activation.bits)):
+        if not 2 <= bits <= 8:
+            raise ConfigError(f"qconfig.{name}.bits={bits}: must be in 2..8; INT8 kernels hold no more than 8 bits.")
+    if engine is Engine.onednn and qconfig.weight.scheme is Scheme.asymmetric:
+        raise ConfigError(
+            "engine=onednn takes symmetric weights only, got qconfig.weight.scheme=asymmetric; "
+            "use engine=x86, fbgemm or qnnpack, or qconfig.weight.scheme=symmetric."
+        )
+
+
+def _check_observer(observer: Observer) -> None:
+    has = OBSERVER_PARAMETERS[observer.name]
+    for parameter in sorted({name for names in OBSERVER_PARAMETERS.values() for name in names}):
+        value = getattr(observer, parameter)
+        if value is not None and parameter not in has:
+            owners = [f"observer={name}" for name, names in OBSERVER_PARAMETERS.items() if parameter in names]
+            raise ConfigError(
+                f"observer.{parameter}={value}: observer={observer.name} has no such parameter, "
+                f"{' and '.join(owners)} {'does' if len(owners) == 1 else 'do'}."
+            )
+        if value is None and parameter in has:
+            raise ConfigError(f"observer.{parameter}=null: observer={observer.name} needs a value.")
+
+
+def _check_entropy(config: Config) -> None:
+    levels = 2**config.qconfig.activation.bits
+    bins = config.observer.bins
+    if config.observer.name is ActivationObserver.entropy and bins is not None and bins < levels:
+        raise ConfigError(
+            f"observer.bins={bins}: observer=entropy needs at least as many bins as the grid has steps, {levels} with "
+            f"qconfig.activation.bits={config.qconfig.activation.bits}; 2048 leave it a choice."
+        )
+
+
+def _check_credentials(config: Config) -> None:
+    for name, value in flat(exact(config)).items():
+        if isinstance(value, str) and credentials.MASK in value and name not in LABELS:
+            raise ConfigError(
+                f"{name}={value}: {credentials.MASK} stands for a credential, which qexp writes down nowhere; give it "
+                "in full."
+            )
+
+
+def _check_mappings(config: Config) -> None:
+    for name, mapping in (("model", config.model), ("dataset", config.dataset)):
+        if not isinstance(mapping.get("_target_"), str) or not mapping["_target_"]:
+            raise ConfigError(f"{name}._target_={mapping.get('_target_')}: must be the dotted name of a callable.")
+    if config.model.get("checkpoint") and config.model.get("weights"):
+        given = f"model.checkpoint={config.model['checkpoint']} and model.weights={config.model['weights']}"
+        raise ConfigError(f"{given}: give one of them.")
+    margin = config.dataset.get("margin")
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 < margin < 1:
+        raise ConfigError(f"dataset.margin={margin}: must be an accuracy loss in (0, 1), such as 0.005.")
+    if config.objective not in OBJECTIVES:
+        raise ConfigError(f"objective={config.objective}: must be one of {', '.join(OBJECTIVES)}.")

@@ -1,0 +1,79 @@
+"""Hydra's callback: refuses a single run before it has a folder, and writes down what was composed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.utils import JobReturn
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from qexp.config import validation
+from qexp.config.composition import Composition, as_yaml
+from qexp.config.refusals import refusals
+from qexp.errors import ConfigError
+from qexp.launch import folders, resume, trials
+from qexp.system import console, credentials
+
+if TYPE_CHECKING:
+    pass
+from qexp.launch.job import hydra_files, is_ours, job_from
+
+
+class HydraCallback(Callback):
+    """Refuses a single run before Hydra makes a folder for it, writes down what Hydra composed as Hydra does, but for
+    credentials, and lets go of what Hydra would keep of each job."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        with refusals():
+            job = job_from(Composition.of(config))
+            validation.check(job.config)
+            resume.check(job)
+            folder = Path(config.hydra.run.dir)
+            without_credentials(str(folder), "hydra.run.dir")
+            folders.writable(folder)
+            folders.hold(folder)
+            folders.check_free("hydra.run.dir", folder)
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if not is_ours(config.hydra):
+            with refusals():
+                trials.begin(config)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        trials.end("FINISHED")
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        console.protect()  # a launcher may have begun this process
+        credentials.learn_environment()
+        credentials.keep_out_of_logs()
+        composed = Composition.of(config)
+        folder = hydra_files(Path(config.hydra.runtime.output_dir), composed.hydra)
+        folder.mkdir(exist_ok=True)
+        hydra = {"hydra": composed.hydra}
+        files = {"config": composed.task, "hydra": hydra, "overrides": composed.hydra.overrides.task}
+        for name, content in files.items():
+            (folder / f"{name}.yaml").write_text(as_yaml(content), encoding="utf-8")
+        if not is_ours(composed.hydra):  # whose sweeper may have written this
+            mask_file(Path(composed.hydra.sweep.dir) / "multirun.yaml")
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        # Of all jobs of a sweep until it ends, a third of a megabyte each.
+        job_return.cfg = job_return.hydra_cfg = None
+
+
+def mask_file(file: Path) -> None:
+    """Mask the credentials in a text file, if it is there and holds any."""
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if credentials.masked(text) != text:
+        file.write_text(credentials.masked(text), encoding="utf-8")
+
+
+def without_credentials(folder: str, setting: str) -> None:
+    """Raise ConfigError where a folder's name would tell a credential, as ${hydra.job.override_dirname} may."""
+    if credentials.masked(folder) != folder:
+        raise ConfigError(
+            f"{setting} would name a folder after a credential; give that by the environment, as in "
+            "MLFLOW_TRACKING_URI, or name its setting in hydra.job.config.override_dirname.exclude_keys."
+        )

@@ -1,0 +1,113 @@
+"""The jobs of a sweep, composed, checked and named before the first starts."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from qexp.config import identity, validation
+from qexp.config.composition import Composer, combinations, quoted, spelled
+from qexp.errors import ConfigError
+from qexp.launch import resume
+from qexp.system import credentials
+
+if TYPE_CHECKING:
+    pass
+from qexp.launch.callback import without_credentials
+from qexp.launch.job import GIVEN, Job, job_from, split
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A job of a sweep before it is launched: the overrides that compose it, and what they compose to."""
+
+    overrides: list[str]
+    job: Job
+    name: str
+
+
+def hide_from_names(master: DictConfig) -> None:
+    """What a sweep gives to its jobs, and nobody has typed, is no part of Hydra's `override_dirname`, whatever else the
+    user has taken out of it."""
+    excluded = list(master.hydra.job.config.override_dirname.exclude_keys)
+    if not set(GIVEN) <= set(excluded):
+        keys = spelled([*excluded, *GIVEN])
+        master.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys={keys}")
+
+
+def plan(composer: Composer, params: Sequence[str], typed: Sequence[str]) -> list[Planned]:
+    """Every distinct job, composed and checked. Raises ConfigError for the whole sweep where one can't run."""
+    given = composer.parse(typed)
+    own = [one for one in composer.parse(params) if not any(composer.replaces(other, one) for other in given)]
+    overrides = [*own, *given]
+    for override in overrides:
+        if override.is_sweep_override() and override.key_or_group == "experiment":
+            raise ConfigError(
+                f"{override.input_line}: an experiment is a sweep by itself, and several can't be swept over; "
+                "start them one after the other."
+            )
+    swept = [override.key_or_group for override in overrides if override.is_sweep_override()]
+    places = [
+        place
+        for place, override in enumerate(overrides)
+        if override.is_sweep_override() and not any(composer.replaces(o, override) for o in overrides[place + 1 :])
+    ]
+    found: dict[str, tuple[list[str], Job]] = {}
+    refused: dict[str, str] = {}
+    every = combinations(overrides)
+    for combination in tqdm(every, desc="checking jobs", disable=None, leave=False):
+        composed = composer(combination)
+        try:
+            job = job_from(composed)
+            validation.check(job.config, swept)
+            resume.check(job)
+            if credentials.masked_tree(combination) != combination:
+                without_credentials(composer.subfolder(combination, 0), "hydra.sweep.subdir")
+        except ConfigError as error:
+            refused.setdefault(str(error), " ".join(combination))
+            continue
+        found.setdefault(identity.config_hash(job.config), (combination, job))
+    if refused:
+        reasons = "\n".join(f"{reason} ({which})" for reason, which in refused.items())
+        raise ConfigError(reasons if len(every) == 1 else f"{reasons}\nNo job of this sweep was started.")
+    if len(found) < len(every):
+        same = len(every) - len(found)
+        log.warning("%d of %d jobs would compute the same as another and are not run twice.", same, len(every))
+    told = [credentials.masked_tree(combination) for combination, _ in found.values()]
+    telling = [[combination[place] for place in places] or combination for combination in told]
+    return [
+        Planned([*combination, f"tracking.name={quoted(name)}"], job, name)
+        for (combination, job), name in zip(found.values(), names(telling), strict=True)
+    ]
+
+
+def names(telling: Sequence[Sequence[str]]) -> list[str]:
+    """A name for each job of a sweep, no two alike. telling: the overrides that tell it from the others."""
+    short_names = [plain(" ".join(map(short, overrides))) for overrides in telling]
+    counts = Counter(short_names)
+    return [
+        name if counts[name] == 1 else plain(" ".join(overrides))
+        for name, overrides in zip(short_names, telling, strict=True)
+    ]
+
+
+def plain(text: str) -> str:
+    """`text` without what OmegaConf would take for an interpolation or an escape."""
+    return text.replace("\\", "/").replace("$", "")
+
+
+def short(override: str) -> str:
+    """An override's value as part of a run's name: a path's last part; `fusion=true` where a bare word says nothing."""
+    key, value = split(override)
+    value = value.strip("'\"")
+    if value.lower() in ("true", "false", "null") or value.replace(".", "", 1).isdigit():
+        return f"{key.rpartition('.')[2]}={value}"
+    return value.rstrip("/").rpartition("/")[2]

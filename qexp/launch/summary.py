@@ -1,0 +1,45 @@
+"""What is printed in the end: the tables, and where everything is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qexp.records import Row
+from qexp.report import effects, tables
+from qexp.system import credentials
+
+if TYPE_CHECKING:
+    pass
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """What a sweep prints in the end: what all runs share, the runs, the effects, and every job that failed.
+
+    CPUs whose INT8 kernels answer otherwise (the tag kernel_signature) are never pooled: each has its own tables.
+    """
+    alike: dict[str, list[Row]] = {}
+    for row in effects.finished(rows):
+        alike.setdefault(row.tags.get("kernel_signature", ""), []).append(row)
+    parts = [
+        part(group)
+        for group in alike.values() or [[]]
+        for part in (shared, tables.runs, tables.latencies, tables.effects_text, tables.draws, tables.calibration)
+    ]
+    return "\n\n".join(part for part in [*parts, tables.failures(rows)] if part)
+
+
+def shared(rows: Sequence[Row]) -> str:
+    """The machine and the model, once above the table."""
+    tags = rows[0].tags if rows else {}
+    return f"{tags['cpu']} ({tags['isa']}), torch {tags['torch']}; {tags['float_model']}" if "cpu" in tags else ""
+
+
+def say_where(folder: Path, ui: Any) -> None:
+    print(f"Files: {folder}")
+    if ui.command:
+        given = f", with the password for {credentials.MASK}" if credentials.MASK in ui.command else ""
+        print(f"Compare in MLflow{given}:\n  {ui.command}\nand open {ui.url}")
+    else:
+        print(f"Compare in MLflow: {ui.url}")

@@ -1,0 +1,123 @@
+"""One job as a run in MLflow: by itself, or as one of a sweep's."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qexp.config import code_digest, identity, validation
+from qexp.config.refusals import refusals
+from qexp.config.schema import LogModel
+from qexp.launch import folders, jobs, progress, resume
+from qexp.records import Row
+from qexp.report import tables
+
+if TYPE_CHECKING:
+    pass
+from qexp.launch.job import Job, tags
+from qexp.launch.signals import stoppable, until_stopped
+from qexp.launch.summary import say_where, summary
+
+log = logging.getLogger(__name__)
+
+
+def run(job: Job) -> float | None:
+    """Hydra's task: one run, tracked; by itself, or as one of a sweep's jobs. Returns the objective."""
+    if job.config.tracking.parent is not None and not job.foreign:
+        with stoppable():
+            return swept(job)
+    if not job.alone:  # a job of another sweeper, which handles what is raised
+        return single(job)
+    with refusals(), until_stopped():
+        return single(job)
+
+
+def single(job: Job) -> float | None:
+    """One run by itself: configuration, tracking server and inputs are checked before it starts."""
+    from qexp import tracking
+
+    validation.check(job.config)
+    if job.foreign:
+        folders.check_free("hydra.sweep.subdir", job.folder)
+    jobs.start_server()
+    store = tracking.connect(job.config.tracking, Path(job.config.outputs), job.cwd)
+    resume.close_orphans(store)
+    earlier = resume.earlier(store, job)
+    if earlier:
+        job = earlier.job
+    experiment = store.experiment_name(job.choices["dataset"])
+    tracking.check_run(store, experiment=experiment, params=job.params, resume=job.alone)
+    if job.alone:
+        say_ignored(sweep=False)
+    jobs.check_inputs([job.config])
+    row, handle = tracked(job, swept=identity.GROUPS if earlier else ())
+    print(f"\n{summary([row])}\n")
+    if earlier:
+        print(f"{earlier.compared(row)}\n")
+    say_where(job.folder, tracking.ui(store, handle))
+    return row.metrics.get(job.config.objective)
+
+
+def say_ignored(sweep: bool) -> None:
+    """Log which of MLflow's environment variables are set and not followed."""
+    from qexp import tracking
+
+    for sentence in tracking.ignored(sweep):
+        log.warning(sentence)
+
+
+def swept(job: Job) -> float | None:
+    """One of a sweep's jobs, with its line and its step of the bar, whether it is finished or fails."""
+    try:
+        row, _ = tracked(job, swept=identity.GROUPS)
+    except Exception as error:
+        row = failed(job.name, error)
+        progress.report(f"#{job.number + 1}  {tables.failures([row])}", row)
+        raise
+    progress.report(f"#{job.number + 1}  {tables.line(row)}", row)
+    return row.metrics.get(job.config.objective)
+
+
+def tracked(job: Job, swept: Collection[str] = ()) -> tuple[Row, Any]:
+    """The job as a run in MLflow, which ends as FINISHED, FAILED or KILLED whatever happens; its row and its handle."""
+    from qexp import tracking
+
+    validation.check(job.config, swept)
+    store = tracking.connect(job.config.tracking, Path(job.config.outputs), job.cwd)
+    with tracking.start_run(
+        store,
+        experiment=store.experiment_name(job.choices["dataset"]),
+        name=job.name,
+        params=job.params,
+        tags={**tags(job), **code_digest.tags(job.config)},
+        parent=job.config.tracking.parent,
+        # Hydra's own count tells a single run from a job of another sweeper than ours.
+        resume=job.alone,
+    ) as handle:
+        # At once, so that a run that fails or is killed can be repeated too.
+        handle.log_artifacts({"config.json": identity.plain(job.config)})
+        result = jobs.run(job.config, job.folder)
+        found = {**result.tags, "doubts": "\n".join(result.doubts)}
+        files = {name: Path(path) for name, path in result.files.items()}
+        # Here and not in the job's process, which is begun ahead, before Hydra has written its files.
+        if job.hydra_files is not None and job.hydra_files.is_dir():
+            files["hydra"] = job.hydra_files
+        kept = job.config.tracking.log_model
+        if kept is LogModel.none or (kept is LogModel.auto and not job.alone):
+            files.pop("model")
+        if kept is LogModel.flavor:
+            handle.log_model(**result.flavor)
+        used = [tracking.DatasetUse(**use) for use in result.datasets]
+        handle.log_result(result.metrics, found, files, used, result.resolved)
+    params = {**job.params, **result.resolved}
+    row = Row(handle.id, job.name, "FINISHED", params=params, metrics=result.metrics, tags={**tags(job), **found})
+    return row, handle
+
+
+def failed(name: str, error: Exception) -> Row:
+    """The row of a job that has failed."""
+    from qexp import tracking
+
+    return Row("", name, "FAILED", tags={"error": tracking.sentence(error)})
