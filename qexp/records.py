@@ -47,6 +47,37 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Fidelity:
+    """How well one layer of an INT8 model gives what it gives in the float model.
+
+    name: the layer's in the user's model, or of the tensor in the QParams. kind: as in `layers` (conv, depthwise,
+    grouped, pointwise, linear, …), or the operation (add, mul, …, quantize for what enters the INT8 part).
+
+    A signal to noise ratio (SQNR) is 10 log10(Σ x² / Σ (x − y)²) in dB over all values x of the float model, with y in
+    their place; infinite where they are equal. 6 dB are one bit.
+
+    sqnr_db: y is the layer's output inside the whole INT8 model, the errors of all layers before it included.
+    own_sqnr_db: y is the INT8 layer's answer to the float model's input, quantized as the INT8 model does it. The noise
+        of that rounding, of the weights, of the output's grid (clipping too) and of the kernel's sums is in it, and no
+        other layer's. None where the layer's inputs in the two models don't correspond.
+    weight_sqnr_db: of the weights that the INT8 layer holds; None where it holds none.
+    clipped: share of the float values that lie more than one step outside what the codes can say, (0 − zero point) ×
+        scale to (highest − zero point) × scale, and that are therefore moved to one of these ends. Up to a step it is a
+        matter of rounding: of 1.0 on sigmoid's fixed grid, whose highest value is 255/256. highest is 255, or that of
+        the bits asked for; a grid that a guard narrowed to 7 bits goes on to 255 (see grid.Grid).
+    scale: one step of the output's grid.
+    """
+
+    name: str
+    kind: str
+    sqnr_db: float
+    own_sqnr_db: float | None
+    weight_sqnr_db: float | None
+    clipped: float
+    scale: float
+
+
+@dataclass(frozen=True)
 class Artifact:
     """What was saved of one precision for one runtime."""
 

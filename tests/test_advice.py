@@ -14,13 +14,12 @@ from torch import nn
 from qexp import quantize
 from qexp.accuracy import target_cpu
 from qexp.config.schema import Config, Engine, Flow, Overflow, Scheme
-from qexp.pipeline import run
+from qexp.pipeline import metrics, run, warnings
 from qexp.quantize import Narrowed, Side
 from qexp.quantize.saturation import emulation, kernels
 from qexp.quantize.saturation.kernels import KernelSignature, Probe
 from qexp.quantize.torch_backend.slow_depthwise import without_fast_kernel
 from qexp.records import Layer, Predictions, Saturation, Source
-from qexp.report import metrics
 
 Composed = Callable[..., Config]
 DENSE = (Layer("conv", "conv", True), Layer("fc", "linear", True))
@@ -101,7 +100,7 @@ def test_numbers_on_saturation_are_of_layers_that_saturate() -> None:
 
 def said(config: Config, layers: tuple[Layer, ...], *given: object, answer: target_cpu.Answer) -> list[str]:
     guard = run.resolved(config).overflow
-    return list(metrics.of_sums(config, guard, layers, given, answer))  # type: ignore[arg-type]
+    return list(warnings.of_sums(config, guard, layers, given, answer))  # type: ignore[arg-type]
 
 
 def test_that_layers_were_narrowed_is_said_with_what_needs_no_guard(
@@ -191,10 +190,10 @@ def test_depthwise_convolutions_without_a_fast_kernel_are_named(composed: Compos
     assert slow(Engine.x86, True) == [name for name in alone if name != "92 channels"]  # oneDNN's, up to 100 groups
     assert slow(Engine.onednn, False) == slow(Engine.qnnpack, True) == []
 
-    (sentence,) = metrics.of_slow_kernels(composed(), without_fast_kernel(int8, Engine.x86, True))
+    (sentence,) = warnings.of_slow_kernels(composed(), without_fast_kernel(int8, Engine.x86, True))
     assert "takes for 5 depthwise convolutions (6, 7, 8, ...)" in sentence
     assert "engine=onednn has one" in sentence
-    assert list(metrics.of_slow_kernels(composed(), ())) == []
+    assert list(warnings.of_slow_kernels(composed(), ())) == []
 
 
 @pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])

@@ -131,8 +131,6 @@ def test_what_would_compute_the_same_has_the_same_hash(composed: Composed) -> No
     assert identity.config_hash(composed("fusion=true")) != identity.config_hash(composed("fusion=false"))
     alike = composed("study=a", "tracking.name=b", "job.timeout=9")
     assert identity.config_hash(alike) == identity.config_hash(composed())
-        composed()
-    )
     for observer in ("minmax", "percentile", "mse", "entropy"):
         every = ("calib.batches=null", f"observer={observer}")
         first, second = (identity.config_hash(composed(*every, f"calib.seed={seed}")) for seed in (1, 2))

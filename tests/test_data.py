@@ -17,6 +17,7 @@ import torch
 import yaml
 from PIL import Image
 
+from qexp.config import image_settings
 from qexp.config.schema import Calib, Sampling
 from qexp.data import preprocessing
 from qexp.data import splits as data_module
@@ -24,7 +25,7 @@ from qexp.data.splits import Data, count_shared, digest_of, draw, load_data, nor
 from qexp.errors import ConfigError, InputError
 
 CONF = Path(__file__).parent.parent / "conf" / "dataset"
-PLAIN = preprocessing.Preprocessing(None, None, "bilinear")
+PLAIN = image_settings.Preprocessing(None, None, "bilinear")
 
 
 def spec(name: str, **overrides: Any) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def test_every_group_file_names_every_reserved_key_and_starts_with_a_comment(fil
     settings = yaml.safe_load(file.read_text())
     assert {*data_module.RESERVED, "root", "_target_"} <= set(settings)
     assert file.read_text().startswith("# ")
-    assert preprocessing.check(settings).margin == (0.02 if file.stem == "digits" else 0.005)
+    assert image_settings.check(settings).margin == (0.02 if file.stem == "digits" else 0.005)
 
 
 @pytest.mark.parametrize(
@@ -108,11 +109,11 @@ def test_settings_that_cannot_work_are_refused_from_the_configuration_alone(
     overrides: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        preprocessing.check(spec("digits", **overrides))
+        image_settings.check(spec("digits", **overrides))
 
 
 def test_one_mean_and_std_stand_for_three_channels() -> None:
-    settings = preprocessing.check(spec("digits", mean=0.5, std=[0.25]))
+    settings = image_settings.check(spec("digits", mean=0.5, std=[0.25]))
     assert settings.mean == (0.5,) * 3
     assert settings.std == (0.25,) * 3
 
@@ -180,7 +181,7 @@ def test_the_digest_follows_images_labels_classes_and_normalisation(digits: Data
 # ---------------------------------------------------------------- pixels equal torchvision's
 
 
-@pytest.mark.parametrize("interpolation", list(preprocessing.INTERPOLATIONS))
+@pytest.mark.parametrize("interpolation", image_settings.INTERPOLATIONS)
 @pytest.mark.parametrize("size", [(64, 48), (48, 64), (53, 97), (300, 41), (40, 40), (33, 47)])
 @pytest.mark.parametrize(("resize", "crop"), [(40, 32), (37, 33), (40, 40), (None, 33)])
 def test_resize_and_crop_equal_torchvision_bit_for_bit(
@@ -192,7 +193,7 @@ def test_resize_and_crop_equal_torchvision_bit_for_bit(
     mode = steps.InterpolationMode(interpolation)
     picture = noise(size, seed=size[0])
     expected = steps.CenterCrop(crop)(steps.Resize(resize, mode)(picture) if resize else picture)
-    ours = preprocessing.to_pixels(picture, preprocessing.Preprocessing(resize, crop, interpolation))
+    ours = preprocessing.to_pixels(picture, image_settings.Preprocessing(resize, crop, interpolation))
     np.testing.assert_array_equal(ours, np.asarray(expected).transpose(2, 0, 1))
 
 

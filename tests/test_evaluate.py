@@ -11,12 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qexp.accuracy import predictions
 from qexp.config.schema import Config
 from qexp.data.builtin import ArrayDataset
 from qexp.data.splits import Data, load_data
 from qexp.errors import NotFinite
-from qexp.models import training
+from qexp.models import inference, training
 from qexp.pipeline import run
 from qexp.records import Predictions
 
@@ -112,13 +111,13 @@ def test_an_int8_model_that_gives_infinity_fails_the_run_however_often(
 def test_what_a_cache_or_a_runtime_hands_over_is_looked_at_too(job: Callable[..., Config], tmp_path: Path) -> None:
     data = data_of(job("Net", ()), tmp_path)
     logits = np.zeros((5, 4), np.float32)
-    found = predictions.predictions(logits, data.test, "reading", np.arange(7, 12))
+    found = inference.predictions(logits, data.test, "reading", np.arange(7, 12))
     assert found.image_ids == ("7", "8", "9", "10", "11")
     assert found.labels.tolist() == [3, 0, 1, 2, 3]
     for value in (np.nan, np.inf, -np.inf):
         logits[2, 1] = value
         with pytest.raises(NotFinite, match=r"reading: .* 1 of 5 images, .* image 9 of dataset make \(test\)"):
-            predictions.predictions(logits, data.test, "reading", np.arange(7, 12))
+            inference.predictions(logits, data.test, "reading", np.arange(7, 12))
         with pytest.raises(ValueError, match="logits are NaN or infinite"):
             Predictions(logits, found.labels, found.image_ids)
 

@@ -19,8 +19,8 @@ from qexp import quantize
 from qexp.config.schema import Engine, Flow
 from qexp.models import architectures
 from qexp.quantize.inspection import layer_errors
-from qexp.quantize.inspection.layer_errors import Fidelity, layer_fidelity
-from qexp.records import QParams
+from qexp.quantize.inspection.layer_errors import layer_fidelity
+from qexp.records import Fidelity, QParams
 
 TWO = images(2)
 BOTH = [Flow.eager, Flow.fx]

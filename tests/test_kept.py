@@ -18,15 +18,15 @@ from quantizable import images, trained
 from torch import nn
 
 from qexp import quantize, statistics
-from qexp.accuracy import predictions
 from qexp.config.schema import Config, Flow
 from qexp.data.splits import Data, load_data
 from qexp.errors import RunError
 from qexp.latency import protocol as latency
-from qexp.models import architectures
-from qexp.pipeline import cache_keys
+from qexp.latency import shared_timings
+from qexp.models import architectures, inference
 from qexp.pipeline import run as experiment
 from qexp.records import Result
+from qexp.runtimes import saved_models
 
 Composed = Callable[..., Config]
 Run = Callable[..., Result]
@@ -76,7 +76,7 @@ def test_a_run_that_quantizes_as_another_did_evaluates_nothing_but_the_checks(
     ) -> int:
         return len(split) if chosen is None else len(chosen)
 
-    counts = counted(monkeypatch, predictions, "predict", how_many)
+    counts = counted(monkeypatch, inference, "predict", how_many)
     asked = (*SMALL, f"flow={flow}", "engine=fbgemm", "qconfig.overflow=none")
     first = run("one", *asked)
     assert counts.count(899) == 2  # FP32 and INT8
@@ -106,7 +106,7 @@ def test_the_same_run_saves_the_same_bytes(run: Run, tmp_path: Path) -> None:
 
 
 def test_logits_of_another_model_are_refused_even_if_they_were_found(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_keys, "content", lambda config, digest, artifact, loaded: artifact.precision)
+    monkeypatch.setattr(saved_models, "content", lambda config, digest, artifact, loaded: artifact.precision)
     run("one", *SMALL)
     with pytest.raises(RunError, match="two runtimes of the same INT8 model differ by"):
         run("two", *SMALL, "qconfig=per_tensor")
@@ -137,7 +137,7 @@ def key(composed: Composed, data: Data) -> Callable[..., str]:
 
     def of(*overrides: str) -> str:
         config = composed("calib.batches=2", "qconfig.overflow=none", *overrides)
-        return cache_keys.timing_key(config, data, "net", converted(config, net), TWO[:1])
+        return shared_timings.timing_key(config, data, "net", converted(config, net), TWO[:1])
 
     return of
 
@@ -219,8 +219,8 @@ def test_the_environment_of_the_kernels_is_in_the_key(key: Callable[..., str], m
 def test_of_three_observers_one_is_timed_and_two_carry_its_timing(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cache_keys, "trusted", lambda timings: True)  # whatever else this machine does meanwhile
-    caplog.set_level("INFO", logger="qexp.pipeline.cache_keys")
+    monkeypatch.setattr(shared_timings, "trusted", lambda timings: True)  # whatever else this machine does meanwhile
+    caplog.set_level("INFO", logger="qexp.latency.shared_timings")
     timed = counted(monkeypatch, experiment, "side_by_side", lambda *args: args[-1].name)
     names = ("minmax", "moving_average", "histogram")
     results = [run(name, *TIMED, *JOB, f"observer={name}", f"tracking.name={name}") for name in names]
@@ -258,21 +258,21 @@ def test_a_timing_that_is_not_valid_is_not_kept(
 
     for valid in (False, False, True, True):
         monkeypatch.setattr(latency, "validity", lambda timings, valid=valid: (valid, ()))
-        found, by = cache_keys.timings(config, "key", lock, "mine", measure)
+        found, by = shared_timings.timings(config, "key", lock, "mine", measure)
         assert [t.variant for t in found] == ["fp32_eager", "int8_eager"]
     assert (len(made), by) == (3, "mine")
     (entry,) = (tmp_path / "outputs" / "cache").glob("*.npy")
     content = bytearray(entry.read_bytes())
     content[-50] ^= 1
     entry.write_bytes(content)
-    assert cache_keys.timings(config, "key", lock, "again", measure)[1] == ""
+    assert shared_timings.timings(config, "key", lock, "again", measure)[1] == ""
     assert len(made) == 4
 
 
 def test_a_sweep_on_a_machine_that_is_never_quiet_times_the_same_thrice(
     composed: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_keys, "trusted", lambda timings: False)
+    monkeypatch.setattr(shared_timings, "trusted", lambda timings: False)
     lock, made = tmp_path / "lock", []
 
     def measure() -> list[latency.Timing]:
@@ -281,8 +281,8 @@ def test_a_sweep_on_a_machine_that_is_never_quiet_times_the_same_thrice(
 
     def timed_by(name: str, *overrides: str) -> str:
         config = composed(*overrides)
-        known = cache_keys.has_timings(config, "key")
-        by = cache_keys.timings(config, "key", lock, name, measure)[1]
+        known = shared_timings.has_timings(config, "key")
+        by = shared_timings.timings(config, "key", lock, name, measure)[1]
         assert known == bool(by)
         return by
 
@@ -290,7 +290,7 @@ def test_a_sweep_on_a_machine_that_is_never_quiet_times_the_same_thrice(
     assert noisy == ["", "", "", "c", "c"]
     assert timed_by("f", "tracking.parent=later") == ""  # another day it may be quiet
     assert timed_by("g") == ""
-    monkeypatch.setattr(cache_keys, "trusted", lambda timings: True)
+    monkeypatch.setattr(shared_timings, "trusted", lambda timings: True)
     assert timed_by("h", "tracking.parent=later") == ""
     assert timed_by("i", "tracking.parent=noisy") == "h"
     assert len(made) == 6
@@ -299,8 +299,8 @@ def test_a_sweep_on_a_machine_that_is_never_quiet_times_the_same_thrice(
 def test_each_batch_size_must_be_valid(composed: Composed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "validity", lambda timings: ({t.batch_size for t in timings} == {1}, ()))
     protocol = composed().latency
-    assert cache_keys.trusted(timing(protocol))
-    assert not cache_keys.trusted([*timing(protocol), *timing(protocol, batch_size=4)])
+    assert shared_timings.trusted(timing(protocol))
+    assert not shared_timings.trusted([*timing(protocol), *timing(protocol, batch_size=4)])
 
 
 def _timed(config: Config, lock: Path, name: str, made: Path, queue: multiprocessing.Queue[str]) -> None:
@@ -310,13 +310,13 @@ def _timed(config: Config, lock: Path, name: str, made: Path, queue: multiproces
         time.sleep(0.5)
         return timing(config.latency)
 
-    queue.put(cache_keys.timings(config, "key", lock, name, measure)[1])
+    queue.put(shared_timings.timings(config, "key", lock, name, measure)[1])
 
 
 def test_of_two_processes_that_want_one_timing_the_second_waits_for_the_first(
     composed: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_keys, "trusted", lambda timings: True)
+    monkeypatch.setattr(shared_timings, "trusted", lambda timings: True)
     context = multiprocessing.get_context("fork")
     queue: multiprocessing.Queue[str] = context.Queue()
     made, config = tmp_path / "made", composed()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qexp.quantize.inspection.layer_errors import Fidelity
+from qexp.records import Fidelity
 from qexp.report import charts
 
 

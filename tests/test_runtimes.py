@@ -17,12 +17,12 @@ from quantizable import MINMAX, Plain, images, settings, trained
 from torch import Tensor, nn
 
 from qexp import quantize
-from qexp.accuracy.predictions import predict
 from qexp.config.schema import Activation, Engine, Flow, QConfig
 from qexp.data.splits import Data, load_data, normalise
 from qexp.errors import RunError
 from qexp.latency.protocol import threads
 from qexp.models import architectures
+from qexp.models.inference import predict
 from qexp.quantize.torch_backend.deprecations import known_deprecations_silenced
 from qexp.runtimes import eager, torchscript
 from qexp.runtimes.base import Loaded, agree

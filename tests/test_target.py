@@ -13,11 +13,11 @@ import pytest
 
 from qexp.accuracy import target_cpu
 from qexp.config.schema import Config, Engine, Flow, Scheme, Target
+from qexp.pipeline import metrics
 from qexp.pipeline import run as experiment
 from qexp.quantize.saturation import kernels
 from qexp.quantize.saturation.kernels import KernelSignature, Probe
 from qexp.records import Predictions, Result, Saturation, Source
-from qexp.report import metrics
 
 Composed = Callable[..., Config]
 SMALL = ("model=tiny", "latency=off")

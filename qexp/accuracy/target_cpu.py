@@ -17,10 +17,10 @@ import numpy as np
 from torch import nn
 
 from qexp import quantize
-from qexp.accuracy import predictions as evaluate
-from qexp.config.schema import Config, Engine, Flow, QConfig, Target
+from qexp.accuracy import predictions
+from qexp.config.schema import Config, Engine, Flow, QConfig, Target, cache_folder
 from qexp.data.splits import Data
-from qexp.pipeline import cache_keys
+from qexp.models import inference
 from qexp.quantize.saturation import emulation, kernels
 from qexp.records import Predictions, Saturation, Source
 from qexp.system import cache
@@ -68,7 +68,7 @@ def answer(
     """Answer for `config.target`, by the cheapest means that can.
 
     qconfig: resolved; prepared: calibrated; int8: converted from it; executed: INT8 predictions on all evaluation
-    images, made on this machine; content: what identifies int8 (see qexp/pipeline/cache_keys.py).
+    images, made on this machine; content: what identifies int8 (see `saved_models.content`).
     """
     everything = np.arange(len(executed.labels))
     signature, engine = kernels.probe(), config.engine
@@ -142,10 +142,10 @@ def _run(
         model = make()
         with emulation.compared(int8, model, config.engine, whole) as layers, quantize.engine(config.engine):
             size = config.evaluate.batch_size
-            predictions = evaluate.predict(model, data.test, data.mean, data.std, size, title, images)
+            predictions = inference.predict(model, data.test, data.mean, data.std, size, title, images)
         return {"logits": predictions.logits, "layers": np.array(json.dumps([asdict(one) for one in layers.values()]))}
 
-    key = cache_keys.predictions_key(config, data, [content, title, *(["whole"] if whole else [])], images)
-    found = cache.arrays(cache_keys.folder(config), key, run)
+    key = predictions.predictions_key(config, data, [content, title, *(["whole"] if whole else [])], images)
+    found = cache.arrays(cache_folder(config), key, run)
     layers = tuple(emulation.LayerSums(**values) for values in json.loads(str(found["layers"])))
-    return evaluate.predictions(found["logits"], data.test, title, images), layers
+    return inference.predictions(found["logits"], data.test, title, images), layers

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 
@@ -272,3 +273,8 @@ OBSERVER_PARAMETERS: dict[ActivationObserver, tuple[str, ...]] = {
     ActivationObserver.mse: (),
     ActivationObserver.entropy: ("bins",),
 }
+
+
+def cache_folder(config: Config) -> Path:
+    """The folder of the cache that all runs share."""
+    return Path(config.outputs) / "cache"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from qexp.config import image_settings
 from qexp.config.identity import LABELS, exact, flat
 from qexp.config.schema import (
     OBSERVER_PARAMETERS,
@@ -16,7 +17,6 @@ from qexp.config.schema import (
     Runtime,
     Scheme,
 )
-from qexp.data import preprocessing
 from qexp.errors import ConfigError
 from qexp.system import credentials
 
@@ -41,7 +41,7 @@ def check(config: Config, swept: Collection[str] = ()) -> None:
     _check_entropy(config)
     _check_credentials(config)
     _check_mappings(config)
-    preprocessing.check(config.dataset)
+    image_settings.check(config.dataset)
 
 
 def _check_ranges(config: Config) -> None:

@@ -27,11 +27,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from qexp.config import instantiation
+from qexp.config import image_settings, instantiation
+from qexp.config.image_settings import ImageSettings, Preprocessing
 from qexp.config.schema import Calib, Sampling
 from qexp.data import builtin
 from qexp.data import preprocessing as images
-from qexp.data.preprocessing import ImageSettings, Preprocessing
 from qexp.errors import InputError, QexpError
 from qexp.system import cache
 
@@ -187,7 +187,7 @@ def load_data(dataset: Mapping[str, Any], cache: Path, sweep: str = "") -> Data:
     to hold what the first of them found there. Raises ConfigError for what the settings alone show to be wrong,
     InputError for a data set that can't be used, in a sentence that names the image, folder or label.
     """
-    settings = images.check(dataset)
+    settings = image_settings.check(dataset)
     name = str(dataset.get("_target_")).rpartition(".")[2]
     train = _open(dataset, "train", name, settings.preprocessing, cache, sweep)
     test = _open(dataset, "test", name, settings.preprocessing, cache, sweep)

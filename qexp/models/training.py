@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from qexp.accuracy import predictions
 from qexp.config import schema
 from qexp.data.splits import Data, normalise
 from qexp.errors import InputError, NotFinite, RunError
+from qexp.models import inference
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def train(module: nn.Module, settings: schema.Train, data: Data, threads: int) -
             module.to("cpu").load_state_dict(untrained)
             module.eval()
             title = "before training, in which the loss became NaN or infinite"
-            predictions.predict(module, data.train, data.mean, data.std, settings.batch_size, title)
+            inference.predict(module, data.train, data.mean, data.std, settings.batch_size, title)
             raise
         finally:
             module.to("cpu")

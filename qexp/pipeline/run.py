@@ -24,22 +24,31 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qexp import quantize
-from qexp.accuracy import predictions as evaluate
-from qexp.accuracy import target_cpu
+from qexp.accuracy import predictions, target_cpu
 from qexp.config import identity
-from qexp.config.schema import ActivationObserver, Calib, Config, Engine, Flow, Overflow, QConfig, Runtime, Target
+from qexp.config.schema import (
+    ActivationObserver,
+    Calib,
+    Config,
+    Engine,
+    Flow,
+    Overflow,
+    QConfig,
+    Runtime,
+    Target,
+    cache_folder,
+)
 from qexp.data.splits import Data, count_shared, digest_of, draw, load_data, normalise
 from qexp.errors import RunError
-from qexp.latency import protocol, worker
-from qexp.models import float_model
-from qexp.pipeline import cache_keys, run_files
+from qexp.latency import protocol, shared_timings, worker
+from qexp.models import float_model, inference
+from qexp.pipeline import cache_keys, metrics, run_files, warnings
 from qexp.pipeline.turn import Turn
 from qexp.quantize.inspection.layer_check import FEW, check_layers
-from qexp.quantize.inspection.layer_errors import Fidelity, at_a_time, layer_fidelity
+from qexp.quantize.inspection.layer_errors import at_a_time, layer_fidelity
 from qexp.quantize.saturation import kernels
 from qexp.quantize.torch_backend.slow_depthwise import without_fast_kernel
-from qexp.records import Artifact, Layer, Predictions, Result
-from qexp.report import metrics
+from qexp.records import Artifact, Fidelity, Layer, Predictions, Result
 from qexp.runtimes import inductor, saved_models
 from qexp.runtimes.base import Loaded, agree, with_cuda
 from qexp.system import cache, machine
@@ -84,7 +93,7 @@ def check_inputs(configs: Sequence[Config]) -> None:
             with _globals(config):
                 of_data = _plain(config.dataset)
                 if of_data not in opened:
-                    opened[of_data] = load_data(config.dataset, cache_keys.folder(config))
+                    opened[of_data] = load_data(config.dataset, cache_folder(config))
                 data = opened[of_data]
                 if is_new("images", of_data, replace(config.calib, seed=0)):
                     draw(data.train, config.calib)
@@ -123,7 +132,7 @@ def described(configs: Sequence[Config]) -> list[dict[str, str]]:
     found = []
     for config in configs:
         with _globals(config):
-            where = json.dumps(config.dataset), cache_keys.folder(config)
+            where = json.dumps(config.dataset), cache_folder(config)
             idle = "calib" in identity.without_effect(config)
             calibration = "" if idle else drawn(where[0], json.dumps(asdict(config.calib)), where[1])
             found.append(run_files.tags(config) | run_files.data_tags(config, opened(*where), calibration))
@@ -139,7 +148,7 @@ def run_job(config: Config, folder: Path, turn: Turn = ALONE) -> Result:
     """
     with _globals(config):
         known = run_files.tags(config)  # of the code as it is now, not when the job ends
-        data = load_data(config.dataset, cache_keys.folder(config), turn.sweep)
+        data = load_data(config.dataset, cache_folder(config), turn.sweep)
         qconfig = resolved(config)
         fp32 = float_model.float_model(
             config.model, config.train, data, config.seed, Path(config.outputs) / "checkpoints", config.compute.threads
@@ -174,7 +183,7 @@ def run_job(config: Config, folder: Path, turn: Turn = ALONE) -> Result:
             predictions = predicted(config, data, contents, variants, in_memory, all_int8)
             if np.array_equal(predictions["fp32"].logits, predictions["int8"].logits):
                 raise RunError("the INT8 logits equal the FP32 logits bit for bit: nothing was quantized.")
-            if config.latency.enabled and not cache_keys.has_timings(config, key):
+            if config.latency.enabled and not shared_timings.has_timings(config, key):
                 turn.alone()
             measure = partial(side_by_side, config, variants, data, predictions, all_int8, folder)
             timings, latency_from = timed(config, key, folder, measure)
@@ -213,9 +222,9 @@ def run_job(config: Config, folder: Path, turn: Turn = ALONE) -> Result:
             "float_model": fp32.source,
         },
         doubts=(
-            *metrics.doubts(config, data, layers, {**numbers, **measured}),
-            *metrics.of_sums(config, qconfig.overflow, layers, calibration.narrowed, answer),
-            *metrics.of_slow_kernels(config, slow_kernels(config, int8)),
+            *warnings.doubts(config, data, layers, {**numbers, **measured}),
+            *warnings.of_sums(config, qconfig.overflow, layers, calibration.narrowed, answer),
+            *warnings.of_slow_kernels(config, slow_kernels(config, int8)),
         ),
         files={
             **run_files.written(folder, config, data, predictions, qparams, layers, timings, latency_from, artifacts),
@@ -301,12 +310,10 @@ def checked_fusion(config: Config, data: Data, fp32: float_model.FloatModel, fus
     def measured() -> np.ndarray:
         with torch.inference_mode():
             expected, actual = fp32.module(few), fused(few)
-        evaluate.predictions(expected.numpy(), data.test, "evaluating FP32", np.arange(len(few)))
+        inference.predictions(expected.numpy(), data.test, "evaluating FP32", np.arange(len(few)))
         return np.array([quantize.difference(expected, actual)])
 
-    difference = float(
-        cache.array(cache_keys.folder(config), cache_keys.fusion_key(config, data, fp32.digest), measured)[0]
-    )
+    difference = float(cache.array(cache_folder(config), cache_keys.fusion_key(config, data, fp32.digest), measured)[0])
     if difference > quantize.TOLERANCE:
         raise RunError(quantize.explained(fp32.module, fused, config.flow, few))
     return difference
@@ -356,7 +363,7 @@ def calibrated(
             quantize.calibrate(prepared, batches, named, as_input)
         else:
             depends_on = cache_keys.activations_key(config, data, float_digest)
-            quantize.calibrate_once(prepared, batches, as_input, cache_keys.folder(config), depends_on, named)
+            quantize.calibrate_once(prepared, batches, as_input, cache_folder(config), depends_on, named)
     narrowed: tuple[quantize.Narrowed, ...] = ()
     if qconfig.overflow is Overflow.layers:
         some = _images(data, pixels[:SATURATION_IMAGES])
@@ -385,7 +392,7 @@ def shipped_size(config: Config, fp32: float_model.FloatModel, few: Tensor) -> i
     def measured() -> np.ndarray:
         return np.array([saved_models.float_size(fp32.module, few)])
 
-    return int(cache.array(cache_keys.folder(config), cache_keys.float_size_key(fp32.digest), measured)[0])
+    return int(cache.array(cache_folder(config), cache_keys.float_size_key(fp32.digest), measured)[0])
 
 
 def contents_of(
@@ -396,7 +403,7 @@ def contents_of(
     contents = {}
     for name in variants:
         int8 = variants[name] if by_name[name].precision == "int8" else None
-        contents[name] = cache_keys.content(config, float_digest, by_name[name], int8)
+        contents[name] = saved_models.content(config, float_digest, by_name[name], int8)
     return contents
 
 
@@ -431,10 +438,13 @@ def predicted(
         return f"evaluating {precision.upper()}"
 
     def predict(
-        model: evaluate.Model, precision: str, indices: np.ndarray | None = None, copies: Sequence[evaluate.Model] = ()
+        model: inference.Model,
+        precision: str,
+        indices: np.ndarray | None = None,
+        copies: Sequence[inference.Model] = (),
     ) -> np.ndarray:
         size = config.evaluate.batch_size
-        return evaluate.predict(model, data.test, data.mean, data.std, size, title(precision), indices, copies).logits
+        return inference.predict(model, data.test, data.mean, data.std, size, title(precision), indices, copies).logits
 
     def answers(name: str, precision: str, indices: np.ndarray | None = None) -> np.ndarray:
         model = variants[name]  # one whose answers are kept is not even read
@@ -443,9 +453,9 @@ def predicted(
         return predict(model, precision, indices, copies)
 
     def key(content: str, indices: np.ndarray | None = None) -> str:
-        return cache_keys.predictions_key(config, data, [content], indices)
+        return predictions.predictions_key(config, data, [content], indices)
 
-    found, folder = {}, cache_keys.folder(config)
+    found, folder = {}, cache_folder(config)
     with quantize.engine(config.engine):
         for precision, model in in_memory.items():
             first, quickest = first_of(precision, variants), quickest_of(precision, variants, all_int8)
@@ -458,7 +468,7 @@ def predicted(
             for content, answer in twins.items():
                 again = cache.array(folder, key(content, few), answer) if precision == "fp32" else answer()
                 agree(logits[few], again, tolerances(all_int8)[precision])
-            found[precision] = evaluate.predictions(logits, data.test, title(precision))
+            found[precision] = inference.predictions(logits, data.test, title(precision))
     return found
 
 
@@ -475,9 +485,9 @@ def per_layer(config: Config, fused: nn.Module, int8: nn.Module, data: Data) -> 
 
 def timing_key(config: Config, data: Data, float_digest: str, int8: nn.Module) -> str:
     """What this run's timings are kept under; empty where they are its own."""
-    if not config.latency.enabled or not cache_keys.reuses_timings(config):
+    if not config.latency.enabled or not shared_timings.reuses_timings(config):
         return ""
-    return cache_keys.timing_key(config, data, float_digest, int8, _images(data, data.test.pixels(np.arange(1))))
+    return shared_timings.timing_key(config, data, float_digest, int8, _images(data, data.test.pixels(np.arange(1))))
 
 
 def timed(
@@ -492,7 +502,7 @@ def timed(
             return measure(), ""
     where = str(folder.relative_to(config.outputs) if folder.is_relative_to(config.outputs) else folder)
     name = f"{config.tracking.name} ({where})" if config.tracking.name else where
-    return cache_keys.timings(config, key, TIMING_LOCK, name, measure)
+    return shared_timings.timings(config, key, TIMING_LOCK, name, measure)
 
 
 def side_by_side(

@@ -20,10 +20,9 @@ from qexp.config.schema import Config
 from qexp.data.splits import Data
 from qexp.latency import protocol
 from qexp.quantize import Narrowed
-from qexp.quantize.inspection.layer_errors import Fidelity
 from qexp.quantize.saturation import kernels
 from qexp.quantize.saturation.emulation import LayerSums
-from qexp.records import Artifact, Interval, Layer, Predictions, QParams
+from qexp.records import Artifact, Fidelity, Interval, Layer, Predictions, QParams
 from qexp.system import machine
 
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 if TYPE_CHECKING:
-    from qexp.quantize.inspection.layer_errors import Fidelity
+    from qexp.records import Fidelity
 
 # Okabe and Ito's colours, which the colour-blind tell apart (https://jfly.uni-koeln.de/color/); shapes differ as well.
 _INSIDE, _OWN, _WORST, _GREY = "#0072B2", "#E69F00", "#D55E00", "#8C8C8C"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from qexp import quantize
-from qexp.config import conversion
-from qexp.config.schema import Config, Overflow, Runtime
+from qexp.config import code_digest, conversion
+from qexp.config.schema import Config, Overflow, Runtime, cache_folder
 from qexp.models import float_model
-from qexp.pipeline import cache_keys
+from qexp.quantize.saturation import kernels
 from qexp.records import Artifact
 from qexp.runtimes import eager, inductor, torchscript
 from qexp.runtimes.base import Loaded, OnDemand
@@ -61,8 +61,8 @@ def write(
             if path not in digests:
                 made = partial(export, precision, runtime)
                 if precision == "fp32":
-                    key = cache_keys.float_file_key(config, float_digest, path.name, images.shape[1:])
-                    digests[path] = cache.file(cache_keys.folder(config), key, made, path)
+                    key = float_file_key(config, float_digest, path.name, images.shape[1:])
+                    digests[path] = cache.file(cache_folder(config), key, made, path)
                 else:
                     digests[path] = cache.digest_of(made(path))
             artifacts.append(Artifact(precision, str(runtime), str(path), digests[path], path.stat().st_size, engine))
@@ -141,3 +141,21 @@ def load_int8(folder: Path) -> Loaded:
     with torch.random.fork_rng(devices=[]):
         made = structures(config, folder, ["int8"])
     return read(config, made, folder, [Runtime.eager])["int8_eager"]
+
+
+def content(config: Config, float_digest: str, artifact: Artifact, int8: Loaded | None) -> str:
+    """The identity of a saved model as it is executed: the file, the structure that it was read into, the engine.
+
+    int8: the model, if it is one; the structure of others follows from the float model's.
+    """
+    structure = [repr(int8.module), str(getattr(int8.module, "code", ""))] if int8 is not None else []
+    made_of = [float_digest, config.flow, config.fusion]
+    return cache.hash_of([artifact.precision, artifact.runtime, artifact.sha256, artifact.engine, made_of, structure])
+
+
+def float_file_key(config: Config, float_digest: str, name: str, shape: Sequence[int]) -> str:
+    """Everything that a file of the fused float model depends on. name: of the file; shape: of an image."""
+    made_of = [float_digest, config.flow, config.fusion, list(shape)]
+    return json.dumps(
+        ["file", name, made_of, kernels.computed_by(config.compute.threads), code_digest.code_digest.code_hash()]
+    )

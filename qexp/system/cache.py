@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import json
 import logging
 import math
 import mmap
@@ -362,3 +363,8 @@ def _unwritable(folder: Path, error: OSError) -> InputError:
     return InputError(
         f"the cache folder {folder} can't be written ({error.strerror or error}); set outputs to a folder that can."
     )
+
+
+def hash_of(parts: Any) -> str:
+    """sha256 of plain values, as hexadecimal text."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -354,3 +354,14 @@ def is_running(pid: int, started: float) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE and abs(since_boot(process) - started) < SAME_START
     except psutil.Error:
         return True
+
+
+# Environment variables that change how libraries compute or wait, by how they begin.
+_LIBRARIES = ("OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "FBGEMM_", "ATEN_", "TORCHINDUCTOR_", "LD_PRELOAD")
+
+
+def library_environment() -> dict[str, str]:
+    """The environment variables that change how numerical libraries compute or wait, by name."""
+    # torch sets TORCHINDUCTOR_CACHE_DIR itself, when its compiler is first imported.
+    names = (n for n in sorted(os.environ) if n.startswith(_LIBRARIES) and not n.endswith("_CACHE_DIR"))
+    return {name: os.environ[name] for name in names}

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from qexp.errors import InputError
 from qexp.quantize.calibration.grid import SAFE_BITS
 from qexp.quantize.torch_backend.deprecations import say_once_silently
 from qexp.quantize.torch_backend.engines import engine, supported
+from qexp.system import machine
 
 EXACT = 200
 """The answer of a kernel that adds up exactly."""
@@ -177,3 +179,10 @@ def check_environment(name: Engine, signature: KernelSignature, environment: Map
                 f"{variable}={value} asks for a CPU without VNNI, and the kernels of engine={name} are still those of "
                 "one with it: unset it, and use target=avx2, which emulates such a CPU."
             )
+
+
+def computed_by(threads: int) -> list[Any]:
+    """Everything of this machine and its libraries that changes the last bits of what is computed here, for a cache's
+    key. threads: of torch."""
+    here = machine.describe()
+    return [threads, torch.__version__, here.cpu, here.isa, probe().id, machine.library_environment()]

@@ -1,0 +1,96 @@
+"""From a model that was loaded back to its predictions on a split; whatever is not finite among them is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from queue import SimpleQueue
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from qexp.data.splits import Split, normalise
+from qexp.errors import NotFinite
+from qexp.records import Predictions
+
+Model = Callable[[Tensor], Tensor]
+
+
+def predict(
+    model: Model,
+    split: Split,
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int,
+    title: str = "evaluating",
+    indices: np.ndarray | None = None,
+    copies: Sequence[Model] = (),
+) -> Predictions:
+    """Logits of every image of a split, or of `indices` (int64) of it, in this order.
+
+    Every batch has `batch_size` images, the last one filled up with copies: the size of a batch can change FP32
+    activations in their last bit, and with them INT8 logits. Call it with torch's engine set.
+
+    copies: more of the same model, for as many batches at a time, each on one thread. So nobody waits: with several
+    threads to a layer, each layer waits for the slowest of them, and there is always something else that runs, too.
+    Raises NotFinite as `predictions` does.
+    """
+    chosen = np.arange(len(split.labels)) if indices is None else indices
+    if indices is None:
+        split.pixels()  # decoded once for all, and memory-mapped from then on
+    free: SimpleQueue[Model] = SimpleQueue()
+    for one in (model, *copies):
+        free.put(one)
+
+    def batch(start: int) -> np.ndarray:
+        part = chosen[start : start + batch_size]
+        images = normalise(split.pixels(np.resize(part, batch_size)), mean, std)
+        mine = free.get()
+        try:
+            with torch.inference_mode():
+                logits: np.ndarray = mine(images)[: len(part)].numpy().astype(np.float32)
+        finally:
+            free.put(mine)
+        return logits
+
+    starts = range(0, len(chosen), batch_size)
+    with _side_by_side(1 + len(copies)) as mapped:
+        found = mapped(batch, starts)
+        logits = list(tqdm(found, desc=title, total=len(starts), unit="batch", disable=None, leave=False))
+    return predictions(np.concatenate(logits), split, title, indices)
+
+
+def predictions(logits: np.ndarray, split: Split, title: str, indices: np.ndarray | None = None) -> Predictions:
+    """float32 logits [n, classes] of a split, or of `indices` (int64) of it, with labels and names of the images.
+
+    title: what was computed, as `evaluating INT8`. Raises NotFinite that names the first image and says how many there
+    are where a logit is NaN or infinite: no class is the largest then.
+    """
+    chosen = np.arange(len(split.labels)) if indices is None else indices
+    broken = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+    if len(broken):
+        raise NotFinite(
+            f"{title}: the model gives NaN or infinity as logits of {len(broken)} of {len(logits)} images, the first of"
+            f" them {split.source.where(int(chosen[broken[0]]))}; mend the model (does it divide by zero there, or take"
+            " a logarithm or a root?) or take the image out."
+        )
+    return Predictions(logits, split.labels[chosen], tuple(split.ids[i] for i in chosen))
+
+
+@contextmanager
+def _side_by_side(count: int) -> Iterator[Callable[..., Iterator[np.ndarray]]]:
+    """`map`, with so many calls at a time, each with one of torch's threads; a single one has all of them."""
+    if count == 1:
+        yield map
+        return
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(count, initializer=partial(torch.set_num_threads, 1))
+    try:
+        yield pool.map
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # which is what threads yet to come begin with
