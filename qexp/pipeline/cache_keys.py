@@ -15,9 +15,7 @@ from qexp.quantize.saturation import kernels
 def activations_key(config: Config, data: Data, float_digest: str) -> str:
     """Everything that FP32 activations depend on, in their last bit too, but the images."""
     executed = [float_digest, config.flow, config.fusion, data.mean, data.std]
-    return json.dumps(
-        ["activations", executed, kernels.computed_by(config.compute.threads), code_digest.code_hash()]
-    )
+    return json.dumps(["activations", executed, kernels.computed_by(config.compute.threads), code_digest.code_hash()])
 
 
 def float_size_key(float_digest: str) -> str:

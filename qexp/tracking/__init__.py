@@ -13,7 +13,6 @@ from qexp.tracking.links import ui
 from qexp.tracking.query import adopt, children, close_orphans, fetch, find, of_study
 from qexp.tracking.run import (
     SERVED_MODEL,
-    SWEEP_TAG,
     DatasetUse,
     Run,
     check_run,
@@ -23,6 +22,7 @@ from qexp.tracking.run import (
     start_run,
 )
 from qexp.tracking.store import Store, check_experiment, connect
+from qexp.tracking.values import SWEEP_TAG
 
 __all__ = [
     "SERVED_MODEL",

@@ -7,14 +7,16 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import requests
 from mlflow.exceptions import MlflowException
 
 from qexp.errors import InputError, QexpError
 from qexp.system.credentials import masked
-from qexp.tracking.store import Store
+
+if TYPE_CHECKING:
+    from qexp.tracking.store import Store
 
 T = TypeVar("T")
 

@@ -14,8 +14,8 @@ from qexp.records import Row
 from qexp.system import machine
 from qexp.system.credentials import masked
 from qexp.tracking.errors import first_line, refused
-from qexp.tracking.run import PARENT_TAG
 from qexp.tracking.store import Store, check_client
+from qexp.tracking.values import PARENT_TAG
 
 PAGE = 500
 

@@ -35,6 +35,8 @@ from qexp.tracking.errors import first_line, in_thread, refused, root_cause, sen
 from qexp.tracking.query import has_process, row_of
 from qexp.tracking.store import Store, check_client, check_experiment, experiment_id_of
 from qexp.tracking.values import (
+    PARENT_TAG,
+    SWEEP_TAG,
     cut_params,
     cut_tags,
     json_value,
@@ -49,8 +51,6 @@ from qexp.tracking.values import (
 logger = logging.getLogger(__name__)
 
 
-SWEEP_TAG = "qexp.sweep"  # of a sweep's own run, which others are children of
-PARENT_TAG = "mlflow.parentRunId"
 INPUT_ATTEMPTS = 10  # how often runs that record the same data sets for the first time may come in between
 SERVED_MODEL = Path(__file__).with_name("served_model.py")
 END_SECONDS = 15.0  # how long an ending run waits for its server
