@@ -1,4 +1,11 @@
-"""The three ways in which a run is refused or fails; Hydra prints each as its sentence, without a traceback."""
+"""The three ways in which a run is refused or fails; Hydra prints each as its sentence, without a traceback.
+
+And what is said of any other error: the text of somebody's exception becomes a part of a message only by `first_line`,
+`one_line` or `without_values`, for it may hold a whole tensor.
+"""
+
+import re
+from itertools import groupby
 
 from hydra.errors import CompactHydraException
 
@@ -21,3 +28,56 @@ class RunError(QexpError):
 
 class NotFinite(RunError):
     """The model gives NaN or infinity, for one image or for all of them."""
+
+
+# ------------------------------------------------------------------------------- what errors of other code say here
+
+_WORD = re.compile(r"(?:(?!\\n)[^\s,;\[\]()])+")
+_NUMBER = re.compile(r"(?=\D*\d)[-+.e\d]+|[-+]?(?:nan|inf)")
+_VALUE = re.compile(r"(?<![\w.])(tensor|array)\(")
+_SHAPE = 8  # as many whole numbers may be sizes; more, or any with a point, are values of a tensor
+
+
+def without_values(text: str) -> str:
+    """The text of an error that isn't ours without the values of tensors and arrays, however they are printed there."""
+    told, start = [], 0
+    for found in _VALUE.finditer(text):
+        if found.start() >= start:
+            told.append(f"{text[start : found.start()]}{found[1]}(…)")
+            start = _closing(text, found.end())
+    return _without_rows("".join([*told, text[start:]]))
+
+
+def _without_rows(text: str) -> str:
+    """The text without rows of numbers that can't be a shape."""
+    told, start = [], 0
+    for are_numbers, group in groupby(_WORD.finditer(text), lambda word: bool(_NUMBER.fullmatch(word[0]))):
+        row = list(group)
+        whole = all(word[0].lstrip("-").isdigit() for word in row)
+        if are_numbers and len(row) > (_SHAPE if whole else 1):
+            told.append(f"{text[start : row[0].start()]}…")
+            start = row[-1].end()
+    return "".join([*told, text[start:]])
+
+
+def _closing(text: str, start: int) -> int:
+    """The position after the parenthesis that closes the one before `start`; the end where the text was cut."""
+    depth = 1
+    for place in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[place], 0)
+        if not depth:
+            return place + 1
+    return len(text)
+
+
+def first_line(error: BaseException, limit: int = 160) -> str:
+    """What an error that isn't ours says first, without values, a full stop and what is beyond `limit` characters; its
+    type where it says nothing."""
+    lines = without_values(str(error)).strip().splitlines()
+    return lines[0][:limit].rstrip(".") if lines else type(error).__name__
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """Type and message of an error that isn't ours on one line, without values, cut at `limit` characters."""
+    text = " ".join(f"{type(error).__name__}: {without_values(str(error))}".split()).rstrip(":. ")
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -17,7 +17,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from qexp.errors import ConfigError, InputError
+from qexp.errors import ConfigError, InputError, one_line
 
 # hydra.utils.instantiate's own keys, which may stand beside `_target_`.
 _HYDRA_KEYS = frozenset({"_target_", "_args_", "_partial_", "_convert_", "_recursive_"})
@@ -85,12 +85,6 @@ def locate(setting: str, path: object) -> Callable[..., Any]:
     for i in range(used, len(parts)):
         value = _attribute(setting, path, ".".join(parts[:i]), value, parts[i])
     return _checked_callable(setting, path, value)
-
-
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """Type and message of an error on one line, cut at `limit` characters."""
-    text = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":. ")
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _start_folder() -> str:

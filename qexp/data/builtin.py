@@ -30,7 +30,7 @@ from filelock import FileLock
 from PIL import Image
 from tqdm import tqdm
 
-from qexp.errors import InputError
+from qexp.errors import InputError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -142,8 +142,8 @@ def _torchvision(kind: Any, split: str, root: str, folder: Path, names: Iterable
         dataset = kind(root, train=split == "train", download=download)
     except Exception as error:
         raise InputError(
-            f"dataset.root={root}: the copy of {kind.__name__} in {folder} can't be read ({error}); delete that folder"
-            " to have it downloaded again."
+            f"dataset.root={root}: the copy of {kind.__name__} in {folder} can't be read ({one_line(error)}); delete "
+            "that folder to have it downloaded again."
         ) from error
     stats = [(file, (folder / file).stat()) for file in names]
     files = [(file, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for file, s in stats]

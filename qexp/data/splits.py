@@ -32,7 +32,7 @@ from qexp.config.image_settings import ImageSettings, Preprocessing
 from qexp.config.schema import Calib, Sampling
 from qexp.data import builtin
 from qexp.data import preprocessing as images
-from qexp.errors import InputError, QexpError
+from qexp.errors import InputError, QexpError, one_line
 from qexp.system import cache
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Source:
         except images.UnusableImage as error:
             raise InputError(f"{self.where(index)} {error}.") from error
         except Exception as error:
-            raise InputError(f"{self.where(index)} can't be decoded ({instantiation.one_line(error)}).") from error
+            raise InputError(f"{self.where(index)} can't be decoded ({one_line(error)}).") from error
         if label != self.raw_labels[index]:
             raise InputError(
                 f"{self.where(index)} has label {label}, where its data set's list of labels has"
@@ -297,9 +297,7 @@ def _open(
     except QexpError:
         raise
     except Exception as error:
-        raise InputError(
-            f"dataset._target_={target}: split={split} fails with {instantiation.one_line(error)}."
-        ) from error
+        raise InputError(f"dataset._target_={target}: split={split} fails with {one_line(error)}.") from error
     if not hasattr(made, "__getitem__"):
         raise InputError(
             f"dataset._target_={target} returns a {type(made).__name__}; return a map-style data set, with __len__ and"
@@ -352,7 +350,7 @@ def _item(source: Source, index: int) -> tuple[Any, int]:
     try:
         item = source.dataset[index]
     except Exception as error:
-        raise InputError(f"{source.where(index)} can't be read ({instantiation.one_line(error)}).") from error
+        raise InputError(f"{source.where(index)} can't be read ({one_line(error)}).") from error
     if not isinstance(item, tuple | list) or len(item) != 2:
         what = f"a {type(item).__name__}"
         if isinstance(item, Mapping):
@@ -396,8 +394,9 @@ def _listed_labels(dataset: Any, size: int) -> np.ndarray | None:
         try:
             values = [label for _, label in given] if attribute == "samples" else given
             labels = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
-        except Exception:  # whatever it is, it is no list of labels, and the items say it all the same
-            logger.debug("%s of %s is no list of labels", attribute, type(dataset).__name__, exc_info=True)
+        except Exception as error:  # whatever it is, it is no list of labels, and the items say it all the same
+            said = "%s of %s is no list of labels: %s"
+            logger.debug(said, attribute, type(dataset).__name__, one_line(error))
             continue
         if labels.shape == (size,) and labels.dtype.kind in "iu":
             return labels.astype(np.int64)

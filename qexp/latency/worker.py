@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from qexp.config import conversion, identity
 from qexp.config.schema import Config
-from qexp.errors import RunError
+from qexp.errors import RunError, without_values
 from qexp.latency import protocol as latency
 from qexp.system import machine, processes
 
@@ -137,7 +137,7 @@ def _go(process: subprocess.Popen[str], order: Order, control: Mapping[str, str]
     """Let a worker time, and wait until it has."""
     process.communicate(json.dumps(control))
     if process.returncode:
-        errors = Path(order.result).with_suffix(".err").read_text()
+        errors = without_values(Path(order.result).with_suffix(".err").read_text())
         said = errors.strip().splitlines() or [f"it ended with status {process.returncode}"]
         log.debug("%s", errors)
         raise RunError(f"timing in a process of its own failed: {said[-1].removeprefix('qexp.errors.RunError: ')}")

@@ -93,12 +93,13 @@ class Failure:
 
     @staticmethod
     def of(error: BaseException) -> Failure:
-        trace = "".join(traceback.format_exception(error))
+        trace = errors.without_values("".join(traceback.format_exception(error)))
         if isinstance(error, _Terminated):
             return refused("the job's process was ended by SIGTERM.", trace)
         # Of a subclass that code elsewhere made of one of ours, the nearest that is ours.
         kind = next((kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__), type(error))
-        return Failure(kind.__module__, kind.__name__, str(error), trace)
+        ours = kind.__module__ == errors.__name__
+        return Failure(kind.__module__, kind.__name__, str(error) if ours else errors.without_values(str(error)), trace)
 
     def error(self) -> Exception:
         """The same error to be raised here, caused by the one there: ours as what they are, others by their names."""

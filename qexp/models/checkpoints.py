@@ -24,8 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from qexp.config.instantiation import one_line
-from qexp.errors import InputError
+from qexp.errors import InputError, one_line
 
 # Where several weights in one file fit, the first of these is taken; averaged ones (EMA) come after all others.
 _PREFERRED = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "params", "weights")

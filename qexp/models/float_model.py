@@ -30,9 +30,9 @@ from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from qexp.config import code_digest, schema
-from qexp.config.instantiation import locate, one_line, resolve, takes
+from qexp.config.instantiation import locate, resolve, takes
 from qexp.data.splits import Data
-from qexp.errors import ConfigError, InputError, QexpError
+from qexp.errors import ConfigError, InputError, QexpError, one_line
 from qexp.models.checkpoints import load_checkpoint
 from qexp.models.training import choose_device, train
 from qexp.models.wrappers import unwrapped

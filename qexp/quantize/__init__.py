@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp.config.schema import ActivationObserver, Engine, Flow, Observer, QConfig, Target
-from qexp.errors import InputError, NotFinite, QexpError
+from qexp.errors import InputError, NotFinite, QexpError, first_line, one_line
 from qexp.quantize.calibration.cached import calibrate_once
 from qexp.quantize.calibration.grid import (
     HIGHEST,
@@ -225,7 +225,9 @@ def dry_run(
             with unprinted():
                 through(flow, fusion, engine_name)
         except Exception as error:  # whatever stops it, it is not to be recommended
-            logger.debug("flow=%s engine=%s does not take the model either: %s", flow.value, engine_name.value, error)
+            logger.debug(
+                "flow=%s engine=%s does not take the model either: %s", flow.value, engine_name.value, one_line(error)
+            )
             return False
         return True
 
@@ -252,5 +254,4 @@ def dry_run(
 
 
 def _of_torch(error: Exception, module: nn.Module, flow: Flow) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"flow={flow.value} can't quantize {type(module).__name__}: {reason.rstrip('.')}"
+    return f"flow={flow.value} can't quantize {type(module).__name__}: {first_line(error)}"

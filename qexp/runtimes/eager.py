@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp.config.schema import Engine
-from qexp.errors import RunError
+from qexp.errors import RunError, first_line
 from qexp.runtimes.base import Loaded, packing_for
 
 
@@ -64,8 +64,7 @@ def load(path: Path, structure: nn.Module, engine: Engine | None, channels_last:
         with packing_for(engine):
             structure.load_state_dict(state, assign=True)
     except (RuntimeError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise RunError(f"{path} doesn't hold the model that these settings make: {reason}") from error
+        raise RunError(f"{path} doesn't hold the model that these settings make: {first_line(error)}") from error
     structure.eval().requires_grad_(False)
     if channels_last:
         structure.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, TypeVar
 import requests
 from mlflow.exceptions import MlflowException
 
-from qexp.errors import InputError, QexpError
+from qexp.errors import InputError, QexpError, one_line
 from qexp.system.credentials import masked
+from qexp.tracking.values import TAG_LENGTH
 
 if TYPE_CHECKING:
     from qexp.tracking.store import Store
@@ -23,8 +24,7 @@ T = TypeVar("T")
 
 def sentence(error: BaseException) -> str:
     """An error in one line, without credentials: ours as they are, others with their type before them."""
-    text = masked(" ".join(str(error).split()))
-    return text if isinstance(error, QexpError) else f"{type(error).__name__}: {text}".removesuffix(": ")
+    return masked(" ".join(str(error).split()) if isinstance(error, QexpError) else one_line(error, TAG_LENGTH))
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.pyfunc import save_model
 from mlflow.types.schema import Schema, TensorSpec
 
-from qexp.errors import InputError, RunError
+from qexp.errors import InputError, RunError, without_values
 from qexp.records import Row
 from qexp.system import machine
 from qexp.system.credentials import masked
@@ -205,7 +205,7 @@ class Run:
 
     def _log_failure(self, error: str, trace: str) -> None:
         self._log_tags({"error": error})
-        self.log_artifacts({"traceback.txt": trace})
+        self.log_artifacts({"traceback.txt": without_values(trace)})
 
     def _log_tags(self, tags: Mapping[str, str]) -> None:
         self._log_batch(tags=tags)

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from qexp.config.schema import Engine, Granularity, Observer, QConfig
-from qexp.errors import InputError
+from qexp.errors import InputError, one_line
 from qexp.quantize.calibration.observers import ClampFirst, torch_qconfig
 from qexp.quantize.calibration.recorder import Recorder
 from qexp.quantize.graph.clamps import Interval, clamp_after
@@ -101,8 +101,7 @@ def _fuse_by_own_method(module: nn.Module) -> nn.Module:
         result = method(**arguments)
     except Exception as error:
         raise InputError(
-            f"flow=eager: fuse_model() of {type(module).__name__} raised {type(error).__name__}: {error}; flow=fx "
-            "doesn't call it"
+            f"flow=eager: fuse_model() of {type(module).__name__} raised {one_line(error)}; flow=fx doesn't call it"
         ) from error
     return result.eval() if isinstance(result, nn.Module) else module
 

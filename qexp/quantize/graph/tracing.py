@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from qexp.errors import first_line
 from qexp.quantize.graph.in_place import IN_PLACE_OPERATORS, STATE, Memory, UnsafeWriteError, functionalise, places_of
 from qexp.quantize.graph.tracing_patches import patched
 
@@ -352,8 +353,7 @@ def _same_answers(module: nn.Module, traced: nn.Module, images: Tensor) -> bool:
 
 def _explained(error: Exception) -> str:
     """torch's reason in words of a model's author, where it is the usual one; never more than its first line."""
-    lines = str(error).strip().splitlines()
-    if lines and "control flow" in lines[0]:
+    reason = first_line(error)
+    if "control flow" in reason:
         return "decides by the values of a tensor, or by the number of images"
-    reason = lines[0][:160].rstrip(".") if lines else type(error).__name__
     return f"does what can't be followed symbolically ({reason})"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from qexp.errors import InputError
+from qexp.errors import InputError, first_line
 from qexp.quantize.graph.copies import evaluation_copy
 from qexp.quantize.graph.tensor_names import place, running
 from qexp.quantize.graph.tracing import standard_type
@@ -54,7 +54,7 @@ def checked(module: nn.Module, image: Tensor, name: str) -> Tensor:
         with torch.inference_mode():
             logits: Tensor = module(image)
     except Exception as error:  # whatever a model's own code raises
-        reason = f"the float model can't take one image alone: {_first_line(error)}."
+        reason = f"the float model can't take one image alone: {first_line(error)}."
         raise InputError(_without_statistics(module) or reason) from error
     if logits.dtype not in (torch.float32, torch.float64):
         dtype = str(logits.dtype).removeprefix("torch.")
@@ -79,7 +79,7 @@ def cause(module: nn.Module, image: Tensor) -> str:
     try:
         return unrepeatable(module, image) or _autocast(module, image) or hooked(module, image)
     except Exception as error:  # to be watched may be too much for a model's own code
-        logger.debug("the model can't be looked into: %s", _first_line(error))
+        logger.debug("the model can't be looked into: %s", first_line(error))
         return ""
 
 
@@ -111,7 +111,7 @@ def of_a_batch(module: nn.Module, image: Tensor, logits: Tensor) -> str:
         try:
             together: Tensor = module(torch.cat([image, *others]))
         except Exception as error:  # whatever a model's own code raises
-            return f"the float model takes one image at a time, and fails with three: {_first_line(error)}."
+            return f"the float model takes one image at a time, and fails with three: {first_line(error)}."
     if len(together) != 3:
         return f"the float model gives {len(together)} rows of logits for three images; it must give one for each."
     if difference(logits, together[:1]) <= TOLERANCE_UNTRAINED:
@@ -134,10 +134,6 @@ def _without_statistics(module: nn.Module) -> str:
                 "from the batch that it gets; train it with running statistics."
             )
     return ""
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:160]
 
 
 def drawn(module: nn.Module, image: Tensor) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from qexp.config.schema import Flow
-from qexp.errors import InputError
+from qexp.errors import InputError, first_line
 from qexp.quantize.graph.tensor_names import place, running
 from qexp.quantize.inspection.operators import DispatchMode
 
@@ -84,7 +84,7 @@ def run_or_refuse(converted: nn.Module, flow: Flow, example: Tensor) -> None:
                 raise InputError(sentence) from error
             raise InputError(
                 f"flow={flow.value} can't run this model: {where} does something that INT8 tensors don't take "
-                f"({watched.failed_in or _first_line(error)}){watched.advice}"
+                f"({watched.failed_in or first_line(error, 400).partition('. This could be')[0]}){watched.advice}"
             ) from error
 
 
@@ -185,8 +185,3 @@ def _compare(name: str, output: Any, expected: Any) -> None:
             f"engine={torch.backends.quantized.engine} answers with values that are up to {steps:.0f} steps of their "
             "grid from those of FP32"
         )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].split(". This could be")[0].rstrip(".")[:160] if lines else type(error).__name__
