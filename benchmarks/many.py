@@ -21,7 +21,7 @@ from benchmarks.speed import composed
 from benchmarks.study import ROOT, listed, steps
 from qexp.config.schema import Config
 from qexp.launch import jobs
-from qexp.pipeline import run as experiment
+from qexp.pipeline.run import run_job
 
 RUNS = 500
 EDGE = 50  # runs at the start, after the first few, and at the end, that are compared
@@ -80,7 +80,7 @@ def in_processes_of_their_own(configs: list[Config], folder: Path) -> list[dict[
 
 def alone(config: Config, folder: Path) -> dict[str, float]:
     """Seconds by step of one job in this process."""
-    return steps(lambda: experiment.run_job(config, folder))
+    return steps(lambda: run_job(config, folder))
 
 
 def each(ended: list[Ended]) -> float:

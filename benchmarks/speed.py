@@ -22,7 +22,7 @@ from qexp.config.schema import Config, Observer
 from qexp.data.splits import load_data, normalise
 from qexp.latency import protocol
 from qexp.models import float_model
-from qexp.pipeline import run
+from qexp.pipeline import prepare, run
 from qexp.runtimes import saved_models
 
 ROUNDS = 5
@@ -64,7 +64,7 @@ def calibration(outputs: str) -> None:
         images = normalise(data.train.pixels(np.arange(512)), data.mean, data.std)
         batches = images.split(config.calib.batch_size)
         fused = quantize.fuse(float_model.build(config.model, 10, 0), config.flow, True, images[:2])
-        qconfig = run.resolved(config)
+        qconfig = prepare.resolved(config)
 
         def prepared(observer: Observer) -> nn.Module:
             return quantize.prepare(fused, config.flow, qconfig, observer, config.engine, images[:2])  # noqa: B023
@@ -101,7 +101,7 @@ def peak_memory(outputs: str, model: str, count: int) -> int:
     indices = np.arange(count) % len(data.train)
     few = normalise(data.train.pixels(indices[:2]), data.mean, data.std)
     fused = quantize.fuse(float_model.build(config.model, 10, 0), config.flow, True, few)
-    qconfig = run.resolved(config)
+    qconfig = prepare.resolved(config)
     prepared = quantize.prepare(fused, config.flow, qconfig, OBSERVERS["minmax"], config.engine, few)
     size = config.calib.batch_size
     parts = np.split(indices, range(size, count, size))

@@ -35,8 +35,8 @@ from qexp.config import conversion
 from qexp.data.splits import load_data
 from qexp.latency import protocol
 from qexp.models import float_model
-from qexp.pipeline import run as experiment
-from qexp.pipeline import run_files
+from qexp.pipeline import prepare, run, run_files
+from qexp.pipeline.run import run_job
 from qexp.runtimes import saved_models
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,21 +51,21 @@ SCRIPT_STRIDE = 5
 BARE_PASSES = 2
 # What a run does, in its order.
 STEPS = (
-    (experiment, "load_data"),
+    (run, "load_data"),
     (float_model, "float_model"),
     (quantize, "fuse"),
-    (experiment, "checked_fusion"),
+    (run, "checked_fusion"),
     (quantize, "prepare"),
-    (experiment, "calibrated"),
+    (run, "calibrated"),
     (quantize, "convert"),
     (quantize, "skeleton"),
     (saved_models, "write"),
     (saved_models, "read"),
-    (experiment, "predicted"),
-    (experiment, "per_layer"),
+    (run, "predicted"),
+    (run, "per_layer"),
     (target_cpu, "answer"),
-    (experiment, "timing_key"),
-    (experiment, "timed"),
+    (prepare, "timing_key"),
+    (run, "timed"),
     (run_files, "written"),
     (run_files, "layers_written"),
 )
@@ -231,8 +231,8 @@ def one_more(outputs: str, *fixed: str) -> dict[str, float]:
     jobs = [composed(outputs, *fixed, "tracking.parent=study", f"calib.seed={seed}") for seed in (1, 2)]
     folder = Path(outputs) / "one_more"
     folder.mkdir(parents=True)
-    experiment.run_job(jobs[0], folder)
-    return steps(lambda: experiment.run_job(jobs[1], folder))
+    run_job(jobs[0], folder)
+    return steps(lambda: run_job(jobs[1], folder))
 
 
 def bare_passes(outputs: Path, fixed: tuple[str, ...]) -> dict[str, Callable[[], None]]:
@@ -251,7 +251,7 @@ def bare_pass(outputs: Path, run: str, *settings: str) -> Callable[[], None]:
     config = composed(str(outputs), *settings, "latency=off")
     folder = outputs / run
     folder.mkdir(parents=True)
-    experiment.run_job(config, folder)
+    run_job(config, folder)
     model, data = saved_models.load_int8(folder), load_data(config.dataset, Path(config.outputs) / "cache")
 
     def whole() -> None:

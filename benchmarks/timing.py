@@ -12,7 +12,7 @@ from benchmarks.speed import composed
 from qexp.config.schema import Config
 from qexp.data.splits import load_data, normalise
 from qexp.latency import protocol, worker
-from qexp.pipeline import run
+from qexp.pipeline import measure, run
 from qexp.system import machine
 
 REPEATS = 40
@@ -26,7 +26,7 @@ def made(outputs: str, name: str, *overrides: str) -> tuple[Config, Path, np.nda
     folder.mkdir(parents=True)
     run.run_job(composed(outputs, "latency.enabled=false", "saturation.exact_images=0", *overrides), folder)
     data = load_data(config.dataset, Path(config.outputs) / "cache")
-    inputs = normalise(data.test.pixels(np.arange(run.LATENCY_IMAGES)), data.mean, data.std).numpy()
+    inputs = normalise(data.test.pixels(np.arange(measure.LATENCY_IMAGES)), data.mean, data.std).numpy()
     kept = np.load(folder / "predictions.npz")
     return config, folder, inputs, {precision: kept[precision] for precision in ("fp32", "int8")}
 
@@ -40,8 +40,10 @@ def against_itself(outputs: str) -> None:
     for repeat in tqdm(range(REPEATS), desc="A/A", disable=None):
         for name, (config, folder, inputs, logits) in runs.items():
             config.seed = 1000 * repeat
-            with machine.lock(run.TIMING_LOCK):
-                itself, control = worker.measure(config, folder, inputs, {"fp32": logits["fp32"]}, run.tolerances(True))
+            with machine.lock(measure.TIMING_LOCK):
+                itself, control = worker.measure(
+                    config, folder, inputs, {"fp32": logits["fp32"]}, {"fp32": "fp32", "int8": "int8"}
+                )
             valid += protocol.validity([itself, control])[0]
             interval = protocol.speedup(itself, control)
             found[name].append((interval.low, interval.high))
@@ -58,8 +60,8 @@ def order(outputs: str) -> None:
     for number, runtimes in enumerate(("[eager,torchscript]", "[torchscript,eager]")):
         with_order = f"latency.runtimes={runtimes}"
         config, folder, inputs, logits = made(outputs, f"order{number}", "latency=standard", with_order)
-        with machine.lock(run.TIMING_LOCK):
-            timings = worker.measure(config, folder, inputs, logits, run.tolerances(True))
+        with machine.lock(measure.TIMING_LOCK):
+            timings = worker.measure(config, folder, inputs, logits, {"fp32": "fp32", "int8": "int8"})
         by = {timing.variant: timing for timing in timings}
         valid, reasons = protocol.validity(timings)
         for runtime in ("eager", "torchscript"):

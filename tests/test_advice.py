@@ -14,7 +14,7 @@ from torch import nn
 from qexp import quantize
 from qexp.accuracy import target_cpu
 from qexp.config.schema import Config, Engine, Flow, Overflow, Scheme
-from qexp.pipeline import metrics, run, warnings
+from qexp.pipeline import analyse, metrics, prepare, warnings
 from qexp.quantize import Narrowed, Side
 from qexp.quantize.saturation import emulation, kernels
 from qexp.quantize.saturation.kernels import KernelSignature, Probe
@@ -70,7 +70,7 @@ def narrowed(*names: str, side: Side = Side.weights) -> tuple[Narrowed, ...]:
 
 def test_the_guard_is_explained_where_it_concerns_the_network(composed: Composed, on: Callable[..., None]) -> None:
     def why(config: Config, *given: object) -> str:
-        return run.why_guarded(config, run.resolved(config).overflow, *given)  # type: ignore[arg-type]
+        return analyse.why_guarded(config, prepare.resolved(config).overflow, *given)  # type: ignore[arg-type]
 
     on(VNNI)
     assert why(composed(), DENSE, ()) == ""
@@ -99,7 +99,7 @@ def test_numbers_on_saturation_are_of_layers_that_saturate() -> None:
 
 
 def said(config: Config, layers: tuple[Layer, ...], *given: object, answer: target_cpu.Answer) -> list[str]:
-    guard = run.resolved(config).overflow
+    guard = prepare.resolved(config).overflow
     return list(warnings.of_sums(config, guard, layers, given, answer))  # type: ignore[arg-type]
 
 
@@ -236,7 +236,7 @@ def test_the_bits_of_activations_are_those_that_are_executed(
 ) -> None:
     config = composed(f"qconfig.overflow={guard}", f"qconfig.activation.bits={bits}")
     some = narrowed("conv", side=Side.activations) if guard == "layers" else ()
-    resolved = run.resolved_params(config.qconfig, config, some)
+    resolved = analyse.resolved_params(config.qconfig, config, some)
     assert resolved["resolved.activation_bits"] == expected
     assert resolved["resolved.weight_bits"] == "8"
     qconfig = settings(activation_bits=bits, overflow=guard)

@@ -59,7 +59,7 @@ def test_a_process_whose_output_goes_nowhere_goes_on(shell: str, out: bytes | No
 
 def test_a_file_does_not_take_the_place_of_a_closed_stream(tmp_path: Path) -> None:
     code = (
-        "import sys; from qexp import console; console.protect()\n"
+        "import sys; from qexp.system import console; console.protect()\n"
         "with open('file', 'w') as file: print('printed', flush=True); file.write('written')"
     )
     command = ["bash", "-c", '"$@" >&-', "bash", sys.executable, "-c", code]
@@ -111,8 +111,8 @@ def test_runs_are_finished_whether_or_not_anybody_reads(tmp_path: Path, shell: s
 @pytest.mark.slow
 def test_a_print_in_a_users_model_fails_no_job_whose_reader_is_gone(tmp_path: Path) -> None:
     (tmp_path / "loud.py").write_text(
-        "from qexp import nets\ndef make(num_classes):\n    print('x' * 100_000, flush=True)\n"
-        "    return nets.tiny(num_classes)\n"
+        "from qexp.models import architectures\ndef make(num_classes):\n    print('x' * 100_000, flush=True)\n"
+        "    return architectures.tiny(num_classes)\n"
     )
     model = ["model=custom", "model._target_=loud.make", "+model.num_classes=10"]
     done = typed(tmp_path, "| head -c 1; exit ${PIPESTATUS[0]}", *model, "seed=0,1", "-m")

@@ -16,7 +16,7 @@ from qexp.data.builtin import ArrayDataset
 from qexp.data.splits import Data, load_data
 from qexp.errors import NotFinite
 from qexp.models import inference, training
-from qexp.pipeline import run
+from qexp.pipeline import checks, run
 from qexp.records import Predictions
 
 Composed = Callable[..., Config]
@@ -79,7 +79,7 @@ def job(composed: Composed, tmp_path: Path) -> Callable[..., Config]:
 
 
 def refusal(config: Config, folder: Path) -> str:
-    run.check_inputs([config])
+    checks.check_inputs([config])
     with pytest.raises(NotFinite) as caught:
         run.run_job(config, folder)
     assert not re.search("ReLU|fuse", str(caught.value))

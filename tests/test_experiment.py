@@ -15,7 +15,9 @@ import torch
 
 from qexp.config.schema import Config, Engine, Flow
 from qexp.errors import InputError, RunError
-from qexp.pipeline import run as experiment
+from qexp.pipeline import checks
+from qexp.pipeline.prepare import Saved
+from qexp.pipeline.run import run_job
 from qexp.records import METRICS, Result
 
 Composed = Callable[..., Config]
@@ -30,8 +32,8 @@ def run(composed: Composed, checkpoint: Path, tmp_path: Path) -> Callable[..., R
         config = composed(*SMALL, f"model.checkpoint={checkpoint}", *overrides)
         folder = tmp_path / "run"
         folder.mkdir(exist_ok=True)
-        experiment.check_inputs([config])
-        return experiment.run_job(config, folder)
+        checks.check_inputs([config])
+        return run_job(config, folder)
 
     return job
 
@@ -70,6 +72,7 @@ from pathlib import Path
 from qexp import quantize
 from qexp.config.schema import Engine
 from qexp.runtimes.saved_models import load_int8
+from qexp.pipeline.prepare import Saved
 folder = Path(sys.argv[1])
 images = torch.load(folder / "images.pt", weights_only=True)
 script = runpy.run_path(str(folder / "model" / "load.py"))["model"]
@@ -89,11 +92,14 @@ with quantize.engine(Engine.x86), torch.inference_mode():
 
 
 def test_torchscript_predicts_where_it_gives_the_same_bit_for_bit() -> None:
-    both = dict.fromkeys(["fp32_eager", "fp32_torchscript", "int8_eager", "int8_torchscript"])
-    assert experiment.quickest_of("int8", both, all_int8=True) == "int8_torchscript"
-    assert experiment.quickest_of("int8", both, all_int8=False) == "int8_eager"
-    assert experiment.quickest_of("fp32", both, all_int8=True) == "fp32_eager"
-    assert experiment.quickest_of("int8", dict.fromkeys(["fp32_eager", "int8_eager"]), all_int8=True) == "int8_eager"
+    def saved(names: list[str], all_int8: bool) -> Saved:
+        return Saved([], dict.fromkeys(names), {}, {}, all_int8, 0, "")  # type: ignore[arg-type]
+
+    both = ["fp32_eager", "fp32_torchscript", "int8_eager", "int8_torchscript"]
+    assert saved(both, True).quickest("int8") == "int8_torchscript"
+    assert saved(both, False).quickest("int8") == "int8_eager"
+    assert saved(both, True).quickest("fp32") == "fp32_eager"
+    assert saved(["fp32_eager", "int8_eager"], True).quickest("int8") == "int8_eager"
 
 
 def test_a_job_leaks_no_global(run: Callable[..., Result]) -> None:
@@ -143,9 +149,9 @@ def test_a_relu_used_twice_is_refused_with_its_name_before_training_and_fails_th
     (tmp_path / "run").mkdir()
     sentence = r"the fused model differs from the float model .* the module relu is called 2 times"
     with pytest.raises(InputError, match=rf"{sentence}.* works with fusion=false or with flow=fx"):
-        experiment.check_inputs([config])
+        checks.check_inputs([config])
     with pytest.raises(RunError, match=sentence):
-        experiment.run_job(config, tmp_path / "run")
+        run_job(config, tmp_path / "run")
 
 
 def test_an_eager_model_with_a_bare_plus_is_refused_before_any_work(composed: Composed, tmp_path: Path) -> None:
@@ -153,8 +159,8 @@ def test_an_eager_model_with_a_bare_plus_is_refused_before_any_work(composed: Co
     exec(PLUS, sys.modules["plus"].__dict__)
     overrides = ("model=custom", "model._target_=plus.Net", "train=fast", "latency=off")
     with pytest.raises(InputError, match="flow=fx"):
-        experiment.check_inputs([composed(*overrides, "flow=eager")])
-    experiment.check_inputs([composed(*overrides, "flow=fx")])
+        checks.check_inputs([composed(*overrides, "flow=eager")])
+    checks.check_inputs([composed(*overrides, "flow=fx")])
 
 
 TWICE = """
@@ -200,21 +206,21 @@ def test_inputs_of_jobs_that_share_them_are_looked_at_once(
 ) -> None:
     looked: list[str] = []
     for owner, name in (
-        (experiment, "load_data"),
-        (experiment.models, "check_model"),
-        (experiment.quantize, "dry_run"),
+        (checks, "load_data"),
+        (checks.float_model, "check_model"),
+        (checks.quantize, "dry_run"),
     ):
         step = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args, step=step, name=name: (looked.append(name), step(*args))[1])
     tiny = ("model=tiny", f"model.checkpoint={checkpoint}", "latency=off")
     sizes = [composed(*tiny, f"calib.batches={size}", f"calib.seed={size}") for size in (1, 2, 3)]
-    experiment.check_inputs(sizes)
+    checks.check_inputs(sizes)
     assert looked == ["load_data", "check_model", "dry_run"]
     looked.clear()
-    experiment.check_inputs([sizes[0], composed(*tiny, "flow=fx"), composed("model=tiny", "latency=off"), sizes[1]])
+    checks.check_inputs([sizes[0], composed(*tiny, "flow=fx"), composed("model=tiny", "latency=off"), sizes[1]])
     assert looked == ["load_data", "check_model", "dry_run", "dry_run", "check_model", "dry_run"]
     with pytest.raises(InputError, match=r"calib\.batches=400"):
-        experiment.check_inputs([*sizes, composed(*tiny, "calib.batches=400")])
+        checks.check_inputs([*sizes, composed(*tiny, "calib.batches=400")])
 
 
 def test_a_last_batch_that_is_not_full_is_taken_and_said(
@@ -227,7 +233,7 @@ def test_a_last_batch_that_is_not_full_is_taken_and_said(
         config = composed(
             "model=tiny", f"model.checkpoint={checkpoint}", "latency=off", "per_layer.images=0", *calibration
         )
-        results.append(experiment.run_job(config, tmp_path))
+        results.append(run_job(config, tmp_path))
     assert [result.metrics["calib/images"] for result in results] == [898, 898]
     assert results[0].metrics["accuracy/int8"] == results[1].metrics["accuracy/int8"]
     said = "calibrated on 898 images, all that digits has: the last of the 2 batches is not full."

@@ -53,7 +53,7 @@ def test_a_sweeps_own_file_is_written_beside_an_earlier_ones(tmp_path: Path) -> 
     }  # fmt: skip
 
 
-HOLD = "import sys; from pathlib import Path; from qexp import folders; folders.hold(Path(sys.argv[1]))"
+HOLD = "import sys; from pathlib import Path; from qexp.launch import folders; folders.hold(Path(sys.argv[1]))"
 
 
 def test_a_folder_is_one_runs_at_a_time(tmp_path: Path) -> None:

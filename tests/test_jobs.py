@@ -379,10 +379,10 @@ def test_whoever_has_a_job_checked_and_run_needs_no_torch(composed: Composed, ch
 IMPORTS = """
 import pickle, sys
 from pathlib import Path
-from qexp import server
-from qexp import experiment
+from qexp.launch import fork_server
+from qexp.pipeline.run import run_job
 known = set(sys.modules)
-experiment.run_job(pickle.loads(Path("config").read_bytes()), Path("run"))
+run_job(pickle.loads(Path("config").read_bytes()), Path("run"))
 new = sorted(set(sys.modules) - known)
 assert len(new) < 10, (len(new), new[:20])
 """

@@ -24,7 +24,8 @@ from qexp.errors import RunError
 from qexp.latency import protocol as latency
 from qexp.latency import shared_timings
 from qexp.models import architectures, inference
-from qexp.pipeline import run as experiment
+from qexp.pipeline import measure, prepare
+from qexp.pipeline.run import run_job
 from qexp.records import Result
 from qexp.runtimes import saved_models
 
@@ -46,7 +47,7 @@ def run(composed: Composed, checkpoint: Path, tmp_path: Path) -> Run:
     def job(folder: str, *overrides: str) -> Result:
         config = composed(f"model.checkpoint={checkpoint}", *overrides)
         (tmp_path / "outputs" / folder).mkdir(parents=True)
-        return experiment.run_job(config, tmp_path / "outputs" / folder)
+        return run_job(config, tmp_path / "outputs" / folder)
 
     return job
 
@@ -81,11 +82,11 @@ def test_a_run_that_quantizes_as_another_did_evaluates_nothing_but_the_checks(
     first = run("one", *asked)
     assert counts.count(899) == 2  # FP32 and INT8
     # Of either precision the model in memory and TorchScript, and FP32 in channels-last.
-    assert counts.count(experiment.AGREEMENT_IMAGES) == 5
+    assert counts.count(prepare.AGREEMENT_IMAGES) == 5
     counts.clear()
     second = run("two", *asked, "dataset.margin=0.2")
     # In INT8 the model in memory and both runtimes; in FP32 the first runtime, which the first run evaluated itself.
-    assert counts == [experiment.AGREEMENT_IMAGES] * 4
+    assert counts == [prepare.AGREEMENT_IMAGES] * 4
     kept_logits = [np.load(tmp_path / "outputs" / name / "predictions.npz")["int8"] for name in ("one", "two")]
     assert np.array_equal(*kept_logits)
     of_accuracy = [{k: v for k, v in found.metrics.items() if k[:3] in ("acc", "sat")} for found in (first, second)]
@@ -122,7 +123,7 @@ def data(composed: Composed, tmp_path: Path) -> Data:
 
 def converted(config: Config, net: nn.Module) -> nn.Module:
     """The INT8 model that a run with these settings would make of `net`, calibrated on noise."""
-    qconfig = replace(config.qconfig, overflow=experiment.resolved(config).overflow)
+    qconfig = replace(config.qconfig, overflow=prepare.resolved(config).overflow)
     fused = quantize.fuse(net, config.flow, config.fusion, TWO)
     prepared = quantize.prepare(fused, config.flow, qconfig, config.observer, config.engine, TWO)
     with quantize.engine(config.engine):
@@ -221,7 +222,7 @@ def test_of_three_observers_one_is_timed_and_two_carry_its_timing(
 ) -> None:
     monkeypatch.setattr(shared_timings, "trusted", lambda timings: True)  # whatever else this machine does meanwhile
     caplog.set_level("INFO", logger="qexp.latency.shared_timings")
-    timed = counted(monkeypatch, experiment, "side_by_side", lambda *args: args[-1].name)
+    timed = counted(monkeypatch, measure, "side_by_side", lambda *args: args[-1].name)
     names = ("minmax", "moving_average", "histogram")
     results = [run(name, *TIMED, *JOB, f"observer={name}", f"tracking.name={name}") for name in names]
     assert timed == ["minmax"]

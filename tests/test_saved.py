@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 
 from qexp import quantize
 from qexp.config.schema import Config, Engine, Flow
-from qexp.pipeline import run
+from qexp.pipeline import checks, run
 from qexp.runtimes import eager
 from qexp.runtimes.saved_models import float_size
 
@@ -93,7 +93,7 @@ def test_a_run_reports_what_its_owner_would_ship(composed: Callable[..., Config]
         *("model=custom", "model._target_=test_saved.Again", f"model.checkpoint={tmp_path / 'weights.pt'}"),
         *("+model.width=8", "flow=fx", "engine=qnnpack", "latency=off", "calib.batches=1", "per_layer.images=0"),
     )
-    run.check_inputs([config])
+    checks.check_inputs([config])
     (tmp_path / "run").mkdir()
     sizes = run.run_job(config, tmp_path / "run").metrics
     assert sizes["size/fp32_mb"] * 1e6 == pytest.approx(own_size(net, tmp_path), rel=0.01)

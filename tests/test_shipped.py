@@ -12,7 +12,7 @@ from qexp.config import schema
 from qexp.config.composition import CONF
 from qexp.config.schema import Engine, Flow
 from qexp.models import float_model
-from qexp.pipeline.run import resolved
+from qexp.pipeline.prepare import resolved
 
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "custom")
 SIZES = [32, 224]  # of the data sets that are shipped, and of the README's folder of images

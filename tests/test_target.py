@@ -14,7 +14,7 @@ import pytest
 from qexp.accuracy import target_cpu
 from qexp.config.schema import Config, Engine, Flow, Scheme, Target
 from qexp.pipeline import metrics
-from qexp.pipeline import run as experiment
+from qexp.pipeline.run import run_job
 from qexp.quantize.saturation import kernels
 from qexp.quantize.saturation.kernels import KernelSignature, Probe
 from qexp.records import Predictions, Result, Saturation, Source
@@ -37,7 +37,7 @@ def run(composed: Composed, checkpoint: Path, tmp_path: Path) -> Callable[..., R
     def job(*overrides: str) -> Result:
         folder = tmp_path / "run"
         folder.mkdir(exist_ok=True)
-        return experiment.run_job(composed(*SMALL, f"model.checkpoint={checkpoint}", *overrides), folder)
+        return run_job(composed(*SMALL, f"model.checkpoint={checkpoint}", *overrides), folder)
 
     return job
 
@@ -96,7 +96,7 @@ def test_layers_whose_sums_cannot_be_emulated_are_named(
     monkeypatch.setattr(kernels, "probe", lambda: signature(200))
     model = ("model=custom", "model._target_=quantizable.Upsampling", "+model.num_classes=10", "train=fast")
     asked = ("target=avx2", "qconfig.overflow=none", "engine=onednn", "saturation.emulated_images=9", "latency=off")
-    result = experiment.run_job(composed(*model, *asked), tmp_path)
+    result = run_job(composed(*model, *asked), tmp_path)
     assert result.tags["accuracy_source"] == "emulated"
     assert "1 layers add up as they do on this CPU, since their 16-bit sums can't be emulated: up." in caplog.text
 

@@ -20,11 +20,12 @@ import pytest
 from qexp.config import schema
 from qexp.errors import RunError
 from qexp.latency import protocol, worker
-from qexp.pipeline import run as experiment
+from qexp.pipeline.run import run_job
+from qexp.records import Result
 from qexp.system import machine
 
 Composed = Callable[..., schema.Config]
-Job = Callable[..., tuple[schema.Config, experiment.Result]]
+Job = Callable[..., tuple[schema.Config, Result]]
 FAST = ("model=tiny", "latency=standard", "latency.seconds=0.1", "latency.block_ms=2")
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,11 +34,11 @@ ROOT = Path(__file__).resolve().parent.parent
 def job(composed: Composed, checkpoint: Path, tmp_path: Path) -> Job:
     """job(*overrides) -> the configuration of one job and its Result; its folder is tmp_path/run."""
 
-    def run(*overrides: str) -> tuple[schema.Config, experiment.Result]:
+    def run(*overrides: str) -> tuple[schema.Config, Result]:
         model = f"model.checkpoint={checkpoint}"
         config = composed(*FAST, model, "latency.warmup_seconds=0.01", "latency.min_blocks=4", *overrides)
         (tmp_path / "run").mkdir()
-        return config, experiment.run_job(config, tmp_path / "run")
+        return config, run_job(config, tmp_path / "run")
 
     return run
 
@@ -65,7 +66,7 @@ def test_two_processes_time_what_was_saved(job: Job, tmp_path: Path) -> None:
     inputs = np.zeros((8, 3, 32, 32), np.float32)
     logits = {precision: images[precision][:8] for precision in ("fp32", "int8")}
     with pytest.raises(RunError, match=r"two runtimes of the same FP32 model differ by .* of the largest logit"):
-        worker.measure(config, tmp_path / "run", inputs, logits, experiment.tolerances(True))
+        worker.measure(config, tmp_path / "run", inputs, logits, {"fp32": "fp32", "int8": "int8"})
 
 
 def test_a_worker_has_its_cores_and_its_own_way_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +110,7 @@ def test_inductor_is_compiled_and_timed_for_fp32(job: Job, tmp_path: Path) -> No
 def test_a_worker_ends_with_its_parent() -> None:
     code = (
         "import subprocess, sys; "
-        "child = subprocess.Popen([sys.executable, '-c', 'import sys, time; from qexp import processes; "
+        "child = subprocess.Popen([sys.executable, '-c', 'import sys, time; from qexp.system import processes; "
         "processes.end_with_parent(); print(flush=True); time.sleep(600)'], stdout=subprocess.PIPE); "
         "child.stdout.readline(); print(child.pid, flush=True); child.wait()"
     )
@@ -131,8 +132,8 @@ def test_two_sweeps_at_once_time_one_after_the_other_and_survive_a_killed_holder
 ) -> None:
     """A third process holds the lock, and is killed, before the two sweeps can time anything."""
     held = (
-        "import sys, time; from qexp import experiment, machine\n"
-        "with machine.lock(experiment.TIMING_LOCK): print(flush=True); time.sleep(600)"
+        "import sys, time; from qexp.pipeline import measure; from qexp.system import machine\n"
+        "with machine.lock(measure.TIMING_LOCK): print(flush=True); time.sleep(600)"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     arguments = [

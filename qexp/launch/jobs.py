@@ -529,10 +529,16 @@ def _do(order: Order, channel: Connection, say: Callable[[object], None]) -> Any
     """What the function gives, a Failure where it fails."""
     try:
         signal.signal(signal.SIGTERM, _terminate)
-        from qexp.pipeline import run as experiment
+        from qexp.pipeline.checks import check_inputs, described
+        from qexp.pipeline.run import run_job
 
         turn = {} if order.turn is None else {"turn": _turn(order.turn, channel, say)}
-        return getattr(experiment, order.function)(*order.arguments, **turn)
+        functions: dict[str, Callable[..., Any]] = {
+            "run_job": run_job,
+            "check_inputs": check_inputs,
+            "described": described,
+        }
+        return functions[order.function](*order.arguments, **turn)
     except BaseException as error:
         return Failure.of(error)
     finally:

@@ -1,0 +1,135 @@
+"""The stage *analyse*: errors of layers, the target's accuracy, and the Result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from qexp import quantize
+from qexp.accuracy import target_cpu
+from qexp.config import identity
+from qexp.config.schema import (
+    Config,
+    Engine,
+    Flow,
+    QConfig,
+    Target,
+)
+from qexp.data.splits import Data
+from qexp.latency import protocol
+from qexp.models.float_model import FloatModel
+from qexp.pipeline import metrics, run_files, warnings
+from qexp.pipeline.prepare import Calibration, Saved, images_of
+from qexp.quantize.inspection.layer_errors import at_a_time, layer_fidelity
+from qexp.quantize.saturation import kernels
+from qexp.quantize.torch_backend.slow_depthwise import without_fast_kernel
+from qexp.records import Fidelity, Layer, Predictions, QParams, Result
+
+
+def resolved_params(qconfig: QConfig, config: Config, narrowed: tuple[quantize.Narrowed, ...] = ()) -> dict[str, str]:
+    """What was executed, beside what was asked."""
+
+    def bits(side: quantize.Side) -> str:
+        whole, layers = quantize.executed_bits(qconfig, side), sum(layer.side is side for layer in narrowed)
+        if side is quantize.Side.activations and whole < qconfig.activation.bits:
+            return f"{whole} (of the scale: codes beyond its range go on to {quantize.highest_activation(qconfig)})"
+        return f"{whole} ({quantize.SAFE_BITS} in {layers} layers)" if layers else str(whole)
+
+    if config.flow is Flow.dynamic:
+        return {"resolved.weight_bits": str(qconfig.weight.bits)}
+    return {
+        "resolved.overflow": str(qconfig.overflow),
+        "resolved.weight_bits": bits(quantize.Side.weights),
+        "resolved.activation_bits": bits(quantize.Side.activations),
+    }
+
+
+def slow_kernels(config: Config, int8: nn.Module) -> tuple[str, ...]:
+    """The layers for which the engine has no fast kernel on the CPU that the model ships on."""
+    native = config.target is Target.native
+    vnni = not kernels.probe().dense_saturates(Engine.fbgemm) if native else config.target is Target.vnni
+    return without_fast_kernel(int8, config.engine, vnni)
+
+
+def per_layer(config: Config, fused: nn.Module, int8: nn.Module, data: Data) -> tuple[Fidelity, ...]:
+    """How well each layer of the INT8 model does what it does in FP32, on evaluation images."""
+    chosen = target_cpu.spread(len(data.test), config.per_layer.images)
+    if "per_layer" in identity.without_effect(config) or not len(chosen):
+        return ()
+    size = at_a_time(data.test.shape)
+    batches = np.split(chosen, range(size, len(chosen), size))
+    images = (images_of(data, data.test.pixels(batch)) for batch in batches)
+    return layer_fidelity(fused, int8, config.flow, config.engine, images)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All that a run has found. difference: of the fused from the float model; latency_from: the run that the timings
+    are of, empty where it is this one."""
+
+    qconfig: QConfig
+    difference: float
+    calibration: Calibration
+    layers: tuple[Layer, ...]
+    qparams: dict[str, QParams]
+    saved: Saved
+    predictions: Mapping[str, Predictions]
+    timings: list[protocol.Timing]
+    latency_from: str
+    fidelity: tuple[Fidelity, ...]
+    answer: target_cpu.Answer
+
+
+def result(
+    config: Config,
+    data: Data,
+    fp32: FloatModel,
+    found: Measured,
+    int8: nn.Module,
+    code: Mapping[str, str],
+    folder: Path,
+) -> Result:
+    """The numbers, sentences and files of a run. code: the tags of what it was made of; folder: for the files."""
+    margin = config.dataset["margin"]
+    measured = {
+        **metrics.latency_tags(found.timings, target_cpu.other_kernels(config)),
+        **({"latency_from": found.latency_from} if found.latency_from else {}),
+        "accuracy_source": str(found.answer.source),
+        "saturation": str(found.answer.saturation),
+        "verdict": metrics.verdict(found.predictions["fp32"], found.answer, margin, found.qconfig.overflow),
+    }
+    numbers = {
+        **metrics.of_accuracy(found.predictions["fp32"], found.predictions["int8"]),
+        **metrics.of_target(found.predictions["fp32"], found.answer, margin),
+        **metrics.of_latency(found.timings),
+        **metrics.of_size(found.saved.float_bytes, found.saved.artifacts),
+        **metrics.of_layers(found.layers),
+        "quant/layers_narrowed": float(len(found.calibration.narrowed)),
+        "quant/fusion_difference": found.difference,
+        "calib/images": float(found.calibration.images),
+        "calib/seconds": found.calibration.seconds,
+    }
+    narrowed = found.calibration.narrowed
+    written = run_files.written(
+        folder, config, data, found.predictions, found.qparams, found.layers, found.timings, found.latency_from,
+        found.saved.artifacts,
+    )  # fmt: skip
+    of_layers = run_files.layers_written(folder, config, found.layers, found.fidelity, found.answer.layers, narrowed)
+    of_data = run_files.data_tags(config, data, found.calibration.digest)
+    return Result(
+        metrics=numbers,
+        resolved=resolved_params(found.qconfig, config, narrowed),
+        tags={**code, **of_data, **measured, "float_model": fp32.source},
+        doubts=(
+            *warnings.doubts(config, data, found.layers, {**numbers, **measured}),
+            *warnings.of_sums(config, found.qconfig.overflow, found.layers, narrowed, found.answer),
+            *warnings.of_slow_kernels(config, slow_kernels(config, int8)),
+        ),
+        files={**written, **of_layers},
+        datasets=run_files.datasets_used(config, data, found.calibration.images),
+        flavor=run_files.flavor(config, data, found.saved.artifacts),
+    )

@@ -1,0 +1,109 @@
+"""Inputs checked before any run is started, and what a run's result depends on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import cache as once
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+from tqdm import tqdm
+
+from qexp import quantize
+from qexp.config import identity
+from qexp.config.schema import (
+    Calib,
+    Config,
+    Runtime,
+    cache_folder,
+)
+from qexp.data.splits import Data, digest_of, draw, load_data
+from qexp.latency import protocol
+from qexp.models import float_model
+from qexp.pipeline import run_files
+from qexp.pipeline.prepare import images_of, resolved
+from qexp.pipeline.stages import job_settings
+from qexp.quantize.saturation import kernels
+from qexp.runtimes import inductor
+from qexp.system import machine
+
+STATISTICS_IMAGES = 4
+
+
+def check_inputs(configs: Sequence[Config]) -> None:
+    """Open each data set and checkpoint of these jobs, draw as many calibration images as each asks for, and take each
+    model through each flow once.
+
+    Raises InputError (ConfigError where the machine allows fewer threads than asked for) before any run is started.
+    """
+    opened: dict[str, Data] = {}
+    known: set[str] = set()
+    of_models: dict[str, list[Config]] = {}
+    for config in configs:
+        of_models.setdefault(_plain([config.dataset, config.model]), []).append(config)
+
+    def is_new(*looked_at: object) -> bool:
+        key = _plain(looked_at)
+        new = key not in known
+        known.add(key)
+        return new
+
+    for of_model, alike in tqdm(of_models.items(), desc="checking inputs", disable=None, leave=False):
+        module: nn.Module | None = None  # one is in memory at a time
+        for config in alike:
+            if is_new("machine", config.latency, config.engine):
+                protocol.check_threads(config.latency.threads, machine.allowed_cores())
+                kernels.check_environment(config.engine, kernels.probe(), os.environ)
+                if config.latency.enabled and Runtime.inductor in config.latency.runtimes:
+                    inductor.check_compiler()
+            with job_settings(config):
+                of_data = _plain(config.dataset)
+                if of_data not in opened:
+                    opened[of_data] = load_data(config.dataset, cache_folder(config))
+                data = opened[of_data]
+                if is_new("images", of_data, replace(config.calib, seed=0)):
+                    draw(data.train, config.calib)
+                if module is None:
+                    module = float_model.check_model(config.model, len(data.classes), data.test.shape)
+                    if config.model.get("checkpoint") is None and config.model.get("weights") is None:
+                        some = np.arange(min(len(data.train), STATISTICS_IMAGES))
+                        float_model.with_statistics(module, images_of(data, data.train.pixels(some)))
+                if is_new("flow", of_model, config.flow, config.fusion, config.engine):
+                    first = draw(data.train, config.calib)[:1]
+                    image, name = images_of(data, data.train.pixels(first)), data.train.source.where(int(first[0]))
+                    settings = config.flow, config.fusion, resolved(config), config.observer, config.engine
+                    quantize.dry_run(module, *settings, image, name)
+
+
+def _plain(looked_at: object) -> str:
+    """Settings as text, the same for those that are alike."""
+    return json.dumps(looked_at, default=asdict, sort_keys=True)
+
+
+def described(configs: Sequence[Config]) -> list[dict[str, str]]:
+    """For each of these, the tags of what its result would depend on: settings, code, weights, images, machine.
+
+    Opens each data set once. Raises as `check_inputs` does where one can't be used.
+    """
+
+    @once
+    def opened(dataset: str, folder: Path) -> Data:
+        return load_data(json.loads(dataset), folder)
+
+    @once
+    def drawn(dataset: str, calib: str, folder: Path) -> str:
+        train = opened(dataset, folder).train
+        return digest_of(train.drawn(draw(train, Calib(**json.loads(calib)))))
+
+    found = []
+    for config in configs:
+        with job_settings(config):
+            where = json.dumps(config.dataset), cache_folder(config)
+            idle = "calib" in identity.without_effect(config)
+            calibration = "" if idle else drawn(where[0], json.dumps(asdict(config.calib)), where[1])
+            found.append(run_files.tags(config) | run_files.data_tags(config, opened(*where), calibration))
+    return found

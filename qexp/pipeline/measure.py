@@ -1,0 +1,70 @@
+"""The stage *measure*: every variant timed side by side, or timings that another run has made."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from qexp import quantize
+from qexp.config.schema import (
+    Config,
+)
+from qexp.data.splits import Data
+from qexp.latency import protocol, shared_timings, worker
+from qexp.pipeline.prepare import Saved, images_of
+from qexp.pipeline.turn import Turn
+from qexp.records import Predictions
+from qexp.runtimes.base import with_cuda
+from qexp.system import machine
+
+LATENCY_IMAGES = 64
+# One for the whole machine, whoever times on it and whatever TMPDIR is.
+TIMING_LOCK = (Path("/tmp") if Path("/tmp").is_dir() else Path(tempfile.gettempdir())) / "qexp-timing.lock"
+
+
+def timed(
+    config: Config, data: Data, saved: Saved, predictions: Mapping[str, Predictions], folder: Path, turn: Turn
+) -> tuple[list[protocol.Timing], str]:
+    """The timings of every variant, measured one job at a time on the whole machine, and ""; with `latency.reuse` those
+    of another run whose INT8 model executes the same (see `timing_key`), and that run."""
+    if not config.latency.enabled:
+        return [], ""
+    if not shared_timings.has_timings(config, saved.timing_key):
+        turn.alone()
+    measure = partial(side_by_side, config, data, saved, predictions, folder)
+    if not saved.timing_key:
+        with machine.lock(TIMING_LOCK):
+            return measure(), ""
+    where = str(folder.relative_to(config.outputs) if folder.is_relative_to(config.outputs) else folder)
+    name = f"{config.tracking.name} ({where})" if config.tracking.name else where
+    return shared_timings.timings(config, saved.timing_key, TIMING_LOCK, name, measure)
+
+
+def side_by_side(
+    config: Config, data: Data, saved: Saved, predictions: Mapping[str, Predictions], folder: Path
+) -> list[protocol.Timing]:
+    """Every variant timed side by side, at every batch size and number of threads asked for."""
+    images = min(len(data.test), LATENCY_IMAGES)
+    inputs = images_of(data, data.test.pixels(np.arange(images)))
+    with quantize.engine(config.engine):
+        if config.latency.processes:
+            logits = {precision: found.logits[:images] for precision, found in predictions.items()}
+            return worker.measure(config, folder, inputs.numpy(), logits, saved.tolerances)
+        timed = with_cuda(saved.variants)
+        timings: list[protocol.Timing] = []
+        for threads in config.latency.threads:
+            for batch_size in config.latency.batch_sizes:
+                with protocol.threads(threads):
+                    timings += protocol.time_side_by_side(
+                        timed,
+                        inputs,
+                        config.latency,
+                        batch_size=batch_size,
+                        seed=config.seed,
+                        control_among=protocol.on_cpu(timed),
+                    )
+        return timings

@@ -1,0 +1,274 @@
+"""The stage *prepare*: fusion checked, calibration, layers checked, sizes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qexp import quantize
+from qexp.config import identity
+from qexp.config.schema import (
+    ActivationObserver,
+    Config,
+    Overflow,
+    QConfig,
+    Runtime,
+    Target,
+    cache_folder,
+)
+from qexp.data.splits import Data, count_shared, digest_of, draw, normalise
+from qexp.errors import RunError
+from qexp.latency import shared_timings
+from qexp.models import float_model, inference
+from qexp.pipeline import cache_keys, run_files
+from qexp.quantize.inspection.layer_check import FEW, check_layers
+from qexp.quantize.saturation import kernels
+from qexp.records import Artifact, Layer, QParams
+from qexp.runtimes import saved_models
+from qexp.runtimes.base import Loaded
+from qexp.system import cache
+
+log = logging.getLogger(__name__)
+
+
+AGREEMENT_IMAGES = 256
+SATURATION_IMAGES = 64
+
+
+def images_of(data: Data, pixels: np.ndarray) -> Tensor:
+    """float32 [n, 3, H, W], normalised, of uint8 pixels of the same shape."""
+    return normalise(pixels, data.mean, data.std)
+
+
+def first_images(data: Data) -> Tensor:
+    """The evaluation images on which models are compared with one another: float32 [n, 3, H, W]."""
+    return images_of(data, data.test.pixels(np.arange(min(len(data.test), AGREEMENT_IMAGES))))
+
+
+def resolved(config: Config) -> QConfig:
+    """The qconfig with `overflow` as it will be executed on the CPU that the model ships on."""
+    overflow = kernels.resolve_overflow(config.qconfig, config.engine, config.flow, config.target, kernels.probe())
+    return replace(config.qconfig, overflow=overflow)
+
+
+def checked_fusion(config: Config, data: Data, fp32: float_model.FloatModel, fused: nn.Module, few: Tensor) -> float:
+    """How far the fused model is from the float model, as a share of the largest logit.
+
+    few: the first evaluation images, float32 [n, 3, H, W]. What was found is kept. Raises NotFinite where the float
+    model's own logits are not finite, RunError where the two models are not the same.
+    """
+
+    def measured() -> np.ndarray:
+        with torch.inference_mode():
+            expected, actual = fp32.module(few), fused(few)
+        inference.predictions(expected.numpy(), data.test, "evaluating FP32", np.arange(len(few)))
+        return np.array([quantize.difference(expected, actual)])
+
+    difference = float(cache.array(cache_folder(config), cache_keys.fusion_key(config, data, fp32.digest), measured)[0])
+    if difference > quantize.TOLERANCE:
+        raise RunError(quantize.explained(fp32.module, fused, config.flow, few))
+    return difference
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What calibration saw and took, and the layers that it gave 7 bits on one side (see quantize/narrowing.py).
+
+    digest: of the images, empty where there were none.
+    """
+
+    images: int = 0
+    seconds: float = 0.0
+    narrowed: tuple[quantize.Narrowed, ...] = ()
+    digest: str = ""
+
+
+def calibrated(
+    prepared: nn.Module, data: Data, config: Config, qconfig: QConfig, float_digest: str
+) -> tuple[nn.Module, Calibration]:
+    """Feed the observers with the drawn training images; with overflow=layers, narrow what can saturate then.
+
+    What calibration sees is kept, for every observer but torch's own histogram.
+    """
+    if "calib" in identity.without_effect(config):
+        return prepared, Calibration()
+    chosen = draw(data.train, config.calib)
+    pixels = data.train.drawn(chosen)
+    if config.calib.batches is not None and len(chosen) < config.calib.batches * config.calib.batch_size:
+        log.info(
+            "calibrated on %d images, all that %s has: the last of the %d batches is not full.",
+            len(chosen), data.train.name, config.calib.batches,
+        )  # fmt: skip
+    shared = count_shared(pixels, data.test)
+    if shared:
+        log.warning("%d of the %d calibration images are evaluation images too, pixel for pixel.", shared, len(pixels))
+    batches = np.split(pixels, range(config.calib.batch_size, len(pixels), config.calib.batch_size))
+    as_input = partial(images_of, data)
+
+    def named(position: int) -> str:
+        return data.train.source.where(int(chosen[position]))
+
+    started = time.perf_counter()
+    with quantize.engine(config.engine):
+        if config.observer.name is ActivationObserver.histogram:
+            quantize.calibrate(prepared, batches, named, as_input)
+        else:
+            depends_on = cache_keys.activations_key(config, data, float_digest)
+            quantize.calibrate_once(prepared, batches, as_input, cache_folder(config), depends_on, named)
+    narrowed: tuple[quantize.Narrowed, ...] = ()
+    if qconfig.overflow is Overflow.layers:
+        some = images_of(data, pixels[:SATURATION_IMAGES])
+        prepared, narrowed = quantize.narrow(prepared, config.flow, qconfig, config.engine, config.target, some)
+    return prepared, Calibration(len(pixels), time.perf_counter() - started, narrowed, digest_of(pixels))
+
+
+def checked_layers(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    """The same layers; RunError where none of them runs in INT8."""
+    if not any(layer.int8 for layer in layers):
+        reasons = "; ".join(dict.fromkeys(layer.reason for layer in layers if layer.reason))
+        raise RunError(f"no layer runs in INT8{f': {reasons}' if reasons else ''}.")
+    return layers
+
+
+def shipped_size(config: Config, fp32: float_model.FloatModel, few: Tensor) -> int:
+    """Bytes of the float model as its owner would ship it; what was found is kept. few: float32 [n, 3, H, W]."""
+
+    def measured() -> np.ndarray:
+        return np.array([saved_models.float_size(fp32.module, few)])
+
+    return int(cache.array(cache_folder(config), cache_keys.float_size_key(fp32.digest), measured)[0])
+
+
+def why_guarded(
+    config: Config, overflow: Overflow, layers: tuple[Layer, ...], narrowed: tuple[quantize.Narrowed, ...]
+) -> str:
+    """What `qconfig.overflow=auto` became for these layers and why, in a sentence; empty where it concerns none of
+    them, or isn't what was asked for."""
+    if config.qconfig.overflow is not Overflow.auto or "qconfig.overflow" in identity.without_effect(config):
+        return ""
+    where = f"target={config.target}" if config.target is not Target.native else "this CPU"
+    kinds = kernels.overflowing_kinds(config.qconfig, config.engine, config.flow, config.target, kernels.probe()) & {
+        layer.kind for layer in layers if layer.int8
+    }
+    if overflow is Overflow.none and min(config.qconfig.weight.bits, config.qconfig.activation.bits) < 8:
+        why = "sums of products with 7 bits or fewer on one side fit into 16 bits"
+    elif overflow is Overflow.none:
+        why = f"dense layers of engine={config.engine} don't saturate on {where}"
+    elif kinds:
+        which = "" if "conv" in kinds else f"of {' and '.join(sorted(kinds))} layers "
+        did = f"{len(narrowed)} layers, which got 7 bits" if narrowed else "none, so all keep their bits"
+        can = f"16-bit sums {which}of engine={config.engine} can saturate on {where}"
+        why = f"{can}; on calibration images they do in {did}"
+    else:
+        return ""
+    return f"qconfig.overflow=auto is {overflow}: {why}"
+
+
+def checked_int8(
+    config: Config,
+    qconfig: QConfig,
+    fused: nn.Module,
+    prepared: nn.Module,
+    int8: nn.Module,
+    few: Tensor,
+    calibration: Calibration,
+) -> tuple[tuple[Layer, ...], dict[str, QParams]]:
+    """The layers of the converted model and the quantization parameters of its tensors, by name.
+
+    few: the first evaluation images, float32 [n, 3, H, W]. Raises RunError where no layer runs in INT8, or one computes
+    another function than in the float model.
+    """
+    qparams = quantize.read_qparams(prepared)
+    layers = checked_layers(quantize.layers(int8, config.flow, config.engine))
+    if said := why_guarded(config, qconfig.overflow, layers, calibration.narrowed):
+        log.info("%s", said)
+    check_layers(fused, int8, config.flow, config.engine, few[:: -(-len(few) // FEW)], qparams)
+    return layers, qparams
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The models of a run as they were saved for each runtime, and what is known of them.
+
+    artifacts: what was written; variants: read back, by `<precision>_<runtime>`; contents: the identity of each as it
+    is executed; in_memory: what was saved, by precision; all_int8: whether no layer stayed in FP32; float_bytes: of the
+    float model as its owner would ship it; timing_key: what timings are shared under, empty where they are the run's
+    own.
+    """
+
+    artifacts: list[Artifact]
+    variants: Mapping[str, Loaded]
+    contents: Mapping[str, str]
+    in_memory: Mapping[str, nn.Module]
+    all_int8: bool
+    float_bytes: int
+    timing_key: str
+
+    def first(self, precision: str) -> str:
+        """The variant whose predictions count: that of the first runtime which executes the precision."""
+        return next(name for name in self.variants if name.startswith(precision))
+
+    def quickest(self, precision: str) -> str:
+        """The variant that predicts in place of the first: where all is INT8 every runtime gives the same bit for bit,
+        and TorchScript has the least around its kernels."""
+        traced = "int8_torchscript"
+        return traced if precision == "int8" and self.all_int8 and traced in self.variants else self.first(precision)
+
+    def executed(self, precision: str) -> str:
+        """The identity of the model whose predictions count."""
+        return self.contents[self.first(precision)]
+
+    @property
+    def tolerances(self) -> dict[str, str]:
+        """By precision, how far two variants of one model may be apart, as a key of `runtimes.base.TOLERANCE`."""
+        return {"fp32": "fp32", "int8": "int8" if self.all_int8 else "mixed"}
+
+
+def contents_of(
+    config: Config, float_digest: str, artifacts: list[Artifact], variants: Mapping[str, Loaded]
+) -> dict[str, str]:
+    """The identity of each variant as it is executed (see `kept.content`)."""
+    by_name = {f"{artifact.precision}_{artifact.runtime}": artifact for artifact in artifacts}
+    contents = {}
+    for name in variants:
+        int8 = variants[name] if by_name[name].precision == "int8" else None
+        contents[name] = saved_models.content(config, float_digest, by_name[name], int8)
+    return contents
+
+
+def timing_key(config: Config, data: Data, float_digest: str, int8: nn.Module) -> str:
+    """What this run's timings are kept under; empty where they are its own."""
+    if not config.latency.enabled or not shared_timings.reuses_timings(config):
+        return ""
+    return shared_timings.timing_key(config, data, float_digest, int8, images_of(data, data.test.pixels(np.arange(1))))
+
+
+def save(
+    config: Config,
+    data: Data,
+    fp32: float_model.FloatModel,
+    fused: nn.Module,
+    int8: nn.Module,
+    folder: Path,
+    all_int8: bool,
+) -> Saved:
+    """Write both models for every runtime asked for into `folder`, and read them back."""
+    few = first_images(data)
+    skeleton = quantize.skeleton(fused, config.flow, resolved(config), config.engine, few[:2])
+    in_memory = {"fp32": fused, "int8": int8}
+    artifacts = saved_models.write(config, fp32.digest, in_memory, few, folder, run_files.images_expected(data))
+    # torch.compile takes half a minute, and only the processes that time need it.
+    here = [runtime for runtime in config.latency.runtimes if runtime is not Runtime.inductor]
+    variants = saved_models.read(config, {"fp32": fused, "int8": skeleton}, folder, here)
+    contents = contents_of(config, fp32.digest, artifacts, variants)
+    size = shipped_size(config, fp32, few)
+    key = timing_key(config, data, fp32.digest, int8)
+    return Saved(artifacts, variants, contents, in_memory, all_int8, size, key)
