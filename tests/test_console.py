@@ -14,7 +14,7 @@ from test_cli import SMALL, runs
 
 PRINTS = """
 import sys
-from qexp import console
+from qexp.system import console
 console.protect()
 for number in range(int(sys.argv[1])):
     print("line", number, flush=number % 2 == 0)
