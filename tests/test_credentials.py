@@ -216,13 +216,13 @@ import logging
 
 
 def make(split, token):
-    from qexp import datasets
+    from qexp.data import builtin
 
     print("printed", token)
     logging.getLogger("private").warning("logged %s", token)
     if token != "h4rd-t0ken":
         raise ValueError(f"{token} is not the one")
-    return datasets.digits(split)
+    return builtin.digits(split)
 """
 
 

@@ -35,7 +35,7 @@ import logging, multiprocessing, os, pathlib, signal, sys, time, warnings
 
 import torch
 
-from qexp import config
+from qexp.config import schema as config
 from qexp.errors import InputError, NotFinite
 
 
@@ -271,8 +271,8 @@ def test_a_job_reads_what_its_owner_could(trap: Callable[..., schema.Config]) ->
 OWNER = """
 import pickle, sys
 from pathlib import Path
-from qexp import jobs, sweep
-with sweep.until_stopped():
+from qexp.launch import jobs, signals
+with signals.until_stopped():
     jobs.run(pickle.loads(Path(sys.argv[1]).read_bytes()), Path("run"))
 """
 
@@ -334,7 +334,7 @@ MANY = """
 import pickle, sys
 from pathlib import Path
 import psutil
-from qexp import jobs
+from qexp.launch import jobs
 from qexp.errors import InputError
 config, me, seen = pickle.loads(Path(sys.argv[1]).read_bytes()), psutil.Process(), []
 for _ in range(40):
@@ -359,7 +359,7 @@ def test_the_owner_does_not_grow_and_imports_no_torch(trap: Callable[..., schema
 ORDINARY = """
 import pickle, sys
 from pathlib import Path
-from qexp import jobs
+from qexp.launch import jobs
 config = pickle.loads(Path("config").read_bytes())
 jobs.check_inputs([config])
 assert jobs.described([config])[0]["torch"]
@@ -418,7 +418,7 @@ from joblib import Parallel, delayed
 
 
 def one(folder):
-    from qexp import jobs
+    from qexp.launch import jobs
     config = pickle.loads(Path("config").read_bytes())
     try:
         jobs.run(config, Path(folder))

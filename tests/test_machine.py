@@ -20,7 +20,7 @@ HOLD = """
 import sys
 import time
 from pathlib import Path
-from qexp import machine
+from qexp.system import machine
 with machine.lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

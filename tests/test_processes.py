@@ -17,7 +17,7 @@ MEET = """
 import logging, multiprocessing, sys, tempfile
 from multiprocessing import forkserver, util
 from multiprocessing.connection import Client, Listener
-from qexp import processes
+from qexp.system import processes
 
 def meet(_):
     with Listener(family="AF_UNIX") as listener, Client(listener.address) as client:
@@ -86,7 +86,7 @@ def test_a_tmpdir_that_cannot_be_used_is_said(tmp_path: Path) -> None:
 
 NONE = """
 import tempfile
-from qexp import processes
+from qexp.system import processes
 processes.SHORT_FOLDERS = ("/proc",)
 tempfile.tempdir = "/" + 200 * "x"
 processes.prepare_temporary_folder()

@@ -204,12 +204,13 @@ import sys, torch
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 from quantizable import settings, trained
-from qexp import nets, quantize
+from qexp import quantize
+from qexp.models import architectures
 from qexp.config.schema import Engine, Flow
 from qexp.runtimes import eager, torchscript
 folder = Path(sys.argv[1])
 images, expected = torch.load(folder / "expected.pt")
-fused = quantize.fuse(nets.tiny(), Flow.eager, True, images)
+fused = quantize.fuse(architectures.tiny(), Flow.eager, True, images)
 skeleton = quantize.skeleton(fused, Flow.eager, settings(overflow="weights"), Engine.x86, images)
 with quantize.engine(Engine.x86):
     assert torch.equal(eager.load(folder / "model.pt", skeleton, Engine.x86)(images), expected)

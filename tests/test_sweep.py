@@ -136,10 +136,10 @@ def test_a_stop_ends_a_single_run_and_a_planned_sweep_in_words(
 def test_the_second_signal_leaves_at_once() -> None:
     code = """
 import os, signal
-from qexp import sweep
-with sweep.stoppable():
+from qexp.launch import signals
+with signals.stoppable():
     try:
-        with sweep.stoppable():
+        with signals.stoppable():
             os.kill(os.getpid(), signal.SIGTERM)
     finally:
         os.kill(os.getpid(), signal.SIGINT)
