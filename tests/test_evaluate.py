@@ -49,6 +49,13 @@ class Logarithm(Net):
         return super().forward(x) + 0 * x.sum((1, 2, 3)).log()[:, None]
 
 
+class Squeezed(Net):
+    """Gives [classes] for one image, not [1, classes]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).squeeze()
+
+
 class Quotient(Net):
     """Infinite in INT8 alone, for black images: a thousandth is 0 on a grid that reaches to 1 and beyond."""
 
@@ -84,6 +91,20 @@ def refusal(config: Config, folder: Path) -> str:
         run.run_job(config, folder)
     assert not re.search("ReLU|fuse", str(caught.value))
     return str(caught.value)
+
+
+@pytest.mark.parametrize("flow", ["fx", "dynamic"])
+def test_a_model_that_squeezes_its_logits_can_be_evaluated_image_by_image(
+    job: Callable[..., Config], tmp_path: Path, flow: str
+) -> None:
+    def found(net: str, size: int) -> dict[str, float]:
+        config = job(net, (), f"flow={flow}", f"evaluate.batch_size={size}", f"calib.batch_size={size}")
+        run.check_inputs([config])
+        return run.run_job(config, tmp_path / "run").metrics
+
+    right, squeezed = found("Net", 20), found("Squeezed", 1)
+    assert squeezed["accuracy/fp32"] == right["accuracy/fp32"]
+    assert abs(squeezed["accuracy/int8"] - right["accuracy/int8"]) < 0.1
 
 
 @pytest.mark.parametrize("dark", [(3, 290), (290,)])

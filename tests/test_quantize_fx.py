@@ -348,12 +348,19 @@ class Computed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.conv(x))
         b, c, h, w = x.shape
-        weight = self.weights(x.mean((2, 3))).view(b * 8, 8, 1, 1)
-        x = F.conv2d(x.reshape(1, b * c, h, w), weight, groups=b).view(b, 8, h, w)
-        return self.fc(x.mean((2, 3)))
+        x = self.mixed(x.reshape(1, b * c, h, w), self.weights(x.mean((2, 3))).view(b * 8, 8, 1, 1), b)
+        return self.fc(x.view(b, 8, h, w).mean((2, 3)))
+
+    def mixed(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
+        return F.conv2d(x, weight, groups=groups)
 
 
-@pytest.mark.parametrize("kind", [Indices, Selected, Computed])
+class Computed1d(Computed):
+    def mixed(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
+        return F.conv1d(x.flatten(2), weight.flatten(2), groups=groups)
+
+
+@pytest.mark.parametrize("kind", [Indices, Selected, Computed, Computed1d])
 def test_what_has_no_grid_stays_as_it_is_between_int8_layers(kind: type[nn.Module]) -> None:
     net = trained(kind())
     quantize.dry_run(net, Flow.fx, True, settings(overflow="activations"), MINMAX, Engine.x86, TWO)

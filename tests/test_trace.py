@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qexp import quantize
 from qexp.config.schema import Engine, Flow
+from qexp.errors import InputError
 from qexp.quantize.graph.tracing import UntraceableError, trace
 
 TWO = images(2)
@@ -254,13 +255,62 @@ def test_python_is_as_it_was_after_tracing() -> None:
     assert "expand" not in vars(Tensor)
 
 
-def test_squeeze_keeps_the_dimension_of_the_images() -> None:
-    class Squeezes(Plain):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.fc(F.adaptive_avg_pool2d(self.conv1(x), 1).squeeze())
+class Squeezes(Plain):
+    """squeeze() without a dimension takes that of the images, too, where there is one."""
 
-    net = trained(Squeezes())
+    def __init__(self, squeeze: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.squeeze = squeeze
+        self.scale = nn.Parameter(torch.full((1, 1, 1, 1), 2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.squeeze(F.adaptive_avg_pool2d(self.conv1(x), 1))
+        return self.fc(x) * self.squeeze(self.scale.clone())
+
+
+SPELLINGS = pytest.mark.parametrize(
+    "squeeze", [lambda x: x.squeeze(), torch.squeeze, lambda x: x.squeeze_()], ids=["method", "function", "in place"]
+)
+
+
+@SPELLINGS
+def test_squeeze_keeps_the_dimension_of_the_images(squeeze: Callable[[Tensor], Tensor]) -> None:
+    net = trained(Squeezes(squeeze))
     graph = trace(net, TWO)
     assert torch.equal(graph(TWO), net(TWO))
+    assert graph(TWO[:1]).shape == (1, 10)
     assert torch.allclose(graph(TWO[:1]), net(TWO)[:1], atol=1e-5)
     quantize.dry_run(net, Flow.fx, True, settings(), MINMAX, Engine.x86, TWO)
+
+
+@SPELLINGS
+@pytest.mark.parametrize("flow", [Flow.eager, Flow.dynamic])
+def test_a_squeeze_that_int8_does_not_take_is_named(squeeze: Callable[[Tensor], Tensor], flow: Flow) -> None:
+    class Named(Squeezes):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.squeeze(F.adaptive_avg_pool2d(self.conv1(x), 1)))
+
+    said = (
+        r"squeeze_?\(\) in its own forward \(Named\) drops the dimension of the images, too, where there is one; "
+        r"write flatten\(1\); this model works with flow=fx\.$"
+    )
+    with pytest.raises(InputError, match=said):
+        quantize.dry_run(trained(Named(squeeze)), flow, True, settings(), MINMAX, Engine.qnnpack, TWO)
+
+
+def test_a_float_model_that_fails_for_one_image_by_its_squeeze_is_told_so() -> None:
+    class Fails(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.log_softmax(self.fc(F.adaptive_avg_pool2d(self.conv1(x), 1).squeeze()), 1)
+
+    with pytest.raises(InputError, match=r"can't take one image alone: squeeze\(\) in its own forward \(Fails\)"):
+        quantize.dry_run(trained(Fails()), Flow.eager, True, settings(), MINMAX, Engine.qnnpack, TWO)
+
+
+@pytest.mark.parametrize("flow", Flow)
+def test_a_squeeze_of_the_logits_harms_nothing(flow: Flow) -> None:
+    class Last(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(F.adaptive_avg_pool2d(self.conv1(x), 1).flatten(1)).squeeze()
+
+    quantize.dry_run(trained(Last()), flow, True, settings(), MINMAX, Engine.qnnpack, TWO)

@@ -52,7 +52,8 @@ def predict(
         mine = free.get()
         try:
             with torch.inference_mode():
-                logits: np.ndarray = mine(images)[: len(part)].numpy().astype(np.float32)
+                # Of a single image, a model that ends in squeeze() gives one row without saying so.
+                logits: np.ndarray = mine(images).reshape(batch_size, -1)[: len(part)].numpy().astype(np.float32)
         finally:
             free.put(mine)
         return logits

@@ -239,7 +239,7 @@ def dry_run(
     except Exception as error:
         # What torch raises on a model that it can't quantize is of many classes.
         sentence = float_checks.cause(module, one)
-        sentence = sentence or (str(error) if isinstance(error, QexpError) else _of_torch(error, module, flow))
+        sentence = sentence or (str(error) if isinstance(error, QexpError) else _of_torch(error, module, flow, one))
         others = {
             **{f"engine={other.value}": (flow, fusion, other) for other in supported()[:1]},
             "flow=eager": (Flow.eager, True, engine_name),
@@ -253,5 +253,6 @@ def dry_run(
         raise InputError(f"{sentence.rstrip('.')}; {advice}.") from error
 
 
-def _of_torch(error: Exception, module: nn.Module, flow: Flow) -> str:
-    return f"flow={flow.value} can't quantize {type(module).__name__}: {first_line(error)}"
+def _of_torch(error: Exception, module: nn.Module, flow: Flow, image: Tensor) -> str:
+    reason = float_checks.squeezed(module, image) or first_line(error)
+    return f"flow={flow.value} can't quantize {type(module).__name__}: {reason}"

@@ -53,7 +53,6 @@ def normalise(module: nn.Module, example: Tensor) -> fx.GraphModule:
         _make_modules,
         _make_relus,
         _free_prelus,
-        _free_indices,
         _unshare,
         _number_padding,
         _pad_before,
@@ -453,22 +452,6 @@ def _name_for(graph_module: fx.GraphModule, node: fx.Node) -> str:
     if name in used or any(target.startswith(f"{name}.") for target in used) or hasattr(graph_module, node.name):
         name = f"{node.name}_module"
     return name
-
-
-def _free_indices(graph_module: fx.GraphModule) -> None:
-    """A max pooling that gives indices, too, becomes the function that torch leaves in FP32."""
-    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
-    for node in list(graph_module.graph.nodes):
-        module = _module(graph_module, node) if node.op == "call_module" else None
-        if isinstance(module, nn.MaxPool2d) and module.return_indices:
-            given = {name: getattr(module, name) for name in names}
-        elif node.target is F.max_pool2d and _argument(node, 6, "return_indices", False):
-            given = {name: value for name, value in node.kwargs.items() if name in names}
-            given |= dict(zip(names, node.args[1:6], strict=False))
-        else:
-            continue
-        source = _argument(node, 0, "input")
-        node.op, node.target, node.args, node.kwargs = "call_function", F.max_pool2d_with_indices, (source,), given
 
 
 def _make_relus(graph_module: fx.GraphModule) -> None:

@@ -48,6 +48,7 @@ _LEAVES = (
 
 
 _JOINS = (torch.cat, torch.concat, torch.concatenate, torch.stack)
+_SQUEEZES = ("squeeze", "squeeze_", torch.squeeze)
 
 
 class UntraceableError(Exception):
@@ -122,12 +123,6 @@ class _ShapeProxy(fx.Proxy):
         return int(self.concrete.ndim)
 
     ndimension = dim
-
-    def squeeze(self, *dims: Any, **named: Any) -> Any:
-        """Without a dimension it would take that of the images, too, where there is one image."""
-        if not dims and not named:
-            dims = (tuple(i for i, size in enumerate(self.concrete.shape) if i > 0 and size == 1),)
-        return self.tracer.create_proxy("call_method", "squeeze", (self, *dims), named)
 
     def numel(self) -> Any:
         return math.prod(self.size())
@@ -214,6 +209,9 @@ class _ShapeTracer(fx.Tracer):
         """The symbolic value of a new node; the value itself where it is of no tensor and of no batch size."""
         if target in _JOINS and args and type(args[0]) is _ShapeProxy:
             args = (list(args[0]), *args[1:])  # of a tuple of tensors torch.ao knows nothing
+        if target in _SQUEEZES and len(args) == 1 and not kwargs and not _is_constant(args[0].node):
+            # Without a dimension it would take that of the images, too, where there is one image.
+            args = (*args, tuple(i for i, size in enumerate(args[0].concrete.shape) if i > 0 and size == 1))
         proxy: Any = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         sources = proxy.node.all_input_nodes
         proxy.node.meta["constant"] = kind != "placeholder" and all(_is_constant(source) for source in sources)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def checked(module: nn.Module, image: Tensor, name: str) -> Tensor:
         with torch.inference_mode():
             logits: Tensor = module(image)
     except Exception as error:  # whatever a model's own code raises
-        reason = f"the float model can't take one image alone: {first_line(error)}."
+        reason = f"the float model can't take one image alone: {squeezed(module, image) or first_line(error)}."
         raise InputError(_without_statistics(module) or reason) from error
     if logits.dtype not in (torch.float32, torch.float64):
         dtype = str(logits.dtype).removeprefix("torch.")
@@ -147,6 +148,15 @@ def drawn(module: nn.Module, image: Tensor) -> str:
     return f"{function} draws random numbers in its {where}, in evaluation too; {advice}"
 
 
+def squeezed(module: nn.Module, image: Tensor) -> str:
+    """Where the model drops the dimension of the images when there is one, and how not to, as a clause; else empty."""
+    found = _first_call(module, image, _Squeezing)
+    if found is None:
+        return ""
+    where, function = found
+    return f"{function} in its {where} drops the dimension of the images, too, where there is one; write flatten(1)"
+
+
 def hooked(module: nn.Module, image: Tensor) -> str:
     """Which layer has a hook that changes what the model answers, as a sentence; empty where none has.
 
@@ -193,12 +203,12 @@ class _Watch(TorchFunctionMode):
         self._stack = stack
         self.found: tuple[str, str] | None = None
 
-    def told(self, call: Callable[[], Any], function: Callable[..., Any]) -> tuple[Any, str]:
-        """What the call gives, and what there is to say of it."""
+    def told(self, call: Callable[[], Any], function: Callable[..., Any], args: Any) -> tuple[Any, str]:
+        """What the call gives, and what there is to say of it. args: those without a name."""
         raise NotImplementedError
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result, said = self.told(lambda: func(*args, **(kwargs or {})), func)
+        result, said = self.told(lambda: func(*args, **(kwargs or {})), func, args)
         if said and self.found is None:
             self.found = place(*self._stack[-1]), said
         return result
@@ -207,7 +217,7 @@ class _Watch(TorchFunctionMode):
 class _Drawing(_Watch):
     """Of functions that draw random numbers, the name."""
 
-    def told(self, call: Callable[[], Any], function: Callable[..., Any]) -> tuple[Any, str]:
+    def told(self, call: Callable[[], Any], function: Callable[..., Any], args: Any) -> tuple[Any, str]:
         before = torch.get_rng_state()
         result = call()
         if torch.equal(before, torch.get_rng_state()):
@@ -219,15 +229,25 @@ class _Drawing(_Watch):
 class _Autocast(_Watch):
     """Of functions that are called under autocast, its dtype."""
 
-    def told(self, call: Callable[[], Any], function: Callable[..., Any]) -> tuple[Any, str]:
+    def told(self, call: Callable[[], Any], function: Callable[..., Any], args: Any) -> tuple[Any, str]:
         on = torch.is_autocast_enabled("cpu")
         return call(), str(torch.get_autocast_dtype("cpu")).removeprefix("torch.") if on else ""
 
 
+class _Squeezing(_Watch):
+    """Of functions that take away every dimension of size 1, that of one image with them, the name."""
+
+    def told(self, call: Callable[[], Any], function: Callable[..., Any], args: Any) -> tuple[Any, str]:
+        name = getattr(function, "__name__", "")
+        drops = name in ("squeeze", "squeeze_") and len(args) == 1 and args[0].ndim > 1 and len(args[0]) == 1
+        result = call()
+        return result, f"{name}()" if drops and result.ndim < 2 else ""
+
+
 def _first_call(module: nn.Module, image: Tensor, kind: type[_Watch]) -> tuple[str, str] | None:
     """Where in a model, and what, the first call is of which `kind` has something to say."""
-    with torch.inference_mode(), running(module) as stack, kind(stack) as watch:
-        module(image)
+    with torch.inference_mode(), running(module) as stack, kind(stack) as watch, suppress(Exception):
+        module(image)  # where it fails, it was watched until then
     return watch.found
 
 

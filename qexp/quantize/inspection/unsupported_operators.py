@@ -22,10 +22,10 @@ from qexp.quantize.inspection.operators import DispatchMode
 _MOVE_VALUES = """
     alias as_strided channel_shuffle chunk clone contiguous detach diagonal expand flatten flip index index_select
     lift_fresh native_channel_shuffle narrow permute pixel_shuffle pixel_unshuffle repeat _reshape_alias reshape rot90
-    select slice split split_with_sizes squeeze t tensor_split transpose unbind unflatten unfold _unsafe_view unsqueeze
-    view max min sort topk max_pool1d max_pool2d max_pool3d quantized_max_pool1d quantized_max_pool2d
-    quantized_max_pool3d reflection_pad1d reflection_pad2d upsample_nearest2d _upsample_nearest_exact2d
-    upsample_nearest3d _upsample_nearest_exact3d
+    select slice split split_with_sizes squeeze squeeze_ t t_ tensor_split transpose transpose_ unbind unflatten unfold
+    _unsafe_view unsqueeze unsqueeze_ view max min sort topk max_pool1d max_pool2d max_pool3d quantized_max_pool1d
+    quantized_max_pool2d quantized_max_pool3d reflection_pad1d reflection_pad2d upsample_nearest2d
+    _upsample_nearest_exact2d upsample_nearest3d _upsample_nearest_exact3d
 """
 # The range of an input always holds 0, so what moves values towards it stays inside.
 _STAY_BETWEEN_VALUES = """
