@@ -190,9 +190,10 @@ def status(store: tracking.Store, run_id: str) -> str:
 ABANDON = """
 import sys, time
 from pathlib import Path
-from qexp import tracking, config
-settings = config.Tracking(
-    uri=None, experiment=None, log_model=config.LogModel.none, timeout=5.0, parent=None, name=None
+from qexp import tracking
+from qexp.config import schema
+settings = schema.Tracking(
+    uri=None, experiment=None, log_model=schema.LogModel.none, timeout=5.0, parent=None, name=None
 )
 store = tracking.connect(settings, Path(sys.argv[1]))
 parent = tracking.open_parent(store, experiment="qexp/digits", name="sweep", tags={})

@@ -21,6 +21,5 @@ def predictions_key(config: Config, data: Data, model: Sequence[str], images: np
     """
     chosen = None if images is None else hashlib.sha256(np.ascontiguousarray(images, np.int64).tobytes()).hexdigest()
     shown = [data.test.digest, data.mean, data.std, config.evaluate.batch_size, chosen]
-    return json.dumps(
-        ["predictions", model, shown, kernels.computed_by(config.compute.threads), code_digest.code_hash()]
-    )
+    code = code_digest.of("accuracy", "runtimes", "pipeline.evaluate")
+    return json.dumps(["predictions", model, shown, kernels.computed_by(config.compute.threads), code])

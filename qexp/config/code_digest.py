@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+import re
 import sysconfig
 from contextlib import suppress
 from functools import cache
@@ -17,6 +18,12 @@ import qexp
 from qexp.config import identity
 from qexp.config.instantiation import current_folder_first
 from qexp.config.schema import Config
+
+ROOT = Path(qexp.__file__).parent
+# How a run is started, recorded and shown changes nothing in what it finds.
+NOT_IN_RESULTS = ("__init__", "__main__", "launch", "report", "tracking")
+# `import qexp.a`, `from qexp.a import b`; `from qexp import a, b`, or in parentheses over several lines
+_IMPORT = re.compile(r"^[ \t]*(?:from|import) +qexp(?:\.(\w+)| +import +(?:\(([^)]+)|([\w ,]+)))", re.MULTILINE)
 
 
 def tags(config: Config) -> dict[str, str]:
@@ -30,12 +37,61 @@ def tags(config: Config) -> dict[str, str]:
 
 @cache
 def code_hash(*targets: str) -> str:
-    """16 hex digits over the sources of qexp, and of what the `_target_`s depend on."""
-    here = Path(qexp.__file__).parent
+    """16 hex digits over the code that a result depends on: qexp but for how runs are launched, recorded and shown, and
+    the user's code that the `_target_`s depend on."""
+    packages = sorted(path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file())
+    results = [file for package in packages if package not in NOT_IN_RESULTS for file in _files(package)]
+    return _digest(tuple(results), tuple(dict.fromkeys(path for target in targets for path in files_of(target))))
+
+
+@cache
+def of(*names: str) -> str:
+    """16 hex digits over the sources of parts of qexp: packages, with all the packages that they import, and single
+    modules by their dotted names (`data.builtin`), by themselves.
+
+    A cache key states by it which code its entry depends on.
+    """
+    if unknown := [name for name in names if not _files(name)]:
+        raise ValueError(f"qexp has no {unknown[0]}")
+    parts = with_imports(*(name for name in names if "." not in name)) | {name for name in names if "." in name}
+    return _digest(tuple(file for part in sorted(parts) for file in _files(part)), ())
+
+
+@cache
+def with_imports(*packages: str) -> frozenset[str]:
+    """These packages of qexp (or modules beside its packages) and all that they import, directly or through others."""
+    found: set[str] = set()
+    todo = list(packages)
+    while todo:
+        package = todo.pop()
+        if package not in found:
+            found.add(package)
+            todo += [name for file in _files(package) for name in _packages_imported(file.read_bytes())]
+    return frozenset(found)
+
+
+def _packages_imported(source: bytes) -> set[str]:
+    """The packages of qexp that a module imports. Found by a pattern: to parse all of qexp takes half a second."""
+    found: set[str] = set()
+    for direct, *listed in _IMPORT.findall(source.decode()):
+        found |= {direct} if direct else {*re.findall(r"\w+", " ".join(listed))}
+    return {name for name in found if _files(name)}
+
+
+@cache
+def _files(name: str) -> tuple[Path, ...]:
+    """The files of a package or module of qexp; none where there is no such."""
+    path = ROOT.joinpath(*name.split("."))
+    files = sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+    return tuple(file for file in files if file.is_file())
+
+
+def _digest(own: tuple[Path, ...], others: tuple[Path, ...]) -> str:
+    """16 hex digits over files of qexp, by their places in it, and of others, by their names."""
     digest = hashlib.sha256()
-    for path in sorted(here.rglob("*.py")):
-        digest.update(str(path.relative_to(here)).encode() + b"\0" + path.read_bytes())
-    for path in dict.fromkeys(path for target in targets for path in files_of(target)):
+    for path in own:
+        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    for path in others:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 

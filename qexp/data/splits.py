@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from qexp.config import image_settings, instantiation
+from qexp.config import code_digest, image_settings, instantiation
 from qexp.config.image_settings import ImageSettings, Preprocessing
 from qexp.config.schema import Calib, Sampling
 from qexp.data import builtin
@@ -334,9 +334,8 @@ def _made(function: Callable[..., Any], arguments: Mapping[str, Any], folder: Pa
 @functools.cache
 def _decoder() -> str:
     """Identity of the code that turns files into pixels."""
-    code = [Path(module.__file__ or "").read_bytes() for module in (images, builtin)]
     libraries = (PIL.__version__, PIL.features.version("jpg"), PIL.features.version("webp"))
-    return _hash(*(hashlib.sha256(text).hexdigest() for text in code), libraries)
+    return _hash(code_digest.of("data.builtin", "data.preprocessing"), libraries)
 
 
 def _ids(dataset: Any, size: int) -> tuple[str, ...]:

@@ -45,7 +45,8 @@ def timing_key(config: Config, data: Data, float_digest: str, int8: nn.Module, i
     here = {name: value for name, value in asdict(machine.describe()).items() if name != "load"}
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     where = [here, cuda, kernels.probe().id, torch.__version__, machine.library_environment()]
-    return json.dumps(["timings", models, data.test.digest, protocol, where, code_digest.code_hash()], sort_keys=True)
+    code = code_digest.of("latency")
+    return json.dumps(["timings", models, data.test.digest, protocol, where, code], sort_keys=True)
 
 
 def has_timings(config: Config, key: str) -> bool:

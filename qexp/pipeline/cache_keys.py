@@ -15,12 +15,13 @@ from qexp.quantize.saturation import kernels
 def activations_key(config: Config, data: Data, float_digest: str) -> str:
     """Everything that FP32 activations depend on, in their last bit too, but the images."""
     executed = [float_digest, config.flow, config.fusion, data.mean, data.std]
-    return json.dumps(["activations", executed, kernels.computed_by(config.compute.threads), code_digest.code_hash()])
+    code = code_digest.of("data", "quantize")
+    return json.dumps(["activations", executed, kernels.computed_by(config.compute.threads), code])
 
 
 def float_size_key(float_digest: str) -> str:
     """Everything that the size of a float model depends on."""
-    return json.dumps(["size", float_digest, torch.__version__, code_digest.code_hash()])
+    return json.dumps(["size", float_digest, torch.__version__, code_digest.of("runtimes")])
 
 
 def fusion_key(config: Config, data: Data, float_digest: str) -> str:

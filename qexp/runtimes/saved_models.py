@@ -156,4 +156,5 @@ def content(config: Config, float_digest: str, artifact: Artifact, int8: Loaded 
 def float_file_key(config: Config, float_digest: str, name: str, shape: Sequence[int]) -> str:
     """Everything that a file of the fused float model depends on. name: of the file; shape: of an image."""
     made_of = [float_digest, config.flow, config.fusion, list(shape)]
-    return json.dumps(["file", name, made_of, kernels.computed_by(config.compute.threads), code_digest.code_hash()])
+    code = code_digest.of("runtimes")
+    return json.dumps(["file", name, made_of, kernels.computed_by(config.compute.threads), code])
