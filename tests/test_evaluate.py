@@ -99,7 +99,7 @@ def test_a_model_that_squeezes_its_logits_can_be_evaluated_image_by_image(
 ) -> None:
     def found(net: str, size: int) -> dict[str, float]:
         config = job(net, (), f"flow={flow}", f"evaluate.batch_size={size}", f"calib.batch_size={size}")
-        run.check_inputs([config])
+        checks.check_inputs([config])
         return run.run_job(config, tmp_path / "run").metrics
 
     right, squeezed = found("Net", 20), found("Squeezed", 1)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +15,8 @@ from torch import Tensor, nn
 from qexp import quantize
 from qexp.config.schema import Engine, Flow
 from qexp.errors import InputError
+from qexp.quantize.graph.tensor_names import public
+from qexp.quantize.inspection.operators import DispatchMode
 from qexp.records import Layer
 
 TWO = images(2)
@@ -195,3 +201,135 @@ def test_only_what_never_runs_is_said_never_to_run() -> None:
     left = {name: layer.reason for name, layer in layers.items() if not layer.int8}
     assert set(left) == {"auxiliary", "mixer.in_proj", "mixer.out_proj"}
     assert set(left.values()) == {"never runs in evaluation"}
+
+
+# ------------------------------------------------------------------------------ what is said, and what is executed
+
+
+class Own(nn.Conv2d):
+    """A convolution with a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * 2)
+
+
+class Between(nn.Module):
+    """A layer between two that every flow but one quantizes. shape: of what it takes, without the images."""
+
+    def __init__(self, layer: nn.Module, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.stem, self.layer, self.shape = nn.Conv2d(3, 16, 4, 4), layer, shape
+        with torch.no_grad():
+            size = layer(torch.zeros(2, *shape)).flatten(1).shape[1]
+        self.head = nn.Linear(size, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.layer(x if self.shape == MAPS else x.reshape(-1, *self.shape))
+        return self.head(x.flatten(1))
+
+
+KINDS: dict[str, Callable[[], Between]] = {
+    **{
+        f"Conv2d {name}": lambda more=more: Between(nn.Conv2d(16, 16, **{"kernel_size": 3} | more), MAPS)
+        for name, more in {
+            "dense": {},
+            "pointwise": {"kernel_size": 1},
+            "depthwise": {"groups": 16},
+            "grouped": {"groups": 4},
+            "dilated": {"dilation": 2, "padding": 2},
+            "strided": {"stride": 2},
+            "reflected": {"padding": 1, "padding_mode": "reflect"},
+            "replicated": {"padding": 1, "padding_mode": "replicate"},
+            "same": {"padding": "same"},
+            "without bias": {"bias": False},
+        }.items()
+    },
+    "Conv1d": lambda: Between(nn.Conv1d(16, 8, 3), (16, 16)),
+    "Conv3d": lambda: Between(nn.Conv3d(4, 4, (1, 3, 3)), (4, 4, 4, 4)),
+    "Conv3d depthwise": lambda: Between(nn.Conv3d(4, 4, (1, 3, 3), groups=4), (4, 4, 4, 4)),
+    **{
+        f"ConvTranspose2d {name}": lambda more=more: Between(nn.ConvTranspose2d(16, 16, 3, **more), MAPS)
+        for name, more in {
+            "dense": {},
+            "strided": {"stride": 2},
+            "grouped": {"groups": 4},
+            "depthwise": {"groups": 16},
+            "padded": {"stride": 2, "output_padding": 1},
+            "dilated": {"dilation": 2},
+        }.items()
+    },
+    "ConvTranspose1d": lambda: Between(nn.ConvTranspose1d(16, 8, 3), (16, 16)),
+    "ConvTranspose3d": lambda: Between(nn.ConvTranspose3d(4, 4, (1, 3, 3)), (4, 4, 4, 4)),
+    "Linear": lambda: Between(nn.Linear(16, 8), (16, 16)),
+    "Linear without bias": lambda: Between(nn.Linear(16, 8, bias=False), (16, 16)),
+    "own forward": lambda: Between(Own(16, 8, 3), MAPS),
+    "BatchNorm1d": lambda: Between(nn.BatchNorm1d(16), (16, 16)),
+    "BatchNorm2d": lambda: Between(nn.Sequential(nn.MaxPool2d(2), nn.BatchNorm2d(16)), MAPS),
+    "BatchNorm2d and ReLU": lambda: Between(nn.Sequential(nn.MaxPool2d(2), nn.BatchNorm2d(16), nn.ReLU()), MAPS),
+    "BatchNorm3d": lambda: Between(nn.BatchNorm3d(4), (4, 4, 4, 4)),
+    "folded": lambda: Between(nn.Sequential(nn.Conv2d(16, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), MAPS),
+    "folded transposed": lambda: Between(nn.Sequential(nn.ConvTranspose2d(16, 8, 3), nn.BatchNorm2d(8)), MAPS),
+    "folded linear": lambda: Between(nn.Sequential(nn.Flatten(), nn.Linear(256, 8), nn.BatchNorm1d(8)), MAPS),
+    "GRU": lambda: Between(Recurrent(), (16, 16)),
+    "RNN": lambda: Between(Recurrent(nn.RNN), (16, 16)),
+    "LSTM": lambda: Between(Recurrent(nn.LSTM), (16, 16)),
+    "attention": lambda: Between(Attention(batch_first=False), (16, 16)),
+    "encoder": lambda: Between(encoder(), (16, 16)),
+}
+MAPS = (16, 4, 4)
+REFUSED_BY_EAGER = ("Conv2d replicated", "own forward", "BatchNorm1d", "GRU", "RNN", "encoder")
+REFUSED_BY_QNNPACK = ("Conv3d", "Conv3d depthwise")
+# torch's conv1d of QNNPACK doesn't take every watched call.
+CASES = [(k, f, e) for k in KINDS for f in Flow for e in quantize.supported() if (k, e) != ("Conv1d", Engine.qnnpack)]
+_WEIGHTED = ("conv", "linear", "batch_norm", "addmm", "mm", "bmm", "rnn", "gru", "lstm", "attention")
+
+
+class Executed(DispatchMode):
+    """By the name of the innermost module of a row: whether its operators with weights take INT8."""
+
+    def __init__(self, model: nn.Module, rows: set[str]) -> None:
+        super().__init__()
+        self.stack, self.rows, self.int8 = [""], rows, dict[str, set[bool]]()
+        for name, module in model.named_modules():
+            label = public(name, model)
+            module.register_forward_pre_hook(partial(self._enter, label))
+            module.register_forward_hook(self._leave)
+
+    def _enter(self, label: str, *_: Any) -> None:
+        self.stack.append(label)
+
+    def _leave(self, *_: Any) -> None:
+        self.stack.pop()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        space, _, name = func._schema.name.partition("::")
+        if any(word in name for word in _WEIGHTED) and "prepack" not in name:
+            where = next((label for label in reversed(self.stack) if label in self.rows), "")
+            self.int8.setdefault(where, set()).add(space == "quantized")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "flow", "engine"), CASES)
+def test_a_layer_is_said_to_be_int8_just_where_its_operator_is(kind: str, flow: Flow, engine: Engine) -> None:
+    net = trained(KINDS[kind]())
+    by_qnnpack = engine is Engine.qnnpack and flow is not Flow.dynamic and kind in REFUSED_BY_QNNPACK
+    if by_qnnpack or (flow is Flow.eager and kind in REFUSED_BY_EAGER):
+        with pytest.raises(InputError):
+            quantize.dry_run(net, flow, True, SETTINGS, MINMAX, engine, TWO)
+        return
+    prepared = quantize.prepare(quantize.fuse(net, flow, True, TWO), flow, SETTINGS, MINMAX, engine, TWO)
+    if flow is not Flow.dynamic:
+        quantize.calibrate(prepared, [TWO])
+    model = quantize.convert(prepared, flow, engine)
+    rows = {layer.name: layer for layer in quantize.layers(model, flow, engine)}
+    with quantize.engine(engine), torch.no_grad(), Executed(model, set(rows)) as executed:
+        model(TWO)
+    # What attention does between its projections has no weights, and the projections of a whole call no modules.
+    within = {name for name, layer in rows.items() if layer.reason.startswith("part of a ")}
+    assert not any(rows[name].int8 for name in within)
+    assert executed.int8.pop("", {False}) == {False}
+    assert {name: kinds for name, kinds in executed.int8.items() if name not in within} == {
+        name: {layer.int8} for name, layer in rows.items() if name not in within
+    }
