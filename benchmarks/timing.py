@@ -62,7 +62,7 @@ def order(outputs: str) -> None:
         config, folder, inputs, logits = made(outputs, f"order{number}", "latency=standard", with_order)
         with machine.lock(measure.TIMING_LOCK):
             timings = worker.measure(config, folder, inputs, logits, {"fp32": "fp32", "int8": "int8"})
-        by = {timing.variant: timing for timing in timings}
+        by = {timing.name: timing for timing in timings}
         valid, reasons = protocol.validity(timings)
         for runtime in ("eager", "torchscript"):
             ratio = protocol.speedup(by[f"fp32_{runtime}"], by[f"int8_{runtime}"])

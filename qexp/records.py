@@ -77,12 +77,35 @@ class Fidelity:
     scale: float
 
 
+class Precision(StrEnum):
+    fp32 = "fp32"
+    int8 = "int8"
+
+
+CUDA = "cuda"
+"""The runtime of the float model on a GPU, which is timed beside the others where there is one."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model of one precision as one runtime executes it. str() is its name in files and metrics: fp32_eager."""
+
+    precision: Precision
+    runtime: str
+
+    def __str__(self) -> str:
+        return f"{self.precision}_{self.runtime}"
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.runtime != CUDA
+
+
 @dataclass(frozen=True)
 class Artifact:
-    """What was saved of one precision for one runtime."""
+    """What was saved of one variant. engine: what an INT8 model was converted for, empty for FP32."""
 
-    precision: str
-    runtime: str
+    variant: Variant
     path: str
     sha256: str
     bytes: int
@@ -141,8 +164,8 @@ class Metric:
     meaning: str
 
 
-PRECISIONS = ("fp32", "int8")
-VARIANTS = ("eager", "eager_channels_last", "torchscript", "inductor", "cuda")
+PRECISIONS = tuple(Precision)
+VARIANTS = ("eager", "eager_channels_last", "torchscript", "inductor", CUDA)
 
 METRICS: dict[str, Metric] = {
     "accuracy/fp32": Metric("fraction", "higher", 4, "top-1 accuracy of the float model on the evaluation set"),

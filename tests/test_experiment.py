@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from qexp.config.schema import Config, Engine, Flow
+from qexp.config.schema import Config, Engine, Flow, Runtime
 from qexp.errors import InputError, RunError
 from qexp.pipeline import checks
 from qexp.pipeline.prepare import Saved
 from qexp.pipeline.run import run_job
-from qexp.records import METRICS, Result
+from qexp.records import METRICS, Precision, Result, Variant
 
 Composed = Callable[..., Config]
 SMALL = ("model=tiny", "train=fast", "latency=quick", "latency.seconds=0.1", "latency.warmup_seconds=0")
@@ -92,14 +92,16 @@ with quantize.engine(Engine.x86), torch.inference_mode():
 
 
 def test_torchscript_predicts_where_it_gives_the_same_bit_for_bit() -> None:
-    def saved(names: list[str], all_int8: bool) -> Saved:
-        return Saved([], dict.fromkeys(names), {}, {}, all_int8, 0, "")  # type: ignore[arg-type]
+    def quickest(precision: Precision, runtimes: list[Runtime], all_int8: bool) -> str:
+        variants = dict.fromkeys(Variant(one, runtime) for one in Precision for runtime in runtimes)
+        saved = Saved([], variants, {}, {}, all_int8, 0, "")  # type: ignore[arg-type]
+        return str(saved.quickest(precision))
 
-    both = ["fp32_eager", "fp32_torchscript", "int8_eager", "int8_torchscript"]
-    assert saved(both, True).quickest("int8") == "int8_torchscript"
-    assert saved(both, False).quickest("int8") == "int8_eager"
-    assert saved(both, True).quickest("fp32") == "fp32_eager"
-    assert saved(["fp32_eager", "int8_eager"], True).quickest("int8") == "int8_eager"
+    both = [Runtime.eager, Runtime.torchscript]
+    assert quickest(Precision.int8, both, True) == "int8_torchscript"
+    assert quickest(Precision.int8, both, False) == "int8_eager"
+    assert quickest(Precision.fp32, both, True) == "fp32_eager"
+    assert quickest(Precision.int8, [Runtime.eager], True) == "int8_eager"
 
 
 def test_a_job_leaks_no_global(run: Callable[..., Result]) -> None:

@@ -26,7 +26,7 @@ from qexp.latency import shared_timings
 from qexp.models import architectures, inference
 from qexp.pipeline import measure, prepare
 from qexp.pipeline.run import run_job
-from qexp.records import Result
+from qexp.records import Precision, Result, Variant
 from qexp.runtimes import saved_models
 
 Composed = Callable[..., Config]
@@ -107,7 +107,7 @@ def test_the_same_run_saves_the_same_bytes(run: Run, tmp_path: Path) -> None:
 
 
 def test_logits_of_another_model_are_refused_even_if_they_were_found(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saved_models, "content", lambda config, digest, artifact, loaded: artifact.precision)
+    monkeypatch.setattr(saved_models, "content", lambda config, digest, artifact, loaded: artifact.variant.precision)
     run("one", *SMALL)
     with pytest.raises(RunError, match="two runtimes of the same INT8 model differ by"):
         run("two", *SMALL, "qconfig=per_tensor")
@@ -242,7 +242,7 @@ def test_of_three_observers_one_is_timed_and_two_carry_its_timing(
 
 
 def timing(protocol: Any, batch_size: int = 1) -> list[latency.Timing]:
-    calls = {"fp32_eager": lambda batch: None, "int8_eager": lambda batch: None}
+    calls = {Variant(precision, "eager"): lambda batch: None for precision in Precision}
     short = replace(protocol, seconds=0, min_blocks=1, warmup_calls=0, warmup_seconds=0, block_ms=1)
     return latency.time_blocks(calls, [0], short, batch_size=batch_size, threads=1)
 
@@ -260,7 +260,7 @@ def test_a_timing_that_is_not_valid_is_not_kept(
     for valid in (False, False, True, True):
         monkeypatch.setattr(latency, "validity", lambda timings, valid=valid: (valid, ()))
         found, by = shared_timings.timings(config, "key", lock, "mine", measure)
-        assert [t.variant for t in found] == ["fp32_eager", "int8_eager"]
+        assert [t.name for t in found] == ["fp32_eager", "int8_eager"]
     assert (len(made), by) == (3, "mine")
     (entry,) = (tmp_path / "outputs" / "cache").glob("*.npy")
     content = bytearray(entry.read_bytes())

@@ -18,7 +18,10 @@ import torch
 from qexp.config import schema
 from qexp.errors import ConfigError
 from qexp.latency import protocol as latency
+from qexp.records import CUDA, Precision, Variant
 
+FP32, INT8 = (Variant(precision, "eager") for precision in Precision)
+FP32_TS, INT8_TS = (Variant(precision, "ts") for precision in Precision)
 PROTOCOL = schema.Latency(
     enabled=True,
     runtimes=[schema.Runtime.eager],
@@ -41,13 +44,13 @@ class Simulated:
     def __init__(self, slowdown: Callable[[float], float] = lambda seconds: 1.0) -> None:
         self.now = 0
         self.slowdown = slowdown
-        self.seen: dict[str, list[Any]] = {}
+        self.seen: dict[Variant, list[Any]] = {}
 
     def clock(self) -> int:
         return self.now
 
-    def model(self, name: str, ms: float, first: tuple[float, ...] = ()) -> Callable[[Any], None]:
-        seen = self.seen.setdefault(name, [])
+    def model(self, variant: Variant, ms: float, first: tuple[float, ...] = ()) -> Callable[[Any], None]:
+        seen = self.seen.setdefault(variant, [])
 
         def call(batch: Any) -> None:
             duration = first[len(seen)] if len(seen) < len(first) else ms
@@ -58,10 +61,10 @@ class Simulated:
 
     def time(
         self,
-        variants: dict[str, Callable[[Any], None]],
+        variants: dict[Variant, Callable[[Any], None]],
         protocol: schema.Latency = PROTOCOL,
         seed: int = 0,
-        control_among: Collection[str] = (),
+        control_among: Collection[Variant] = (),
         batches: int = 7,
     ) -> list[latency.Timing]:
         return latency.time_blocks(
@@ -77,7 +80,7 @@ class Simulated:
 
 
 def pair(machine: Simulated, **kwargs: Any) -> list[latency.Timing]:
-    return machine.time({"fp32": machine.model("fp32", 5), "int8": machine.model("int8", 10)}, **kwargs)
+    return machine.time({FP32: machine.model(FP32, 5), INT8: machine.model(INT8, 10)}, **kwargs)
 
 
 # ---- The protocol, on a simulated machine
@@ -85,7 +88,7 @@ def pair(machine: Simulated, **kwargs: Any) -> list[latency.Timing]:
 
 def test_slow_first_calls_are_no_samples() -> None:
     machine = Simulated()
-    (timing,) = machine.time({"fp32": machine.model("fp32", 5, first=(200, 200, 200))})
+    (timing,) = machine.time({FP32: machine.model(FP32, 5, first=(200, 200, 200))})
     assert timing.first_ms == 200
     assert timing.samples.dtype == np.float32
     assert timing.summary.p50 == 5
@@ -110,16 +113,18 @@ def test_a_machine_that_slows_down_steadily_changes_no_ratio() -> None:
 
 def test_every_round_is_a_random_order_and_its_mirror() -> None:
     machine = Simulated()
-    variants = {name: machine.model(name, ms) for name, ms in (("a", 3), ("b", 5), ("c", 7))}
-    timings = machine.time(variants)
+    models = {variant: machine.model(variant, ms) for variant, ms in ((FP32, 3), (FP32_TS, 5), (INT8, 7))}
+    timings = machine.time(models, replace(PROTOCOL, min_blocks=20))
     order = {
-        int(position): (t.variant, int(r)) for t in timings for position, r in zip(t.position, t.round, strict=True)
+        int(position): (str(t.variant), int(r))
+        for t in timings
+        for position, r in zip(t.position, t.round, strict=True)
     }
     rounds = int(timings[0].round.max()) + 1
     assert sorted(order) == list(range(6 * rounds))
     names = [[order[6 * r + place][0] for place in range(6)] for r in range(rounds)]
     assert all(order[6 * r + place][1] == r for r in range(rounds) for place in range(6))
-    assert all(row == row[::-1] and set(row[:3]) == {"a", "b", "c"} for row in names)
+    assert all(row == row[::-1] and set(row[:3]) == set(map(str, models)) for row in names)
     assert len({tuple(row) for row in names}) > 1
 
 
@@ -132,20 +137,21 @@ def test_the_order_is_that_of_the_seed() -> None:
 def test_a_block_is_as_long_as_asked_for_and_no_longer() -> None:
     machine = Simulated()
     timings = machine.time(
-        {str(ms): machine.model(str(ms), ms) for ms in (0.01, 3, 49, 51, 700)}, replace(PROTOCOL, seconds=0)
+        {(variant := Variant(Precision.fp32, str(ms))): machine.model(variant, ms) for ms in (0.01, 3, 49, 51, 700)},
+        replace(PROTOCOL, seconds=0),
     )
     for timing in timings:
         calls = np.bincount(timing.block)
         assert len(set(calls)) == 1
         assert timing.wall_ms.min() >= 50
-        assert calls[0] == 1 or timing.wall_ms.max() < 50 + float(timing.variant)
+        assert calls[0] == 1 or timing.wall_ms.max() < 50 + float(timing.variant.runtime)
     assert [int(np.bincount(timing.block)[0]) for timing in timings] == [5000, 17, 2, 1, 1]
 
 
 def test_an_interrupted_call_does_not_make_the_blocks_shorter() -> None:
     machine = Simulated()
     # The warm-up's five calls and one, then blocks of 2, 4 and so on; one of them is interrupted for 40 ms.
-    (timing,) = machine.time({"fp32": machine.model("fp32", 5, first=(5,) * 7 + (45,))})
+    (timing,) = machine.time({FP32: machine.model(FP32, 5, first=(5,) * 7 + (45,))})
     assert np.bincount(timing.block)[0] == 10
 
 
@@ -178,17 +184,17 @@ def test_rounds_go_on_for_the_seconds_and_the_blocks_asked_for() -> None:
     assert len(pair(Simulated(), protocol=replace(PROTOCOL, seconds=0, min_blocks=0))[0].round) == 2
 
 
-SIX = {"fp32_eager": 7, "fp32_ts": 5, "fp32_cuda": 1, "int8_eager": 3, "int8_ts": 2}
+SIX = {FP32: 7, FP32_TS: 5, Variant(Precision.fp32, CUDA): 1, INT8: 3, INT8_TS: 2}
 
 
-def six(seconds: float = 4, **other: float) -> list[latency.Timing]:
+def six(seconds: float = 4, int8_ts: float = 2) -> list[latency.Timing]:
     machine = Simulated()
-    variants = {name: machine.model(name, ms) for name, ms in {**SIX, **other}.items()}
-    return machine.time(variants, replace(PROTOCOL, seconds=seconds), control_among=("fp32_eager", "fp32_ts"))
+    variants = {variant: machine.model(variant, ms) for variant, ms in {**SIX, INT8_TS: int8_ts}.items()}
+    return machine.time(variants, replace(PROTOCOL, seconds=seconds), control_among=(FP32, FP32_TS))
 
 
 def test_once_all_have_their_blocks_the_fastest_of_either_precision_go_on() -> None:
-    timings = {timing.variant: timing for timing in six()}
+    timings = {timing.name: timing for timing in six()}
     blocks = {name: len(timing.round) for name, timing in timings.items()}
     assert {name for name, count in blocks.items() if count > PROTOCOL.min_blocks} == {"fp32_ts", "int8_ts", "control"}
     assert {blocks[name] for name in ("fp32_eager", "fp32_cuda", "int8_eager")} == {PROTOCOL.min_blocks}
@@ -202,7 +208,7 @@ def test_once_all_have_their_blocks_the_fastest_of_either_precision_go_on() -> N
 
 def test_processes_may_go_on_with_others() -> None:
     together = [latency.merged(pair) for pair in zip(six(), six(int8_ts=4), strict=True)]
-    timings = {timing.variant: timing for timing in together}
+    timings = {timing.name: timing for timing in together}
     fp32, eager, ts = (timings[name] for name in ("fp32_ts", "int8_eager", "int8_ts"))
     assert len(fp32.rounds) == len(np.union1d(eager.rounds, ts.rounds))
     assert set(np.intersect1d(eager.rounds, ts.rounds) >> 32) == {0, 1}
@@ -213,20 +219,18 @@ def test_processes_may_go_on_with_others() -> None:
 
 def test_the_warm_up_is_of_calls_and_of_seconds() -> None:
     by_calls, by_seconds = Simulated(), Simulated()
-    by_calls.time({"fp32": by_calls.model("fp32", 100)}, replace(PROTOCOL, seconds=0, min_blocks=2))
+    by_calls.time({FP32: by_calls.model(FP32, 100)}, replace(PROTOCOL, seconds=0, min_blocks=2))
     # Five calls, one for the block's size, two blocks that show no drift, two blocks.
-    assert len(by_calls.seen["fp32"]) == 5 + 1 + 2 + 2
-    by_seconds.time(
-        {"fp32": by_seconds.model("fp32", 100)}, replace(PROTOCOL, seconds=0, min_blocks=2, warmup_seconds=2)
-    )
-    assert len(by_seconds.seen["fp32"]) == 20 + 1 + 2 + 2
+    assert len(by_calls.seen[FP32]) == 5 + 1 + 2 + 2
+    by_seconds.time({FP32: by_seconds.model(FP32, 100)}, replace(PROTOCOL, seconds=0, min_blocks=2, warmup_seconds=2))
+    assert len(by_seconds.seen[FP32]) == 20 + 1 + 2 + 2
 
 
 def test_the_warm_up_goes_on_while_the_time_drifts_but_not_for_ever() -> None:
     def calls(slowdown: Callable[[float], float]) -> int:
         machine = Simulated(slowdown)
-        machine.time({"fp32": machine.model("fp32", 100)}, replace(PROTOCOL, seconds=0, min_blocks=2))
-        return len(machine.seen["fp32"])
+        machine.time({FP32: machine.model(FP32, 100)}, replace(PROTOCOL, seconds=0, min_blocks=2))
+        return len(machine.seen[FP32])
 
     steady = calls(lambda seconds: 1.0)
     assert steady < calls(lambda seconds: 1 + 5 * 3**-seconds) < steady + latency.BLOCKS_TO_STEADY - 1
@@ -235,18 +239,18 @@ def test_the_warm_up_goes_on_while_the_time_drifts_but_not_for_ever() -> None:
 
 def test_the_control_is_the_fastest_of_those_named_and_as_fast_as_itself() -> None:
     machine = Simulated()
-    variants = {name: machine.model(name, ms) for name, ms in (("fp32_eager", 7), ("fp32_ts", 5), ("int8_ts", 1))}
-    *timings, control = machine.time(variants, control_among=("fp32_eager", "fp32_ts"))
+    variants = {variant: machine.model(variant, ms) for variant, ms in ((FP32, 7), (FP32_TS, 5), (INT8_TS, 1))}
+    *timings, control = machine.time(variants, control_among=(FP32, FP32_TS))
     assert [timing.variant for timing in timings] == list(variants)
-    assert (control.variant, control.control_of) == (latency.CONTROL, "fp32_ts")
+    assert (control.variant, control.control, control.name) == (FP32_TS, True, "control")
     assert latency.speedup(timings[1], control) == replace(latency.speedup(timings[1], timings[1]), value=1.0)
-    assert all(timing.control_of is None for timing in timings)
+    assert not any(timing.control for timing in timings)
 
 
 def test_timings_of_two_measurements_have_no_speedup() -> None:
     fp32, _ = pair(Simulated())
     _, int8 = pair(Simulated())
-    with pytest.raises(ValueError, match="fp32 and int8 were not timed side by side"):
+    with pytest.raises(ValueError, match="fp32_eager and int8_eager were not timed side by side"):
         latency.speedup(fp32, int8)
 
 
@@ -268,8 +272,8 @@ def test_what_two_processes_measured_is_merged_block_by_block() -> None:
 
 
 def test_only_what_is_the_same_can_be_merged() -> None:
-    _, int8, control = pair(Simulated(), control_among=["fp32"])
-    for others in ([], [int8, control], [control, replace(control, control_of="int8")]):
+    _, int8, control = pair(Simulated(), control_among=[FP32])
+    for others in ([], [int8, control], [control, replace(control, control=False)]):
         with pytest.raises(ValueError, match="only timings of one variant"):
             latency.merged(others)
 
@@ -279,7 +283,7 @@ def test_the_interval_of_a_speedup_resamples_processes_from_five_on() -> None:
         runs = []
         for process in range(processes):
             machine = Simulated()
-            runs.append(machine.time({"fp32": machine.model("fp32", 5 + process), "int8": machine.model("int8", 5)}))
+            runs.append(machine.time({FP32: machine.model(FP32, 5 + process), INT8: machine.model(INT8, 5)}))
         return [latency.merged([run[index] for run in runs]) for index in range(2)]
 
     few, many = (latency.speedup(*measured(processes)) for processes in (4, 5))
@@ -290,7 +294,7 @@ def test_the_interval_of_a_speedup_resamples_processes_from_five_on() -> None:
 
 
 def test_saved_timings_are_read_back_as_they_were(tmp_path: Path) -> None:
-    timings = [latency.merged([timing, timing]) for timing in pair(Simulated(), control_among=["fp32"])]
+    timings = [latency.merged([timing, timing]) for timing in pair(Simulated(), control_among=[FP32])]
     timings[0] = replace(timings[0], compile_ms=123.0)
     latency.save(timings, tmp_path / "timings.npz")
     for expected, actual in zip(timings, latency.load(tmp_path / "timings.npz"), strict=True):
@@ -318,8 +322,8 @@ def quiet(timings: list[latency.Timing]) -> list[latency.Timing]:
 @pytest.fixture
 def trusted() -> list[latency.Timing]:
     machine = Simulated()
-    variants = {"fp32_ts": machine.model("fp32_ts", 5), "int8_ts": machine.model("int8_ts", 1)}
-    return quiet(machine.time(variants, control_among=["fp32_ts"]))
+    variants = {FP32_TS: machine.model(FP32_TS, 5), INT8_TS: machine.model(INT8_TS, 1)}
+    return quiet(machine.time(variants, control_among=[FP32_TS]))
 
 
 def reasons(timings: list[latency.Timing]) -> str:
@@ -383,8 +387,8 @@ def test_a_machine_that_does_not_tell_about_steal_is_not_accused(trusted: list[l
 
 def drifting() -> list[latency.Timing]:
     machine = Simulated()
-    variants = {"fp32_ts": machine.model("fp32_ts", 5), "int8_ts": machine.model("int8_ts", 1, first=(1.5,) * 300)}
-    return quiet(machine.time(variants, control_among=["fp32_ts"]))
+    variants = {FP32_TS: machine.model(FP32_TS, 5), INT8_TS: machine.model(INT8_TS, 1, first=(1.5,) * 300)}
+    return quiet(machine.time(variants, control_among=[FP32_TS]))
 
 
 def test_a_warm_up_that_was_too_short_is_seen() -> None:
@@ -393,8 +397,8 @@ def test_a_warm_up_that_was_too_short_is_seen() -> None:
 
 def test_a_machine_that_slows_down_for_all_alike_is_not_taken_for_it() -> None:
     machine = Simulated(slowdown=lambda seconds: 1.3 if seconds < 1 else 1.0)
-    variants = {"fp32_ts": machine.model("fp32_ts", 5), "int8_ts": machine.model("int8_ts", 1)}
-    assert reasons(quiet(machine.time(variants, control_among=["fp32_ts"]))) == ""
+    variants = {FP32_TS: machine.model(FP32_TS, 5), INT8_TS: machine.model(INT8_TS, 1)}
+    assert reasons(quiet(machine.time(variants, control_among=[FP32_TS]))) == ""
 
 
 def test_a_warm_up_that_was_too_short_is_so_in_every_process(trusted: list[latency.Timing]) -> None:
@@ -418,7 +422,7 @@ def test_a_busy_loop_on_the_same_core_makes_a_measurement_invalid() -> None:
         os.sched_setaffinity(0, {core})
         try:
             timings = latency.time_blocks(
-                {"fp32": busy_ms(4), "int8": busy_ms(1)}, [0], PROTOCOL, batch_size=1, threads=1, control_among=["fp32"]
+                {FP32: busy_ms(4), INT8: busy_ms(1)}, [0], PROTOCOL, batch_size=1, threads=1, control_among=[FP32]
             )
         finally:
             os.sched_setaffinity(0, before)
@@ -443,18 +447,18 @@ def busy_ms(ms: float) -> Callable[[Any], None]:
 
 
 def test_on_the_real_clock_slow_first_calls_are_left_out_and_the_ratio_is_found() -> None:
-    calls = {"fp32": 0, "int8": 0}
+    calls = {FP32: 0, INT8: 0}
 
-    def model(name: str, ms: float) -> Callable[[torch.Tensor], None]:
+    def model(variant: Variant, ms: float) -> Callable[[torch.Tensor], None]:
         def call(images: torch.Tensor) -> None:
-            calls[name] += 1
+            calls[variant] += 1
             # Asleep and not at work: a process that wakes up is served at once, so this holds on a busy machine too.
-            time.sleep(0.2 if calls[name] <= 3 else ms / 1000)
+            time.sleep(0.2 if calls[variant] <= 3 else ms / 1000)
 
         return call
 
     fp32, int8 = latency.time_side_by_side(
-        {"fp32": model("fp32", 5), "int8": model("int8", 10)}, torch.zeros(3, 3, 4, 4), replace(PROTOCOL, block_ms=20)
+        {FP32: model(FP32, 5), INT8: model(INT8, 10)}, torch.zeros(3, 3, 4, 4), replace(PROTOCOL, block_ms=20)
     )
     assert fp32.first_ms >= 200
     assert 5 <= fp32.summary.p50 < 8
@@ -475,7 +479,7 @@ def test_models_are_called_with_batches_of_real_images_without_gradients(batch_s
         return batch * 2
 
     (timing,) = latency.time_side_by_side(
-        {"fp32": model}, images, replace(PROTOCOL, seconds=0, block_ms=1), batch_size=batch_size
+        {FP32: model}, images, replace(PROTOCOL, seconds=0, block_ms=1), batch_size=batch_size
     )
     assert (timing.batch_size, timing.threads) == (batch_size, torch.get_num_threads())
     assert len(seen) == shapes
@@ -486,21 +490,21 @@ def test_models_are_called_with_batches_of_real_images_without_gradients(batch_s
 def test_no_garbage_is_collected_meanwhile_and_the_setting_comes_back() -> None:
     enabled: list[bool] = []
     machine = Simulated()
-    model = machine.model("fp32", 5)
+    model = machine.model(FP32, 5)
 
     def call(batch: Any) -> None:
         enabled.append(gc.isenabled())
         model(batch)
 
-    machine.time({"fp32": call})
+    machine.time({FP32: call})
     assert set(enabled) == {False}
     assert gc.isenabled()
     with pytest.raises(ZeroDivisionError):
-        machine.time({"fp32": lambda batch: 1 / 0})
+        machine.time({FP32: lambda batch: 1 / 0})
     assert gc.isenabled()
     gc.disable()
     try:
-        machine.time({"fp32": model})
+        machine.time({FP32: model})
         assert not gc.isenabled()
     finally:
         gc.enable()

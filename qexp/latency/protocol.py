@@ -31,16 +31,13 @@ import numpy as np
 
 from qexp.config import schema
 from qexp.errors import ConfigError
-from qexp.records import Interval
+from qexp.records import Interval, Precision, Variant
 from qexp.system import machine
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from qexp import statistics  # imported where it is used: processes that only time need no scipy
-
-# What the fastest FP32 variant is called where it is timed once more, against itself.
-CONTROL = "control"
 
 # torch.utils.benchmark.Timer finds a block's size in the same way, but keeps only the mean of each block, from which
 # no percentile of calls follows.
@@ -95,11 +92,11 @@ class Timing:
     float64, its duration and the processor time of the calling thread in it; switches: int32, how often the system
     took the processor away (of all threads where there are several). first_ms: the first call; like all of the
     warm-up it is no sample. compile_ms: what the compilation before it took, None where nothing is compiled (both are
-    medians over processes). conditions: of each process. control_of: of a control, the variant that it is, timed a
-    second time.
+    medians over processes). conditions: of each process. control: whether it is the variant timed a second time, beside
+    itself.
     """
 
-    variant: str
+    variant: Variant
     batch_size: int
     threads: int
     samples: np.ndarray
@@ -113,7 +110,12 @@ class Timing:
     first_ms: float
     conditions: tuple[Conditions, ...]
     compile_ms: float | None = None
-    control_of: str | None = None
+    control: bool = False
+
+    @property
+    def name(self) -> str:
+        """The variant's name, or `control`."""
+        return "control" if self.control else str(self.variant)
 
     @property
     def started(self) -> float:
@@ -160,19 +162,19 @@ class Timing:
 
 
 def time_side_by_side(
-    variants: Mapping[str, Callable[[Tensor], Any]],
+    variants: Mapping[Variant, Callable[[Tensor], Any]],
     inputs: Tensor,
     protocol: schema.Latency,
     *,
     batch_size: int = 1,
     seed: int = 0,
-    control_among: Collection[str] = (),
+    control_among: Collection[Variant] = (),
 ) -> list[Timing]:
     """Time the variants interleaved, in this process, with as many threads as torch has now (see `threads`).
 
-    variants: callables by name, each taking float32 [batch_size, 3, H, W]; whatever one does to its input (another
+    variants: callables, each taking float32 [batch_size, 3, H, W]; whatever one does to its input (another
     memory format, another device) is timed with it. inputs: float32 [images, 3, H, W]; calls cycle through all of
-    them, as images or as batches. control_among: the fastest of these is timed twice, the second time as CONTROL.
+    them, as images or as batches. control_among: the fastest of these is timed twice, the second time as the control.
     One Timing for each variant, in the order of `variants`; the control, if any, comes last.
     """
     import torch
@@ -199,14 +201,14 @@ def make_batches(inputs: Tensor, batch_size: int) -> list[Tensor]:
 
 
 def time_blocks(
-    variants: Mapping[str, Callable[[Any], Any]],
+    variants: Mapping[Variant, Callable[[Any], Any]],
     batches: Sequence[Any],
     protocol: schema.Latency,
     *,
     batch_size: int,
     threads: int,
     seed: int = 0,
-    control_among: Collection[str] = (),
+    control_among: Collection[Variant] = (),
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> list[Timing]:
     """The protocol itself, for any callables: warm-up, block sizes, then rounds of blocks.
@@ -223,7 +225,7 @@ def time_blocks(
             runner.warm_up(protocol)
         if control_among:
             fastest_ = min((r for r in runners if r.variant in control_among), key=lambda runner: runner.estimate_ms)
-            runners.append(fastest_.control())
+            runners.append(fastest_.as_control())
         _rounds(runners, protocol, np.random.default_rng(seed), clock)
         ended, end = time.time(), machine.work()
     conditions = Conditions(
@@ -237,12 +239,14 @@ def time_blocks(
     return [runner.timing(batch_size, conditions) for runner in runners]
 
 
-def on_cpu(variants: Collection[str]) -> list[str]:
-    """Those of the names that are FP32 on the CPU, among which the control is chosen."""
-    return [name for name in variants if name.startswith("fp32") and name != "fp32_cuda"]
+def fp32_on_cpu(variants: Collection[Variant]) -> list[Variant]:
+    """Those among which the control is chosen."""
+    return [variant for variant in variants if variant.precision is Precision.fp32 and variant.on_cpu]
 
 
+PER_CALL = ("samples", "block")
 PER_BLOCK = ("worker", "round", "position", "wall_ms", "cpu_ms", "switches")
+NOT_PLAIN = (*PER_CALL, *PER_BLOCK, "variant", "conditions")
 
 
 def merged(workers: Sequence[Timing]) -> Timing:
@@ -250,7 +254,7 @@ def merged(workers: Sequence[Timing]) -> Timing:
 
     Raises ValueError where there is none, or they measured different things.
     """
-    if len({(w.variant, w.control_of, w.batch_size, w.threads) for w in workers}) != 1:
+    if len({(w.variant, w.control, w.batch_size, w.threads) for w in workers}) != 1:
         raise ValueError("only timings of one variant, batch size and number of threads can be merged")
     # What is counted from 0 in each process goes on from one to the next.
     before = {"block": np.cumsum([0, *(len(w.round) for w in workers)]), "worker": np.arange(len(workers))}
@@ -260,7 +264,7 @@ def merged(workers: Sequence[Timing]) -> Timing:
         shifted = [p + n for p, n in zip(parts, before[name], strict=False)] if name in before else parts
         return _read_only(np.concatenate(shifted), parts[0].dtype)
 
-    columns: dict[str, Any] = {name: column(name) for name in ("samples", "block", *PER_BLOCK)}
+    columns: dict[str, Any] = {name: column(name) for name in (*PER_CALL, *PER_BLOCK)}
     compiled = [w.compile_ms for w in workers if w.compile_ms is not None]
     return replace(
         workers[0],
@@ -285,12 +289,10 @@ def load(path: Path) -> list[Timing]:
 
 def to_arrays(timings: Sequence[Timing]) -> dict[str, np.ndarray]:
     """Timings as plain arrays by name, which `from_arrays` takes."""
-    arrays = {
-        f"{i}.{name}": getattr(t, name) for i, t in enumerate(timings) for name in ("samples", "block", *PER_BLOCK)
-    }
+    arrays = {f"{i}.{name}": getattr(t, name) for i, t in enumerate(timings) for name in (*PER_CALL, *PER_BLOCK)}
     plain = [
-        {f.name: getattr(t, f.name) for f in fields(t) if f.name not in ("samples", "block", *PER_BLOCK, "conditions")}
-        | {"conditions": [asdict(condition) for condition in t.conditions]}
+        {f.name: getattr(t, f.name) for f in fields(t) if f.name not in NOT_PLAIN}
+        | {"variant": asdict(t.variant), "conditions": [asdict(condition) for condition in t.conditions]}
         for t in timings
     ]
     return {"plain": np.array(json.dumps(plain)), **arrays}
@@ -300,7 +302,8 @@ def from_arrays(arrays: Mapping[str, Any]) -> list[Timing]:
     """The timings that `to_arrays` took apart."""
     return [
         Timing(
-            **{name: arrays[f"{i}.{name}"] for name in ("samples", "block", *PER_BLOCK)},
+            **{name: arrays[f"{i}.{name}"] for name in (*PER_CALL, *PER_BLOCK)},
+            variant=Variant(Precision(plain["variant"]["precision"]), plain.pop("variant")["runtime"]),
             conditions=tuple(Conditions(**values) for values in plain.pop("conditions")),
             **plain,
         )
@@ -326,12 +329,11 @@ def _rounds(
 def _contenders(runners: Sequence[_Runner]) -> Sequence[_Runner]:
     """What the headline is made of: on the CPU the fastest of either precision so far, and the control with what it
     repeats."""
-    controls = [runner for runner in runners if runner.control_of]
-    names = {runner.control_of for runner in controls}
-    plain = [runner for runner in runners if not runner.control_of and runner.variant != "fp32_cuda"]
-    for precision in {runner.precision for runner in plain}:
-        names.add(min((r for r in plain if r.precision == precision), key=lambda runner: runner.p50).variant)
-    return [runner for runner in runners if runner in controls or runner.variant in names]
+    chosen = {runner.variant for runner in runners if runner.control}
+    plain = [runner for runner in runners if not runner.control and runner.variant.on_cpu]
+    for precision in {runner.variant.precision for runner in plain}:
+        chosen.add(min((r for r in plain if r.variant.precision is precision), key=lambda runner: runner.p50).variant)
+    return [runner for runner in runners if runner.variant in chosen]
 
 
 class _Runner:
@@ -339,11 +341,12 @@ class _Runner:
 
     def __init__(
         self,
-        variant: str,
+        variant: Variant,
         call: Callable[[Any], Any],
         batches: Sequence[Any],
         threads: int,
         clock: Callable[[], int],
+        control: bool = False,
     ) -> None:
         self.variant = variant
         self.call = call
@@ -354,24 +357,20 @@ class _Runner:
         self.calls = 1
         self.first_ms = 0.0
         self.estimate_ms = 0.0
-        self.control_of: str | None = None
+        self.control = control
         self.durations: list[np.ndarray] = []
         self.blocks: list[tuple[int, int, float, float, int]] = []
-
-    @property
-    def precision(self) -> str:
-        return self.variant.partition("_")[0]
 
     @property
     def p50(self) -> float:
         """Milliseconds a call, of what was measured so far."""
         return float(np.median(np.concatenate(self.durations)))
 
-    def control(self) -> _Runner:
+    def as_control(self) -> _Runner:
         """A second runner of the same warm callable, with blocks of the same size."""
-        twin = _Runner(CONTROL, self.call, self.batches, self.threads, self.clock)
-        twin.calls, twin.first_ms, twin.control_of = self.calls, self.first_ms, self.variant
-        return twin
+        second = _Runner(self.variant, self.call, self.batches, self.threads, self.clock, control=True)
+        second.calls, second.first_ms = self.calls, self.first_ms
+        return second
 
     def run(self, calls: int) -> np.ndarray:
         """float64 [calls]: milliseconds of each of `calls` calls in a row."""
@@ -443,7 +442,7 @@ class _Runner:
             switches=_read_only(switches, np.int32),
             first_ms=self.first_ms,
             conditions=(conditions,),
-            control_of=self.control_of,
+            control=self.control,
         )
 
 
@@ -475,9 +474,9 @@ def speedup(fp32: Timing, int8: Timing, confidence: float = 0.95) -> Interval:
 
 def pairs(timings: Sequence[Timing]) -> Iterator[tuple[Timing, Timing, Interval]]:
     """Every FP32 variant and every INT8 variant that were timed side by side, and how many times faster INT8 is."""
-    variants = [timing for timing in timings if timing.control_of is None]
-    for fp32 in (timing for timing in variants if timing.variant.startswith("fp32")):
-        for int8 in (timing for timing in variants if timing.variant.startswith("int8")):
+    variants = [timing for timing in timings if not timing.control]
+    for fp32 in (timing for timing in variants if timing.variant.precision is Precision.fp32):
+        for int8 in (timing for timing in variants if timing.variant.precision is Precision.int8):
             if (fp32.batch_size, fp32.threads) == (int8.batch_size, int8.threads):
                 yield fp32, int8, speedup(fp32, int8)
 
@@ -494,10 +493,10 @@ def validity(timings: Sequence[Timing]) -> tuple[bool, tuple[str, ...]]:
 
 
 def _of_control(timings: Sequence[Timing]) -> Iterator[str]:
-    for control in (timing for timing in timings if timing.control_of):
-        itself = next(timing for timing in timings if timing.variant == control.control_of)
+    for control in (timing for timing in timings if timing.control):
+        itself = next(timing for timing in timings if timing.variant == control.variant and not timing.control)
         ratio = speedup(itself, control, CONTROL_CONFIDENCE)
-        stated = f"{control.control_of} against itself gives {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
+        stated = f"{control.variant} against itself gives {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
         if not ratio.low <= 1 <= ratio.high:
             yield f"{stated}, which leaves out 1"
         if ratio.low < 1 - CONTROL_WIDTH or ratio.high > 1 + CONTROL_WIDTH:
@@ -528,7 +527,7 @@ def _of_blocks(timings: Sequence[Timing]) -> Iterator[str]:
         # A warm-up that isn't over shows in every process.
         drift = min(drifts, key=abs)
         if abs(drift) > DRIFT and len(set(np.sign(drifts))) == 1:
-            yield f"{timing.variant} was {abs(drift):.0%} {'slower' if drift > 0 else 'faster'} at first than later"
+            yield f"{timing.name} was {abs(drift):.0%} {'slower' if drift > 0 else 'faster'} at first than later"
 
 
 def _drift(rounds: np.ndarray) -> float:

@@ -25,9 +25,10 @@ import numpy as np
 from tqdm import tqdm
 
 from qexp.config import conversion, identity
-from qexp.config.schema import Config
+from qexp.config.schema import Config, Runtime
 from qexp.errors import RunError, without_values
 from qexp.latency import protocol as latency
+from qexp.records import Precision, Variant
 from qexp.system import machine, processes
 
 log = logging.getLogger(__name__)
@@ -93,17 +94,18 @@ def measure(
                     bar.update()
     place = {threads: index for index, threads in enumerate(protocol.threads)}
     sizes = {size: index for index, size in enumerate(protocol.batch_sizes)}
-    names = list(dict.fromkeys(timing.variant for timing in found))
+    names = list(dict.fromkeys(timing.name for timing in found))
 
     def key(timing: latency.Timing) -> tuple[int, int, int]:
-        return place[timing.threads], sizes[timing.batch_size], names.index(timing.variant)
+        return place[timing.threads], sizes[timing.batch_size], names.index(timing.name)
 
     return [latency.merged(list(group)) for _, group in groupby(sorted(found, key=key), key)]
 
 
 def _controls(found: Sequence[latency.Timing], threads: int) -> dict[str, str]:
-    """By batch size, the variant that an earlier worker timed against itself: only what all of them time is merged."""
-    return {str(t.batch_size): t.control_of for t in found if t.threads == threads and t.control_of}
+    """By batch size, the runtime whose FP32 an earlier worker timed against itself: only what all of them time is
+    merged."""
+    return {str(t.batch_size): t.variant.runtime for t in found if t.threads == threads and t.control}
 
 
 def _ready(orders: Sequence[Order], closing: ExitStack) -> list[tuple[Order, subprocess.Popen[str]]]:
@@ -170,42 +172,41 @@ def main() -> None:
     config = conversion.from_plain(order.config)
     folder, scratch = Path(order.folder), Path(order.scratch)
     inputs = torch.from_numpy(np.load(scratch / "inputs.npy"))
-    structures = saved_models.structures(config, folder, order.tolerance)
+    structures = saved_models.structures(config, folder, [Precision(name) for name in order.tolerance])
     variants = dict(saved_models.read(config, structures, folder, config.latency.runtimes))
     print("ready", flush=True)
     control = json.loads(sys.stdin.read() or sys.exit(1))
     machine.pin(order.cores)
     timings: list[latency.Timing] = []
     with quantize.engine(config.engine), torch.inference_mode():
-        for name, model in variants.items():
-            precision = name.partition("_")[0]
-            expected = np.load(scratch / f"{precision}.npy")[:CHECKED_IMAGES]
-            agree(expected, model(inputs[:CHECKED_IMAGES]).numpy(), order.tolerance[precision])
+        for variant, model in variants.items():
+            expected = np.load(scratch / f"{variant.precision}.npy")[:CHECKED_IMAGES]
+            agree(expected, model(inputs[:CHECKED_IMAGES]).numpy(), order.tolerance[variant.precision])
         timed = with_cuda(variants)
         for batch_size in config.latency.batch_sizes:
             among = control.get(str(batch_size))
             compiled = _compile(variants, latency.make_batches(inputs, batch_size)[0])
             timings += [
-                replace(timing, compile_ms=compiled.get(timing.variant))
+                replace(timing, compile_ms=None if timing.control else compiled.get(timing.variant))
                 for timing in latency.time_side_by_side(
                     timed,
                     inputs,
                     config.latency,
                     batch_size=batch_size,
                     seed=order.seed,
-                    control_among=[among] if among else latency.on_cpu(variants),
+                    control_among=[Variant(Precision.fp32, among)] if among else latency.fp32_on_cpu(variants),
                 )
             ]
     latency.save(timings, Path(order.result))
 
 
-def _compile(variants: Mapping[str, Callable[[Any], object]], batch: object) -> dict[str, float]:
+def _compile(variants: Mapping[Variant, Callable[[Any], object]], batch: object) -> dict[Variant, float]:
     """Milliseconds that the first call of each compiled variant with this batch takes."""
     took = {}
-    for name in (name for name in variants if name.endswith("_inductor")):
+    for variant in (variant for variant in variants if variant.runtime == Runtime.inductor):
         started = time.perf_counter()
-        variants[name](batch)
-        took[name] = 1000 * (time.perf_counter() - started)
+        variants[variant](batch)
+        took[variant] = 1000 * (time.perf_counter() - started)
     return took
 
 

@@ -17,7 +17,7 @@ from qexp.data.splits import Data
 from qexp.errors import RunError
 from qexp.models import inference
 from qexp.pipeline.prepare import AGREEMENT_IMAGES, Saved
-from qexp.records import Predictions
+from qexp.records import Precision, Predictions, Variant
 from qexp.runtimes.base import agree
 from qexp.system import cache
 
@@ -31,39 +31,39 @@ def predicted(config: Config, data: Data, saved: Saved) -> dict[str, Predictions
     """
     few = np.arange(min(len(data.test), AGREEMENT_IMAGES))
 
-    def title(precision: str) -> str:
+    def title(precision: Precision) -> str:
         return f"evaluating {precision.upper()}"
 
     def predict(
         model: inference.Model,
-        precision: str,
+        precision: Precision,
         indices: np.ndarray | None = None,
         copies: Sequence[inference.Model] = (),
     ) -> np.ndarray:
         size = config.evaluate.batch_size
         return inference.predict(model, data.test, data.mean, data.std, size, title(precision), indices, copies).logits
 
-    def answers(name: str, precision: str, indices: np.ndarray | None = None) -> np.ndarray:
-        model = saved.variants[name]  # one whose answers are kept is not even read
+    def answers(variant: Variant, indices: np.ndarray | None = None) -> np.ndarray:
+        model = saved.variants[variant]  # one whose answers are kept is not even read
         # To make copies takes longer than a few images do.
         copies = model.copies(config.compute.threads - 1) if indices is None else ()
-        return predict(model, precision, indices, copies)
+        return predict(model, variant.precision, indices, copies)
 
     def key(content: str, indices: np.ndarray | None = None) -> str:
         return predictions.predictions_key(config, data, [content], indices)
 
-    found, folder = {}, cache_folder(config)
+    found, folder = dict[str, Predictions](), cache_folder(config)
     with quantize.engine(config.engine):
         for precision, model in saved.in_memory.items():
             first, quickest = saved.first(precision), saved.quickest(precision)
             # What was kept may be of another process: then all are checked.
             checked = {quickest} if cache.find(folder, key(saved.contents[first])) is None else set()
-            logits = cache.array(folder, key(saved.contents[first]), partial(answers, quickest, precision))
+            logits = cache.array(folder, key(saved.contents[first]), partial(answers, quickest))
             twins = {f"{saved.contents[first]}, in memory": partial(predict, model, precision, few)}
-            others = [name for name in saved.variants if name.startswith(precision) and name not in checked]
-            twins |= {saved.contents[name]: partial(answers, name, precision, few) for name in others}
+            others = [one for one in saved.variants if one.precision is precision and one not in checked]
+            twins |= {saved.contents[one]: partial(answers, one, few) for one in others}
             for content, answer in twins.items():
-                again = cache.array(folder, key(content, few), answer) if precision == "fp32" else answer()
+                again = cache.array(folder, key(content, few), answer) if precision is Precision.fp32 else answer()
                 agree(logits[few], again, saved.tolerances[precision])
             found[precision] = inference.predictions(logits, data.test, title(precision))
     if np.array_equal(found["fp32"].logits, found["int8"].logits):

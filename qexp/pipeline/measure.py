@@ -65,6 +65,6 @@ def side_by_side(
                         config.latency,
                         batch_size=batch_size,
                         seed=config.seed,
-                        control_among=protocol.on_cpu(timed),
+                        control_among=protocol.fp32_on_cpu(timed),
                     )
         return timings

@@ -8,7 +8,7 @@ from qexp import statistics
 from qexp.accuracy.target_cpu import Answer
 from qexp.config.schema import Overflow
 from qexp.latency import protocol
-from qexp.records import Artifact, Interval, Layer, Predictions
+from qexp.records import Artifact, Interval, Layer, Precision, Predictions
 
 
 def of_accuracy(fp32: Predictions, int8: Predictions) -> dict[str, float]:
@@ -96,7 +96,7 @@ def instead_of(guard: Overflow) -> str:
 
 def of_latency(timings: list[protocol.Timing]) -> dict[str, float]:
     """p50, p90 and p99 of each variant at the first batch size and number of threads, and fastest over fastest."""
-    first = [timing for timing in headline(timings) if timing.control_of is None]
+    first = [timing for timing in headline(timings) if not timing.control]
     if not first:
         return {}
     metrics: dict[str, float] = {}
@@ -124,9 +124,9 @@ def headline(timings: list[protocol.Timing]) -> list[protocol.Timing]:
 
 def fastest(timings: list[protocol.Timing]) -> tuple[protocol.Timing, protocol.Timing]:
     """The fastest FP32 and the fastest INT8 variant on the CPU."""
-    on_cpu = [t for t in timings if t.control_of is None and t.variant != "fp32_cuda"]
-    by = {precision: [t for t in on_cpu if t.variant.startswith(precision)] for precision in ("fp32", "int8")}
-    return protocol.fastest(by["fp32"]), protocol.fastest(by["int8"])
+    on_cpu = [timing for timing in timings if not timing.control and timing.variant.on_cpu]
+    fp32, int8 = ([timing for timing in on_cpu if timing.variant.precision is one] for one in Precision)
+    return protocol.fastest(fp32), protocol.fastest(int8)
 
 
 def latency_tags(timings: list[protocol.Timing], other_kernels: str = "") -> dict[str, str]:
@@ -141,8 +141,8 @@ def latency_tags(timings: list[protocol.Timing], other_kernels: str = "") -> dic
     _, reasons = protocol.validity(first)
     reasons = (*reasons, other_kernels) if other_kernels else reasons
     return {
-        "fastest.fp32": fp32.variant.removeprefix("fp32_"),
-        "fastest.int8": int8.variant.removeprefix("int8_"),
+        "fastest.fp32": fp32.variant.runtime,
+        "fastest.int8": int8.variant.runtime,
         "latency_valid": str(not reasons).lower(),
         **({"latency_reason": "; ".join(reasons)} if reasons else {}),
     }
@@ -150,7 +150,7 @@ def latency_tags(timings: list[protocol.Timing], other_kernels: str = "") -> dic
 
 def of_size(float_bytes: int, artifacts: list[Artifact]) -> dict[str, float]:
     """Megabytes of the float model as its owner would ship it, and of the first INT8 artifact."""
-    int8 = next(artifact.bytes for artifact in artifacts if artifact.precision == "int8")
+    int8 = next(artifact.bytes for artifact in artifacts if artifact.variant.precision is Precision.int8)
     return {"size/fp32_mb": float_bytes / 1e6, "size/int8_mb": int8 / 1e6, "size/ratio": float_bytes / int8}
 
 

@@ -31,7 +31,7 @@ from qexp.models import float_model, inference
 from qexp.pipeline import cache_keys, run_files
 from qexp.quantize.inspection.layer_check import FEW, check_layers
 from qexp.quantize.saturation import kernels
-from qexp.records import Artifact, Layer, QParams
+from qexp.records import Artifact, Layer, Precision, QParams, Variant
 from qexp.runtimes import saved_models
 from qexp.runtimes.base import Loaded
 from qexp.system import cache
@@ -198,49 +198,50 @@ def checked_int8(
 class Saved:
     """The models of a run as they were saved for each runtime, and what is known of them.
 
-    artifacts: what was written; variants: read back, by `<precision>_<runtime>`; contents: the identity of each as it
+    artifacts: what was written; variants: read back; contents: the identity of each as it
     is executed; in_memory: what was saved, by precision; all_int8: whether no layer stayed in FP32; float_bytes: of the
     float model as its owner would ship it; timing_key: what timings are shared under, empty where they are the run's
     own.
     """
 
     artifacts: list[Artifact]
-    variants: Mapping[str, Loaded]
-    contents: Mapping[str, str]
-    in_memory: Mapping[str, nn.Module]
+    variants: Mapping[Variant, Loaded]
+    contents: Mapping[Variant, str]
+    in_memory: Mapping[Precision, nn.Module]
     all_int8: bool
     float_bytes: int
     timing_key: str
 
-    def first(self, precision: str) -> str:
+    def first(self, precision: Precision) -> Variant:
         """The variant whose predictions count: that of the first runtime which executes the precision."""
-        return next(name for name in self.variants if name.startswith(precision))
+        return next(variant for variant in self.variants if variant.precision is precision)
 
-    def quickest(self, precision: str) -> str:
+    def quickest(self, precision: Precision) -> Variant:
         """The variant that predicts in place of the first: where all is INT8 every runtime gives the same bit for bit,
         and TorchScript has the least around its kernels."""
-        traced = "int8_torchscript"
-        return traced if precision == "int8" and self.all_int8 and traced in self.variants else self.first(precision)
+        traced = Variant(Precision.int8, Runtime.torchscript)
+        same = precision is Precision.int8 and self.all_int8
+        return traced if same and traced in self.variants else self.first(precision)
 
-    def executed(self, precision: str) -> str:
+    def executed(self, precision: Precision) -> str:
         """The identity of the model whose predictions count."""
         return self.contents[self.first(precision)]
 
     @property
     def tolerances(self) -> dict[str, str]:
         """By precision, how far two variants of one model may be apart, as a key of `runtimes.base.TOLERANCE`."""
-        return {"fp32": "fp32", "int8": "int8" if self.all_int8 else "mixed"}
+        return {Precision.fp32: "fp32", Precision.int8: "int8" if self.all_int8 else "mixed"}
 
 
 def contents_of(
-    config: Config, float_digest: str, artifacts: list[Artifact], variants: Mapping[str, Loaded]
-) -> dict[str, str]:
-    """The identity of each variant as it is executed (see `kept.content`)."""
-    by_name = {f"{artifact.precision}_{artifact.runtime}": artifact for artifact in artifacts}
+    config: Config, float_digest: str, artifacts: list[Artifact], variants: Mapping[Variant, Loaded]
+) -> dict[Variant, str]:
+    """The identity of each variant as it is executed (see `saved_models.content`)."""
+    artifact_of = {artifact.variant: artifact for artifact in artifacts}
     contents = {}
-    for name in variants:
-        int8 = variants[name] if by_name[name].precision == "int8" else None
-        contents[name] = saved_models.content(config, float_digest, by_name[name], int8)
+    for variant in variants:
+        int8 = variants[variant] if variant.precision is Precision.int8 else None
+        contents[variant] = saved_models.content(config, float_digest, artifact_of[variant], int8)
     return contents
 
 
@@ -263,11 +264,11 @@ def save(
     """Write both models for every runtime asked for into `folder`, and read them back."""
     few = first_images(data)
     skeleton = quantize.skeleton(fused, config.flow, resolved(config), config.engine, few[:2])
-    in_memory = {"fp32": fused, "int8": int8}
+    in_memory = {Precision.fp32: fused, Precision.int8: int8}
     artifacts = saved_models.write(config, fp32.digest, in_memory, few, folder, run_files.images_expected(data))
     # torch.compile takes half a minute, and only the processes that time need it.
     here = [runtime for runtime in config.latency.runtimes if runtime is not Runtime.inductor]
-    variants = saved_models.read(config, {"fp32": fused, "int8": skeleton}, folder, here)
+    variants = saved_models.read(config, {Precision.fp32: fused, Precision.int8: skeleton}, folder, here)
     contents = contents_of(config, fp32.digest, artifacts, variants)
     size = shipped_size(config, fp32, few)
     key = timing_key(config, data, fp32.digest, int8)

@@ -20,7 +20,7 @@ from qexp.pipeline.measure import timed
 from qexp.pipeline.prepare import calibrated, checked_fusion, checked_int8, first_images, resolved, save
 from qexp.pipeline.stages import job_settings
 from qexp.pipeline.turn import Turn
-from qexp.records import Result
+from qexp.records import Precision, Result
 
 ALONE = Turn()
 
@@ -57,7 +57,7 @@ def run_job(config: Config, folder: Path, turn: Turn = ALONE) -> Result:
         with protocol.threads(1 if turn.sweep else config.compute.threads):
             fidelity = per_layer(config, fused, int8, data)
             answer = target_cpu.answer(
-                config, qconfig, data, prepared, int8, predictions["int8"], saved.executed("int8")
+                config, qconfig, data, prepared, int8, predictions["int8"], saved.executed(Precision.int8)
             )
     measured = Measured(
         qconfig, difference, calibration, layers, qparams, saved, predictions, timings, latency_from, fidelity, answer

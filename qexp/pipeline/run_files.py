@@ -16,13 +16,13 @@ import numpy as np
 import torch
 
 from qexp.config import code_digest, identity
-from qexp.config.schema import Config
+from qexp.config.schema import Config, Runtime
 from qexp.data.splits import Data
 from qexp.latency import protocol
 from qexp.quantize import Narrowed
 from qexp.quantize.saturation import kernels
 from qexp.quantize.saturation.emulation import LayerSums
-from qexp.records import Artifact, Fidelity, Interval, Layer, Predictions, QParams
+from qexp.records import Artifact, Fidelity, Interval, Layer, Precision, Predictions, QParams, Variant
 from qexp.system import machine
 
 
@@ -65,7 +65,7 @@ def images_expected(data: Data) -> dict[str, Any]:
 
 def flavor(config: Config, data: Data, artifacts: list[Artifact]) -> dict[str, Any]:
     """Arguments of `tracking.Run.log_model`; empty where the INT8 model was not saved as TorchScript."""
-    saved = [a for a in artifacts if a.precision == "int8" and a.runtime == "torchscript"]
+    saved = [a for a in artifacts if a.variant == Variant(Precision.int8, Runtime.torchscript)]
     if not saved:
         return {}
     return {
@@ -80,7 +80,7 @@ def flavor(config: Config, data: Data, artifacts: list[Artifact]) -> dict[str, A
 
 def loading_code(config: Config, artifacts: list[Artifact]) -> str:
     """A script that loads the INT8 model beside it."""
-    scripted = any(a.precision == "int8" and a.runtime == "torchscript" for a in artifacts)
+    scripted = any(a.variant == Variant(Precision.int8, Runtime.torchscript) for a in artifacts)
     head = (
         '"""Loads the INT8 model beside it: float32 [n, 3, H, W], normalised as images.json says, to logits."""'
         "\n\nfrom pathlib import Path\n\nimport torch\n"
@@ -138,7 +138,7 @@ def written(
     )  # fmt: skip
     _json(folder / "config.json", identity.plain(config))
     _json(folder / "qparams.json", {name: _qparams(value) for name, value in qparams.items()})
-    _json(folder / "model" / "artifacts.json", [{**asdict(a), "path": Path(a.path).name} for a in artifacts])
+    _json(folder / "model" / "artifacts.json", [_artifact(a) for a in artifacts])
     (folder / "model" / "load.py").write_text(loading_code(config, artifacts))
     names = ["predictions.npz", "config.json", "qparams.json", "model"]
     if timings:
@@ -150,7 +150,7 @@ def written(
         _json(
             folder / "latency.json", {**where, "rows": rows, "speedups": [_pair(*p) for p in protocol.pairs(timings)]}
         )
-        samples = {f"{t.variant}.batch{t.batch_size}.threads{t.threads}": t.samples for t in timings}
+        samples = {f"{t.name}.batch{t.batch_size}.threads{t.threads}": t.samples for t in timings}
         np.savez_compressed(folder / "latency_samples.npz", **samples)  # type: ignore[arg-type]
         names += ["latency.json", "latency.csv", "latency_samples.npz"]
     return {name: str(folder / name) for name in names}
@@ -215,10 +215,15 @@ def _qparams(value: QParams) -> dict[str, Any]:
     return {**plain, "qmin": value.qmin, "qmax": value.qmax, "axis": value.axis}
 
 
+def _artifact(artifact: Artifact) -> dict[str, Any]:
+    plain = asdict(artifact)
+    return {**plain.pop("variant"), **plain, "path": Path(artifact.path).name}
+
+
 def _timing(timing: protocol.Timing) -> dict[str, Any]:
     summary = asdict(timing.summary)
     return {
-        "variant": timing.variant,
+        "variant": timing.name,
         "batch_size": timing.batch_size,
         "threads": timing.threads,
         **summary,
@@ -233,5 +238,5 @@ def _timing(timing: protocol.Timing) -> dict[str, Any]:
 
 
 def _pair(fp32: protocol.Timing, int8: protocol.Timing, speedup: Interval) -> dict[str, Any]:
-    names = {"fp32": fp32.variant, "int8": int8.variant}
+    names = {"fp32": str(fp32.variant), "int8": str(int8.variant)}
     return {**names, "batch_size": fp32.batch_size, "threads": fp32.threads, **asdict(speedup)}

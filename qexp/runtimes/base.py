@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from qexp import quantize
-from qexp.config.schema import Engine
+from qexp.config.schema import Engine, Runtime
 from qexp.errors import RunError
+from qexp.records import CUDA, Precision, Variant
 
 TOLERANCE = {"fp32": 1e-4, "int8": 0.0, "mixed": 1e-2}
 """How far two runtimes may be apart, as a share of the largest logit. mixed: INT8 with layers left in FP32, whose
@@ -63,34 +64,35 @@ class Loaded:
             return [replace(self, module=quantize.sharing_copy(self.module)) for _ in range(count)]
 
 
-class OnDemand(Mapping[str, Loaded]):
-    """Models by name, each of which is read from disk when it is first asked for."""
+class OnDemand(Mapping[Variant, Loaded]):
+    """Models by variant, each of which is read from disk when it is first asked for."""
 
-    def __init__(self, read: Mapping[str, Callable[[], Loaded]]) -> None:
-        self._read, self._loaded = read, dict[str, Loaded]()
+    def __init__(self, read: Mapping[Variant, Callable[[], Loaded]]) -> None:
+        self._read, self._loaded = read, dict[Variant, Loaded]()
 
-    def __getitem__(self, name: str) -> Loaded:
-        if name not in self._loaded:
-            self._loaded[name] = self._read[name]()
-        return self._loaded[name]
+    def __getitem__(self, variant: Variant) -> Loaded:
+        if variant not in self._loaded:
+            self._loaded[variant] = self._read[variant]()
+        return self._loaded[variant]
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._read  # Mapping's own would read it
+    def __contains__(self, variant: object) -> bool:
+        return variant in self._read  # Mapping's own would read it
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Variant]:
         return iter(self._read)
 
     def __len__(self) -> int:
         return len(self._read)
 
 
-def with_cuda(variants: Mapping[str, Loaded]) -> dict[str, Callable[[Tensor], Tensor]]:
-    """The variants, and where torch finds a GPU the eager float model on it as `fp32_cuda`: a call takes an image from
-    the CPU and gives its logits back there."""
-    if not torch.cuda.is_available() or "fp32_eager" not in variants:
+def with_cuda(variants: Mapping[Variant, Loaded]) -> dict[Variant, Callable[[Tensor], Tensor]]:
+    """The variants, and where torch finds a GPU the eager float model on it: a call takes an image from the CPU and
+    gives its logits back there."""
+    eager = Variant(Precision.fp32, Runtime.eager)
+    if not torch.cuda.is_available() or eager not in variants:
         return dict(variants)
-    module = copy.deepcopy(variants["fp32_eager"].module).cuda()
-    return {**variants, "fp32_cuda": lambda images: module(images.cuda()).cpu()}
+    module = copy.deepcopy(variants[eager].module).cuda()
+    return {**variants, Variant(Precision.fp32, CUDA): lambda images: module(images.cuda()).cpu()}
 
 
 def agree(expected: np.ndarray, actual: np.ndarray, precision: str) -> float:

@@ -18,23 +18,22 @@ from qexp.config import code_digest, conversion
 from qexp.config.schema import Config, Overflow, Runtime, cache_folder
 from qexp.models import float_model
 from qexp.quantize.saturation import kernels
-from qexp.records import Artifact
+from qexp.records import Artifact, Precision, Variant
 from qexp.runtimes import eager, inductor, torchscript
 from qexp.runtimes.base import Loaded, OnDemand
 from qexp.system import cache
 
-PRECISIONS = ("fp32", "int8")
 
-
-def variants(runtimes: Collection[Runtime]) -> list[tuple[str, Runtime]]:
-    """Every (precision, runtime) among these runtimes that exists, FP32 first."""
-    return [(p, runtime) for p in PRECISIONS for runtime in runtimes if p == "fp32" or runtime.takes_int8]
+def variants(runtimes: Collection[Runtime]) -> list[Variant]:
+    """What these runtimes execute, FP32 first."""
+    each = [Variant(precision, runtime) for precision in Precision for runtime in runtimes]
+    return [one for one in each if one.precision is Precision.fp32 or Runtime(one.runtime).takes_int8]
 
 
 def write(
     config: Config,
     float_digest: str,
-    module: Mapping[str, nn.Module],
+    module: Mapping[Precision, nn.Module],
     images: Tensor,
     folder: Path,
     takes: Mapping[str, Any],
@@ -48,24 +47,24 @@ def write(
     where.mkdir(exist_ok=True)
     (where / "images.json").write_text(json.dumps(takes, indent=1, allow_nan=False) + "\n")
 
-    def export(precision: str, runtime: Runtime, path: Path) -> Path:
-        if runtime is Runtime.torchscript:
-            return torchscript.export(module[precision], images[:2], path)
-        return eager.export(module[precision], path)
+    def export(variant: Variant, path: Path) -> Path:
+        if variant.runtime == Runtime.torchscript:
+            return torchscript.export(module[variant.precision], images[:2], path)
+        return eager.export(module[variant.precision], path)
 
     artifacts, digests = [], dict[Path, str]()
     with quantize.engine(config.engine):
-        for precision, runtime in variants(config.latency.runtimes):
-            path = _path(folder, precision, runtime)
-            engine = str(config.engine) if precision == "int8" else ""
+        for variant in variants(config.latency.runtimes):
+            path = _path(folder, variant)
+            engine = str(config.engine) if variant.precision is Precision.int8 else ""
             if path not in digests:
-                made = partial(export, precision, runtime)
-                if precision == "fp32":
+                made = partial(export, variant)
+                if variant.precision is Precision.fp32:
                     key = float_file_key(config, float_digest, path.name, images.shape[1:])
                     digests[path] = cache.file(cache_folder(config), key, made, path)
                 else:
                     digests[path] = cache.digest_of(made(path))
-            artifacts.append(Artifact(precision, str(runtime), str(path), digests[path], path.stat().st_size, engine))
+            artifacts.append(Artifact(variant, str(path), digests[path], path.stat().st_size, engine))
     return artifacts
 
 
@@ -94,41 +93,46 @@ class _Counted(io.RawIOBase):
         return len(data)
 
 
-def _path(folder: Path, precision: str, runtime: Runtime) -> Path:
+def _path(folder: Path, variant: Variant) -> Path:
     # Only TorchScript has a form of its own; the other runtimes begin with a state_dict.
-    return folder / "model" / f"{precision}_{'torchscript' if runtime is Runtime.torchscript else 'eager'}.pt"
+    form = Runtime.torchscript if variant.runtime == Runtime.torchscript else Runtime.eager
+    return folder / "model" / f"{Variant(variant.precision, form)}.pt"
 
 
-def read(config: Config, structures: Mapping[str, nn.Module], folder: Path, runtimes: Collection[Runtime]) -> OnDemand:
-    """The models that `write` saved, by `<precision>_<runtime>`. structures: of the precisions wanted (see below); the
-    INT8 one becomes the model that is read."""
+def read(
+    config: Config, structures: Mapping[Precision, nn.Module], folder: Path, runtimes: Collection[Runtime]
+) -> OnDemand:
+    """The models that `write` saved. structures: of the precisions wanted (see below); the INT8 one becomes the model
+    that is read."""
 
-    def load(precision: str, runtime: Runtime) -> Loaded:
-        path = _path(folder, precision, runtime)
-        engine = config.engine if precision == "int8" else None
-        if runtime is Runtime.torchscript:
+    def load(variant: Variant) -> Loaded:
+        path, int8 = _path(folder, variant), variant.precision is Precision.int8
+        engine = config.engine if int8 else None
+        if variant.runtime == Runtime.torchscript:
             return torchscript.load(path, engine)
         # One runtime alone takes a structure for INT8.
-        structure = structures[precision] if precision == "int8" else quantize.sharing_copy(structures[precision])
-        if runtime is Runtime.inductor:
+        structure = structures[variant.precision]
+        structure = structure if int8 else quantize.sharing_copy(structure)
+        if variant.runtime == Runtime.inductor:
             return inductor.load(path, structure)
-        return eager.load(path, structure, engine, channels_last=runtime is Runtime.eager_channels_last)
+        return eager.load(path, structure, engine, channels_last=variant.runtime == Runtime.eager_channels_last)
 
-    wanted = [(precision, runtime) for precision, runtime in variants(runtimes) if precision in structures]
-    return OnDemand({f"{precision}_{runtime}": partial(load, precision, runtime) for precision, runtime in wanted})
+    return OnDemand({one: partial(load, one) for one in variants(runtimes) if one.precision in structures})
 
 
-def structures(config: Config, folder: Path, precisions: Collection[str] = PRECISIONS) -> dict[str, nn.Module]:
+def structures(
+    config: Config, folder: Path, precisions: Collection[Precision] = tuple(Precision)
+) -> dict[Precision, nn.Module]:
     """The modules of a run by precision, with meaningless weights, made again from what is in its folder."""
     images = json.loads((folder / "model" / "images.json").read_text())
     module = float_model.build(config.model, images["classes"], config.seed)
     example = torch.zeros(2, *images["shape"])
     fused = quantize.fuse(module, config.flow, config.fusion, example)
-    made = {"fp32": fused}
-    if "int8" in precisions:
+    made = {Precision.fp32: fused}
+    if Precision.int8 in precisions:
         # A narrowed grid is in the state, not in the structure.
         plain = replace(config.qconfig, overflow=Overflow.none)
-        made["int8"] = quantize.skeleton(fused, config.flow, plain, config.engine, example)
+        made[Precision.int8] = quantize.skeleton(fused, config.flow, plain, config.engine, example)
     return {precision: made[precision] for precision in precisions}
 
 
@@ -139,8 +143,8 @@ def load_int8(folder: Path) -> Loaded:
     """
     config = conversion.from_plain(json.loads((folder / "config.json").read_text()))
     with torch.random.fork_rng(devices=[]):
-        made = structures(config, folder, ["int8"])
-    return read(config, made, folder, [Runtime.eager])["int8_eager"]
+        made = structures(config, folder, [Precision.int8])
+    return read(config, made, folder, [Runtime.eager])[Variant(Precision.int8, Runtime.eager)]
 
 
 def content(config: Config, float_digest: str, artifact: Artifact, int8: Loaded | None) -> str:
@@ -150,7 +154,7 @@ def content(config: Config, float_digest: str, artifact: Artifact, int8: Loaded 
     """
     structure = [repr(int8.module), str(getattr(int8.module, "code", ""))] if int8 is not None else []
     made_of = [float_digest, config.flow, config.fusion]
-    return cache.hash_of([artifact.precision, artifact.runtime, artifact.sha256, artifact.engine, made_of, structure])
+    return cache.hash_of([str(artifact.variant), artifact.sha256, artifact.engine, made_of, structure])
 
 
 def float_file_key(config: Config, float_digest: str, name: str, shape: Sequence[int]) -> str:
