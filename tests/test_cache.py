@@ -11,6 +11,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,35 @@ def test_an_array_is_made_once_and_comes_back_read_only_and_memory_mapped(tmp_pa
     np.testing.assert_array_equal(again, VALUES)
     with pytest.raises(ValueError, match="read-only"):
         again[0] = 1
+
+
+def test_without_a_folder_all_is_made_each_time() -> None:
+    for value in (1, 2):
+        made = VALUES + value
+        np.testing.assert_array_equal(cache.array(None, "key", partial(np.copy, made)), made)
+        assert cache.arrays(None, "key", partial(dict, a=np.array(value))) == {"a": value}
+    assert cache.find(None, "key") is None
+    assert cache.find_arrays(None, "key") is None
+    assert not cache.array(None, "key", lambda: VALUES).flags.writeable
+    assert VALUES.flags.writeable
+
+
+def test_what_is_filled_without_a_folder_is_what_is_filled_with_one(tmp_path: Path) -> None:
+    with_folder = cache.filled(tmp_path, "key", (3,), np.uint8, _ones)
+    for entry in (cache.filled(None, "key", (3,), np.uint8, _ones), cache.scratch(None, (3,), np.uint8, _ones)):
+        assert entry.array.tolist() == [1] * 3
+        assert not entry.array.flags.writeable
+        assert entry.sha256 == with_folder.sha256
+
+
+def test_without_a_folder_a_file_is_made_where_it_is_wanted(tmp_path: Path) -> None:
+    target, entry = tmp_path / "target", tmp_path / "entry"
+    entry.write_bytes(b"cached")
+    os.link(entry, target)
+    digest = cache.file(None, "key", lambda path: path.write_bytes(b"made"), target)
+    assert (target.read_bytes(), entry.read_bytes()) == (b"made", b"cached")
+    assert digest == hashlib.sha256(b"made").hexdigest()
+    assert {path.name for path in tmp_path.iterdir()} == {"target", "entry"}
 
 
 def test_another_key_is_another_entry(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_a_job_leaks_no_global(run: Callable[..., Result]) -> None:
 def test_the_same_job_gives_the_same_logits(run: Callable[..., Result], tmp_path: Path) -> None:
     logits = []
     for _ in range(2):
-        run("latency=off")
+        run("latency=off", "cache.enabled=false")
         logits.append(np.load(tmp_path / "run" / "predictions.npz")["int8"])
     assert np.array_equal(*logits)
 

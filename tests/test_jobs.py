@@ -401,7 +401,9 @@ def test_a_job_imports_next_to_nothing_that_its_server_has_not(
 
 @pytest.mark.slow
 def test_three_jobs_in_a_row_give_the_same(composed: Composed, checkpoint: Path, tmp_path: Path) -> None:
-    config = composed("model=tiny", f"model.checkpoint={checkpoint}", "latency=off", "compute.threads=2")
+    config = composed(
+        "model=tiny", f"model.checkpoint={checkpoint}", "latency=off", "compute.threads=2", "cache.enabled=false"
+    )
     results: list[Result] = []
     for number in range(3):
         (tmp_path / f"{number}").mkdir()

@@ -28,6 +28,7 @@ from qexp.pipeline import measure, prepare
 from qexp.pipeline.run import run_job
 from qexp.records import Precision, Result, Variant
 from qexp.runtimes import saved_models
+from qexp.system import cache
 
 Composed = Callable[..., Config]
 Run = Callable[..., Result]
@@ -96,9 +97,37 @@ def test_a_run_that_quantizes_as_another_did_evaluates_nothing_but_the_checks(
     assert counts.count(899) == 1
 
 
+@pytest.mark.parametrize("observer", ["mse", "histogram"])
+def test_without_the_cache_all_is_computed_and_nothing_is_read_or_written(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, observer: str
+) -> None:
+    evaluated = counted(monkeypatch, inference, "predict", lambda model, split, *rest: len(split))
+    asked = (*SMALL, f"observer={observer}", "target=avx2", "saturation.emulated_images=8")
+    results = [run("off", *asked, "cache.enabled=false")]
+    folder, alone = tmp_path / "outputs" / "cache", len(evaluated)
+    assert not folder.exists()
+    results.append(run("on", *asked))
+    entries = {path: path.stat() for path in folder.iterdir()}
+    evaluated.clear()
+    for entry in folder.iterdir():
+        entry.chmod(0)
+    for name in ("_open", "_entry", "_link"):
+        monkeypatch.setattr(cache, name, None)
+    results.append(run("off_again", *asked, "cache.enabled=false"))
+    assert len(evaluated) == alone
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == {
+        path: status.st_mtime_ns for path, status in entries.items()
+    }
+    logits = [np.load(tmp_path / "outputs" / name / "predictions.npz") for name in ("off", "on", "off_again")]
+    for other, result in zip(logits[1:], results[1:], strict=True):
+        assert all(np.array_equal(logits[0][name], other[name]) for name in logits[0].files)
+        steady = [{k: v for k, v in one.metrics.items() if "seconds" not in k} for one in (results[0], result)]
+        assert steady[0] == steady[1]
+
+
 def test_the_same_run_saves_the_same_bytes(run: Run, tmp_path: Path) -> None:
     for folder in ("one", "two"):
-        run(folder, *SMALL, "latency.runtimes=[eager]")
+        run(folder, *SMALL, "latency.runtimes=[eager]", "cache.enabled=false")
     for name in ("fp32_eager.pt", "int8_eager.pt"):
         one, two = (
             hashlib.sha256((tmp_path / "outputs" / folder / "model" / name).read_bytes()) for folder in ("one", "two")

@@ -349,7 +349,7 @@ def test_a_damaged_entry_is_made_anew(tmp_path: Path) -> None:
 def test_what_is_packed_comes_back() -> None:
     stats = [statistics(values(kind)) for kind in KINDS]
     packed = cached.pack(stats)
-    assert packed.dtype == np.uint8
+    assert len(packed) == 6
     assert all(same(*pair) for pair in zip(stats, cached.unpack(packed), strict=True))
     assert cached.unpack(cached.pack([])) == []
 

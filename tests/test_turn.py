@@ -21,7 +21,10 @@ from qexp.records import Result
 
 Composed = Callable[..., schema.Config]
 
-SMALL = ("model=tiny", "latency=off", "per_layer.images=0", "saturation.exact_images=0", "calib=small")
+SMALL = (
+    "model=tiny", "latency=off", "per_layer.images=0", "saturation.exact_images=0", "calib=small",
+    "cache.enabled=false",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -221,9 +221,11 @@ class Job:
 
 @dataclass
 class Cache:
-    """What a run may leave in `outputs`/cache for others, in gigabytes (10^9 bytes)."""
+    """What a run may leave in `outputs`/cache for others, in gigabytes (10^9 bytes). enabled: false computes all, and
+    neither reads nor writes there."""
 
     max_gb: float
+    enabled: bool = True  # what was saved before there was this setting can still be read
 
 
 @dataclass
@@ -275,6 +277,6 @@ OBSERVER_PARAMETERS: dict[ActivationObserver, tuple[str, ...]] = {
 }
 
 
-def cache_folder(config: Config) -> Path:
-    """The folder of the cache that all runs share."""
-    return Path(config.outputs) / "cache"
+def cache_folder(config: Config) -> Path | None:
+    """The folder of the cache that all runs share; None where it is not used."""
+    return Path(config.outputs) / "cache" if config.cache.enabled else None

@@ -95,7 +95,7 @@ class Split:
     ids: tuple[str, ...]
     shape: tuple[int, int, int]
     source: Source
-    folder: Path
+    folder: Path | None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -180,8 +180,9 @@ class Data:
     digest: str
 
 
-def load_data(dataset: Mapping[str, Any], cache: Path, sweep: str = "") -> Data:
-    """The data set that `dataset` (plain values, as in Config.dataset) describes; decoded images are kept in `cache`.
+def load_data(dataset: Mapping[str, Any], cache: Path | None, sweep: str = "") -> Data:
+    """The data set that `dataset` (plain values, as in Config.dataset) describes; decoded images are cached in `cache`
+    (None: in memory).
 
     All evaluation images are decoded here the first time. sweep: identity of a sweep, whose jobs take folders of images
     to hold what the first of them found there. Raises ConfigError for what the settings alone show to be wrong,
@@ -283,7 +284,7 @@ _ORDERS: dict[Sampling, Callable[[np.ndarray, int], np.ndarray]] = {
 
 
 def _open(
-    dataset: Mapping[str, Any], split: str, name: str, preprocessing: Preprocessing, folder: Path, sweep: str
+    dataset: Mapping[str, Any], split: str, name: str, preprocessing: Preprocessing, folder: Path | None, sweep: str
 ) -> Source:
     """Call `_target_` for `split`, and find labels and names of what it returns."""
     spec = {key: value for key, value in dataset.items() if not (key == "root" and value is None)}
@@ -318,7 +319,7 @@ def _open(
     return source
 
 
-def _made(function: Callable[..., Any], arguments: Mapping[str, Any], folder: Path, sweep: str) -> Any:
+def _made(function: Callable[..., Any], arguments: Mapping[str, Any], folder: Path | None, sweep: str) -> Any:
     """What `_target_` returns. Folders of images are listed once for a sweep: that takes 0.7 s for 60,000 files."""
     if function is not builtin.imagefolder or not sweep:
         return function(**arguments)
@@ -369,7 +370,7 @@ def _label(source: Source, index: int, value: Any) -> int:
     raise InputError(f"{source.where(index)} has as its label {what}; return an integer, 0 for the first class{hint}.")
 
 
-def _labels(source: Source, size: int, folder: Path) -> np.ndarray:
+def _labels(source: Source, size: int, folder: Path | None) -> np.ndarray:
     """int64 [N], as the data set counts them: from its list of labels if it has one that agrees, else item by item."""
     listed = _listed_labels(source.dataset, size)
     if listed is not None:

@@ -91,11 +91,11 @@ def described(configs: Sequence[Config]) -> list[dict[str, str]]:
     """
 
     @once
-    def opened(dataset: str, folder: Path) -> Data:
+    def opened(dataset: str, folder: Path | None) -> Data:
         return load_data(json.loads(dataset), folder)
 
     @once
-    def drawn(dataset: str, calib: str, folder: Path) -> str:
+    def drawn(dataset: str, calib: str, folder: Path | None) -> str:
         train = opened(dataset, folder).train
         return digest_of(train.drawn(draw(train, Calib(**json.loads(calib)))))
 

@@ -4,13 +4,14 @@ An entry is `<sha256 of the key>.npy`: a .npy file followed by a SHA-256 over ev
 altered entry is therefore recognised, and rebuilt. Using an entry sets its modification time; within `bounded`, a new
 one takes the place of those that were not used for longest. A file in another library's format is `<sha256>.file`, and
 the entry beside it holds its digest.
+
+Where the folder is None nothing is cached: all is made, and stays in memory.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import json
 import logging
 import math
@@ -51,7 +52,7 @@ class Entry:
     sha256: str
 
 
-def array(folder: Path, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+def array(folder: Path | None, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
     """The array kept in `folder` under `key`, as a read-only memory map; what `make` returns is kept if there is none.
 
     `key` must name everything that the array depends on. Processes that ask for one entry at the same moment make it
@@ -64,43 +65,51 @@ def array(folder: Path, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
         with path.open("wb") as file:  # given a path, np.save would add .npy to it
             np.save(file, value, allow_pickle=False)
 
+    if folder is None:
+        return _read_only(np.asarray(make()).view())
     return _entry(folder, key, write).array
 
 
-def arrays(folder: Path, key: str, make: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """As `array`, for several small arrays that belong together, by name; they come back in memory."""
+def arrays(folder: Path | None, key: str, make: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """As `array`, for several arrays that belong together, by name, as one array with fields; they come back in
+    memory."""
 
     def packed() -> np.ndarray:
-        file = io.BytesIO()
-        np.savez(file, **make())  # type: ignore[arg-type]
-        return np.frombuffer(file.getvalue(), np.uint8)
+        fields = {name: np.asarray(value) for name, value in make().items()}
+        record = np.empty(1, [(name, value.dtype, value.shape) for name, value in fields.items()])
+        for name, value in fields.items():
+            record[name][0] = value
+        return record
 
     return _unpacked(array(folder, key, packed))
 
 
-def find(folder: Path, key: str) -> np.ndarray | None:
-    """The array kept in `folder` under `key`, as a read-only memory map; None where there is none that is whole."""
-    found = _open(_path(folder, key))
+def find(folder: Path | None, key: str) -> np.ndarray | None:
+    """The array cached in `folder` under `key`, as a read-only memory map; None where there is none that is whole."""
+    found = None if folder is None else _open(_path(folder, key))
     return None if found is None else found.array
 
 
-def find_arrays(folder: Path, key: str) -> dict[str, np.ndarray] | None:
+def find_arrays(folder: Path | None, key: str) -> dict[str, np.ndarray] | None:
     """As `find`, for what `arrays` keeps."""
     packed = find(folder, key)
     return None if packed is None else _unpacked(packed)
 
 
 def _unpacked(packed: np.ndarray) -> dict[str, np.ndarray]:
-    with np.load(io.BytesIO(packed.tobytes()), allow_pickle=False) as file:
-        return dict(file)
+    return {name: np.array(packed[name][0]) for name in packed.dtype.names or ()}
 
 
-def file(folder: Path, key: str, make: Callable[[Path], object], target: Path) -> str:
+def file(folder: Path | None, key: str, make: Callable[[Path], object], target: Path) -> str:
     """Put the file kept in `folder` under `key` at `target`, and return its SHA-256 in hex.
 
     It is kept where there is none yet, as `make` writes it to the path that it is given. `target` becomes another name
     of the same bytes where the disk allows, else a copy. Raises InputError as `array` does.
     """
+    if folder is None:
+        target.unlink(missing_ok=True)  # it may be another name of an entry
+        make(target)
+        return digest_of(target)
     path = _path(folder, key)
     held, temporary = path.with_suffix(".file"), path.with_suffix(".making")
 
@@ -200,8 +209,12 @@ def _make_room(folder: Path, added: int) -> None:
     _taken[folder] = taken
 
 
-def filled(folder: Path, key: str, shape: tuple[int, ...], dtype: Any, fill: Callable[[np.ndarray], None]) -> Entry:
+def filled(
+    folder: Path | None, key: str, shape: tuple[int, ...], dtype: Any, fill: Callable[[np.ndarray], None]
+) -> Entry:
     """As `array`, for what need not fit into memory: `fill` writes into a memory map of `shape` and `dtype`."""
+    if folder is None:
+        return _filled(np.empty(shape, dtype), fill)
 
     def write(path: Path) -> None:
         target = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
@@ -213,8 +226,10 @@ def filled(folder: Path, key: str, shape: tuple[int, ...], dtype: Any, fill: Cal
     return _entry(folder, key, write)
 
 
-def scratch(folder: Path, shape: tuple[int, ...], dtype: Any, fill: Callable[[np.ndarray], None]) -> Entry:
+def scratch(folder: Path | None, shape: tuple[int, ...], dtype: Any, fill: Callable[[np.ndarray], None]) -> Entry:
     """As `filled`, for what no key can name: kept on disk, but only as long as this process uses it."""
+    if folder is None:
+        return _filled(np.empty(shape, dtype), fill)
     size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -223,9 +238,17 @@ def scratch(folder: Path, shape: tuple[int, ...], dtype: Any, fill: Callable[[np
             target = np.memmap(file, dtype=dtype, mode="r+", shape=shape)
     except OSError as error:
         raise _unwritable(folder, error) from error
+    return _filled(target, fill)
+
+
+def _filled(target: np.ndarray, fill: Callable[[np.ndarray], None]) -> Entry:
     fill(target)
-    target.flags.writeable = False
-    return Entry(target, _checksum(shape, np.dtype(dtype), hashlib.sha256(target.data).digest()))
+    return Entry(_read_only(target), _checksum(target.shape, target.dtype, hashlib.sha256(target.data).digest()))
+
+
+def _read_only(values: np.ndarray) -> np.ndarray:
+    values.flags.writeable = False
+    return values
 
 
 def _path(folder: Path, key: str) -> Path:

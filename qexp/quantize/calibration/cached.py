@@ -7,7 +7,7 @@ of the first n batches; what is asked for next resumes from the longest that is 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +25,12 @@ def calibrate_once(
     prepared: nn.Module,
     batches: Sequence[np.ndarray],
     as_input: Callable[[np.ndarray], Tensor],
-    folder: Path,
+    folder: Path | None,
     depends_on: str,
     named: Callable[[int], str] = "calibration image {}".format,
 ) -> None:
     """As `calibrate`, for a model with recorders; only the batches that no entry in `folder` covers are run.
+    None: no cache.
 
     batches: the images as they are stored; as_input, named: as there; depends_on: all that the
     activations depend on beside the batches and the places where they are recorded: model, flow, normalisation, what
@@ -38,10 +39,10 @@ def calibrate_once(
     recorders = _recorders(prepared)
     keys = _keys(batches, f"{depends_on} {_sites(prepared, recorders)}")
 
-    def make() -> np.ndarray:
+    def make() -> dict[str, np.ndarray]:
         done = 0
         for number in range(len(batches) - 1, 0, -1):
-            found = cache.find(folder, keys[number - 1])
+            found = cache.find_arrays(folder, keys[number - 1])
             if found is not None:
                 _resume(recorders, found)
                 done = number
@@ -50,7 +51,7 @@ def calibrate_once(
         calibrate(prepared, batches[done:], lambda position: named(before + position), as_input)
         return pack([recorder.stats for recorder in recorders if recorder.stats is not None])
 
-    _resume(recorders, cache.array(folder, keys[-1], make))
+    _resume(recorders, cache.arrays(folder, keys[-1], make))
 
 
 def _recorders(prepared: nn.Module) -> list[Recorder]:
@@ -80,35 +81,32 @@ def _keys(batches: Sequence[np.ndarray], depends_on: str) -> list[str]:
     return keys
 
 
-def _resume(recorders: list[Recorder], packed: np.ndarray) -> None:
+def _resume(recorders: list[Recorder], packed: Mapping[str, np.ndarray]) -> None:
     for recorder, stats in zip(recorders, unpack(packed), strict=True):
         recorder.resume(stats)
 
 
-def pack(stats: Sequence[TensorStats]) -> np.ndarray:
-    """Statistics of any number of tensors as bytes, uint8 [n]: how many, their sizes, and their arrays."""
-    sizes = np.array([(len(one.minima), len(one.keys)) for one in stats], np.int64).reshape(len(stats), 2)
-    arrays = [np.array([len(stats)], np.int64), sizes.ravel()]
-    for one in stats:
-        arrays += [one.minima, one.maxima, one.keys, one.counts]
-    return np.concatenate([np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8) for array in arrays])
+def pack(stats: Sequence[TensorStats]) -> dict[str, np.ndarray]:
+    """Statistics of any number of tensors as a few arrays: each of theirs end to end, and the sizes, int64 [n, 2]."""
+
+    def joined(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
+        return np.concatenate([np.empty(0, dtype), *arrays], dtype=dtype)
+
+    return {
+        "tensors": np.array(len(stats)),
+        "sizes": np.array([(len(one.minima), len(one.keys)) for one in stats], np.int64).reshape(-1, 2),
+        "minima": joined([one.minima for one in stats], np.float32),
+        "maxima": joined([one.maxima for one in stats], np.float32),
+        "keys": joined([one.keys for one in stats], np.int32),
+        "counts": joined([one.counts for one in stats], np.int64),
+    }
 
 
-def unpack(packed: np.ndarray) -> list[TensorStats]:
+def unpack(packed: Mapping[str, np.ndarray]) -> list[TensorStats]:
     """What `pack` packed."""
-    content, position = packed.tobytes(), 0
-
-    def take(dtype: type, count: int) -> np.ndarray:
-        nonlocal position
-        array: np.ndarray = np.frombuffer(content, dtype, count, position)
-        position += array.nbytes
-        return array
-
-    (tensors,) = take(np.int64, 1)
-    sizes = take(np.int64, 2 * int(tensors)).reshape(-1, 2)
-    return [
-        TensorStats(
-            take(np.float32, batches), take(np.float32, batches), take(np.int32, bins), take(np.int64, bins)
-        )
-        for batches, bins in sizes.tolist()
-    ]  # fmt: skip
+    batches, bins = (np.cumsum(sizes)[:-1] for sizes in packed["sizes"].T)
+    parts = [
+        *(np.split(packed[name], batches) for name in ("minima", "maxima")),
+        *(np.split(packed[name], bins) for name in ("keys", "counts")),
+    ]
+    return [TensorStats(*arrays) for arrays in zip(*parts, strict=True)][: int(packed["tensors"])]
