@@ -2,10 +2,16 @@
 
     python -m benchmarks.freeze before.json                       # at one commit
     python -m benchmarks.freeze after.json --against before.json  # at another, on the same machine
+    python -m benchmarks.freeze after.json --against before.json --renamed renames.json
 
 The file holds, for each run, digests of its logits and of its scales, its metrics but for timings, and the names and
 values of params, the names of metrics, tags and files. Every run computes everything itself: nothing is read from a
 cache. Takes some five minutes on two cores; the second form ends with status 1 where anything differs, and says what.
+
+The third form takes what was renamed in between for the same. Its file maps former names to new ones, for each kind of
+name: {"metrics": {"accuracy/kl": "fidelity/kl"}, "params": {}, "tags": {}}. A name that goes on as a part of others, as
+in a new prefix, is written with an asterisk at its end, and so is what replaces it; null stands for a name that is
+gone. "added" lists names (or their beginnings, with an asterisk) that are new: {"added": {"params": ["model.*"]}}.
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="where the record is written")
     parser.add_argument("--against", type=Path, help="a record to compare with")
+    parser.add_argument("--renamed", type=Path, help="names that were changed since that record was made")
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="RUN", help="some of the runs")
     arguments = parser.parse_args()
     record = {}
@@ -67,7 +75,9 @@ def main() -> None:
     arguments.file.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
     if arguments.against:
         before = json.loads(arguments.against.read_text())
-        found = list(differences({name: before.get(name) for name in record}, record))
+        renames = json.loads(arguments.renamed.read_text()) if arguments.renamed else {}
+        former = {name: renamed(before[name], renames) for name in record if name in before}
+        found = list(differences(former, {name: without_added(one, renames) for name, one in record.items()}))
         print("\n".join(found) or f"{len(record)} runs recorded the same")
         sys.exit(bool(found))
 
@@ -116,6 +126,42 @@ def files(client: MlflowClient, run: Run, folder: str = "") -> Iterator[str]:
             yield from files(client, run, entry.path)
         else:
             yield entry.path
+
+
+# The parts of a record that hold names of one kind.
+KINDS = {"metrics": "metrics", "names of metrics": "metrics", "params": "params", "names of tags": "tags"}
+
+
+def renamed(record: dict[str, Any], renames: dict[str, Any]) -> dict[str, Any]:
+    """The record of a run under the names that it would have today; see the module's text for `renames`."""
+    result = dict(record)
+    for part, kind in KINDS.items():
+        names = {name: today(name, renames.get(kind, {})) for name in record[part]}
+        if isinstance(record[part], dict):
+            result[part] = {names[name]: value for name, value in record[part].items() if names[name] is not None}
+        else:
+            result[part] = sorted({name for name in names.values() if name is not None})
+    return result
+
+
+def today(name: str, renames: dict[str, str | None]) -> str | None:
+    """What a name is today, None where it is gone."""
+    for former, new in renames.items():
+        if former == name:
+            return new
+        if former.endswith("*") and name.startswith(former[:-1]):
+            return new and new.removesuffix("*") + name.removeprefix(former[:-1])
+    return name
+
+
+def without_added(record: dict[str, Any], renames: dict[str, Any]) -> dict[str, Any]:
+    """The record of a run without the names that are new."""
+    result = dict(record)
+    for part, kind in KINDS.items():
+        new = renames.get("added", {}).get(kind, [])
+        known = [name for name in record[part] if not any(fnmatch(name, pattern) for pattern in new)]
+        result[part] = {name: record[part][name] for name in known} if isinstance(record[part], dict) else known
+    return result
 
 
 def differences(before: Any, after: Any, where: str = "") -> Iterator[str]:

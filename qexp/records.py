@@ -1,4 +1,4 @@
-"""The records that leave a process, and METRICS: what each logged number is called and means. No torch, no mlflow."""
+"""The plain values that packages, processes and the tracking store hand to each other. No torch, no mlflow."""
 
 from __future__ import annotations
 
@@ -154,84 +154,16 @@ class Saturation(StrEnum):
     observed = "observed"
 
 
-@dataclass(frozen=True)
-class Metric:
-    """How a logged number reads: its unit, which direction is better (`higher`, `lower` or neither), its digits."""
-
-    unit: str
-    better: str
-    digits: int
-    meaning: str
-
-
 PRECISIONS = tuple(Precision)
-VARIANTS = ("eager", "eager_channels_last", "torchscript", "inductor", CUDA)
-
-METRICS: dict[str, Metric] = {
-    "accuracy/fp32": Metric("fraction", "higher", 4, "top-1 accuracy of the float model on the evaluation set"),
-    "accuracy/int8": Metric("fraction", "higher", 4, "top-1 accuracy of the INT8 model on the same images"),
-    "accuracy/delta": Metric("fraction", "higher", 4, "INT8 minus FP32 accuracy"),
-    "accuracy/delta_low": Metric("fraction", "higher", 4, "lower end of its 95% interval, paired by image (Tango)"),
-    "accuracy/delta_high": Metric("fraction", "higher", 4, "upper end of its 95% interval"),
-    **{
-        f"accuracy/{precision}_{end}": Metric(
-            "fraction", "higher", 4, f"{'lower' if end == 'low' else 'upper'} end of the 95% interval (Wilson)"
-        )
-        for precision in PRECISIONS
-        for end in ("low", "high")
-    },
-    "accuracy/mcnemar_p": Metric("", "", 4, "exact McNemar p-value of the difference"),
-    "accuracy/agreement": Metric("fraction", "higher", 4, "share of images with the same prediction"),
-    "accuracy/non_inferiority_p": Metric("", "lower", 4, "p-value of a loss of the margin or more (Tango, one-sided)"),
-    "accuracy/detectable": Metric("fraction", "lower", 4, "smallest difference that these images show in 4 of 5 cases"),
-    "accuracy/kl": Metric("nats", "lower", 5, "mean Kullback-Leibler divergence of the predicted distributions"),
-    "accuracy/sqnr_db": Metric("dB", "higher", 1, "FP32 logits over the INT8 logits' difference to them"),
-    "accuracy/int8_target": Metric("fraction", "higher", 4, "INT8 accuracy on the CPU that `target` means"),
-    "accuracy/delta_target": Metric("fraction", "higher", 4, "int8_target minus FP32 on the same images"),
-    "accuracy/delta_target_low": Metric("fraction", "higher", 4, "lower end of its 95% interval, paired by image"),
-    "accuracy/delta_target_high": Metric("fraction", "higher", 4, "upper end of its 95% interval"),
-    "accuracy/target_images": Metric("images", "", 0, "images that int8_target was measured on"),
-    "accuracy/int8_exact": Metric("fraction", "higher", 4, "INT8 accuracy with sums that don't saturate"),
-    "accuracy/exact_images": Metric("images", "", 0, "images that int8_exact was measured on"),
-    "saturation/loss": Metric("fraction", "lower", 4, "exact minus saturating accuracy on the same images"),
-    "saturation/loss_low": Metric("fraction", "lower", 4, "lower end of its 95% interval, paired by image (Tango)"),
-    "saturation/loss_high": Metric("fraction", "lower", 4, "upper end of its 95% interval"),
-    "saturation/agreement": Metric("fraction", "higher", 4, "share of images with the same prediction with both sums"),
-    "saturation/sqnr_db": Metric("dB", "higher", 1, "exact logits over the saturating ones' difference to them"),
-    "saturation/layers": Metric("layers", "lower", 0, "layers in which 16-bit sums were seen to saturate"),
-    "latency/fp32_ms": Metric("ms", "lower", 3, "p50 of the fastest FP32 variant measured"),
-    "latency/int8_ms": Metric("ms", "lower", 3, "p50 of the fastest INT8 variant measured"),
-    "latency/speedup": Metric("ratio", "higher", 2, "fastest FP32 over fastest INT8"),
-    "latency/speedup_low": Metric("ratio", "higher", 2, "lower end of its 95% interval"),
-    "latency/speedup_high": Metric("ratio", "higher", 2, "upper end of its 95% interval"),
-    **{
-        f"latency/{precision}_{variant}{quantile}_ms": Metric(
-            "ms", "lower", 3, f"{quantile[1:] or 'p50'} of {precision.upper()} as {variant.replace('_', ' ')}"
-        )
-        for precision in PRECISIONS
-        for variant in VARIANTS
-        for quantile in ("", "_p90", "_p99")
-    },
-    "size/fp32_mb": Metric("MB", "lower", 3, "float model's own state_dict, 10^6 bytes"),
-    "size/int8_mb": Metric("MB", "lower", 3, "saved INT8 artifact, 10^6 bytes"),
-    "size/ratio": Metric("ratio", "higher", 2, "FP32 over INT8 size"),
-    "quant/layers_int8": Metric("layers", "", 0, "layers executed in INT8"),
-    "quant/layers_float": Metric("layers", "", 0, "layers left in FP32"),
-    "quant/layers_narrowed": Metric("layers", "", 0, "layers that overflow=layers gave 7 bits on one side"),
-    "quant/batchnorm_left": Metric("layers", "lower", 0, "BatchNorms that were not folded into a convolution"),
-    "quant/fusion_difference": Metric("ratio", "lower", 8, "fused against float model, of the largest logit"),
-    "calib/images": Metric("images", "", 0, "images that calibration saw"),
-    "calib/seconds": Metric(
-        "s", "lower", 2, "time that calibration took; images that an earlier run saw are not run again"
-    ),
-}
+# As tables list them.
+RUNTIMES = ("eager", "eager_channels_last", "torchscript", "inductor", CUDA)
 
 
 @dataclass(frozen=True)
 class Result:
     """What a job gives back: numbers, and paths of what it wrote into its folder.
 
-    metrics: by the names of METRICS; resolved: what was executed where it differs from what was asked; tags: by name;
+    metrics: by the names of `Metric`; resolved: what was executed where it differs from what was asked; tags: by name;
     doubts: sentences that the reader of the numbers must know; files: artifact path in the run -> path on disk;
     datasets: name, digest, source, context and profile of the images that were used; flavor: what MLflow needs to
     keep the INT8 model as one that it can serve, empty where there is no TorchScript.

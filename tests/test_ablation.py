@@ -10,24 +10,23 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qexp.records import METRICS, Row
+from qexp.metrics import Metric
+from qexp.records import Row
 from qexp.report import effects as ablation
 
 
 def row(name: str, accuracy: float, speedup: float | None = None, *, half: float = 0.0022, **params: str) -> Row:
     """A finished run with an interval of `half` to each side; a setting's dots are two underscores."""
     delta = accuracy - 0.9
-    metrics = {"accuracy/fp32": 0.9, "accuracy/int8": accuracy, "accuracy/delta": delta}
-    metrics |= {"accuracy/delta_low": delta - half, "accuracy/delta_high": delta + half}
-    metrics |= {} if speedup is None else {"latency/speedup": speedup}
-    assert metrics.keys() <= METRICS.keys()
+    metrics = {Metric.accuracy_fp32: 0.9, Metric.accuracy_int8: accuracy, Metric.accuracy_delta: delta}
+    metrics |= {Metric.delta_low: delta - half, Metric.delta_high: delta + half}
+    metrics |= {} if speedup is None else {Metric.speedup: speedup}
     return Row(name, name, "FINISHED", params={k.replace("__", "."): v for k, v in params.items()}, metrics=metrics)
 
 
 def on_target(row: Row, source: str, accuracy: float, delta: float) -> Row:
-    target = {"accuracy/int8_target": accuracy, "accuracy/delta_target": delta, "accuracy/target_images": 2000.0}
-    target |= {"accuracy/delta_target_low": delta - 0.01, "accuracy/delta_target_high": delta + 0.01}
-    assert target.keys() <= METRICS.keys()
+    target = {Metric.target_accuracy: accuracy, Metric.target_delta: delta, Metric.target_images: 2000.0}
+    target |= {Metric.target_delta_low: delta - 0.01, Metric.target_delta_high: delta + 0.01}
     return replace(row, metrics={**row.metrics, **target}, tags={**row.tags, "accuracy_source": source})
 
 
@@ -203,7 +202,9 @@ def by_size(drawn: dict[str, tuple[float, ...]], **params: str) -> list[Row]:
             given = {"calib__batches": batches, "calib__sampling": "n/a" if whole else "random"}
             given |= {"calib__seed": "n/a" if whole else str(seed), **params}
             made = row(f"{batches} {seed}", accuracy, **given)
-            rows.append(replace(made, metrics={**made.metrics, "calib/images": 898 if whole else 16 * int(batches)}))
+            rows.append(
+                replace(made, metrics={**made.metrics, Metric.calibration_images: 898 if whole else 16 * int(batches)})
+            )
     return rows
 
 
@@ -240,7 +241,7 @@ def test_a_size_may_be_enough_only_since_all_images_have_no_spread() -> None:
 
 def test_the_order_of_sizes_does_not_matter_and_a_seed_counts_once() -> None:
     rows = by_size(RISING)
-    by_seed = sorted(rows, key=lambda r: (r.params["calib.seed"], -r.metrics["calib/images"]))
+    by_seed = sorted(rows, key=lambda r: (r.params["calib.seed"], -r.metrics[Metric.calibration_images]))
     assert ablation.calibrations([*by_seed, *rows]) == ablation.calibrations(rows)
 
 

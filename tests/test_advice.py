@@ -14,6 +14,7 @@ from torch import nn
 from qexp import quantize
 from qexp.accuracy import target_cpu
 from qexp.config.schema import Config, Engine, Flow, Overflow, Scheme
+from qexp.metrics import Metric
 from qexp.pipeline import analyse, metrics, prepare, warnings
 from qexp.quantize import Narrowed, Side
 from qexp.quantize.saturation import emulation, kernels
@@ -70,7 +71,7 @@ def narrowed(*names: str, side: Side = Side.weights) -> tuple[Narrowed, ...]:
 
 def test_the_guard_is_explained_where_it_concerns_the_network(composed: Composed, on: Callable[..., None]) -> None:
     def why(config: Config, *given: object) -> str:
-        return analyse.why_guarded(config, prepare.resolved(config).overflow, *given)  # type: ignore[arg-type]
+        return prepare.why_guarded(config, prepare.resolved(config).overflow, *given)  # type: ignore[arg-type]
 
     on(VNNI)
     assert why(composed(), DENSE, ()) == ""
@@ -89,13 +90,14 @@ def test_the_guard_is_explained_where_it_concerns_the_network(composed: Composed
 def test_numbers_on_saturation_are_of_layers_that_saturate() -> None:
     fp32 = predicted(100, 90)
     none = metrics.of_target(fp32, answered(row("conv", 0), exact=81), 0.005)
-    assert none["saturation/layers"] == 0
-    assert none["accuracy/int8_exact"] == 0.81
-    assert not {name for name in none if name.startswith("saturation/")} - {"saturation/layers"}
+    assert none[Metric.saturation_layers] == 0
+    assert none[Metric.exact_accuracy] == 0.81
+    exact = {Metric.exact_accuracy, Metric.exact_images, Metric.saturation_layers}
+    assert {name for name in none if name.startswith("saturation/")} == exact
     some = metrics.of_target(fp32, answered(row("conv", 3)), 0.005)
-    assert some["saturation/loss"] == pytest.approx(0.08)
-    assert some["saturation/agreement"] == pytest.approx(0.92)
-    assert "saturation/sqnr_db" in some
+    assert some[Metric.saturation_loss] == pytest.approx(0.08)
+    assert some[Metric.saturation_agreement] == pytest.approx(0.92)
+    assert Metric.saturation_sqnr in some
 
 
 def said(config: Config, layers: tuple[Layer, ...], *given: object, answer: target_cpu.Answer) -> list[str]:

@@ -15,6 +15,7 @@ from qexp.config.schema import Config
 from qexp.data.builtin import ArrayDataset
 from qexp.data.splits import Data, load_data
 from qexp.errors import NotFinite
+from qexp.metrics import Metric
 from qexp.models import inference, training
 from qexp.pipeline import checks, run
 from qexp.records import Predictions
@@ -103,8 +104,8 @@ def test_a_model_that_squeezes_its_logits_can_be_evaluated_image_by_image(
         return run.run_job(config, tmp_path / "run").metrics
 
     right, squeezed = found("Net", 20), found("Squeezed", 1)
-    assert squeezed["accuracy/fp32"] == right["accuracy/fp32"]
-    assert abs(squeezed["accuracy/int8"] - right["accuracy/int8"]) < 0.1
+    assert squeezed[Metric.accuracy_fp32] == right[Metric.accuracy_fp32]
+    assert abs(squeezed[Metric.accuracy_int8] - right[Metric.accuracy_int8]) < 0.1
 
 
 @pytest.mark.parametrize("dark", [(3, 290), (290,)])

@@ -23,6 +23,7 @@ from qexp.data.splits import Data, load_data
 from qexp.errors import RunError
 from qexp.latency import protocol as latency
 from qexp.latency import shared_timings
+from qexp.metrics import Metric
 from qexp.models import architectures, inference
 from qexp.pipeline import measure, prepare
 from qexp.pipeline.run import run_job
@@ -91,7 +92,7 @@ def test_a_run_that_quantizes_as_another_did_evaluates_nothing_but_the_checks(
     kept_logits = [np.load(tmp_path / "outputs" / name / "predictions.npz")["int8"] for name in ("one", "two")]
     assert np.array_equal(*kept_logits)
     of_accuracy = [{k: v for k, v in found.metrics.items() if k[:3] in ("acc", "sat")} for found in (first, second)]
-    assert {**of_accuracy[1], "accuracy/non_inferiority_p": 0} == {**of_accuracy[0], "accuracy/non_inferiority_p": 0}
+    assert {**of_accuracy[1], Metric.non_inferiority_p: 0} == {**of_accuracy[0], Metric.non_inferiority_p: 0}
     counts.clear()
     run("three", *asked, "qconfig=per_tensor")
     assert counts.count(899) == 1
@@ -258,7 +259,7 @@ def test_of_three_observers_one_is_timed_and_two_carry_its_timing(
     assert [result.tags.get("latency_from") for result in results] == [None, "minmax (minmax)", "minmax (minmax)"]
     first, *others = ({k: v for k, v in r.metrics.items() if k.startswith("latency/")} for r in results)
     assert others == [first, first]
-    assert len({result.metrics["accuracy/sqnr_db"] for result in results}) == 3
+    assert len({result.metrics[Metric.sqnr] for result in results}) == 3
     assert caplog.text.count("latency is that of minmax (minmax)") == 2
     kept_files = [json.loads((tmp_path / "outputs" / name / "latency.json").read_text()) for name in names]
     assert [file.get("latency_from") for file in kept_files] == [None, "minmax (minmax)", "minmax (minmax)"]

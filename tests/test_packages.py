@@ -13,6 +13,7 @@ import qexp
 PACKAGE = Path(qexp.__file__).parent
 ORDER = [
     "errors",
+    "metrics",
     "records",
     "statistics",
     "system",

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from qexp.launch import progress
+from qexp.metrics import Metric
 from qexp.records import Row
 
 
@@ -20,7 +21,7 @@ class Terminal(io.StringIO):
 def row(accuracy: float | None) -> Row:
     if accuracy is None:
         return Row("", "job", "FAILED")
-    return Row("", "job", "FINISHED", metrics={"accuracy/int8": accuracy})
+    return Row("", "job", "FINISHED", metrics={Metric.accuracy_int8: accuracy})
 
 
 def test_a_bar_tells_jobs_done_failed_reused_and_the_best_so_far(

@@ -32,6 +32,7 @@ from qexp.config import code_digest, identity, schema
 from qexp.config.schema import Config
 from qexp.errors import ConfigError, InputError
 from qexp.launch import resume
+from qexp.metrics import Metric
 from qexp.records import Row
 from qexp.system import cache, machine
 
@@ -481,9 +482,14 @@ def test_a_run_of_old_whose_logits_were_no_numbers_is_not_compared_by_class() ->
 
 def test_two_runs_are_compared_by_what_they_depend_on_and_by_their_figures() -> None:
     def row(code: str, speedup: float, **tags: str) -> Row:
-        metrics = {"accuracy/fp32": 0.75, "accuracy/int8": 0.5, "latency/fp32_ms": 2.0, "latency/int8_ms": 2 / speedup}
-        metrics |= {"latency/speedup": speedup, "latency/speedup_low": 0.9 * speedup}
-        metrics |= {"latency/speedup_high": 1.1 * speedup}
+        metrics = {
+            Metric.accuracy_fp32: 0.75,
+            Metric.accuracy_int8: 0.5,
+            Metric.latency_fp32: 2.0,
+            Metric.latency_int8: 2 / speedup,
+        }
+        metrics |= {Metric.speedup: speedup, Metric.speedup_low: 0.9 * speedup}
+        metrics |= {Metric.speedup_high: 1.1 * speedup}
         return Row("id", "name", "FINISHED", metrics=metrics, tags={"code_hash": code, "torch": "2.13", **tags})
 
     text = resume.comparison(row("aaa", 2.0), row("bbb", 2.2, cpu="EPYC"), images(ANSWERS), images(ANSWERS))

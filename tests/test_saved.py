@@ -13,6 +13,7 @@ from torch.nn.utils import prune
 
 from qexp import quantize
 from qexp.config.schema import Config, Engine, Flow
+from qexp.metrics import Metric
 from qexp.pipeline import checks, run
 from qexp.runtimes import eager
 from qexp.runtimes.saved_models import float_size
@@ -96,7 +97,7 @@ def test_a_run_reports_what_its_owner_would_ship(composed: Callable[..., Config]
     checks.check_inputs([config])
     (tmp_path / "run").mkdir()
     sizes = run.run_job(config, tmp_path / "run").metrics
-    assert sizes["size/fp32_mb"] * 1e6 == pytest.approx(own_size(net, tmp_path), rel=0.01)
+    assert sizes[Metric.size_fp32] * 1e6 == pytest.approx(own_size(net, tmp_path), rel=0.01)
     int8 = (tmp_path / "run" / "model" / "int8_eager.pt").stat().st_size
-    assert sizes["size/int8_mb"] * 1e6 == int8
-    assert sizes["size/ratio"] == sizes["size/fp32_mb"] / sizes["size/int8_mb"]
+    assert sizes[Metric.size_int8] * 1e6 == int8
+    assert sizes[Metric.size_ratio] == sizes[Metric.size_fp32] / sizes[Metric.size_int8]

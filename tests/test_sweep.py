@@ -16,6 +16,7 @@ import pytest
 
 from qexp.launch import jobs, planning, progress, signals, summary, sweep, tracked_run
 from qexp.launch.job import Job
+from qexp.metrics import Metric
 from qexp.records import Result, Row
 
 
@@ -181,7 +182,8 @@ def test_after_a_swallowed_stop_nothing_else_is_begun() -> None:
 
 def test_cpus_whose_kernels_answer_otherwise_are_not_pooled() -> None:
     def row(name: str, kernels: str, **params: str) -> Row:
-        metrics = {f"accuracy/{key}": 0.8 for key in ("fp32", "int8", "delta", "delta_low", "delta_high")}
+        names = (Metric.accuracy_fp32, Metric.accuracy_int8, Metric.accuracy_delta, Metric.delta_low, Metric.delta_high)
+        metrics = dict.fromkeys(names, 0.8)
         tags = {"kernel_signature": kernels, "cpu": f"CPU {kernels}", "isa": "i", "torch": "t", "float_model": "m"}
         return Row(name, name, "FINISHED", params=params, metrics=metrics, tags=tags)
 

@@ -13,6 +13,7 @@ import pytest
 
 from qexp.accuracy import target_cpu
 from qexp.config.schema import Config, Engine, Flow, Scheme, Target
+from qexp.metrics import Metric
 from qexp.pipeline import metrics
 from qexp.pipeline.run import run_job
 from qexp.quantize.saturation import kernels
@@ -49,25 +50,25 @@ def test_a_cpu_with_vnni_is_answered_for_by_exact_sums_on_all_images(
     assert result.resolved["resolved.overflow"] == "none"
     saturates = kernels.probe().dense_saturates(Engine.fbgemm)
     assert result.tags["accuracy_source"] == ("exact" if saturates else "executed")
-    assert result.metrics["accuracy/target_images"] == 899
+    assert result.metrics[Metric.target_images] == 899
     exact = run("target=vnni", "engine=qnnpack")
     assert exact.tags["accuracy_source"] == "executed"
     assert exact.tags["saturation"] == "impossible"
     # Where it is executed, FBGEMM has rounded.
     allowed = 0 if saturates else 3 / 899
-    assert abs(result.metrics["accuracy/int8_target"] - exact.metrics["accuracy/int8"]) <= allowed
-    assert exact.metrics["accuracy/int8_target"] == exact.metrics["accuracy/int8"]
+    assert abs(result.metrics[Metric.target_accuracy] - exact.metrics[Metric.accuracy_int8]) <= allowed
+    assert exact.metrics[Metric.target_accuracy] == exact.metrics[Metric.accuracy_int8]
 
 
 def test_a_guard_makes_saturation_impossible_or_says_that_it_looked(run: Callable[..., Result], tmp_path: Path) -> None:
     guarded = run("qconfig.overflow=weights", "target=avx2")
     assert guarded.tags["saturation"] == "impossible"
     assert guarded.tags["accuracy_source"] == "executed"
-    assert "saturation/loss" not in guarded.metrics
-    assert guarded.metrics["saturation/layers"] == 0
+    assert Metric.saturation_loss not in guarded.metrics
+    assert guarded.metrics[Metric.saturation_layers] == 0
     with (tmp_path / "run" / "layers.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert sum(row["int8"] == "True" for row in rows) == guarded.metrics["quant/layers_int8"]
+    assert sum(row["int8"] == "True" for row in rows) == guarded.metrics[Metric.layers_int8]
     assert all(float(row["clipped"]) <= 1 for row in rows if row["clipped"])
 
 
@@ -79,15 +80,15 @@ def test_where_this_cpu_is_exact_the_other_one_is_emulated(
     overrides = ("target=avx2", "qconfig.overflow=none", "engine=fbgemm", "saturation.emulated_images=50")
     result = run(*overrides)
     assert result.tags["accuracy_source"] == "emulated"
-    assert result.metrics["accuracy/target_images"] == 50
+    assert result.metrics[Metric.target_images] == 50
     kept = np.load(tmp_path / "run" / "predictions.npz")
     chosen = target_cpu.spread(899, 50)
     executed = float((kept["int8"][chosen].argmax(1) == kept["labels"][chosen]).mean())
     if really.dense_saturates(Engine.fbgemm):
         # What was taken for exact is what saturates: the emulator gives the same.
-        assert result.metrics["accuracy/int8_target"] == executed
-        assert result.metrics["saturation/agreement"] == 1
-    assert result.metrics["accuracy/int8_exact"] == executed
+        assert result.metrics[Metric.target_accuracy] == executed
+        assert result.metrics[Metric.saturation_agreement] == 1
+    assert result.metrics[Metric.exact_accuracy] == executed
 
 
 def test_layers_whose_sums_cannot_be_emulated_are_named(
@@ -109,7 +110,7 @@ def test_a_cpu_with_vnni_has_depthwise_kernels_that_saturate_and_no_others(
     monkeypatch.setattr(kernels, "probe", lambda: KernelSignature("made up", probes))
     result = run("engine=fbgemm")  # which has dense layers alone
     assert result.resolved["resolved.overflow"] == "layers"
-    assert result.metrics["quant/layers_narrowed"] == 0
+    assert result.metrics[Metric.layers_narrowed] == 0
     assert result.tags["saturation"] == "impossible"
     assert "depthwise" not in caplog.text  # of which there are none
     assert not any("16-bit" in doubt for doubt in run("engine=fbgemm", "qconfig.overflow=none").doubts)

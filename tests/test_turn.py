@@ -17,6 +17,7 @@ from test_kept import TIMED
 from qexp.config import schema
 from qexp.errors import RunError
 from qexp.launch import jobs
+from qexp.metrics import Metric
 from qexp.records import Result
 
 Composed = Callable[..., schema.Config]
@@ -67,7 +68,7 @@ def one_after_the_other(
 
 
 def numbers(result: Result) -> dict[str, float]:
-    return {name: value for name, value in result.metrics.items() if name != "calib/seconds"}
+    return {name: value for name, value in result.metrics.items() if name != Metric.calibration_seconds}
 
 
 def test_the_next_job_is_begun_before_its_turn_and_gives_what_it_gives_by_itself(

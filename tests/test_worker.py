@@ -20,6 +20,7 @@ import pytest
 from qexp.config import schema
 from qexp.errors import RunError
 from qexp.latency import worker
+from qexp.metrics import Metric
 from qexp.pipeline.run import run_job
 from qexp.records import Result
 from qexp.system import machine
@@ -58,8 +59,8 @@ def test_two_processes_time_what_was_saved(job: Job, tmp_path: Path) -> None:
     pairs = {(pair["fp32"], pair["int8"], pair["batch_size"]): pair["value"] for pair in kept["speedups"]}
     assert len([fp32 for fp32, *_ in pairs if fp32 != "fp32_cuda"]) == 3 * 2 * 2
     headline = [f"{precision}_{result.tags[f'fastest.{precision}']}" for precision in ("fp32", "int8")]
-    assert pairs[headline[0], headline[1], 1] == result.metrics["latency/speedup"]
-    assert result.metrics["latency/int8_torchscript_ms"] == rows[4]["p50"]
+    assert pairs[headline[0], headline[1], 1] == result.metrics[Metric.speedup]
+    assert result.metrics[Metric.runtime_latency.of("int8_torchscript")] == rows[4]["p50"]
 
     # The same models again, but with other logits than they give.
     images = np.load(tmp_path / "run" / "predictions.npz")
@@ -102,7 +103,7 @@ def test_inductor_is_compiled_and_timed_for_fp32(job: Job, tmp_path: Path) -> No
     rows = {r["variant"]: r for r in json.loads((tmp_path / "run" / "latency.json").read_text())["rows"]}
     assert rows["fp32_inductor"]["compile_ms"] > 10 * rows["fp32_inductor"]["p50"]
     assert rows["fp32_eager"]["compile_ms"] is None
-    assert result.metrics["latency/fp32_inductor_ms"] == rows["fp32_inductor"]["p50"]
+    assert result.metrics[Metric.runtime_latency.of("fp32_inductor")] == rows["fp32_inductor"]["p50"]
     assert "int8_inductor" not in rows
 
 

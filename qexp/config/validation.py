@@ -18,6 +18,7 @@ from qexp.config.schema import (
     Scheme,
 )
 from qexp.errors import ConfigError
+from qexp.metrics import Metric
 from qexp.system import credentials
 
 # What a number that may be null must be.
@@ -25,7 +26,7 @@ NULLS = {
     "calib.batches": "a positive number, or null for all of the training images",
     "job.timeout": "a positive number of seconds, or null for no limit",
 }
-OBJECTIVES = ("accuracy/int8", "accuracy/delta", "latency/int8_ms", "latency/speedup", "size/int8_mb")
+OBJECTIVES = (Metric.accuracy_int8, Metric.accuracy_delta, Metric.latency_int8, Metric.speedup, Metric.size_int8)
 
 
 def check(config: Config, swept: Collection[str] = ()) -> None:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from tqdm import tqdm
 
+from qexp.metrics import Metric
 from qexp.records import Row
 
 _CLEAR_BELOW = "\x1b[J"
@@ -26,10 +27,10 @@ class _Jobs:
     best: float | None = None
 
     def add(self, row: Row) -> None:
-        accuracy = row.metrics.get("accuracy/int8")
+        accuracy = row.metrics.get(Metric.accuracy_int8)
         self.failed += row.status == "FAILED"
         self.best = max((value for value in (self.best, accuracy) if value is not None), default=None)
-        best = f"best INT8 {self.best:.4f}" if self.best is not None else ""
+        best = f"best INT8 {Metric.accuracy_int8.text(self.best)}" if self.best is not None else ""
         failed = f"{self.failed} failed" if self.failed else ""
         reused = f"{self.reused} reused" if self.reused else ""
         self.bar.set_postfix_str(", ".join(text for text in (best, failed, reused) if text), refresh=False)

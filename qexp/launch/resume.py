@@ -19,6 +19,7 @@ from qexp.config import conversion, identity
 from qexp.config.schema import Config
 from qexp.errors import ConfigError, InputError
 from qexp.launch import jobs
+from qexp.metrics import Metric
 from qexp.records import PRECISIONS, Row
 from qexp.report.effects import together
 from qexp.system.credentials import MASK, masked, masked_tree
@@ -294,17 +295,18 @@ def comparison(
     for tag, name in DEPENDS_ON.items():
         before, after = then.tags.get(tag, ""), now.tags.get(tag, "")
         lines.append([name, before or "?", after or "?", "" if before == after else "changed" if before else "unknown"])
-    for precision in PRECISIONS:
-        values = [row.metrics.get(f"accuracy/{precision}") for row in (then, now)]
+    for precision, metric in zip(PRECISIONS, (Metric.accuracy_fp32, Metric.accuracy_int8), strict=True):
+        values = [row.metrics.get(metric) for row in (then, now)]
         known = images_then is not None and images_now is not None
         told = images_told(images_then, images_now, precision) if known else ""  # type: ignore[arg-type]
-        lines.append([f"accuracy {precision.upper()}", *("" if v is None else f"{v:.4f}" for v in values), told])
-    for precision in PRECISIONS:
-        both = [row.metrics[name] for row in (then, now) if (name := f"latency/{precision}_ms") in row.metrics]
+        lines.append([f"accuracy {precision.upper()}", *("" if v is None else metric.text(v) for v in values), told])
+    for precision, metric in zip(PRECISIONS, (Metric.latency_fp32, Metric.latency_int8), strict=True):
+        both = [row.metrics[metric] for row in (then, now) if metric in row.metrics]
         if len(both) == 2:
             change = f"{100 * (both[1] / both[0] - 1):+.1f}%"
-            lines.append([f"latency {precision.upper()}, ms", *(f"{value:.3f}" for value in both), change])
-    intervals = [together(row, "latency/speedup", "latency/speedup_low", "latency/speedup_high") for row in (then, now)]
+            shown = (f"{value:.{metric.digits + 1}f}" for value in both)
+            lines.append([f"latency {precision.upper()}, {metric.unit}", *shown, change])
+    intervals = [together(row, Metric.speedup, Metric.speedup_low, Metric.speedup_high) for row in (then, now)]
     if all(intervals):
         apart = max(low for _, low, _ in intervals) > min(high for *_, high in intervals)
         told = "the intervals are apart" if apart else "the intervals overlap"

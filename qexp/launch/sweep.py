@@ -29,6 +29,7 @@ from qexp.launch.planning import Planned, hide_from_names, plan
 from qexp.launch.signals import Stop, stoppable, until_stopped
 from qexp.launch.summary import say_where, summary
 from qexp.launch.tracked_run import failed, say_ignored
+from qexp.metrics import Metric
 from qexp.records import Row
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def close(store: Store, parent: Run, rows: Sequence[Row], status: str, folder: P
     counts = Counter(row.status.lower() for row in rows)
     tracking.close_parent(parent, status, text, {name: counts[name] for name in ("finished", "failed", "killed")})
     print(f"\n{text}\n")
-    say_where(folder, tracking.ui(store, parent, sort_by="accuracy/int8"))
+    say_where(folder, tracking.ui(store, parent, sort_by=Metric.accuracy_int8))
 
 
 def successor(

@@ -21,6 +21,7 @@ from qexp.config.schema import (
 )
 from qexp.data.splits import Data
 from qexp.latency import protocol
+from qexp.metrics import Metric
 from qexp.models.float_model import FloatModel
 from qexp.pipeline import metrics, run_files, warnings
 from qexp.pipeline.prepare import Calibration, Saved, images_of
@@ -108,10 +109,10 @@ def result(
         **metrics.of_latency(found.timings),
         **metrics.of_size(found.saved.float_bytes, found.saved.artifacts),
         **metrics.of_layers(found.layers),
-        "quant/layers_narrowed": float(len(found.calibration.narrowed)),
-        "quant/fusion_difference": found.difference,
-        "calib/images": float(found.calibration.images),
-        "calib/seconds": found.calibration.seconds,
+        Metric.layers_narrowed: float(len(found.calibration.narrowed)),
+        Metric.fusion_difference: found.difference,
+        Metric.calibration_images: float(found.calibration.images),
+        Metric.calibration_seconds: found.calibration.seconds,
     }
     narrowed = found.calibration.narrowed
     written = run_files.written(

@@ -8,6 +8,7 @@ from qexp import statistics
 from qexp.accuracy.target_cpu import Answer
 from qexp.config.schema import Overflow
 from qexp.latency import protocol
+from qexp.metrics import Metric
 from qexp.records import Artifact, Interval, Layer, Precision, Predictions
 
 
@@ -15,20 +16,23 @@ def of_accuracy(fp32: Predictions, int8: Predictions) -> dict[str, float]:
     """Both accuracies on the same images, and their paired difference with what is known of it."""
     fp32_only, int8_only, n = statistics.discordant(fp32, int8)
     delta = statistics.tango(fp32_only, int8_only, n)
-    wilson = {name: statistics.wilson(int(p.correct.sum()), n) for name, p in (("fp32", fp32), ("int8", int8))}
+    fp32_accuracy, int8_accuracy = (statistics.wilson(int(found.correct.sum()), n) for found in (fp32, int8))
     sqnr = statistics.sqnr(fp32.logits, int8.logits)
     return {
-        **{f"accuracy/{name}": interval.value for name, interval in wilson.items()},
-        **{f"accuracy/{name}_low": interval.low for name, interval in wilson.items()},
-        **{f"accuracy/{name}_high": interval.high for name, interval in wilson.items()},
-        "accuracy/delta": delta.value,
-        "accuracy/delta_low": delta.low,
-        "accuracy/delta_high": delta.high,
-        "accuracy/mcnemar_p": statistics.mcnemar(fp32_only, int8_only),
-        "accuracy/agreement": statistics.agreement(fp32, int8),
-        "accuracy/detectable": statistics.detectable(fp32_only, int8_only, n),
-        "accuracy/kl": statistics.kl_divergence(fp32, int8),
-        **({"accuracy/sqnr_db": sqnr} if math.isfinite(sqnr) else {}),
+        Metric.accuracy_fp32: fp32_accuracy.value,
+        Metric.fp32_low: fp32_accuracy.low,
+        Metric.fp32_high: fp32_accuracy.high,
+        Metric.accuracy_int8: int8_accuracy.value,
+        Metric.int8_low: int8_accuracy.low,
+        Metric.int8_high: int8_accuracy.high,
+        Metric.accuracy_delta: delta.value,
+        Metric.delta_low: delta.low,
+        Metric.delta_high: delta.high,
+        Metric.mcnemar_p: statistics.mcnemar(fp32_only, int8_only),
+        Metric.agreement: statistics.agreement(fp32, int8),
+        Metric.detectable: statistics.detectable(fp32_only, int8_only, n),
+        Metric.kl: statistics.kl_divergence(fp32, int8),
+        **({Metric.sqnr: sqnr} if math.isfinite(sqnr) else {}),
     }
 
 
@@ -36,32 +40,32 @@ def of_target(fp32: Predictions, answer: Answer, margin: float) -> dict[str, flo
     """INT8 accuracy on the CPU that `target` means, and what 16-bit sums cost on whichever CPU has them."""
     first_only, second_only, n = statistics.discordant(fp32.at(answer.images), answer.target)
     delta = statistics.tango(first_only, second_only, n)
-    found = {
-        "accuracy/int8_target": float(answer.target.correct.mean()),
-        "accuracy/delta_target": delta.value,
-        "accuracy/delta_target_low": delta.low,
-        "accuracy/delta_target_high": delta.high,
-        "accuracy/target_images": float(n),
-        "accuracy/non_inferiority_p": statistics.non_inferiority(first_only, second_only, n, margin),
-        "saturation/layers": float(len(answer.saturating_layers)),
+    found: dict[str, float] = {
+        Metric.target_accuracy: float(answer.target.correct.mean()),
+        Metric.target_delta: delta.value,
+        Metric.target_delta_low: delta.low,
+        Metric.target_delta_high: delta.high,
+        Metric.target_images: float(n),
+        Metric.non_inferiority_p: statistics.non_inferiority(first_only, second_only, n, margin),
+        Metric.saturation_layers: float(len(answer.saturating_layers)),
     }
     loss = _lost_to_saturation(answer)
     if loss is None or answer.exact is None or answer.saturating is None:
         return found
     found |= {
-        "accuracy/int8_exact": float(answer.exact.correct.mean()),
-        "accuracy/exact_images": float(len(answer.exact.labels)),
+        Metric.exact_accuracy: float(answer.exact.correct.mean()),
+        Metric.exact_images: float(len(answer.exact.labels)),
     }
     if not answer.saturating_layers:
         # What differs between the two is how libraries round.
         return found
     sqnr = statistics.sqnr(answer.exact.logits, answer.saturating.logits)
     return found | {
-        "saturation/loss": loss.value,
-        "saturation/loss_low": loss.low,
-        "saturation/loss_high": loss.high,
-        "saturation/agreement": statistics.agreement(answer.exact, answer.saturating),
-        **({"saturation/sqnr_db": sqnr} if math.isfinite(sqnr) else {}),
+        Metric.saturation_loss: loss.value,
+        Metric.saturation_loss_low: loss.low,
+        Metric.saturation_loss_high: loss.high,
+        Metric.saturation_agreement: statistics.agreement(answer.exact, answer.saturating),
+        **({Metric.saturation_sqnr: sqnr} if math.isfinite(sqnr) else {}),
     }
 
 
@@ -102,18 +106,18 @@ def of_latency(timings: list[protocol.Timing]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for timing in first:
         summary = timing.summary
-        metrics[f"latency/{timing.variant}_ms"] = summary.p50
-        metrics[f"latency/{timing.variant}_p90_ms"] = summary.p90
+        metrics[Metric.runtime_latency.of(timing.variant)] = summary.p50
+        metrics[Metric.runtime_latency_p90.of(timing.variant)] = summary.p90
         if summary.p99 is not None:
-            metrics[f"latency/{timing.variant}_p99_ms"] = summary.p99
+            metrics[Metric.runtime_latency_p99.of(timing.variant)] = summary.p99
     fp32, int8 = fastest(first)
     ratio = protocol.speedup(fp32, int8)
     return metrics | {
-        "latency/fp32_ms": fp32.summary.p50,
-        "latency/int8_ms": int8.summary.p50,
-        "latency/speedup": ratio.value,
-        "latency/speedup_low": ratio.low,
-        "latency/speedup_high": ratio.high,
+        Metric.latency_fp32: fp32.summary.p50,
+        Metric.latency_int8: int8.summary.p50,
+        Metric.speedup: ratio.value,
+        Metric.speedup_low: ratio.low,
+        Metric.speedup_high: ratio.high,
     }
 
 
@@ -151,13 +155,13 @@ def latency_tags(timings: list[protocol.Timing], other_kernels: str = "") -> dic
 def of_size(float_bytes: int, artifacts: list[Artifact]) -> dict[str, float]:
     """Megabytes of the float model as its owner would ship it, and of the first INT8 artifact."""
     int8 = next(artifact.bytes for artifact in artifacts if artifact.variant.precision is Precision.int8)
-    return {"size/fp32_mb": float_bytes / 1e6, "size/int8_mb": int8 / 1e6, "size/ratio": float_bytes / int8}
+    return {Metric.size_fp32: float_bytes / 1e6, Metric.size_int8: int8 / 1e6, Metric.size_ratio: float_bytes / int8}
 
 
 def of_layers(layers: tuple[Layer, ...]) -> dict[str, float]:
     weighted = [layer for layer in layers if layer.kind != "batchnorm"]
     return {
-        "quant/layers_int8": float(sum(layer.int8 for layer in weighted)),
-        "quant/layers_float": float(sum(not layer.int8 for layer in weighted)),
-        "quant/batchnorm_left": float(len(layers) - len(weighted)),
+        Metric.layers_int8: float(sum(layer.int8 for layer in weighted)),
+        Metric.layers_float: float(sum(not layer.int8 for layer in weighted)),
+        Metric.batchnorm_left: float(len(layers) - len(weighted)),
     }

@@ -10,6 +10,7 @@ from qexp import quantize
 from qexp.accuracy.target_cpu import Answer
 from qexp.config.schema import Config, Engine, Flow, Overflow, Scheme, Target
 from qexp.data.splits import Data
+from qexp.metrics import Metric
 from qexp.pipeline.metrics import instead_of
 from qexp.quantize import Narrowed, supported
 from qexp.quantize.saturation import kernels
@@ -88,7 +89,7 @@ def doubts(config: Config, data: Data, layers: tuple[Layer, ...], found: Mapping
         )
     if found.get("latency_valid") == "false":
         yield "the timing can't be trusted (the tag latency_reason says why): repeat it on a quiet machine."
-    low, high = found.get("latency/speedup_low"), found.get("latency/speedup_high")
+    low, high = found.get(Metric.speedup_low), found.get(Metric.speedup_high)
     if low is not None and high is not None:
         if high < 1:
             yield f"INT8 is slower than FP32 with flow={config.flow} engine={config.engine} on this CPU."

@@ -14,6 +14,7 @@ from statistics import NormalDist, fmean
 from typing import TYPE_CHECKING
 
 from qexp.config.identity import NOT_APPLICABLE
+from qexp.metrics import Metric
 from qexp.records import Interval, Row, Source
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ SOURCES: dict[str, str] = {
     Source.exact: "with sums that don't saturate",
     Source.emulated: "with its kernels' 16-bit sums emulated",
 }
+
+# INT8 accuracy, its difference to FP32's and the ends of that difference's interval.
+EXECUTED = (Metric.accuracy_int8, Metric.accuracy_delta, Metric.delta_low, Metric.delta_high)
+ON_TARGET = (Metric.target_accuracy, Metric.target_delta, Metric.target_delta_low, Metric.target_delta_high)
 
 # Fewer pairs than this tell next to nothing about how much they vary.
 PAIRS_FOR_INTERVAL = 3
@@ -58,10 +63,8 @@ class Accuracy:
 def accuracy(row: Row) -> Accuracy | None:
     """None where the run has none."""
     source = row.tags.get("accuracy_source", "")
-    source = source if source in SOURCES and "accuracy/int8_target" in row.metrics else ""
-    on = "_target" if source else ""
-    names = ("fp32", f"int8{on}", f"delta{on}", f"delta{on}_low", f"delta{on}_high")
-    found = together(row, *(f"accuracy/{name}" for name in names))
+    source = source if source in SOURCES and Metric.target_accuracy in row.metrics else ""
+    found = together(row, Metric.accuracy_fp32, *(ON_TARGET if source else EXECUTED))
     if not found:
         return None
     fp32, int8, delta, low, high = found
@@ -164,8 +167,8 @@ def _effect(
     from qexp import statistics
 
     differences = [b.comparable - a.comparable for (_, a), (_, b) in pairs]
-    speedups = [together(row, "latency/speedup") for row, _ in group]
-    steps = [(together(a, "latency/speedup"), together(b, "latency/speedup")) for (a, _), (b, _) in pairs]
+    speedups = [together(row, Metric.speedup) for row, _ in group]
+    steps = [(together(a, Metric.speedup), together(b, Metric.speedup)) for (a, _), (b, _) in pairs]
     return Effect(
         setting,
         choice,
@@ -306,7 +309,7 @@ def _sizes(runs: Sequence[Run]) -> tuple[Size, ...]:
         result.append(
             Size(
                 None if batches == "null" else int(batches),
-                first.metrics.get("calib/images"),
+                first.metrics.get(Metric.calibration_images),
                 tuple(found.comparable for _, found in group.values()),
                 exact=batches == "null" and NOT_APPLICABLE in group,
             )

@@ -15,12 +15,21 @@ from statistics import fmean, median, stdev
 from tabulate import tabulate
 
 from qexp.config.identity import NOT_APPLICABLE
-from qexp.records import PRECISIONS, VARIANTS, Interval, Row
+from qexp.metrics import Metric
+from qexp.records import PRECISIONS, RUNTIMES, Interval, Row
 from qexp.report import effects
 from qexp.report.effects import finished, together
 
 # With more runs than this, the table of latencies shows their range instead of each.
 MOST_RUNS = 12
+
+# The headings of the columns.
+ACCURACY = f"{Metric.accuracy_fp32.heading} → {Metric.accuracy_int8.heading}"
+POINTS = f"{Metric.accuracy_delta.heading} [95%]"
+LATENCY = f"{Metric.latency_int8.heading}, {Metric.latency_int8.unit}"
+SPEEDUP = f"{Metric.speedup.heading} [95%]"
+SIZE = f"{Metric.size_int8.heading}, {Metric.size_int8.unit}"
+LAYERS = Metric.layers_int8.heading
 
 # Sizes of saved models that differ by less are said once, below the table.
 SAME_SIZE = 0.02
@@ -69,7 +78,7 @@ def line(row: Row) -> str:
     """One finished run in one line, without headings."""
     cells, accuracy = _cells(row), effects.accuracy(row)
     if accuracy and accuracy.source:
-        cells["FP32 → INT8"] += f" ({accuracy.source})"
+        cells[ACCURACY] += f" ({accuracy.source})"
     cells["verdict"] = row.tags.get("verdict", "").split(";")[0]
     return "  ".join(cell for cell in cells.values() if cell)
 
@@ -92,20 +101,25 @@ def _table(lines: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
 def _cells(row: Row) -> dict[str, str]:
     """The row by the headings of its columns, empty where nothing is known."""
     accuracy, doubt = effects.accuracy(row), _untrusted(row)
-    ms = together(row, "latency/fp32_ms", "latency/int8_ms")
-    speedup = together(row, "latency/speedup", "latency/speedup_low", "latency/speedup_high")
-    size = together(row, "size/fp32_mb", "size/int8_mb")
-    layers = together(row, "quant/layers_int8", "quant/layers_float")
+    ms = together(row, Metric.latency_fp32, Metric.latency_int8)
+    speedup = together(row, Metric.speedup, Metric.speedup_low, Metric.speedup_high)
+    size = together(row, Metric.size_fp32, Metric.size_int8)
+    layers = together(row, Metric.layers_int8, Metric.layers_float)
+    ratio, *ends = map(Metric.speedup.text, speedup) if speedup else ("",)
     return {
         "run": row.name,
-        "FP32 → INT8": f"{accuracy.fp32:.4f} → {accuracy.int8:.4f}" if accuracy else "",
-        "points [95%]": f"{100 * accuracy.delta.value:+.2f} {_ends(accuracy.delta)}" if accuracy else "",
+        ACCURACY: _arrow(Metric.accuracy_int8, accuracy.fp32, accuracy.int8) if accuracy else "",
+        POINTS: f"{_signed(accuracy.delta.value)} {_ends(accuracy.delta)}" if accuracy else "",
         "verdict": _short(row),
-        "latency, ms": f"{' → '.join(map(_ms, ms))}{doubt}" if ms else "",
-        "speedup [95%]": "{:.2f}×{} [{:.2f}, {:.2f}]".format(speedup[0], doubt, *speedup[1:]) if speedup else "",
-        "size, MB": "{:.2f} → {:.2f}".format(*size) if size else "",
-        "INT8 layers": f"{layers[0]:.0f} of {sum(layers):.0f}" if layers else "",
+        LATENCY: f"{_arrow(Metric.latency_int8, *ms)}{doubt}" if ms else "",
+        SPEEDUP: f"{ratio}×{doubt} [{', '.join(ends)}]" if speedup else "",
+        SIZE: _arrow(Metric.size_int8, *size) if size else "",
+        LAYERS: f"{layers[0]:.0f} of {sum(layers):.0f}" if layers else "",
     }
+
+
+def _arrow(metric: Metric, fp32: float, int8: float) -> str:
+    return f"{metric.text(fp32)} → {metric.text(int8)}"
 
 
 def _notes(row: Row) -> dict[str, list[str]]:
@@ -114,13 +128,13 @@ def _notes(row: Row) -> dict[str, list[str]]:
     accuracy, notes = effects.accuracy(row), {"run": [*doubts(row), *([carried] if carried else [])]}
     if accuracy and accuracy.source:
         # Not of what ran here, and maybe not of all images.
-        images, target = row.metrics.get("accuracy/target_images"), effects.value(row, "target")
+        images, target = row.metrics.get(Metric.target_images), effects.value(row, "target")
         number = "" if images is None else f" on {images:,.0f} images"
         cpu = f"target={target}" if target != NOT_APPLICABLE else "the target's CPU"
         how = f"{effects.SOURCES[accuracy.source]},{number}"
-        notes["FP32 → INT8"] = [f"accuracy on {cpu}, {how}: this CPU's kernels give another."]
+        notes[ACCURACY] = [f"accuracy on {cpu}, {how}: this CPU's kernels give another."]
     if carried := row.tags.get("latency_from"):
-        notes["latency, ms"] = [f"timed by {carried}, whose INT8 model executes the same operators."]
+        notes[LATENCY] = [f"timed by {carried}, whose INT8 model executes the same operators."]
     if added := _verdict(row)["added"]:
         notes["verdict"] = [added]
     return notes
@@ -150,41 +164,41 @@ def _legend(done: Sequence[Row]) -> list[str]:
 def _shared(done: Sequence[Row]) -> dict[str, str]:
     """By column, what all runs share and is said once below the table; of a single run only the verdict."""
     verdicts = {row.tags.get("verdict", "") for row in done}
-    layers = {_cells(row)["INT8 layers"] for row in done}
+    layers = {_cells(row)[LAYERS] for row in done}
     result = {"verdict": verdicts.pop()} if len(verdicts) == 1 else {}
     if len(done) > 1:
-        result["INT8 layers"] = f"{layers.pop()} layers in INT8" if len(layers) == 1 and layers != {""} else ""
-        result["size, MB"] = _shared_size([together(row, "size/fp32_mb", "size/int8_mb") for row in done])
+        result[LAYERS] = f"{layers.pop()} layers in INT8" if len(layers) == 1 and layers != {""} else ""
+        result[SIZE] = _shared_size([together(row, Metric.size_fp32, Metric.size_int8) for row in done])
     return {column: text for column, text in result.items() if text}
 
 
 def _shared_size(sizes: Sequence[Sequence[float]]) -> str:
-    if not all(sizes) or len({f"{fp32:.2f}" for fp32, _ in sizes}) > 1:
+    text = Metric.size_int8.text
+    if not all(sizes) or len({text(fp32) for fp32, _ in sizes}) > 1:
         return ""
     low, high = min(int8 for _, int8 in sizes), max(int8 for _, int8 in sizes)
     if high > (1 + SAME_SIZE) * low:
         return ""
-    to = "" if f"{low:.2f}" == f"{high:.2f}" else f" to {high:.2f}"
-    return f"{sizes[0][0]:.2f} → {low:.2f}{to} MB"
+    to = "" if text(low) == text(high) else f" to {text(high)}"
+    return f"{_arrow(Metric.size_int8, sizes[0][0], low)}{to} {Metric.size_int8.unit}"
 
 
 def _ends(interval: Interval) -> str:
-    """Fractions as points."""
-    return f"[{100 * interval.low:+.2f}, {100 * interval.high:+.2f}]"
+    """The ends of an interval of fractions, in points."""
+    return f"[{_signed(interval.low)}, {_signed(interval.high)}]"
+
+
+def _points(fraction: float, sign: str = "") -> str:
+    """A fraction in points, its hundredths. sign: `+` for one also where it is positive."""
+    return f"{100 * fraction:{sign}.{Metric.accuracy_delta.digits - 2}f}"
+
+
+def _signed(difference: float) -> str:
+    return _points(difference, "+")
 
 
 def _untrusted(row: Row) -> str:
     return "?" if row.tags.get("latency_valid") == "false" else ""
-
-
-def _ms(value: float) -> str:
-    return f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
-
-
-# The metric of each variant's p50, and the variant.
-P50 = {
-    f"latency/{precision}_{variant}_ms": f"{precision}_{variant}" for precision in PRECISIONS for variant in VARIANTS
-}
 
 
 def latencies(rows: Sequence[Row]) -> str:
@@ -194,14 +208,14 @@ def latencies(rows: Sequence[Row]) -> str:
     MOST_RUNS their lowest, median and highest. The heading names the pair that the speedup compares, the fastest of
     each precision; where it isn't the same in all runs, it has a `*`. Empty where nothing was timed.
     """
-    timed = [row for row in finished(rows) if P50.keys() & row.metrics.keys()]
-    columns = [name for name in P50 if any(name in row.metrics for row in timed)]
+    timed = [row for row in finished(rows) if _p50s(row)]
+    columns = sorted({variant for row in timed for variant in _p50s(row)}, key=_place)
     if not timed:
         return ""
     pairs = Counter(map(_headline, timed))
     shared, each = len(pairs) == 1, len(timed) <= MOST_RUNS
     del pairs[()]
-    heading = ["latency, ms (p50)"]
+    heading = [f"{Metric.runtime_latency.heading}, {Metric.runtime_latency.unit} (p50)"]
     if pairs and shared:
         heading.append(f"the speedup is {_over(*pairs)}")
     elif pairs:
@@ -216,32 +230,47 @@ def latencies(rows: Sequence[Row]) -> str:
     return "\n".join(["; ".join(heading), _table(lines[1:], lines[0])])
 
 
+def _p50s(row: Row) -> dict[str, float]:
+    """p50 in ms of each variant, `<precision>_<runtime>`, that was timed."""
+    return Metric.runtime_latency.within(row.metrics)
+
+
+def _place(variant: str) -> tuple[int, int, str]:
+    """Where a variant stands in tables: FP32 first, then by its runtime."""
+    precision, _, runtime = variant.partition("_")
+    return PRECISIONS.index(precision), RUNTIMES.index(runtime) if runtime in RUNTIMES else len(RUNTIMES), runtime
+
+
 def _each_pair(row: Row, columns: Sequence[str]) -> list[list[str]]:
-    fp32, int8 = ([name for name in columns if P50[name].startswith(precision)] for precision in PRECISIONS)
-    lines = [["", "ms", *(f"over {_spoken(P50[name])}, {_p50(row, name)} ms" for name in int8)]]
+    ms = _p50s(row)
+    fp32, int8 = ([name for name in columns if name.startswith(precision)] for precision in PRECISIONS)
+    lines = [["", "ms", *(f"over {_spoken(name)}, {_p50(row, name)} ms" for name in int8)]]
     for a in fp32:
-        ratios = [f"{row.metrics[a] / row.metrics[b]:.2f}×" for b in int8]
-        lines.append([_spoken(P50[a]), _p50(row, a), *ratios])
+        lines.append([_spoken(a), _p50(row, a), *(f"{Metric.speedup.text(ms[a] / ms[b])}×" for b in int8)])
     return lines
 
 
 def _each_run(timed: Sequence[Row], columns: Sequence[str], starred: bool) -> list[list[str]]:
-    lines = [["run", *(_spoken(P50[name]) for name in columns)]]
+    lines = [["run", *map(_spoken, columns)]]
     for row in timed:
         compared = _headline(row) if starred else ()
-        lines.append([row.name, *(_p50(row, name, "*" if P50[name] in compared else "") for name in columns)])
+        lines.append([row.name, *(_p50(row, name, "*" if name in compared else "") for name in columns)])
     return lines
 
 
 def _lowest_to_highest(timed: Sequence[Row], columns: Sequence[str]) -> list[list[str]]:
-    known = [[row.metrics[name] for row in timed if name in row.metrics] for name in columns]
+    known = [[ms[name] for row in timed if name in (ms := _p50s(row))] for name in columns]
     ways: dict[str, Callable[[list[float]], float]] = {"lowest": min, "median": median, "highest": max}
-    lines = [["run", *(_spoken(P50[name]) for name in columns)]]
-    return lines + [[f"{label} of {len(timed)}", *(_ms(way(v)) for v in known)] for label, way in ways.items()]
+    lines = [["run", *map(_spoken, columns)]]
+    return lines + [
+        [f"{label} of {len(timed)}", *(Metric.runtime_latency.text(way(v)) for v in known)]
+        for label, way in ways.items()
+    ]
 
 
-def _p50(row: Row, name: str, mark: str = "") -> str:
-    return f"{_ms(row.metrics[name])}{mark}{_untrusted(row)}" if name in row.metrics else ""
+def _p50(row: Row, variant: str, mark: str = "") -> str:
+    ms = _p50s(row).get(variant)
+    return "" if ms is None else f"{Metric.runtime_latency.text(ms)}{mark}{_untrusted(row)}"
 
 
 def _headline(row: Row) -> tuple[str, ...]:
@@ -268,10 +297,10 @@ def effects_text(rows: Sequence[Row]) -> str:
             "setting": effect.setting,
             "value": effect.value,
             "runs": str(effect.runs),
-            "INT8 accuracy": f"{effect.accuracy:.4f}",
-            "points to first": "" if effect.delta_accuracy is None else f"{100 * effect.delta_accuracy:+.2f}",
+            "INT8 accuracy": Metric.accuracy_int8.text(effect.accuracy),
+            "points to first": "" if effect.delta_accuracy is None else _signed(effect.delta_accuracy),
             "[95%]": _ends(effect.interval) if effect.interval else "",
-            "speedup": "" if effect.speedup is None else f"{effect.speedup:.2f}×",
+            "speedup": "" if effect.speedup is None else f"{Metric.speedup.text(effect.speedup)}×",
             "to first": "" if effect.delta_speedup is None else f"{effect.delta_speedup:+.2f}",
         }
         for effect in found
@@ -302,9 +331,9 @@ def draws(rows: Sequence[Row]) -> str:
         [
             *group.settings.values(),
             str(len(group.accuracies)),
-            *(f"{number(group.accuracies):.4f}" for number in (fmean, min, max)),
-            f"{100 * stdev(group.accuracies):.2f}",
-            f"±{100 * group.sampling:.2f}",
+            *(Metric.accuracy_int8.text(number(group.accuracies)) for number in (fmean, min, max)),
+            _points(stdev(group.accuracies)),
+            f"±{_points(group.sampling)}",
         ]
         for group in found
     ]
@@ -319,7 +348,7 @@ def draws(rows: Sequence[Row]) -> str:
 def _larger(found: Sequence[effects.Draws]) -> str:
     """Which source of chance is the larger, if that can be told; by calibration size, since that sets the spread."""
     spreads, number = effects.spreads(found), sum(len(group.accuracies) for group in found)
-    images = f"{100 * spreads.images:.2f} between test images"
+    images = f"{_points(spreads.images)} between test images"
     size = next((name for name in found[0].settings if name in effects.CALIBRATION), None)
     if size:
         told: dict[str, list[str]] = {}
@@ -335,8 +364,8 @@ def _larger(found: Sequence[effects.Draws]) -> str:
     else:
         said = f"the {a} seem to be the larger source of chance, but {number} draws can't settle it"
     overall = "" if len(found) == 1 else " over all settings"
-    within = f"95% [{100 * spreads.draws.low:.2f}, {100 * spreads.draws.high:.2f}]"
-    between = f"{100 * spreads.draws.value:.2f} between draws{overall} ({within})"
+    within = f"95% [{_points(spreads.draws.low)}, {_points(spreads.draws.high)}]"
+    between = f"{_points(spreads.draws.value)} between draws{overall} ({within})"
     return f"As standard deviations, {between} against {images}: {said}."
 
 
@@ -364,18 +393,18 @@ def _reading(found: effects.Calibration) -> str:
     start, largest = sizes[plateau.index], sizes[-1]
     if start is largest:
         gain = plateau.gains[-1]
-        brings = f"{_label(largest)}, {100 * gain.value:+.2f} points {_ends(gain)} over {_label(sizes[-2])}"
+        brings = f"{_label(largest)}, {_signed(gain.value)} points {_ends(gain)} over {_label(sizes[-2])}"
         if largest.batches is None:
             return f"accuracy rises up to {brings}: more calibration helps, and there is no more."
         return f"accuracy still rises at the largest size tried, {brings}: more may help."
     text = f"from {_label(start)} on no rise of the mean accuracy is shown"
     most = max(gain.high for gain in plateau.gains)
     worst, gain = min(zip(sizes[plateau.index + 1 :], plateau.gains, strict=True), key=lambda pair: pair[1].high)
-    worse = f"worse, {_label(worst)} by {100 * gain.value:+.2f} points {_ends(gain)}."
+    worse = f"worse, {_label(worst)} by {_signed(gain.value)} points {_ends(gain)}."
     if most <= 0:
         return f"{text}, and every larger size is {worse}"
-    text += f", but one of up to {100 * most:.2f} points is possible (95%; SD of draws {100 * plateau.spread:.2f})"
-    error = f"the sampling error of a run (±{100 * found.sampling:.2f})"
+    text += f", but one of up to {_points(most)} points is possible (95%; SD of draws {_points(plateau.spread)})"
+    error = f"the sampling error of a run (±{_points(found.sampling)})"
     if found.enough is None:
         text += f", and more than {error} at every size: more draws (calib.seed) would tell"
     elif found.enough <= plateau.index:
@@ -402,5 +431,5 @@ def _undecided(sizes: Sequence[effects.Size]) -> str:
     means = [fmean(size.accuracies) for size in sizes]
     return (
         "the draws of a size don't differ on these test images, so there is no spread to hold the sizes against; "
-        f"their mean accuracies lie within {100 * (max(means) - min(means)):.2f} points."
+        f"their mean accuracies lie within {_points(max(means) - min(means))} points."
     )

@@ -9,6 +9,7 @@ import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
 
+from qexp.metrics import Metric
 from qexp.system.credentials import masked
 from qexp.tracking.run import PARENT_TAG, Run
 from qexp.tracking.store import Store
@@ -22,7 +23,7 @@ class Ui:
     url: str
 
 
-def ui(store: Store, run: Run, sort_by: str = "accuracy/int8") -> Ui:
+def ui(store: Store, run: Run, sort_by: Metric = Metric.accuracy_int8) -> Ui:
     """How to open MLflow's UI on exactly a sweep's runs, given its parent, or on the page of a single run.
 
     sort_by: the metric that a sweep's runs are listed by.
@@ -36,7 +37,8 @@ def ui(store: Store, run: Run, sort_by: str = "accuracy/int8") -> Ui:
     else:
         # Sorted by time, as it is by default, the UI folds all children away under their parent.
         query["searchFilter"] = f"tags.`{PARENT_TAG}` = '{run.id}'"
-        query["orderByKey"], query["orderByAsc"] = f"metrics.`{sort_by}`", "false"
+        query["orderByKey"] = f"metrics.`{sort_by}`"
+        query["orderByAsc"] = str(sort_by.better == "lower").lower()
     url = f"{where}?{urllib.parse.urlencode(query, quote_via=urllib.parse.quote)}"
     if not local:
         return Ui(None, url)

@@ -28,6 +28,7 @@ from mlflow.pyfunc import save_model
 from mlflow.types.schema import Schema, TensorSpec
 
 from qexp.errors import InputError, RunError, without_values
+from qexp.metrics import Metric as MetricName
 from qexp.records import Row
 from qexp.system import machine
 from qexp.system.credentials import masked
@@ -435,7 +436,7 @@ def close_parent(
 
     def contents() -> None:
         parent.log_result(
-            {f"jobs/{name}": float(count) for name, count in counts.items()},
+            {MetricName.jobs.of(name): float(count) for name, count in counts.items()},
             artifacts={"table.txt": table, **(artifacts or {})},
         )
 

@@ -1,0 +1,67 @@
+"""The metrics' names, which users' queries and charts depend on, and how their values are shown."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from qexp.metrics import Metric, described
+
+NAMES = """
+accuracy/fp32 accuracy/int8 accuracy/delta
+latency/fp32_ms latency/int8_ms latency/speedup
+size/fp32_mb size/int8_mb size/ratio
+uncertainty/delta_low uncertainty/delta_high uncertainty/speedup_low uncertainty/speedup_high
+uncertainty/fp32_low uncertainty/fp32_high uncertainty/int8_low uncertainty/int8_high
+uncertainty/mcnemar_p uncertainty/non_inferiority_p uncertainty/detectable
+fidelity/agreement fidelity/kl fidelity/sqnr_db
+runtime_accuracy/<runtime> runtime_agreement/<runtime>
+runtime_latency/<variant>_ms runtime_latency/<variant>_p90_ms runtime_latency/<variant>_p99_ms
+target/accuracy target/delta target/delta_low target/delta_high target/images
+saturation/exact_accuracy saturation/exact_images
+saturation/loss saturation/loss_low saturation/loss_high saturation/agreement saturation/sqnr_db saturation/layers
+quant/layers_int8 quant/layers_float quant/layers_narrowed quant/batchnorm_left quant/fusion_difference
+calib/images calib/seconds
+jobs/<status>
+"""
+
+
+def test_metrics_have_the_names_that_queries_and_charts_depend_on() -> None:
+    assert {str(metric) for metric in Metric} == set(NAMES.split())
+
+
+def test_every_name_of_a_metric_leads_to_its_entry() -> None:
+    for metric in Metric:
+        assert described(metric.of("int8_eager")) is metric
+    assert described("accuracy/int8_x") is described("latency/int8_eager_ms") is None
+    assert described("runtime_latency/int8_eager_channels_last_p90_ms") is Metric.runtime_latency_p90
+
+
+def test_the_metrics_of_variants_are_read_back_by_variant() -> None:
+    metrics = {
+        Metric.runtime_latency.of("int8_eager"): 1.0,
+        Metric.runtime_latency_p90.of("int8_eager"): 2.0,
+        Metric.latency_int8: 1.0,
+    }
+    assert Metric.runtime_latency.within(metrics) == {"int8_eager": 1.0}
+    assert Metric.runtime_latency_p90.within(metrics) == {"int8_eager": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "text"),
+    [
+        (Metric.accuracy_int8, 0.85, "0.8500"),
+        (Metric.latency_int8, 4.904, "4.90"),
+        (Metric.latency_int8, 0.0344, "0.034"),
+        (Metric.latency_int8, 0.0, "0.00"),
+        (Metric.layers_int8, 7.0, "7"),
+        (Metric.size_int8, 0.0223, "0.022"),
+    ],
+)
+def test_values_are_shown_with_the_metrics_digits(metric: Metric, value: float, text: str) -> None:
+    assert metric.text(value) == text
+
+
+def test_a_metric_survives_the_way_to_another_process() -> None:
+    assert pickle.loads(pickle.dumps(Metric.kl)) is Metric.kl
