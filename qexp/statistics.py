@@ -60,8 +60,14 @@ def sqnr(reference: np.ndarray, other: np.ndarray) -> float:
     if reference.shape != other.shape:
         raise ValueError(f"shapes differ: {reference.shape} and {other.shape}")
     signal = reference.astype(np.float64)
-    noise = float(np.sum((signal - other) ** 2))
-    return math.inf if noise == 0 else float(10 * np.log10(np.sum(signal**2) / noise))
+    return decibels(float(np.sum(signal**2)), float(np.sum((signal - other) ** 2)))
+
+
+def decibels(signal: float, noise: float) -> float:
+    """10 log10(signal / noise), of two sums of squares. Infinite without noise, -inf without a signal in it."""
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
 def _check_paired(first: Predictions, second: Predictions) -> None:

@@ -307,13 +307,16 @@ def test_a_model_that_does_not_fit_is_refused_in_a_sentence(spec: dict[str, Any]
         ({"_target_": "resnet18"}, "is not a dotted path"),
         ({"_target_": "models/net.py"}, "is not a dotted path"),
         ({"_target_": "nosuch.Net"}, "there is no module nosuch, neither installed nor in"),
-        ({"_target_": "qexp.models.architectures.resnet81"}, r"qexp\.nets has no resnet81 \(did you mean resnet18"),
+        (
+            {"_target_": "qexp.models.architectures.resnet81"},
+            r"qexp\.models\.architectures has no resnet81 \(did you mean resnet18",
+        ),
         ({"_target_": "qexp.models.architectures"}, "is a module; name a class or a function"),
         ({"_target_": "torch.nn.Module.eval"}, "is a method of an object"),
         (here("made"), "is an object, made already"),
         (
             model("resnet18", stemm="x"),
-            r"model\.stemm=x: qexp\.nets\.resnet18 takes stem, num_classes \(did you mean stem",
+            r"model\.stemm=x: qexp\.models\.architectures\.resnet18 takes stem, num_classes \(did you mean stem",
         ),
         ({"_target_": "torch.nn.Linear", "in_features": 3}, r"needs model\.out_features; set it"),
         (
@@ -321,7 +324,7 @@ def test_a_model_that_does_not_fit_is_refused_in_a_sentence(spec: dict[str, Any]
             r"model\.net\.wdith=1: .* width",
         ),
         (model("tiny", checkpoint="a.pt", weights="DEFAULT"), "are both set; leave one out"),
-        (model("tiny", weights="DEFAULT"), r"torchvision has no weights for qexp\.nets\.tiny"),
+        (model("tiny", weights="DEFAULT"), r"torchvision has no weights for qexp\.models\.architectures\.tiny"),
         (model("resnet50", weights="IMAGENET"), "torchvision has IMAGENET1K_V1, IMAGENET1K_V2"),
         (model("resnet18", weights="IMAGENET1K_V1", stem="cifar"), r"model\.stem=cifar"),
     ],

@@ -16,7 +16,6 @@ import hashlib
 import importlib.util
 import logging
 import os
-import urllib.request
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -28,9 +27,9 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 from PIL import Image
-from tqdm import tqdm
 
 from qexp.errors import InputError, one_line
+from qexp.system.download import download
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,6 @@ _NOT_CLASSES = frozenset(
     {"__macosx", "@eadir", "__pycache__", "lost+found", "$recycle.bin", "system volume information"}
 )
 _TEST_NAMES = ("test", "val", "valid", "validation")
-_TIMEOUT = 10.0
 
 
 class ArrayDataset:
@@ -160,32 +158,19 @@ def _download_lock(root: str) -> AbstractContextManager[Any]:
 
 
 def _fetch(urls: Sequence[str], path: Path, md5: str, name: str) -> None:
-    """Download one of `urls` to `path`, whole or not at all.
+    """Download one of `urls` to `path`, where it is not there already.
 
     torchvision's own download has no time-out, writes its bar where there is no terminal, and leaves partial files.
     """
     if path.is_file() and _md5(path) == md5:
         return
-    partial = path.with_name(path.name + ".part")
     failures = []
     for url in urls:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            request = urllib.request.Request(url, headers={"User-Agent": "qexp"})
-            with urllib.request.urlopen(request, timeout=_TIMEOUT) as response, partial.open("wb") as file:
-                total = int(response.headers.get("Content-Length") or 0) or None
-                with tqdm(desc=f"download {name}", total=total, unit="B", unit_scale=True, disable=None) as bar:
-                    while chunk := response.read(1 << 16):
-                        file.write(chunk)
-                        bar.update(len(chunk))
-            if _md5(partial) == md5:
-                partial.replace(path)
-                return
-            failures.append(f"{url} gave something else")
+            download(url, path, lambda file: _md5(file) == md5)
+            return
         except OSError as error:
             failures.append(f"{url}: {getattr(error, 'reason', None) or error}")
-        finally:
-            partial.unlink(missing_ok=True)
     raise InputError(
         f"{name} is not under dataset.root={_root_of(path)}, and can't be downloaded ({'; '.join(failures)}); put a"
         f" copy of {path.name} at {path}, or use dataset=digits, which needs no download."

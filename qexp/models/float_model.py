@@ -15,7 +15,6 @@ import os
 import random
 import re
 import sys
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +26,6 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from tqdm import tqdm
 
 from qexp.config import code_digest, schema
 from qexp.config.instantiation import locate, resolve, takes
@@ -36,12 +34,13 @@ from qexp.errors import ConfigError, InputError, QexpError, one_line
 from qexp.models.checkpoints import load_checkpoint
 from qexp.models.training import choose_device, train
 from qexp.models.wrappers import unwrapped
+from qexp.system.cache import digest_of
+from qexp.system.download import download
 from qexp.system.torchvision_import import torchvision
 
 log = logging.getLogger(__name__)
 
 RESERVED = frozenset({"checkpoint", "weights"})  # keys of `model` that are not arguments of its target
-_DOWNLOAD_TIMEOUT = 15.0  # seconds without an answer
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,27 +273,14 @@ def _download(setting: str, url: str) -> None:
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if path.exists():
         return
-    part = path.with_name(f"{name}.{os.getpid()}.part")
+    expected = re.search(r"-([0-9a-f]{8,})\.", name)  # torchvision's files carry the head of their SHA-256
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=_DOWNLOAD_TIMEOUT) as answer, part.open("wb") as file:
-            size = int(answer.headers.get("Content-Length", 0)) or None
-            with tqdm(total=size, desc=name, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-                while block := answer.read(1 << 20):
-                    file.write(block)
-                    bar.update(len(block))
-        digest = hashlib.sha256(part.read_bytes()).hexdigest()
-        expected = re.search(r"-([0-9a-f]{8,})\.", name)  # torchvision's files carry the head of their SHA-256
-        if expected and not digest.startswith(expected[1]):
-            raise OSError(f"the file that came has SHA-256 {digest[:8]}, not {expected[1]}")
-        part.replace(path)
+        download(url, path, lambda file: expected is None or digest_of(file).startswith(expected[1]))
     except OSError as error:
         raise InputError(
             f"{setting}: {url} can't be fetched ({one_line(error)}); put the file into {path.parent} by hand,"
             " or give one as model.checkpoint."
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # ---- trained once, and kept ----

@@ -14,7 +14,6 @@ both sides: what the clamp takes away is no loss, and `qconfig.range_after_clamp
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -37,6 +36,7 @@ from qexp.quantize.torch_backend.engines import engine as torch_engine
 from qexp.quantize.torch_backend.ignored_quant_max import clamped, highest_code
 from qexp.quantize.torch_backend.onednn_strided_pointwise import AfterStride
 from qexp.records import Fidelity
+from qexp.statistics import decibels
 
 
 def layer_fidelity(
@@ -72,8 +72,8 @@ def layer_fidelity(
         Fidelity(
             name=label,
             kind=one.kind,
-            sqnr_db=_decibels(one.signal, one.error),
-            own_sqnr_db=None if one.own_error is None else _decibels(one.signal, one.own_error),
+            sqnr_db=decibels(one.signal, one.error),
+            own_sqnr_db=None if one.own_error is None else decibels(one.signal, one.own_error),
             weight_sqnr_db=flow_models.weight_sqnr_db(label),
             clipped=one.outside / one.values,
             scale=one.grid.scale,
@@ -153,12 +153,6 @@ def _squares(values: Tensor) -> float:
     runs = torch.linalg.vector_norm(flat[:whole].view(-1, _RUN), dim=1).double()
     rest = flat[whole:].double()
     return float(runs @ runs + rest @ rest)
-
-
-def _decibels(signal: float, error: float) -> float:
-    if error == 0:
-        return math.inf
-    return 10 * math.log10(signal / error) if signal > 0 else -math.inf
 
 
 # ------------------------------------------------------------------------------------------------ the two passes
@@ -421,7 +415,7 @@ def _weight_sqnr_db(fused: nn.Module, int8: nn.Module, name: str) -> float | Non
     if not isinstance(expected, Tensor) or not callable(actual):
         return None
     weight = expected.detach()
-    return _decibels(_squares(weight), _squares(actual().dequantize() - weight))
+    return decibels(_squares(weight), _squares(actual().dequantize() - weight))
 
 
 # ------------------------------------------------------------------------------------------------ flow=fx

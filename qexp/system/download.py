@@ -1,0 +1,36 @@
+"""Files from the network, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+TIMEOUT = 15.0  # seconds without an answer
+_CHUNK = 1 << 16
+
+
+def download(url: str, path: Path, is_right: Callable[[Path], bool]) -> None:
+    """Fetch `url` to `path`, whose folder is made, with a progress bar where there is a terminal.
+
+    is_right: checks the file that came, before it takes its place. Raises OSError, whose text says why `url` could not
+    be fetched; no partial file stays then.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    request = urllib.request.Request(url, headers={"User-Agent": "qexp"})
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as response, partial.open("wb") as file:
+            total = int(response.headers.get("Content-Length") or 0) or None
+            with tqdm(desc=path.name, total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+                while chunk := response.read(_CHUNK):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+        if not is_right(partial):
+            raise OSError("the file that came has another checksum than it should")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
