@@ -17,6 +17,7 @@ from conftest import ROOT
 from test_tracking import free_port, settings
 
 from qexp import tracking
+from qexp.errors import InputError
 from qexp.tracking import databases, values
 
 FIRST, SECOND, GROUP = 54_001, 54_002, 54_003
@@ -92,7 +93,7 @@ def test_a_database_that_another_process_holds_is_not_said_to_be_broken(
         connection.execute("CREATE TABLE t (x)")
         connection.commit()
         connection.execute("BEGIN IMMEDIATE")
-        with pytest.raises(tracking.InputError, match=rf"{database} has been locked by another process"):
+        with pytest.raises(InputError, match=rf"{database} has been locked by another process"):
             databases._check_sqlite(database, "outputs=x")
     databases._check_sqlite(database, "outputs=x")
     assert sqlite3.connect(database).execute("SELECT name FROM sqlite_master").fetchall() == [("t",)]
