@@ -30,11 +30,11 @@ from tqdm import tqdm
 
 from benchmarks.speed import composed, seconds
 from qexp import quantize
-from qexp.accuracy import predictions, target_cpu
+from qexp.accuracy import target_cpu
 from qexp.config import conversion
 from qexp.data.splits import load_data
 from qexp.latency import protocol
-from qexp.models import float_model
+from qexp.models import float_model, inference
 from qexp.pipeline import prepare, run, run_files
 from qexp.pipeline.run import run_job
 from qexp.runtimes import saved_models
@@ -256,7 +256,7 @@ def bare_pass(outputs: Path, run: str, *settings: str) -> Callable[[], None]:
 
     def whole() -> None:
         with quantize.engine(config.engine), protocol.threads(config.compute.threads):
-            predictions.predict(model, data.test, data.mean, data.std, config.evaluate.batch_size)
+            inference.predict(model, data.test, data.mean, data.std, config.evaluate.batch_size)
 
     return whole
 

@@ -13,7 +13,7 @@ from qexp.config.schema import Config
 from qexp.data.splits import load_data, normalise
 from qexp.latency import protocol, worker
 from qexp.pipeline import measure, run
-from qexp.system import machine
+from qexp.system import lock
 
 REPEATS = 40
 RUNTIMES = ("eager", "torchscript")
@@ -40,7 +40,7 @@ def against_itself(outputs: str) -> None:
     for repeat in tqdm(range(REPEATS), desc="A/A", disable=None):
         for name, (config, folder, inputs, logits) in runs.items():
             config.seed = 1000 * repeat
-            with machine.lock(measure.TIMING_LOCK):
+            with lock.timing():
                 itself, control = worker.measure(
                     config, folder, inputs, {"fp32": logits["fp32"]}, {"fp32": "fp32", "int8": "int8"}
                 )
@@ -60,7 +60,7 @@ def order(outputs: str) -> None:
     for number, runtimes in enumerate(("[eager,torchscript]", "[torchscript,eager]")):
         with_order = f"latency.runtimes={runtimes}"
         config, folder, inputs, logits = made(outputs, f"order{number}", "latency=standard", with_order)
-        with machine.lock(measure.TIMING_LOCK):
+        with lock.timing():
             timings = worker.measure(config, folder, inputs, logits, {"fp32": "fp32", "int8": "int8"})
         by = {timing.name: timing for timing in timings}
         valid, reasons = protocol.validity(timings)

@@ -280,8 +280,7 @@ def timing(protocol: Any, batch_size: int = 1) -> list[latency.Timing]:
 def test_a_timing_that_is_not_valid_is_not_kept(
     composed: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, lock = composed(), tmp_path / "lock"
-    made: list[int] = []
+    config, made = composed(), list[int]()
 
     def measure() -> list[latency.Timing]:
         made.append(1)
@@ -289,14 +288,14 @@ def test_a_timing_that_is_not_valid_is_not_kept(
 
     for valid in (False, False, True, True):
         monkeypatch.setattr(latency, "validity", lambda timings, valid=valid: (valid, ()))
-        found, by = shared_timings.timings(config, "key", lock, "mine", measure)
+        found, by = shared_timings.timings(config, "key", "mine", measure)
         assert [t.name for t in found] == ["fp32_eager", "int8_eager"]
     assert (len(made), by) == (3, "mine")
     (entry,) = (tmp_path / "outputs" / "cache").glob("*.npy")
     content = bytearray(entry.read_bytes())
     content[-50] ^= 1
     entry.write_bytes(content)
-    assert shared_timings.timings(config, "key", lock, "again", measure)[1] == ""
+    assert shared_timings.timings(config, "key", "again", measure)[1] == ""
     assert len(made) == 4
 
 
@@ -304,7 +303,7 @@ def test_a_sweep_on_a_machine_that_is_never_quiet_times_the_same_thrice(
     composed: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shared_timings, "trusted", lambda timings: False)
-    lock, made = tmp_path / "lock", []
+    made: list[int] = []
 
     def measure() -> list[latency.Timing]:
         made.append(1)
@@ -313,7 +312,7 @@ def test_a_sweep_on_a_machine_that_is_never_quiet_times_the_same_thrice(
     def timed_by(name: str, *overrides: str) -> str:
         config = composed(*overrides)
         known = shared_timings.has_timings(config, "key")
-        by = shared_timings.timings(config, "key", lock, name, measure)[1]
+        by = shared_timings.timings(config, "key", name, measure)[1]
         assert known == bool(by)
         return by
 
@@ -334,14 +333,14 @@ def test_each_batch_size_must_be_valid(composed: Composed, monkeypatch: pytest.M
     assert not shared_timings.trusted([*timing(protocol), *timing(protocol, batch_size=4)])
 
 
-def _timed(config: Config, lock: Path, name: str, made: Path, queue: multiprocessing.Queue[str]) -> None:
+def _timed(config: Config, name: str, made: Path, queue: multiprocessing.Queue[str]) -> None:
     def measure() -> list[latency.Timing]:
         with made.open("a") as file:
             file.write("x")
         time.sleep(0.5)
         return timing(config.latency)
 
-    queue.put(shared_timings.timings(config, "key", lock, name, measure)[1])
+    queue.put(shared_timings.timings(config, "key", name, measure)[1])
 
 
 def test_of_two_processes_that_want_one_timing_the_second_waits_for_the_first(
@@ -351,9 +350,7 @@ def test_of_two_processes_that_want_one_timing_the_second_waits_for_the_first(
     context = multiprocessing.get_context("fork")
     queue: multiprocessing.Queue[str] = context.Queue()
     made, config = tmp_path / "made", composed()
-    workers = [
-        context.Process(target=_timed, args=(config, tmp_path / "lock", name, made, queue)) for name in ("a", "b")
-    ]
+    workers = [context.Process(target=_timed, args=(config, name, made, queue)) for name in ("a", "b")]
     for worker in workers:
         worker.start()
     by = sorted(queue.get(timeout=60) for _ in workers)

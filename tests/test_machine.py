@@ -1,57 +1,15 @@
 from __future__ import annotations
 
-import fcntl
-import logging
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from qexp.system import machine
-
-HOLD = """
-import sys
-import time
-from pathlib import Path
-from qexp.system import machine
-with machine.lock(Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-@contextmanager
-def held_by_another_process(path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that holds the lock until its input is closed."""
-    command = [sys.executable, "-c", HOLD, str(path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
-        try:
-            yield holder
-        finally:
-            holder.kill()
-
-
-class OnWaiting(logging.Handler):
-    """Ends the holder as soon as the log says that it is waited for."""
-
-    def __init__(self, holder: subprocess.Popen[str]) -> None:
-        super().__init__()
-        self.holder = holder
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
-        if self.holder.stdin is not None and not self.holder.stdin.closed:
-            self.holder.stdin.close()
 
 
 def tree(root: Path, files: dict[str, str]) -> Path:
@@ -219,72 +177,3 @@ def test_a_busy_process_beside_this_one_is_seen_and_this_one_is_not() -> None:
     while time.process_time() < own.own + 0.2:
         pass
     assert machine.work().own >= own.own + 0.2
-
-
-def is_locked(path: Path) -> bool:
-    with path.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        return False
-
-
-def test_a_lock_is_held_by_one_process_at_a_time_and_waiting_is_said_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = tmp_path / "folder" / "lock"
-    with held_by_another_process(path) as holder:
-        assert is_locked(path)
-        handler = OnWaiting(holder)
-        caplog.set_level(logging.INFO, logger=machine.log.name)
-        machine.log.addHandler(handler)
-        try:
-            with machine.lock(path, poll=0.01):
-                assert is_locked(path)
-        finally:
-            machine.log.removeHandler(handler)
-    assert [message for message in handler.messages if "waiting" in message] == [
-        f"waiting for {path}, held by process {holder.pid}"
-    ]
-    assert not is_locked(path)
-
-
-def test_a_lock_survives_its_killed_holder(tmp_path: Path) -> None:
-    path = tmp_path / "lock"
-    with held_by_another_process(path) as holder:
-        holder.send_signal(signal.SIGKILL)
-        assert holder.wait(timeout=60) == -signal.SIGKILL
-        assert path.exists()
-        with machine.lock(path):
-            assert is_locked(path)
-
-
-def test_a_lock_is_free_again_after_an_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "lock"
-    with pytest.raises(KeyError), machine.lock(path):
-        raise KeyError
-    with caplog.at_level(logging.INFO), machine.lock(path):
-        assert not caplog.records
-
-
-def test_a_lock_file_that_cannot_be_written_locks_all_the_same(tmp_path: Path) -> None:
-    path = tmp_path / "lock"
-    path.touch()
-    path.chmod(0o444)
-    with machine.lock(path):
-        assert is_locked(path)
-    assert not is_locked(path)
-
-
-def test_a_child_that_was_forked_meanwhile_does_not_keep_the_lock(tmp_path: Path) -> None:
-    path = tmp_path / "lock"
-    with machine.lock(path):
-        child = os.fork()
-        if child == 0:
-            signal.pause()
-    try:
-        assert not is_locked(path)
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)

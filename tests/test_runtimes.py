@@ -22,7 +22,7 @@ from qexp.data.splits import Data, load_data, normalise
 from qexp.errors import RunError
 from qexp.latency.protocol import threads
 from qexp.models import architectures
-from qexp.models.inference import predict
+from qexp.models.inference import BLOCK_BATCHES, blocks, predict
 from qexp.quantize.torch_backend.deprecations import known_deprecations_silenced
 from qexp.runtimes import eager, torchscript
 from qexp.runtimes.base import Loaded, agree
@@ -266,6 +266,47 @@ def test_predictions_are_those_of_one_batch_size_in_the_order_asked(tmp_path: Pa
     everything = predict(model, data.test, data.mean, data.std, 256)
     assert everything.logits.shape == (len(data.test), 2)
     assert np.array_equal(everything.logits[indices], expected)
+
+
+def test_blocks_are_a_fixed_random_sample_and_give_the_logits_that_the_order_of_the_data_set_gives(
+    tmp_path: Path,
+) -> None:
+    data = digits(tmp_path)
+    seen: list[int] = []
+
+    def model(batch: Tensor) -> Tensor:
+        seen.append(len(batch))
+        return torch.stack([batch.mean((1, 2, 3)), batch.amax((1, 2, 3))], 1)
+
+    arguments = (model, data.test, data.mean, data.std, 8)
+    in_order = predict(*arguments)
+    shuffled = predict(*arguments, shuffled=True, copies=[model])
+    assert np.array_equal(shuffled.logits, in_order.logits)
+    assert shuffled.image_ids == in_order.image_ids
+
+    first, second = (list(blocks(*arguments, shuffled=True)) for _ in range(2))
+    assert [len(positions) for positions, _ in first[:-1]] == [BLOCK_BATCHES * 8] * (len(first) - 1)
+    every = np.concatenate([positions for positions, _ in first])
+    assert np.array_equal(every, np.concatenate([positions for positions, _ in second]))
+    assert np.array_equal(np.sort(every), np.arange(len(data.test)))
+    for positions, logits in first:
+        assert np.array_equal(logits, in_order.logits[positions])
+    # The digits come in no order of classes; positions tell whether a block is a sample of them all.
+    assert abs(first[0][0].mean() - len(data.test) / 2) < 0.1 * len(data.test)
+
+
+def test_after_a_block_an_evaluation_can_be_stopped(tmp_path: Path) -> None:
+    data = digits(tmp_path)
+    seen: list[int] = []
+
+    def model(batch: Tensor) -> Tensor:
+        seen.append(len(batch))
+        return batch.mean((2, 3))
+
+    for _positions, logits in blocks(model, data.test, data.mean, data.std, 4):
+        assert len(logits) == 4 * BLOCK_BATCHES
+        break
+    assert len(seen) == BLOCK_BATCHES
 
 
 @pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning])  # torch 2.13's, and 2.14's

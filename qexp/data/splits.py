@@ -33,7 +33,7 @@ from qexp.config.schema import Calib, Sampling
 from qexp.data import builtin
 from qexp.data import preprocessing as images
 from qexp.errors import InputError, QexpError, one_line
-from qexp.system import cache
+from qexp.system import cache, lock
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +147,7 @@ class Split:
         description = f"decode {self.name} {self.source.split}"
         with tqdm(total=len(indices), desc=description, unit="image", disable=None, leave=False) as bar:
 
+            @lock.computing()
             def block(start: int) -> int:
                 rotated = 0
                 for position in range(start, min(start + _BLOCK, len(indices))):
@@ -155,7 +156,8 @@ class Split:
                     bar.update()
                 return rotated
 
-            rotated = sum(_in_threads(block, range(0, len(indices), _BLOCK), self.source.dataset))
+            with lock.released():
+                rotated = sum(_in_threads(block, range(0, len(indices), _BLOCK), self.source.dataset))
         if rotated:
             logger.info(
                 "%s: %d images carry an EXIF rotation, which is not applied, as in torchvision's ImageFolder",
@@ -293,7 +295,8 @@ def _open(
     function, arguments = instantiation.resolve("dataset", spec, reserved=RESERVED, supplied={"split"})
     target = str(spec["_target_"])
     try:
-        made = _made(function, {**arguments, "split": split}, folder, sweep)
+        with lock.released():  # it may download, and is anybody's code
+            made = _made(function, {**arguments, "split": split}, folder, sweep)
         size = len(made) if hasattr(made, "__getitem__") else 0
     except QexpError:
         raise
@@ -378,10 +381,14 @@ def _labels(source: Source, size: int, folder: Path | None) -> np.ndarray:
         if isinstance(source.dataset, builtin.ImageFolder) or all(_item(source, i)[1] == listed[i] for i in probes):
             return listed
 
+    @lock.computing()
+    def label_of(index: int) -> int:
+        return _item(source, index)[1]
+
     def read_all() -> np.ndarray:
         description = f"read labels of {source.name} {source.split}"
         with tqdm(range(size), desc=description, unit="image", disable=None, leave=False) as indices:
-            return np.array([_item(source, i)[1] for i in indices], np.int64)
+            return np.array([label_of(i) for i in indices], np.int64)
 
     return read_all() if source.key is None else cache.array(folder, f"labels {source.key}", read_all)
 

@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from qexp.config.schema import Config, cache_folder
 from qexp.data.splits import Data
 from qexp.latency import protocol as latency
 from qexp.quantize.saturation import kernels
-from qexp.system import cache, machine
+from qexp.system import cache, lock, machine
 
 log = logging.getLogger(__name__)
 
@@ -55,17 +54,17 @@ def has_timings(config: Config, key: str) -> bool:
 
 
 def timings(
-    config: Config, key: str, lock: Path, name: str, measure: Callable[[], list[latency.Timing]]
+    config: Config, key: str, name: str, measure: Callable[[], list[latency.Timing]]
 ) -> tuple[list[latency.Timing], str]:
     """The timings kept under `key` and the name of the run that made them; or those that `measure` makes now, and "".
 
-    lock: held while timing, so that only one process does. name: of this run. Timings that `latency.validity` doubts
+    name: of this run. The machine is its own while it times. Timings that `latency.validity` doubts
     are kept for the jobs of the same sweep alone, which make `TIMING_ATTEMPTS` of them and then share the last: on a
     machine that is never quiet more of them would not be better, only different.
     """
     carried = _kept_timings(config, key)
     if carried is None:
-        with machine.lock(lock):
+        with lock.timing():
             carried = _kept_timings(config, key)  # another process may have timed it while this one waited
             if carried is None:
                 made = measure()

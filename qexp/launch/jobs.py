@@ -43,6 +43,7 @@ from qexp.launch import progress
 from qexp.pipeline.turn import Turn
 from qexp.records import Result
 from qexp.system import console, credentials, processes
+from qexp.system import lock as machine
 
 SERVER = "qexp.launch.fork_server"
 GRACE_SECONDS = 3.0  # how long a job that is told to end may take to clean up
@@ -515,12 +516,15 @@ def _turn(file: Path, channel: Connection, say: Callable[[object], None]) -> Tur
     @contextlib.contextmanager
     def evaluating() -> Iterator[None]:
         say(_Waiting())
-        with lock.acquire(poll_interval=POLL_SECONDS):
+        with machine.released():
+            held = lock.acquire(poll_interval=POLL_SECONDS)
+        with held:
             yield
 
     def alone() -> None:
-        say(_Alone())
-        channel.recv()
+        with machine.released():
+            say(_Alone())
+            channel.recv()
 
     return Turn(str(file), evaluating, lambda: say(_Share()), alone)
 

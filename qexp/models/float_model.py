@@ -34,6 +34,7 @@ from qexp.errors import ConfigError, InputError, QexpError, one_line
 from qexp.models.checkpoints import load_checkpoint
 from qexp.models.training import choose_device, train
 from qexp.models.wrappers import unwrapped
+from qexp.system import lock
 from qexp.system.cache import digest_of
 from qexp.system.download import download
 from qexp.system.torchvision_import import torchvision
@@ -134,7 +135,8 @@ def _build(model: Mapping[str, Any], classes: int, seed: int, more: Mapping[str,
         spec = {**_with_classes(model, target, classes), **more}
         target, arguments = resolve("model", spec, reserved=RESERVED - set(more))
         try:
-            made = target(**arguments)
+            with lock.released():  # it may download, and is anybody's code
+                made = target(**arguments)
         except QexpError:
             raise
         except Exception as error:
@@ -259,7 +261,8 @@ def _pretrained(model: Mapping[str, Any], classes: int, seed: int) -> tuple[nn.M
             f"{setting} has {trained_for} classes, the data set has {classes}; they must agree"
             " (train a model by leaving model.weights out, or give yours as model.checkpoint)."
         )
-    _download(setting, weights.url)
+    with lock.released():
+        _download(setting, weights.url)
     spec = dict(model)
     # torchvision builds GoogLeNet with its auxiliary heads, loads them and removes them, and refuses to be told so.
     if spec.get("aux_logits") is False:
@@ -330,19 +333,20 @@ def _unwritable(folder: Path, reason: str) -> InputError:
 @contextlib.contextmanager
 def _held(path: Path) -> Iterator[None]:
     """One process trains a model, others wait for it: flock, which a killed process lets go."""
-    lock = FileLock(path)
+    held = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        held.acquire(timeout=0)
     except Timeout:
         log.info("another process is training this model; waiting for it")
-        lock.acquire()
+        with lock.released():
+            held.acquire()
     except OSError as error:
         raise _unwritable(path.parent, error.strerror or str(error)) from error
     try:
         yield
     finally:
-        lock.release()
+        held.release()
 
 
 def _training_key(model: Mapping[str, Any], settings: schema.Train, data: Data, seed: int) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from queue import SimpleQueue
 
 import numpy as np
@@ -16,8 +17,11 @@ from tqdm import tqdm
 from qexp.data.splits import Split, normalise
 from qexp.errors import NotFinite
 from qexp.records import Predictions
+from qexp.system import lock
 
 Model = Callable[[Tensor], Tensor]
+BLOCK_BATCHES = 32  # after each of which an evaluation can be stopped
+ORDER_SEED = 0  # of the order in which images are evaluated
 
 
 def predict(
@@ -29,25 +33,53 @@ def predict(
     title: str = "evaluating",
     indices: np.ndarray | None = None,
     copies: Sequence[Model] = (),
+    shuffled: bool = False,
 ) -> Predictions:
-    """Logits of every image of a split, or of `indices` (int64) of it, in this order.
+    """Logits of every image of a split, or of `indices` (int64) of it, in this order; see `blocks`.
+
+    Raises NotFinite as `predictions` does.
+    """
+    size = len(split.labels) if indices is None else len(indices)
+    parts = blocks(model, split, mean, std, batch_size, title, indices, copies, shuffled)
+    positions, logits = (np.concatenate(part) for part in zip(*parts, strict=True))
+    in_order = np.empty((size, logits.shape[1]), np.float32)
+    in_order[positions] = logits
+    return predictions(in_order, split, title, indices)
+
+
+def blocks(
+    model: Model,
+    split: Split,
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int,
+    title: str = "evaluating",
+    indices: np.ndarray | None = None,
+    copies: Sequence[Model] = (),
+    shuffled: bool = False,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Logits of images of a split (or of `indices` of it, int64), block by block: their positions among these, int64
+    [n], and float32 [n, classes]. Whoever has seen enough stops after a block.
 
     Every batch has `batch_size` images, the last one filled up with copies: the size of a batch can change FP32
     activations in their last bit, and with them INT8 logits. Call it with torch's engine set.
 
     copies: more of the same model, for as many batches at a time, each on one thread. So nobody waits: with several
     threads to a layer, each layer waits for the slowest of them, and there is always something else that runs, too.
-    Raises NotFinite as `predictions` does.
+    shuffled: in a random order, always the same, so that the first blocks are a random sample of the images; for models
+    that give an image the same logits in any company.
     """
     chosen = np.arange(len(split.labels)) if indices is None else indices
+    order = np.random.default_rng(ORDER_SEED).permutation(len(chosen)) if shuffled else np.arange(len(chosen))
     if indices is None:
         split.pixels()  # decoded once for all, and memory-mapped from then on
     free: SimpleQueue[Model] = SimpleQueue()
     for one in (model, *copies):
         free.put(one)
 
+    @lock.computing()
     def batch(start: int) -> np.ndarray:
-        part = chosen[start : start + batch_size]
+        part = chosen[order[start : start + batch_size]]
         images = normalise(split.pixels(np.resize(part, batch_size)), mean, std)
         mine = free.get()
         try:
@@ -59,10 +91,15 @@ def predict(
         return logits
 
     starts = range(0, len(chosen), batch_size)
-    with _side_by_side(1 + len(copies)) as mapped:
-        found = mapped(batch, starts)
-        logits = list(tqdm(found, desc=title, total=len(starts), unit="batch", disable=None, leave=False))
-    return predictions(np.concatenate(logits), split, title, indices)
+    with (
+        _side_by_side(1 + len(copies)) as mapped,
+        tqdm(mapped(batch, starts), desc=title, total=len(starts), unit="batch", disable=None, leave=False) as found,
+    ):
+        batches = iter(found)
+        for start in range(0, len(chosen), BLOCK_BATCHES * batch_size):
+            with lock.released():  # each batch takes the machine's lock by itself, in whichever thread
+                logits = np.concatenate(list(islice(batches, BLOCK_BATCHES)))
+            yield order[start : start + len(logits)], logits
 
 
 def predictions(logits: np.ndarray, split: Split, title: str, indices: np.ndarray | None = None) -> Predictions:

@@ -11,6 +11,7 @@ from qexp import quantize
 from qexp.accuracy import predictions
 from qexp.config.schema import (
     Config,
+    Flow,
     cache_folder,
 )
 from qexp.data.splits import Data
@@ -30,6 +31,8 @@ def predicted(config: Config, data: Data, saved: Saved) -> dict[str, Predictions
     logits are the FP32 ones.
     """
     few = np.arange(min(len(data.test), AGREEMENT_IMAGES))
+    # Where activations are quantized as they come, an image's logits depend on the others of its batch.
+    shuffled = config.flow is not Flow.dynamic
 
     def title(precision: Precision) -> str:
         return f"evaluating {precision.upper()}"
@@ -41,7 +44,10 @@ def predicted(config: Config, data: Data, saved: Saved) -> dict[str, Predictions
         copies: Sequence[inference.Model] = (),
     ) -> np.ndarray:
         size = config.evaluate.batch_size
-        return inference.predict(model, data.test, data.mean, data.std, size, title(precision), indices, copies).logits
+        name = title(precision)
+        return inference.predict(
+            model, data.test, data.mean, data.std, size, name, indices, copies, shuffled and indices is None
+        ).logits
 
     def answers(variant: Variant, indices: np.ndarray | None = None) -> np.ndarray:
         model = saved.variants[variant]  # one whose answers are kept is not even read

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -19,11 +18,9 @@ from qexp.pipeline.prepare import Saved, images_of
 from qexp.pipeline.turn import Turn
 from qexp.records import Predictions
 from qexp.runtimes.base import with_cuda
-from qexp.system import machine
+from qexp.system import lock
 
 LATENCY_IMAGES = 64
-# One for the whole machine, whoever times on it and whatever TMPDIR is.
-TIMING_LOCK = (Path("/tmp") if Path("/tmp").is_dir() else Path(tempfile.gettempdir())) / "qexp-timing.lock"
 
 
 def timed(
@@ -37,11 +34,11 @@ def timed(
         turn.alone()
     measure = partial(side_by_side, config, data, saved, predictions, folder)
     if not saved.timing_key:
-        with machine.lock(TIMING_LOCK):
+        with lock.timing():
             return measure(), ""
     where = str(folder.relative_to(config.outputs) if folder.is_relative_to(config.outputs) else folder)
     name = f"{config.tracking.name} ({where})" if config.tracking.name else where
-    return shared_timings.timings(config, saved.timing_key, TIMING_LOCK, name, measure)
+    return shared_timings.timings(config, saved.timing_key, name, measure)
 
 
 def side_by_side(

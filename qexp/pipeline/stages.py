@@ -1,4 +1,4 @@
-"""What holds for all of a job: its settings of torch and of the cache."""
+"""What holds for all of a job: its settings of torch and of the cache, and its share of the machine."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import torch
 
 from qexp.config.schema import Config
 from qexp.latency import protocol
-from qexp.system import cache
+from qexp.system import cache, lock
 
 
 @contextmanager
 def job_settings(config: Config) -> Iterator[None]:
-    """Threads, torch's generator and the cache's bound set for this job and put back: nothing leaks into the next."""
+    """Threads, torch's generator and the cache's bound set for this job and put back: nothing leaks into the next.
+
+    Meanwhile the job shares the machine with others that compute, and with none that times (see system/lock.py).
+    """
     bound = cache.bounded(config.cache.max_gb)
-    with bound, protocol.threads(config.compute.threads), torch.random.fork_rng(devices=[]):
+    with lock.computing(), bound, protocol.threads(config.compute.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         yield

@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from filelock import FileLock
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from qexp.errors import InputError
+from qexp.system import lock
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +146,7 @@ def file(folder: Path | None, key: str, make: Callable[[Path], object], target: 
         if found is not None:
             return found
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".file.lock")):
+        with _made_once(path.with_suffix(".file.lock")):
             found = placed()  # another process may have made it while this one waited
             if found is None:
                 _remove(path)
@@ -262,15 +263,22 @@ def _entry(folder: Path, key: str, write: Callable[[Path], None]) -> Entry:
         return found
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_suffix(".lock"))
-        lock.acquire()
+        held = _made_once(path.with_suffix(".lock"))
     except OSError as error:
         raise _unwritable(folder, error) from error
-    try:
+    with held:
         found = _open(path)  # another process may have made it while this one waited
         return found if found is not None else _make(folder, path, write)
-    finally:
-        lock.release()
+
+
+def _made_once(path: Path) -> AcquireReturnProxy:
+    """Hold the lock of an entry; whoever waits for it leaves the machine to others."""
+    held = FileLock(path)
+    try:
+        return held.acquire(blocking=False)
+    except Timeout:
+        with lock.released():
+            return held.acquire()
 
 
 def _make(folder: Path, path: Path, write: Callable[[Path], None]) -> Entry:

@@ -1,22 +1,18 @@
-"""What machine this is, how busy it is, and its lock. Neither torch nor mlflow; "unknown" where it can't be read."""
+"""What machine this is, and how busy it is. Neither torch nor mlflow; "unknown" where it can't be read."""
 
 from __future__ import annotations
 
-import fcntl
-import logging
 import math
 import os
 import platform
 import re
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-
-log = logging.getLogger(__name__)
 
 UNKNOWN = "unknown"
 
@@ -269,59 +265,6 @@ def stolen(before: Work, after: Work) -> float | None:
     if before.steal is None or after.steal is None or after.clock <= before.clock:
         return None
     return (after.steal - before.steal) / (after.clock - before.clock)
-
-
-@contextmanager
-def lock(path: Path, poll: float = 0.1) -> Iterator[None]:
-    """Hold an exclusive `flock` on the file `path`, which is made where it is missing.
-
-    For whatever only one process of the machine may do at a time, such as timing. Waits as long as it takes and says
-    so once. The system drops the lock of a process that ends, killed or not; the file stays, and means nothing.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = _open_lock(path)
-    try:
-        _acquire(descriptor, path, poll)
-        yield
-    finally:
-        # Not by closing alone: a child forked meanwhile holds a copy of the descriptor, and with it the lock.
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-        os.close(descriptor)
-
-
-def _open_lock(path: Path) -> int:
-    flags = os.O_CLOEXEC | os.O_NOFOLLOW
-    try:
-        # Without O_CREAT first: in a sticky folder such as /tmp Linux refuses O_CREAT on another user's file.
-        return os.open(path, os.O_RDWR | flags)
-    except PermissionError:
-        return os.open(path, os.O_RDONLY | flags)
-    except FileNotFoundError:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
-        with suppress(PermissionError):  # another process has just made it
-            os.fchmod(descriptor, 0o666)  # for other users, whatever the umask
-        return descriptor
-
-
-def _acquire(descriptor: int, path: Path, poll: float) -> None:
-    started, said = time.monotonic(), False
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not said:
-                holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
-                log.info("waiting for %s, held by process %s", path, holder or UNKNOWN)
-                said = True
-            # Polling, since a blocking flock can't be interrupted by a signal handler that only sets a flag.
-            time.sleep(poll)
-            continue
-        with suppress(OSError):  # another user's file, open for reading only
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-        if said:
-            log.info("got %s after %.1f s", path, time.monotonic() - started)
-        return
 
 
 def host() -> str:

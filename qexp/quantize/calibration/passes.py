@@ -14,6 +14,7 @@ from qexp.errors import NotFinite, RunError
 from qexp.quantize.calibration.observers import is_fed, is_finite, observers, records_range
 from qexp.quantize.calibration.recorder import Recorder
 from qexp.quantize.graph.tensor_names import tensor_names
+from qexp.system import lock
 
 
 def calibrate(
@@ -40,7 +41,8 @@ def calibrate(
                     "calibration: a calibration image holds NaN or infinity after normalisation: check dataset.std"
                 )
             try:
-                prepared(inputs)
+                with lock.computing():
+                    prepared(inputs)
             except _Infinite as stop:
                 _refuse_not_finite(prepared, map(as_input, batches), named, [stop.args[0]])
             images += len(inputs)

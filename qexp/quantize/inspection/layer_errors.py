@@ -37,6 +37,7 @@ from qexp.quantize.torch_backend.ignored_quant_max import clamped, highest_code
 from qexp.quantize.torch_backend.onednn_strided_pointwise import AfterStride
 from qexp.records import Fidelity
 from qexp.statistics import decibels
+from qexp.system import lock
 
 
 def layer_fidelity(
@@ -62,9 +63,10 @@ def layer_fidelity(
     images, highest = 0, highest_code(int8)
     with torch_engine(engine), torch.inference_mode():
         for part in _parts(batches):
-            clamps = flow_models.clamps(part)
-            seen = _run_int8(flow_models, kinds, part, highest)
-            _compare(flow_models, seen, clamps, kinds, sums, part)
+            with lock.computing():
+                clamps = flow_models.clamps(part)
+                seen = _run_int8(flow_models, kinds, part, highest)
+                _compare(flow_models, seen, clamps, kinds, sums, part)
             images += len(part)
     if images == 0:
         raise ValueError("the fidelity of layers needs at least one image")
