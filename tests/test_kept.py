@@ -59,9 +59,9 @@ def counted(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, of: Callable
     seen: list[Any] = []
     original = getattr(owner, name)
 
-    def watched(*args: Any) -> Any:
+    def watched(*args: Any, **named: Any) -> Any:
         seen.append(of(*args))
-        return original(*args)
+        return original(*args, **named)
 
     monkeypatch.setattr(owner, name, watched)
     return seen
