@@ -142,7 +142,7 @@ def _run(
         model = make()
         with emulation.compared(int8, model, config.engine, whole) as layers, quantize.engine(config.engine):
             size = config.evaluate.batch_size
-            predictions = inference.predict(model, data.test, data.mean, data.std, size, title, images, shuffled=True)
+            predictions = inference.predict(model, data.test, data.mean, data.std, size, title, images)
         return {"logits": predictions.logits, "layers": np.array(json.dumps([asdict(one) for one in layers.values()]))}
 
     key = predictions.predictions_key(config, data, [content, title, *(["whole"] if whole else [])], images)
