@@ -41,9 +41,7 @@ def against_itself(outputs: str) -> None:
         for name, (config, folder, inputs, logits) in runs.items():
             config.seed = 1000 * repeat
             with lock.timing():
-                itself, control = worker.measure(
-                    config, folder, inputs, {"fp32": logits["fp32"]}, {"fp32": "fp32", "int8": "int8"}
-                )
+                itself, control = worker.measure(config, folder, inputs, {"fp32": logits["fp32"]}, all_int8=True)
             valid += protocol.validity([itself, control])[0]
             interval = protocol.speedup(itself, control)
             found[name].append((interval.low, interval.high))
@@ -61,7 +59,7 @@ def order(outputs: str) -> None:
         with_order = f"latency.runtimes={runtimes}"
         config, folder, inputs, logits = made(outputs, f"order{number}", "latency=standard", with_order)
         with lock.timing():
-            timings = worker.measure(config, folder, inputs, logits, {"fp32": "fp32", "int8": "int8"})
+            timings = worker.measure(config, folder, inputs, logits, all_int8=True)
         by = {timing.name: timing for timing in timings}
         valid, reasons = protocol.validity(timings)
         for runtime in ("eager", "torchscript"):

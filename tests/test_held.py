@@ -17,7 +17,7 @@ from torch.ao.quantization import convert as torch_convert
 from torch.ao.quantization.quantize_fx import convert_fx
 
 from qexp import quantize
-from qexp.config.schema import Engine, Flow, Observer
+from qexp.config.schema import Engine, Flow, Observer, Runtime
 from qexp.errors import InputError, RunError
 from qexp.models import architectures
 from qexp.quantize.inspection.layer_check import check_layers
@@ -26,8 +26,10 @@ from qexp.quantize.inspection.operators import beyond, executed
 from qexp.quantize.saturation import emulation
 from qexp.quantize.torch_backend.deprecations import known_deprecations_silenced
 from qexp.quantize.torch_backend.ignored_quant_max import clamped, highest_code
-from qexp.runtimes import eager, torchscript
+from qexp.runtimes import RUNTIMES
 
+EAGER = RUNTIMES[Runtime.eager]
+TORCHSCRIPT = RUNTIMES[Runtime.torchscript]
 FLOWS = [Flow.eager, Flow.fx]
 BITS = range(2, 8)
 SEEN = images(8, seed=3)
@@ -256,9 +258,9 @@ def test_what_is_saved_gives_the_same_logits(name: str, flow: Flow, engine: Engi
         # A reader of a run's output can't act on what tracing says.
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message="All inputs of this cat operator must share")
-        path = eager.export(model, tmp_path / "state.pt")
-        traced = torchscript.load(torchscript.export(model, SEEN[:2], tmp_path / "traced.pt"), engine)
-    loaded = eager.load(path, blank, engine)
+        path = EAGER.export(model, SEEN[:2], tmp_path / "state.pt")
+        traced = TORCHSCRIPT.load(TORCHSCRIPT.export(model, SEEN[:2], tmp_path / "traced.pt"), nn.Identity, engine)
+    loaded = EAGER.load(path, lambda: blank, engine)
     assert torch.equal(run(loaded, WIDER, engine), expected)
     assert torch.equal(run(loaded.copies(1)[0], WIDER, engine), expected)
     assert torch.equal(run(traced, WIDER, engine), expected)

@@ -17,16 +17,20 @@ from quantizable import MINMAX, Plain, images, settings, trained
 from torch import Tensor, nn
 
 from qexp import quantize
-from qexp.config.schema import Activation, Engine, Flow, QConfig
+from qexp.config.schema import Activation, Engine, Flow, QConfig, Runtime
 from qexp.data.splits import Data, load_data, normalise
 from qexp.errors import RunError
 from qexp.latency.protocol import threads
 from qexp.models import architectures
 from qexp.models.inference import BLOCK_BATCHES, blocks, predict
 from qexp.quantize.torch_backend.deprecations import known_deprecations_silenced
-from qexp.runtimes import eager, torchscript
+from qexp.records import Precision
+from qexp.runtimes import RUNTIMES
 from qexp.runtimes.base import Loaded, agree
 
+EAGER = RUNTIMES[Runtime.eager]
+TORCHSCRIPT = RUNTIMES[Runtime.torchscript]
+CHANNELS_LAST = RUNTIMES[Runtime.eager_channels_last]
 TWO = images(2)
 ENGINES = quantize.supported()
 QCONFIG = settings(overflow="weights")
@@ -62,18 +66,18 @@ def test_int8_logits_are_the_same_after_loading_in_every_flow_engine_and_runtime
     with warnings.catch_warnings():
         # Nothing is printed that a reader of a first run can't act on.
         warnings.simplefilter("error")
-        saved = eager.export(int8, tmp_path / "model.pt")
-        loaded = eager.load(saved, blank(net, flow, engine), engine)
+        saved = EAGER.export(int8, TWO, tmp_path / "model.pt")
+        loaded = EAGER.load(saved, lambda: blank(net, flow, engine), engine)
         with quantize.engine(engine):
-            scripted = torchscript.load(torchscript.export(int8, TWO, tmp_path / "model.ts"), engine)
+            scripted = TORCHSCRIPT.load(TORCHSCRIPT.export(int8, TWO, tmp_path / "model.ts"), nn.Identity, engine)
         # In flow=dynamic the convolutions stay in FP32, whose last bits TorchScript may compute otherwise.
-        precision = "mixed" if flow is Flow.dynamic else "int8"
+        tolerance = EAGER.tolerance(Precision.int8, all_int8=flow is not Flow.dynamic)
         for count in (1, 8, 32):
             batch = images(count, seed=count)
             expected = run(int8, engine, batch)
             assert expected.shape == (count, 10)
-            agree(expected.numpy(), run(loaded, engine, batch).numpy(), precision)
-            agree(expected.numpy(), run(scripted, engine, batch).numpy(), precision)
+            agree(expected.numpy(), run(loaded, engine, batch).numpy(), Precision.int8, tolerance)
+            agree(expected.numpy(), run(scripted, engine, batch).numpy(), Precision.int8, tolerance)
     assert not torch.equal(expected, net(batch))
 
 
@@ -100,7 +104,7 @@ def test_torchscript_holds_what_a_trace_of_the_model_itself_does(flow: Flow | st
             )
         torch.jit.save(torch.jit.freeze(torch.jit.trace(net, TWO)), tmp_path / "plain.ts")
         plain = torch.jit.load(tmp_path / "plain.ts")
-        exported = torch.jit.load(torchscript.export(net, TWO, tmp_path / "model.ts"))
+        exported = torch.jit.load(TORCHSCRIPT.export(net, TWO, tmp_path / "model.ts"))
     nodes = [[node.kind() for node in model.graph.nodes()] for model in (plain, exported)]
     assert nodes[0] == nodes[1]
     for batch in (TWO, images(8)):
@@ -111,15 +115,15 @@ def test_torchscript_holds_what_a_trace_of_the_model_itself_does(flow: Flow | st
 def test_fp32_runtimes_agree_with_the_float_model(flow: Flow, tmp_path: Path) -> None:
     net, batch = float_net(flow), images(32, seed=1)
     fused = quantize.fuse(net, flow, True, TWO)
-    saved = eager.export(fused, tmp_path / "model.pt")
+    saved = EAGER.export(fused, TWO, tmp_path / "model.pt")
     variants = [
-        eager.load(saved, quantize.fuse(float_net(flow), flow, True, TWO), None),
-        eager.load(saved, quantize.fuse(float_net(flow), flow, True, TWO), None, channels_last=True),
-        torchscript.load(torchscript.export(fused, TWO, tmp_path / "model.ts"), None),
+        EAGER.load(saved, lambda: quantize.fuse(float_net(flow), flow, True, TWO), None),
+        CHANNELS_LAST.load(saved, lambda: quantize.fuse(float_net(flow), flow, True, TWO), None),
+        TORCHSCRIPT.load(TORCHSCRIPT.export(fused, TWO, tmp_path / "model.ts"), nn.Identity, None),
     ]
     expected = net(batch).numpy()
     for variant in variants:
-        assert agree(expected, variant(batch).numpy(), "fp32") < 1e-5
+        assert agree(expected, variant(batch).numpy(), Precision.fp32, tolerance=1e-4) < 1e-5
         assert variant(batch[:1]).shape == (1, 10)
     assert variants[1].module.state_dict().keys() == fused.state_dict().keys()
 
@@ -136,10 +140,10 @@ def test_steps_share_the_weights_of_the_fused_model_and_leave_them_as_they_are(f
     quantize.convert(prepared, flow, Engine.x86)
     # Of flow=dynamic, layers stay in FP32, and are read from the file of a model with other weights.
     other = trained(Plain() if flow is Flow.fx else architectures.tiny(), seed=9)
-    saved = eager.export(int8_of(other, flow, Engine.x86), tmp_path / "model.pt")
-    eager.load(saved, quantize.skeleton(fused, flow, QCONFIG, Engine.x86, TWO), Engine.x86)
-    saved = eager.export(quantize.fuse(other, flow, True, TWO), tmp_path / "fp32.pt")
-    eager.load(saved, quantize.sharing_copy(fused), None, channels_last=True)
+    saved = EAGER.export(int8_of(other, flow, Engine.x86), TWO, tmp_path / "model.pt")
+    EAGER.load(saved, lambda: quantize.skeleton(fused, flow, QCONFIG, Engine.x86, TWO), Engine.x86)
+    saved = EAGER.export(quantize.fuse(other, flow, True, TWO), TWO, tmp_path / "fp32.pt")
+    CHANNELS_LAST.load(saved, lambda: quantize.sharing_copy(fused), None)
     for name, value in fused.state_dict().items():
         assert torch.equal(value, before[name]), name
         assert value.stride() == before[name].stride(), name
@@ -148,10 +152,10 @@ def test_steps_share_the_weights_of_the_fused_model_and_leave_them_as_they_are(f
 def test_an_int8_model_refuses_another_engine(tmp_path: Path) -> None:
     net = float_net(Flow.eager)
     int8 = int8_of(net, Flow.eager, Engine.fbgemm)
-    saved = eager.export(int8, tmp_path / "model.pt")
-    loaded = eager.load(saved, blank(net, Flow.eager, Engine.fbgemm), Engine.fbgemm)
+    saved = EAGER.export(int8, TWO, tmp_path / "model.pt")
+    loaded = EAGER.load(saved, lambda: blank(net, Flow.eager, Engine.fbgemm), Engine.fbgemm)
     with quantize.engine(Engine.fbgemm):
-        scripted = torchscript.load(torchscript.export(int8, TWO, tmp_path / "model.ts"), Engine.fbgemm)
+        scripted = TORCHSCRIPT.load(TORCHSCRIPT.export(int8, TWO, tmp_path / "model.ts"), nn.Identity, Engine.fbgemm)
     for model in (loaded, scripted):
         with quantize.engine(Engine.qnnpack), pytest.raises(RunError, match="converted for engine=fbgemm"):
             model(TWO)
@@ -173,30 +177,33 @@ def test_the_engine_is_put_back_after_an_error() -> None:
 
 
 def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
-    saved = eager.export(int8_of(trained(architectures.tiny(width=16)), Flow.eager, Engine.x86), tmp_path / "model.pt")
+    saved = EAGER.export(
+        int8_of(trained(architectures.tiny(width=16)), Flow.eager, Engine.x86), TWO, tmp_path / "model.pt"
+    )
     skeleton = blank(trained(Plain()), Flow.fx, Engine.x86)
     with pytest.raises(RunError, match=r"model\.pt doesn't hold the model that these settings make"):
-        eager.load(saved, skeleton, Engine.x86)
+        EAGER.load(saved, lambda: skeleton, Engine.x86)
 
 
 def test_disagreement_is_refused() -> None:
     logits = np.array([[1.0, -4.0], [2.0, 0.5]], dtype=np.float32)
-    assert agree(logits, logits, "int8") == 0
+    fp32, int8 = ((precision, EAGER.tolerance(precision, all_int8=True)) for precision in Precision)
+    assert agree(logits, logits, *int8) == 0
     nearly = logits + np.float32(1e-4)
-    assert agree(logits, nearly, "fp32") == pytest.approx(2.5e-5, rel=0.01)
+    assert agree(logits, nearly, *fp32) == pytest.approx(2.5e-5, rel=0.01)
     with pytest.raises(RunError, match=r"two runtimes of the same INT8 model differ by 2\.5e-05"):
-        agree(logits, nearly, "int8")
+        agree(logits, nearly, *int8)
     with pytest.raises(RunError, match="two runtimes of the same FP32 model"):
-        agree(logits, logits * np.float32(1.001), "fp32")
+        agree(logits, logits * np.float32(1.001), *fp32)
     with pytest.raises(RunError, match="nan"):
-        agree(logits, logits * np.float32("nan"), "fp32")
+        agree(logits, logits * np.float32("nan"), *fp32)
 
 
 def test_a_fresh_process_gives_the_same_int8_logits(tmp_path: Path) -> None:
     int8 = int8_of(float_net(Flow.eager), Flow.eager, Engine.x86)
-    eager.export(int8, tmp_path / "model.pt")
+    EAGER.export(int8, TWO, tmp_path / "model.pt")
     with quantize.engine(Engine.x86):
-        torchscript.export(int8, TWO, tmp_path / "model.ts")
+        TORCHSCRIPT.export(int8, TWO, tmp_path / "model.ts")
     expected = run(int8, Engine.x86, TWO)
     torch.save((TWO, expected), tmp_path / "expected.pt")
     code = """
@@ -207,14 +214,15 @@ from quantizable import settings, trained
 from qexp import quantize
 from qexp.models import architectures
 from qexp.config.schema import Engine, Flow
-from qexp.runtimes import eager, torchscript
+from qexp.runtimes import RUNTIMES
+from torch import nn
 folder = Path(sys.argv[1])
 images, expected = torch.load(folder / "expected.pt")
 fused = quantize.fuse(architectures.tiny(), Flow.eager, True, images)
 skeleton = quantize.skeleton(fused, Flow.eager, settings(overflow="weights"), Engine.x86, images)
 with quantize.engine(Engine.x86):
-    assert torch.equal(eager.load(folder / "model.pt", skeleton, Engine.x86)(images), expected)
-    assert torch.equal(torchscript.load(folder / "model.ts", Engine.x86)(images), expected)
+    assert torch.equal(RUNTIMES["eager"].load(folder / "model.pt", lambda: skeleton, Engine.x86)(images), expected)
+    assert torch.equal(RUNTIMES["torchscript"].load(folder / "model.ts", nn.Identity, Engine.x86)(images), expected)
 """
     here = Path(__file__).parent
     done = subprocess.run(
@@ -341,7 +349,7 @@ def test_batches_side_by_side_give_the_same_logits_in_the_same_order(
     data = digits(tmp_path)
     int8 = int8_of(float_net(flow), flow, engine)
     with quantize.engine(engine):
-        traced = torchscript.load(torchscript.export(int8, TWO, tmp_path / "model.ts"), engine)
+        traced = TORCHSCRIPT.load(TORCHSCRIPT.export(int8, TWO, tmp_path / "model.ts"), nn.Identity, engine)
         for model in (Loaded(Forgetful(int8), engine), traced):
             one = predict(model, data.test, data.mean, data.std, 32)
             several = predict(model, data.test, data.mean, data.std, 32, copies=model.copies(2))
@@ -362,7 +370,9 @@ def test_dynamic_layers_of_onednn_answer_batches_side_by_side_with_ranges_of_the
     batches = [torch.randn(32, 3, 32, 32) * (1 + scale) + scale for scale in range(8)]
     with quantize.engine(Engine.onednn), threads(1), torch.inference_mode():
         int8 = int8_of(net, Flow.dynamic, Engine.onednn)
-        model = torchscript.load(torchscript.export(int8, batches[0], tmp_path / "model.ts"), Engine.onednn)
+        model = TORCHSCRIPT.load(
+            TORCHSCRIPT.export(int8, batches[0], tmp_path / "model.ts"), nn.Identity, Engine.onednn
+        )
         expected = [model(batch) for batch in batches]
         (copy,) = model.copies(1)
 

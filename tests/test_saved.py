@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from qexp import quantize
-from qexp.config.schema import Config, Engine, Flow
+from qexp.config.schema import Config, Engine, Flow, Runtime
 from qexp.metrics import Metric
 from qexp.pipeline import checks, run
-from qexp.runtimes import eager
+from qexp.runtimes import RUNTIMES
 from qexp.runtimes.saved_models import float_size
 
+EAGER = RUNTIMES[Runtime.eager]
 TWO = images(2)
 CALLS = 8
 WEIGHTS = 64 * 64 * 9  # of the convolution that is called again and again
@@ -75,11 +76,11 @@ def test_what_layers_share_is_saved_once_and_read_back_bit_for_bit(flow: Flow, n
     int8 = quantize.convert(prepared, flow, Engine.qnnpack)
     skeleton = quantize.skeleton(fused, flow, settings(), Engine.qnnpack, TWO)
     with quantize.engine(Engine.qnnpack):
-        path = eager.export(int8, tmp_path / "int8.pt")
-        loaded = eager.load(path, skeleton, Engine.qnnpack)
+        path = EAGER.export(int8, TWO, tmp_path / "int8.pt")
+        loaded = EAGER.load(path, lambda: skeleton, Engine.qnnpack)
         with torch.inference_mode():
             assert torch.equal(loaded(TWO), int8(TWO))
-    assert eager.export(fused, tmp_path / "fp32.pt").stat().st_size < 1.05 * own_size(net, tmp_path)
+    assert EAGER.export(fused, TWO, tmp_path / "fp32.pt").stat().st_size < 1.05 * own_size(net, tmp_path)
     convolution, linear = WEIGHTS * (4 if flow is Flow.dynamic else 1), 64 * 64
     layers = sum(layer.kind != "batchnorm" for layer in quantize.layers(int8, flow, Engine.qnnpack))
     assert 1 < path.stat().st_size / (convolution + linear) < 1.5

@@ -67,7 +67,7 @@ def test_two_processes_time_what_was_saved(job: Job, tmp_path: Path) -> None:
     inputs = np.zeros((8, 3, 32, 32), np.float32)
     logits = {precision: images[precision][:8] for precision in ("fp32", "int8")}
     with pytest.raises(RunError, match=r"two runtimes of the same FP32 model differ by .* of the largest logit"):
-        worker.measure(config, tmp_path / "run", inputs, logits, {"fp32": "fp32", "int8": "int8"})
+        worker.measure(config, tmp_path / "run", inputs, logits, all_int8=True)
 
 
 def test_a_worker_has_its_cores_and_its_own_way_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:

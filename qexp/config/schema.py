@@ -73,15 +73,27 @@ class Target(StrEnum):
 
 
 class Runtime(StrEnum):
-    eager = "eager"
-    eager_channels_last = "eager_channels_last"
-    torchscript = "torchscript"
-    inductor = "inductor"
+    """What executes a saved model: the name of a runtime (see `qexp.runtimes`), then what is true of it.
 
-    @property
-    def takes_int8(self) -> bool:
-        """INT8 kernels choose their own memory format, and torch.compile doesn't know torch.ao's modules."""
-        return self in (Runtime.eager, Runtime.torchscript)
+    int8: it executes INT8 models, and not FP32 ones alone; compiles: it compiles a model in each process, for so long
+    that only those that time do it; served: what it saves MLflow can serve, and is loaded without qexp.
+    """
+
+    int8: bool
+    compiles: bool
+    served: bool
+
+    def __new__(cls, name: str, *traits: str) -> Runtime:
+        runtime = str.__new__(cls, name)
+        runtime._value_ = name
+        for trait in ("int8", "compiles", "served"):
+            setattr(runtime, trait, trait in traits)
+        return runtime
+
+    eager = "eager", "int8"
+    eager_channels_last = "eager_channels_last"  # INT8 kernels choose their memory format themselves
+    torchscript = "torchscript", "int8", "served"
+    inductor = "inductor", "compiles"  # doesn't know torch.ao's modules
 
 
 class Device(StrEnum):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from qexp.config import image_settings
 from qexp.config.identity import LABELS, exact, flat
@@ -81,10 +81,11 @@ def _check_ranges(config: Config) -> None:
     for name, least in (("warmup_calls", latency.warmup_calls), ("warmup_seconds", latency.warmup_seconds)):
         if not least >= 0:
             raise ConfigError(f"latency.{name}={least}: must not be negative.")
-    if config.tracking.log_model is LogModel.flavor and Runtime.torchscript not in latency.runtimes:
+    if config.tracking.log_model is LogModel.flavor and not any(runtime.served for runtime in latency.runtimes):
         raise ConfigError(
-            "tracking.log_model=flavor logs the TorchScript model, which is not among latency.runtimes="
-            f"{[str(runtime) for runtime in latency.runtimes]}; add torchscript, or use tracking.log_model=artifact."
+            f"tracking.log_model=flavor logs a model that MLflow can serve, which none of latency.runtimes="
+            f"{_listed(latency.runtimes)} makes; add {_either(runtime for runtime in Runtime if runtime.served)}, or "
+            "use tracking.log_model=artifact."
         )
     if latency.processes < 0:
         raise ConfigError(f"latency.processes={latency.processes}: must be 0 (in the running process) or more.")
@@ -97,16 +98,26 @@ def _check_ranges(config: Config) -> None:
 
 
 def _check_runtimes(latency: Latency) -> None:
-    listed = [str(runtime) for runtime in latency.runtimes]
+    listed = _listed(latency.runtimes)
     if not latency.runtimes or len(set(latency.runtimes)) < len(latency.runtimes):
         raise ConfigError(f"latency.runtimes={listed}: must be one or more of {', '.join(Runtime)}, each once.")
-    if not any(runtime.takes_int8 for runtime in latency.runtimes):
-        raise ConfigError(f"latency.runtimes={listed}: INT8 runs in none of these; add eager or torchscript.")
-    if Runtime.inductor in latency.runtimes and latency.enabled and latency.processes == 0:
+    if not any(runtime.int8 for runtime in latency.runtimes):
+        others = _either(runtime for runtime in Runtime if runtime.int8)
+        raise ConfigError(f"latency.runtimes={listed}: INT8 runs in none of these; add {others}.")
+    compiling = [runtime for runtime in latency.runtimes if runtime.compiles]
+    if compiling and latency.enabled and latency.processes == 0:
         raise ConfigError(
-            f"latency.runtimes={listed}: inductor compiles in processes of its own, and latency.processes=0 asks for "
-            "none; use latency=standard or latency=publish, or set latency.processes=2."
+            f"latency.runtimes={listed}: {compiling[0]} compiles in processes of its own, and latency.processes=0 asks "
+            "for none; use latency=standard or latency=publish, or set latency.processes=2."
         )
+
+
+def _listed(runtimes: Iterable[Runtime]) -> str:
+    return f"[{','.join(runtimes)}]"
+
+
+def _either(runtimes: Iterable[Runtime]) -> str:
+    return " or ".join(runtimes)
 
 
 def _check_qconfig(config: Config) -> None:

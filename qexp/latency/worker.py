@@ -40,8 +40,8 @@ CHECKED_IMAGES = 8
 @dataclass(frozen=True)
 class Order:
     """What a worker is told. folder: the run's; scratch: where it finds `inputs.npy` (float32 [n, 3, H, W]) and
-    `<precision>.npy` (their logits, float32 [n, classes]); result: where it writes; tolerance: by precision that is
-    timed, a key of model.TOLERANCE."""
+    `<precision>.npy` (their logits, float32 [n, classes]); result: where it writes; precisions: that are timed;
+    all_int8: whether no layer of the INT8 model is left in FP32."""
 
     config: dict[str, object]
     folder: str
@@ -50,7 +50,8 @@ class Order:
     threads: int
     cores: list[int]
     seed: int
-    tolerance: dict[str, str]
+    precisions: list[str]
+    all_int8: bool
 
 
 def measure(
@@ -58,12 +59,13 @@ def measure(
     folder: Path,
     inputs: np.ndarray,
     logits: Mapping[str, np.ndarray],
-    tolerance: Mapping[str, str],
+    all_int8: bool,
 ) -> list[latency.Timing]:
     """Time every variant in `latency.processes` fresh processes for each number of threads, and merge their timings.
 
     inputs: float32 [n, 3, H, W]; logits: what these give, float32 [n, classes], by precision; no other precision is
-    timed. Raises RunError where a worker fails, or its models give other logits.
+    timed; all_int8: whether no layer of the INT8 model is left in FP32. Raises RunError where a worker fails, or its
+    models give other logits.
     """
     protocol = config.latency
     with tempfile.TemporaryDirectory(prefix="qexp-timing-") as scratch, ExitStack() as closing:
@@ -79,7 +81,8 @@ def measure(
                 threads=threads,
                 cores=machine.separate_cores(threads),
                 seed=config.seed + process,
-                tolerance={precision: tolerance[precision] for precision in logits},
+                precisions=list(logits),
+                all_int8=all_int8,
             )
             for process in range(protocol.processes)
             for threads in protocol.threads
@@ -163,8 +166,9 @@ def main() -> None:
     import torch
 
     from qexp import quantize
-    from qexp.runtimes import saved_models
-    from qexp.runtimes.base import agree, with_cuda
+    from qexp.runtimes import RUNTIMES, saved_models
+    from qexp.runtimes.base import agree
+    from qexp.runtimes.eager import with_cuda
 
     torch.set_num_threads(order.threads)
     torch.set_num_interop_threads(1)
@@ -172,8 +176,8 @@ def main() -> None:
     config = conversion.from_plain(order.config)
     folder, scratch = Path(order.folder), Path(order.scratch)
     inputs = torch.from_numpy(np.load(scratch / "inputs.npy"))
-    structures = saved_models.structures(config, folder, [Precision(name) for name in order.tolerance])
-    variants = dict(saved_models.read(config, structures, folder, config.latency.runtimes))
+    wanted = [variant for variant in saved_models.variants(config) if variant.precision in order.precisions]
+    variants = dict(saved_models.read(config, saved_models.structures(config, folder), folder, wanted))
     print("ready", flush=True)
     control = json.loads(sys.stdin.read() or sys.exit(1))
     machine.pin(order.cores)
@@ -181,7 +185,8 @@ def main() -> None:
     with quantize.engine(config.engine), torch.inference_mode():
         for variant, model in variants.items():
             expected = np.load(scratch / f"{variant.precision}.npy")[:CHECKED_IMAGES]
-            agree(expected, model(inputs[:CHECKED_IMAGES]).numpy(), order.tolerance[variant.precision])
+            tolerance = RUNTIMES[variant.runtime].tolerance(variant.precision, order.all_int8)
+            agree(expected, model(inputs[:CHECKED_IMAGES]).numpy(), variant.precision, tolerance)
         timed = with_cuda(variants)
         for batch_size in config.latency.batch_sizes:
             among = control.get(str(batch_size))
@@ -203,7 +208,7 @@ def main() -> None:
 def _compile(variants: Mapping[Variant, Callable[[Any], object]], batch: object) -> dict[Variant, float]:
     """Milliseconds that the first call of each compiled variant with this batch takes."""
     took = {}
-    for variant in (variant for variant in variants if variant.runtime == Runtime.inductor):
+    for variant in (variant for variant in variants if Runtime(variant.runtime).compiles):
         started = time.perf_counter()
         variants[variant](batch)
         took[variant] = 1000 * (time.perf_counter() - started)

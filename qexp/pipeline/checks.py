@@ -18,17 +18,17 @@ from qexp.config import identity
 from qexp.config.schema import (
     Calib,
     Config,
-    Runtime,
     cache_folder,
 )
 from qexp.data.splits import Data, digest_of, draw, load_data
+from qexp.errors import InputError
 from qexp.latency import protocol
 from qexp.models import float_model
 from qexp.pipeline import run_files
 from qexp.pipeline.prepare import images_of, resolved
 from qexp.pipeline.stages import job_settings
 from qexp.quantize.saturation import kernels
-from qexp.runtimes import inductor
+from qexp.runtimes import RUNTIMES
 from qexp.system import machine
 
 STATISTICS_IMAGES = 4
@@ -58,8 +58,7 @@ def check_inputs(configs: Sequence[Config]) -> None:
             if is_new("machine", config.latency, config.engine):
                 protocol.check_threads(config.latency.threads, machine.allowed_cores())
                 kernels.check_environment(config.engine, kernels.probe(), os.environ)
-                if config.latency.enabled and Runtime.inductor in config.latency.runtimes:
-                    inductor.check_compiler()
+                check_runtimes(config)
             with job_settings(config):
                 of_data = _plain(config.dataset)
                 if of_data not in opened:
@@ -77,6 +76,15 @@ def check_inputs(configs: Sequence[Config]) -> None:
                     image, name = images_of(data, data.train.pixels(first)), data.train.source.where(int(first[0]))
                     settings = config.flow, config.fusion, resolved(config), config.observer, config.engine
                     quantize.dry_run(module, *settings, image, name)
+
+
+def check_runtimes(config: Config) -> None:
+    """Raise InputError where a runtime asked for can't be used here."""
+    for name in config.latency.runtimes:
+        # What compiles is used by processes that time alone.
+        used = config.latency.enabled or not name.compiles
+        if used and (reason := RUNTIMES[name].unavailable()):
+            raise InputError(f"latency.runtimes has {name}, and {reason}, or take {name} out.")
 
 
 def _plain(looked_at: object) -> str:

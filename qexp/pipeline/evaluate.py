@@ -61,16 +61,17 @@ def predicted(config: Config, data: Data, saved: Saved) -> dict[str, Predictions
     found, folder = dict[str, Predictions](), cache_folder(config)
     with quantize.engine(config.engine):
         for precision, model in saved.in_memory.items():
-            first, quickest = saved.first(precision), saved.quickest(precision)
+            first = saved.first(precision)
+            quickest = saved.quickest(first)
             # What was kept may be of another process: then all are checked.
             checked = {quickest} if cache.find(folder, key(saved.contents[first])) is None else set()
             logits = cache.array(folder, key(saved.contents[first]), partial(answers, quickest))
-            twins = {f"{saved.contents[first]}, in memory": partial(predict, model, precision, few)}
+            in_memory = f"{saved.contents[first]}, in memory", partial(predict, model, precision, few)
             others = [one for one in saved.variants if one.precision is precision and one not in checked]
-            twins |= {saved.contents[one]: partial(answers, one, few) for one in others}
-            for content, answer in twins.items():
+            of_others = [(one, saved.contents[one], partial(answers, one, few)) for one in others]
+            for variant, content, answer in [(first, *in_memory), *of_others]:
                 again = cache.array(folder, key(content, few), answer) if precision is Precision.fp32 else answer()
-                agree(logits[few], again, saved.tolerances[precision])
+                agree(logits[few], again, precision, saved.tolerance(variant))
             found[precision] = inference.predictions(logits, data.test, title(precision))
     if np.array_equal(found["fp32"].logits, found["int8"].logits):
         raise RunError("the INT8 logits equal the FP32 logits bit for bit: nothing was quantized.")

@@ -17,7 +17,7 @@ from qexp.latency import protocol, shared_timings, worker
 from qexp.pipeline.prepare import Saved, images_of
 from qexp.pipeline.turn import Turn
 from qexp.records import Predictions
-from qexp.runtimes.base import with_cuda
+from qexp.runtimes.eager import with_cuda
 from qexp.system import lock
 
 LATENCY_IMAGES = 64
@@ -50,7 +50,7 @@ def side_by_side(
     with quantize.engine(config.engine):
         if config.latency.processes:
             logits = {precision: found.logits[:images] for precision, found in predictions.items()}
-            return worker.measure(config, folder, inputs.numpy(), logits, saved.tolerances)
+            return worker.measure(config, folder, inputs.numpy(), logits, saved.all_int8)
         timed = with_cuda(saved.variants)
         timings: list[protocol.Timing] = []
         for threads in config.latency.threads:

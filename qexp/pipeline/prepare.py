@@ -32,7 +32,7 @@ from qexp.pipeline import cache_keys, run_files
 from qexp.quantize.inspection.layer_check import FEW, check_layers
 from qexp.quantize.saturation import kernels
 from qexp.records import Artifact, Layer, Precision, QParams, Variant
-from qexp.runtimes import saved_models
+from qexp.runtimes import RUNTIMES, saved_models
 from qexp.runtimes.base import Loaded
 from qexp.system import cache
 
@@ -216,21 +216,23 @@ class Saved:
         """The variant whose predictions count: that of the first runtime which executes the precision."""
         return next(variant for variant in self.variants if variant.precision is precision)
 
-    def quickest(self, precision: Precision) -> Variant:
-        """The variant that predicts in place of the first: where all is INT8 every runtime gives the same bit for bit,
-        and TorchScript has the least around its kernels."""
-        traced = Variant(Precision.int8, Runtime.torchscript)
-        same = precision is Precision.int8 and self.all_int8
-        return traced if same and traced in self.variants else self.first(precision)
+    def tolerance(self, variant: Variant) -> float:
+        """How far its logits may lie from those of the model in memory, as a share of the largest."""
+        return RUNTIMES[variant.runtime].tolerance(variant.precision, self.all_int8)
+
+    def same(self, variant: Variant) -> list[Variant]:
+        """The variants that give its logits bit for bit, itself first."""
+        others = [one for one in self.variants if one.precision is variant.precision and one != variant]
+        exact = self.tolerance(variant) == 0
+        return [variant, *(one for one in others if exact and self.tolerance(one) == 0)]
+
+    def quickest(self, variant: Variant) -> Variant:
+        """The variant that predicts in its place: one that gives the same with less around its kernels."""
+        return next((one for one in self.same(variant) if RUNTIMES[one.runtime].predicts_for_others), variant)
 
     def executed(self, precision: Precision) -> str:
         """The identity of the model whose predictions count."""
         return self.contents[self.first(precision)]
-
-    @property
-    def tolerances(self) -> dict[str, str]:
-        """By precision, how far two variants of one model may be apart, as a key of `runtimes.base.TOLERANCE`."""
-        return {Precision.fp32: "fp32", Precision.int8: "int8" if self.all_int8 else "mixed"}
 
 
 def contents_of(
@@ -263,12 +265,15 @@ def save(
 ) -> Saved:
     """Write both models for every runtime asked for into `folder`, and read them back."""
     few = first_images(data)
-    skeleton = quantize.skeleton(fused, config.flow, resolved(config), config.engine, few[:2])
+    structures = {
+        Precision.fp32: partial(quantize.sharing_copy, fused),
+        Precision.int8: partial(quantize.skeleton, fused, config.flow, resolved(config), config.engine, few[:2]),
+    }
     in_memory = {Precision.fp32: fused, Precision.int8: int8}
     artifacts = saved_models.write(config, fp32.digest, in_memory, few, folder, run_files.images_expected(data))
     # torch.compile takes half a minute, and only the processes that time need it.
-    here = [runtime for runtime in config.latency.runtimes if runtime is not Runtime.inductor]
-    variants = saved_models.read(config, {Precision.fp32: fused, Precision.int8: skeleton}, folder, here)
+    here = [one for one in saved_models.variants(config) if not Runtime(one.runtime).compiles]
+    variants = saved_models.read(config, structures, folder, here)
     contents = contents_of(config, fp32.digest, artifacts, variants)
     size = shipped_size(config, fp32, few)
     key = timing_key(config, data, fp32.digest, int8)

@@ -22,7 +22,8 @@ from qexp.latency import protocol
 from qexp.quantize import Narrowed
 from qexp.quantize.saturation import kernels
 from qexp.quantize.saturation.emulation import LayerSums
-from qexp.records import Artifact, Fidelity, Interval, Layer, Precision, Predictions, QParams, Variant
+from qexp.records import Artifact, Fidelity, Interval, Layer, Precision, Predictions, QParams
+from qexp.runtimes import RUNTIMES
 from qexp.system import machine
 
 
@@ -65,7 +66,7 @@ def images_expected(data: Data) -> dict[str, Any]:
 
 def flavor(config: Config, data: Data, artifacts: list[Artifact]) -> dict[str, Any]:
     """Arguments of `tracking.Run.log_model`; empty where the INT8 model was not saved as TorchScript."""
-    saved = [a for a in artifacts if a.variant == Variant(Precision.int8, Runtime.torchscript)]
+    saved = [one for one in artifacts if one.variant.precision is Precision.int8 and _served(one)]
     if not saved:
         return {}
     return {
@@ -80,7 +81,8 @@ def flavor(config: Config, data: Data, artifacts: list[Artifact]) -> dict[str, A
 
 def loading_code(config: Config, artifacts: list[Artifact]) -> str:
     """A script that loads the INT8 model beside it."""
-    scripted = any(a.variant == Variant(Precision.int8, Runtime.torchscript) for a in artifacts)
+    int8 = [one for one in artifacts if one.variant.precision is Precision.int8]
+    chosen = max(int8, key=_served)  # which is loaded without qexp
     head = (
         '"""Loads the INT8 model beside it: float32 [n, 3, H, W], normalised as images.json says, to logits."""'
         "\n\nfrom pathlib import Path\n\nimport torch\n"
@@ -89,10 +91,12 @@ def loading_code(config: Config, artifacts: list[Artifact]) -> str:
         "# Weights are packed for the engine that is set when the model is loaded, and run under that engine only.\n"
         f'torch.backends.quantized.engine = "{config.engine}"\n'
     )
-    here = "Path(__file__).resolve().parent"
-    if scripted:
-        return f'{head}\n{engine}model = torch.jit.load({here} / "int8_torchscript.pt").eval()\n'
-    return f"{head}\nfrom qexp.runtimes.saved_models import load_int8\n\n{engine}model = load_int8({here}.parent)\n"
+    imports, loading = RUNTIMES[chosen.variant.runtime].loading_code(Path(chosen.path).name)
+    return f"{head}{imports}\n{engine}{loading}"
+
+
+def _served(artifact: Artifact) -> bool:
+    return Runtime(artifact.variant.runtime).served
 
 
 def datasets_used(config: Config, data: Data, calibrated_on: int) -> tuple[dict[str, Any], ...]:

@@ -1,1 +1,17 @@
-"""What executes a saved model: one file for each runtime, each with `export` and `load`."""
+"""What executes a saved model: the runtimes, a file each, and `RUNTIMES`, where each is found by its name."""
+
+from __future__ import annotations
+
+from qexp.config import schema
+from qexp.runtimes.base import Runtime
+from qexp.runtimes.eager import Eager
+from qexp.runtimes.eager_channels_last import EagerChannelsLast
+from qexp.runtimes.inductor import Inductor
+from qexp.runtimes.torchscript import TorchScript
+
+RUNTIMES: dict[str, Runtime] = {
+    schema.Runtime.eager: Eager(),
+    schema.Runtime.eager_channels_last: EagerChannelsLast(),
+    schema.Runtime.torchscript: TorchScript(),
+    schema.Runtime.inductor: Inductor(),
+}

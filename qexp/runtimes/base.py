@@ -1,24 +1,75 @@
-"""What `load` of every runtime gives back: a callable that refuses to run under another engine."""
+"""The interface of every runtime, and what `load` of each returns: a callable that runs under one engine only."""
 
 from __future__ import annotations
 
-import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from qexp import quantize
-from qexp.config.schema import Engine, Runtime
+from qexp.config import schema
+from qexp.config.schema import Engine, Flow
 from qexp.errors import RunError
-from qexp.records import CUDA, Precision, Variant
+from qexp.records import Precision, Variant
 
-TOLERANCE = {"fp32": 1e-4, "int8": 0.0, "mixed": 1e-2}
-"""How far two runtimes may be apart, as a share of the largest logit. mixed: INT8 with layers left in FP32, whose
-last bits may move an activation to the next step of its grid."""
+HERE = "Path(__file__).resolve().parent"  # in a script
+
+
+class Runtime(ABC):
+    """One way to execute models.
+
+    name: as in the setting `runtimes`, which also knows what holds of the runtime without torch. predicts_for_others:
+    it has so little around its kernels that it predicts in place of those whose logits it gives bit for bit.
+    """
+
+    name: schema.Runtime
+    predicts_for_others = False
+
+    def unavailable(self) -> str | None:
+        """Why this runtime can't be used here and what to do about it, as a clause; None where it can."""
+        return None
+
+    def executes(self, flow: Flow, precision: Precision) -> bool:
+        """Whether it executes the models of this precision that a flow makes."""
+        return precision is Precision.fp32 or self.name.int8
+
+    def tolerance(self, precision: Precision, all_int8: bool) -> float:
+        """How far its logits may lie from the reference's, the model's as torch executes it: as a share of the largest
+        logit, 0 where they are the same bit for bit.
+
+        all_int8: no layer of the INT8 model is left in FP32, whose last bits could move an activation to the next step
+        of its grid.
+        """
+        if precision is Precision.fp32:
+            return 1e-4
+        return 0.0 if all_int8 else 1e-2
+
+    def file(self, precision: Precision) -> str:
+        """The name of the file that a model is saved to; the same for runtimes that begin with the same file."""
+        return f"{Variant(precision, self.name)}.pt"
+
+    def loading_code(self, file: str) -> tuple[str, str]:
+        """What to import, and a line that sets `model` to the INT8 model, for a script beside the file."""
+        return "\nfrom qexp.runtimes.saved_models import load_int8\n", f"model = load_int8({HERE}.parent)\n"
+
+    @abstractmethod
+    def export(self, model: nn.Module, example: Tensor, path: Path) -> Path:
+        """Save a fused FP32 model or a converted INT8 one to `path`. example: float32 [n, 3, H, W]; for INT8, torch's
+        engine must be set."""
+
+    @abstractmethod
+    def load(self, path: Path, structure: Callable[[], nn.Module], engine: Engine | None) -> Loaded:
+        """Read back what `export` saved.
+
+        structure: makes the model's modules anew, with any weights; engine: what an INT8 model was converted for, None
+        for FP32. Raises RunError where the file holds another model.
+        """
 
 
 @contextmanager
@@ -85,27 +136,17 @@ class OnDemand(Mapping[Variant, Loaded]):
         return len(self._read)
 
 
-def with_cuda(variants: Mapping[Variant, Loaded]) -> dict[Variant, Callable[[Tensor], Tensor]]:
-    """The variants, and where torch finds a GPU the eager float model on it: a call takes an image from the CPU and
-    gives its logits back there."""
-    eager = Variant(Precision.fp32, Runtime.eager)
-    if not torch.cuda.is_available() or eager not in variants:
-        return dict(variants)
-    module = copy.deepcopy(variants[eager].module).cuda()
-    return {**variants, Variant(Precision.fp32, CUDA): lambda images: module(images.cuda()).cpu()}
-
-
-def agree(expected: np.ndarray, actual: np.ndarray, precision: str) -> float:
+def agree(expected: np.ndarray, actual: np.ndarray, precision: Precision, tolerance: float) -> float:
     """Largest difference of the same images' logits, as a share of the largest.
 
-    expected, actual: float32 [n, classes] of two variants of one model, computed in batches of one size; precision: a
-    key of TOLERANCE. Raises RunError where the two differ by more than that allows.
+    expected, actual: float32 [n, classes] of two variants of one model of this precision, computed in batches of one
+    size. Raises RunError where the two differ by more than `tolerance`.
     """
     largest, difference = float(np.abs(expected).max()), float(np.abs(expected - actual).max())
     relative = difference / largest if largest else difference
-    if not relative <= TOLERANCE[precision]:
+    if not relative <= tolerance:
         raise RunError(
             f"two runtimes of the same {precision.upper()} model differ by {relative:.2g} of the largest logit: "
-            f"{TOLERANCE[precision]:g} is allowed."
+            f"{tolerance:g} is allowed."
         )
     return relative

@@ -5,25 +5,48 @@ A pickled INT8 module saves but does not load; a state_dict does, and without ru
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qexp.config import schema
 from qexp.config.schema import Engine
 from qexp.errors import RunError, first_line
-from qexp.runtimes.base import Loaded, packing_for
+from qexp.records import CUDA, Precision, Variant
+from qexp.runtimes.base import Loaded, Runtime, packing_for
 
 
-def export(module: nn.Module, path: Path) -> Path:
-    """Save the state_dict of a fused FP32 model or of a converted INT8 one, what layers share once."""
-    state = module.state_dict()
-    _share(state)
-    torch.save(state, path)
-    return path
+class Eager(Runtime):
+    name = schema.Runtime.eager
+
+    def file(self, precision: Precision) -> str:
+        return f"{Variant(precision, schema.Runtime.eager)}.pt"
+
+    def export(self, model: nn.Module, example: Tensor, path: Path) -> Path:
+        """Save the state_dict, what layers share once."""
+        state = model.state_dict()
+        _share(state)
+        torch.save(state, path)
+        return path
+
+    def load(self, path: Path, structure: Callable[[], nn.Module], engine: Engine | None) -> Loaded:
+        """Give a structure what `path` holds in place of its own tensors, which are left as they are."""
+        with warnings.catch_warnings():
+            # torch.load's own doing: it rebuilds quantized tensors from typed storages.
+            warnings.filterwarnings("ignore", message="TypedStorage is deprecated", category=UserWarning)
+            state = torch.load(path, weights_only=True)
+        module = structure()
+        try:
+            with packing_for(engine):
+                module.load_state_dict(state, assign=True)
+        except (RuntimeError, KeyError) as error:
+            raise RunError(f"{path} doesn't hold the model that these settings make: {first_line(error)}") from error
+        return Loaded(module.eval().requires_grad_(False), engine)
 
 
 def _share(state: MutableMapping[str, Any]) -> None:
@@ -50,22 +73,11 @@ def _share(state: MutableMapping[str, Any]) -> None:
         state[name] = one(state[name])
 
 
-def load(path: Path, structure: nn.Module, engine: Engine | None, channels_last: bool = False) -> Loaded:
-    """Give `structure` (`quantize.fuse` for FP32, `quantize.skeleton` for INT8) what `path` holds in place of its own
-    tensors, which are left as they are.
-
-    engine: what an INT8 model was converted for; None for FP32. Raises RunError where the two don't fit.
-    """
-    with warnings.catch_warnings():
-        # torch.load's own doing: it rebuilds quantized tensors from typed storages.
-        warnings.filterwarnings("ignore", message="TypedStorage is deprecated", category=UserWarning)
-        state = torch.load(path, weights_only=True)
-    try:
-        with packing_for(engine):
-            structure.load_state_dict(state, assign=True)
-    except (RuntimeError, KeyError) as error:
-        raise RunError(f"{path} doesn't hold the model that these settings make: {first_line(error)}") from error
-    structure.eval().requires_grad_(False)
-    if channels_last:
-        structure.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
-    return Loaded(structure, engine, channels_last)
+def with_cuda(variants: Mapping[Variant, Loaded]) -> dict[Variant, Callable[[Tensor], Tensor]]:
+    """The variants, and where torch finds a GPU the eager float model on it: a call takes an image from the CPU and
+    gives its logits back there."""
+    eager = Variant(Precision.fp32, schema.Runtime.eager)
+    if not torch.cuda.is_available() or eager not in variants:
+        return dict(variants)
+    module = copy.deepcopy(variants[eager].module).cuda()
+    return {**variants, Variant(Precision.fp32, CUDA): lambda images: module(images.cuda()).cpu()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,19 +15,19 @@ from torch import Tensor, nn
 
 from qexp import quantize
 from qexp.config import code_digest, conversion
-from qexp.config.schema import Config, Overflow, Runtime, cache_folder
+from qexp.config.schema import Config, Overflow, cache_folder
 from qexp.models import float_model
 from qexp.quantize.saturation import kernels
 from qexp.records import Artifact, Precision, Variant
-from qexp.runtimes import eager, inductor, torchscript
+from qexp.runtimes import RUNTIMES
 from qexp.runtimes.base import Loaded, OnDemand
 from qexp.system import cache
 
 
-def variants(runtimes: Collection[Runtime]) -> list[Variant]:
-    """What these runtimes execute, FP32 first."""
-    each = [Variant(precision, runtime) for precision in Precision for runtime in runtimes]
-    return [one for one in each if one.precision is Precision.fp32 or Runtime(one.runtime).takes_int8]
+def variants(config: Config) -> list[Variant]:
+    """What the runtimes asked for execute, FP32 first."""
+    each = [Variant(precision, name) for precision in Precision for name in config.latency.runtimes]
+    return [one for one in each if RUNTIMES[one.runtime].executes(config.flow, one.precision)]
 
 
 def write(
@@ -47,18 +47,13 @@ def write(
     where.mkdir(exist_ok=True)
     (where / "images.json").write_text(json.dumps(takes, indent=1, allow_nan=False) + "\n")
 
-    def export(variant: Variant, path: Path) -> Path:
-        if variant.runtime == Runtime.torchscript:
-            return torchscript.export(module[variant.precision], images[:2], path)
-        return eager.export(module[variant.precision], path)
-
     artifacts, digests = [], dict[Path, str]()
     with quantize.engine(config.engine):
-        for variant in variants(config.latency.runtimes):
+        for variant in variants(config):
             path = _path(folder, variant)
             engine = str(config.engine) if variant.precision is Precision.int8 else ""
             if path not in digests:
-                made = partial(export, variant)
+                made = partial(RUNTIMES[variant.runtime].export, module[variant.precision], images[:2])
                 if variant.precision is Precision.fp32:
                     key = float_file_key(config, float_digest, path.name, images.shape[1:])
                     digests[path] = cache.file(cache_folder(config), key, made, path)
@@ -94,57 +89,49 @@ class _Counted(io.RawIOBase):
 
 
 def _path(folder: Path, variant: Variant) -> Path:
-    # Only TorchScript has a form of its own; the other runtimes begin with a state_dict.
-    form = Runtime.torchscript if variant.runtime == Runtime.torchscript else Runtime.eager
-    return folder / "model" / f"{Variant(variant.precision, form)}.pt"
+    return folder / "model" / RUNTIMES[variant.runtime].file(variant.precision)
+
+
+Structure = Callable[[], nn.Module]
+"""Makes the modules of a model anew, with meaningless weights."""
 
 
 def read(
-    config: Config, structures: Mapping[Precision, nn.Module], folder: Path, runtimes: Collection[Runtime]
+    config: Config, structures: Mapping[Precision, Structure], folder: Path, wanted: Collection[Variant]
 ) -> OnDemand:
-    """The models that `write` saved. structures: of the precisions wanted (see below); the INT8 one becomes the model
-    that is read."""
+    """Those of the models wanted that `write` saved and there is a structure for."""
 
     def load(variant: Variant) -> Loaded:
-        path, int8 = _path(folder, variant), variant.precision is Precision.int8
-        engine = config.engine if int8 else None
-        if variant.runtime == Runtime.torchscript:
-            return torchscript.load(path, engine)
-        # One runtime alone takes a structure for INT8.
-        structure = structures[variant.precision]
-        structure = structure if int8 else quantize.sharing_copy(structure)
-        if variant.runtime == Runtime.inductor:
-            return inductor.load(path, structure)
-        return eager.load(path, structure, engine, channels_last=variant.runtime == Runtime.eager_channels_last)
+        engine = config.engine if variant.precision is Precision.int8 else None
+        return RUNTIMES[variant.runtime].load(_path(folder, variant), structures[variant.precision], engine)
 
-    return OnDemand({one: partial(load, one) for one in variants(runtimes) if one.precision in structures})
+    return OnDemand({variant: partial(load, variant) for variant in wanted if variant.precision in structures})
 
 
-def structures(
-    config: Config, folder: Path, precisions: Collection[Precision] = tuple(Precision)
-) -> dict[Precision, nn.Module]:
-    """The modules of a run by precision, with meaningless weights, made again from what is in its folder."""
+def structures(config: Config, folder: Path) -> dict[Precision, Structure]:
+    """The structures of a run's models by precision, made again from what is in its folder."""
     images = json.loads((folder / "model" / "images.json").read_text())
     module = float_model.build(config.model, images["classes"], config.seed)
     example = torch.zeros(2, *images["shape"])
     fused = quantize.fuse(module, config.flow, config.fusion, example)
-    made = {Precision.fp32: fused}
-    if Precision.int8 in precisions:
-        # A narrowed grid is in the state, not in the structure.
-        plain = replace(config.qconfig, overflow=Overflow.none)
-        made[Precision.int8] = quantize.skeleton(fused, config.flow, plain, config.engine, example)
-    return {precision: made[precision] for precision in precisions}
+    # A narrowed grid is in the state, not in the structure.
+    plain = replace(config.qconfig, overflow=Overflow.none)
+    return {
+        Precision.fp32: partial(quantize.sharing_copy, fused),
+        Precision.int8: partial(quantize.skeleton, fused, config.flow, plain, config.engine, example),
+    }
 
 
 def load_int8(folder: Path) -> Loaded:
-    """The INT8 model that a run saved as a state_dict, from that run's folder (or its artifacts, downloaded).
+    """The INT8 model that a run saved, in the first of its runtimes, from that run's folder (or its artifacts,
+    downloaded).
 
     Call it within `quantize.engine` of the engine that it was converted for.
     """
     config = conversion.from_plain(json.loads((folder / "config.json").read_text()))
+    int8 = next(variant for variant in variants(config) if variant.precision is Precision.int8)
     with torch.random.fork_rng(devices=[]):
-        made = structures(config, folder, [Precision.int8])
-    return read(config, made, folder, [Runtime.eager])[Variant(Precision.int8, Runtime.eager)]
+        return read(config, structures(config, folder), folder, [int8])[int8]
 
 
 def content(config: Config, float_digest: str, artifact: Artifact, int8: Loaded | None) -> str:

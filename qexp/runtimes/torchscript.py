@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from qexp.config import schema
 from qexp.config.schema import Engine
 from qexp.quantize.torch_backend.deprecations import known_deprecations_silenced
-from qexp.runtimes.base import Loaded, packing_for
+from qexp.runtimes.base import HERE, Loaded, Runtime, packing_for
 
 
 class _Shell(nn.Module):
@@ -38,25 +40,30 @@ class _Shell(nn.Module):
         return logits
 
 
-def export(module: nn.Module, example: Tensor, path: Path) -> Path:
-    """Trace with an example of shape [n, 3, H, W], freeze and save; the saved model takes any n. For INT8, torch's
-    engine must be set."""
-    # Two images: a trace of a single one would let a model that squeezes its output lose the batch dimension.
-    example = torch.cat([example[:1], example[:1]])
-    with known_deprecations_silenced(), torch.no_grad():
-        # torch's own modules turn their scale and zero point into numbers, which is what a trace should hold.
-        warnings.filterwarnings(
-            "ignore",
-            message="Converting a tensor to a Python (float|integer) might cause the trace to be incorrect",
-            category=torch.jit.TracerWarning,
-            module=r"torch\.(_ops$|ao\.nn\.quantized\.)",
-        )
-        traced = torch.jit.trace(_Shell(module.eval()).eval(), example, check_trace=False)
-        torch.jit.save(torch.jit.freeze(traced), path)
-    return path
+class TorchScript(Runtime):
+    name = schema.Runtime.torchscript
+    predicts_for_others = True
 
+    def loading_code(self, file: str) -> tuple[str, str]:
+        return "", f'model = torch.jit.load({HERE} / "{file}").eval()\n'
 
-def load(path: Path, engine: Engine | None) -> Loaded:
-    """engine: what an INT8 model was converted for; None for FP32."""
-    with known_deprecations_silenced(), packing_for(engine):
-        return Loaded(torch.jit.load(path), engine, again=partial(load, path, engine))
+    def export(self, model: nn.Module, example: Tensor, path: Path) -> Path:
+        """Trace with the first image of the example, freeze and save; the saved model takes any number of images."""
+        # Two images: a trace of a single one would let a model that squeezes its output lose the batch dimension.
+        example = torch.cat([example[:1], example[:1]])
+        with known_deprecations_silenced(), torch.no_grad():
+            # torch's own modules turn their scale and zero point into numbers, which is what a trace should hold.
+            warnings.filterwarnings(
+                "ignore",
+                message="Converting a tensor to a Python (float|integer) might cause the trace to be incorrect",
+                category=torch.jit.TracerWarning,
+                module=r"torch\.(_ops$|ao\.nn\.quantized\.)",
+            )
+            traced = torch.jit.trace(_Shell(model.eval()).eval(), example, check_trace=False)
+            torch.jit.save(torch.jit.freeze(traced), path)
+        return path
+
+    def load(self, path: Path, structure: Callable[[], nn.Module], engine: Engine | None) -> Loaded:
+        """Read the model, whose file holds its structure too."""
+        with known_deprecations_silenced(), packing_for(engine):
+            return Loaded(torch.jit.load(path), engine, again=partial(self.load, path, structure, engine))
