@@ -179,8 +179,13 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One tracked run, as plain values; start and end in seconds since 1970, end None while it runs."""
+class RunRecord:
+    """A run as it is read back from the store, or as it will be.
+
+    status: MLflow's, RUNNING, FINISHED, FAILED or KILLED; start, end: in seconds since 1970, end None while it runs;
+    params: every setting that the result depends on, the groups' choices, and what was executed as `resolved.*`;
+    metrics: by the names of `Metric`.
+    """
 
     run_id: str
     name: str

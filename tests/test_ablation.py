@@ -11,26 +11,28 @@ import pytest
 from scipy import stats
 
 from qexp.metrics import Metric
-from qexp.records import Row
+from qexp.records import RunRecord
 from qexp.report import effects as ablation
 
 
-def row(name: str, accuracy: float, speedup: float | None = None, *, half: float = 0.0022, **params: str) -> Row:
+def row(name: str, accuracy: float, speedup: float | None = None, *, half: float = 0.0022, **params: str) -> RunRecord:
     """A finished run with an interval of `half` to each side; a setting's dots are two underscores."""
     delta = accuracy - 0.9
     metrics = {Metric.accuracy_fp32: 0.9, Metric.accuracy_int8: accuracy, Metric.accuracy_delta: delta}
     metrics |= {Metric.delta_low: delta - half, Metric.delta_high: delta + half}
     metrics |= {} if speedup is None else {Metric.speedup: speedup}
-    return Row(name, name, "FINISHED", params={k.replace("__", "."): v for k, v in params.items()}, metrics=metrics)
+    return RunRecord(
+        name, name, "FINISHED", params={k.replace("__", "."): v for k, v in params.items()}, metrics=metrics
+    )
 
 
-def on_target(row: Row, source: str, accuracy: float, delta: float) -> Row:
+def on_target(row: RunRecord, source: str, accuracy: float, delta: float) -> RunRecord:
     target = {Metric.target_accuracy: accuracy, Metric.target_delta: delta, Metric.target_images: 2000.0}
     target |= {Metric.target_delta_low: delta - 0.01, Metric.target_delta_high: delta + 0.01}
     return replace(row, metrics={**row.metrics, **target}, tags={**row.tags, "accuracy_source": source})
 
 
-def effects(rows: Sequence[Row]) -> dict[tuple[str, str], ablation.Effect]:
+def effects(rows: Sequence[RunRecord]) -> dict[tuple[str, str], ablation.Effect]:
     return {(effect.setting, effect.value): effect for effect in ablation.effects(rows)}
 
 
@@ -52,7 +54,7 @@ def test_where_the_target_runs_the_same_the_accuracy_of_what_ran_counts() -> Non
     assert (here.fp32, here.int8, here.source, here.comparable) == (0.9, 0.85, "", 0.85)
     assert ablation.accuracy(on_target(row("a", 0.85), "executed", 0.8, -0.06)) == here
     assert ablation.accuracy(replace(row("a", 0.85), tags={"accuracy_source": "exact"})) == here  # not measured
-    assert ablation.accuracy(Row("a", "a", "FINISHED")) is None
+    assert ablation.accuracy(RunRecord("a", "a", "FINISHED")) is None
 
 
 # ---- Effects
@@ -143,6 +145,17 @@ def test_a_setting_that_only_had_no_effect_elsewhere_is_no_setting_of_its_own() 
     assert {effect.setting for effect in ablation.effects(rows)} == {"observer"}
 
 
+def test_a_minor_field_that_goes_with_its_groups_choice_is_no_setting() -> None:
+    rows = [
+        row("a", 0.80, model="a", model__width="16"),
+        row("b", 0.90, model="b", model__width="16"),
+        row("c", 0.85, model="c", model__width="32"),
+    ]
+    assert {setting for setting, _ in effects(rows)} == {"model"}
+    rows.append(row("d", 0.86, model="c", model__width="64"))  # typed
+    assert {setting for setting, _ in effects(rows)} == {"model", "model.width"}
+
+
 def test_what_was_resolved_is_no_setting() -> None:
     assert ablation.effects([row("a", 0.8, resolved__bits="7"), row("b", 0.9, resolved__bits="8")]) == []
 
@@ -150,7 +163,7 @@ def test_what_was_resolved_is_no_setting() -> None:
 # ---- Draws
 
 
-def drawn(qconfig: str, accuracies: Sequence[float]) -> list[Row]:
+def drawn(qconfig: str, accuracies: Sequence[float]) -> list[RunRecord]:
     return [row(f"{qconfig} {n}", value, qconfig=qconfig, calib__seed=str(n)) for n, value in enumerate(accuracies)]
 
 
@@ -194,7 +207,7 @@ def test_the_two_kinds_of_chance_are_apart_and_both_standard_deviations() -> Non
 # ---- Calibration sizes
 
 
-def by_size(drawn: dict[str, tuple[float, ...]], **params: str) -> list[Row]:
+def by_size(drawn: dict[str, tuple[float, ...]], **params: str) -> list[RunRecord]:
     rows = []
     for batches, accuracies in drawn.items():
         whole = batches == "null"

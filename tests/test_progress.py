@@ -10,7 +10,7 @@ import pytest
 
 from qexp.launch import progress
 from qexp.metrics import Metric
-from qexp.records import Row
+from qexp.records import RunRecord
 
 
 class Terminal(io.StringIO):
@@ -18,10 +18,10 @@ class Terminal(io.StringIO):
         return True
 
 
-def row(accuracy: float | None) -> Row:
+def row(accuracy: float | None) -> RunRecord:
     if accuracy is None:
-        return Row("", "job", "FAILED")
-    return Row("", "job", "FINISHED", metrics={Metric.accuracy_int8: accuracy})
+        return RunRecord("", "job", "FAILED")
+    return RunRecord("", "job", "FINISHED", metrics={Metric.accuracy_int8: accuracy})
 
 
 def test_a_bar_tells_jobs_done_failed_reused_and_the_best_so_far(

@@ -33,7 +33,7 @@ from qexp.config.schema import Config
 from qexp.errors import ConfigError, InputError
 from qexp.launch import resume
 from qexp.metrics import Metric
-from qexp.records import Row
+from qexp.records import RunRecord
 from qexp.system import cache, machine
 
 Composed = Callable[..., Config]
@@ -481,7 +481,7 @@ def test_a_run_of_old_whose_logits_were_no_numbers_is_not_compared_by_class() ->
 
 
 def test_two_runs_are_compared_by_what_they_depend_on_and_by_their_figures() -> None:
-    def row(code: str, speedup: float, **tags: str) -> Row:
+    def row(code: str, speedup: float, **tags: str) -> RunRecord:
         metrics = {
             Metric.accuracy_fp32: 0.75,
             Metric.accuracy_int8: 0.5,
@@ -490,7 +490,7 @@ def test_two_runs_are_compared_by_what_they_depend_on_and_by_their_figures() -> 
         }
         metrics |= {Metric.speedup: speedup, Metric.speedup_low: 0.9 * speedup}
         metrics |= {Metric.speedup_high: 1.1 * speedup}
-        return Row("id", "name", "FINISHED", metrics=metrics, tags={"code_hash": code, "torch": "2.13", **tags})
+        return RunRecord("id", "name", "FINISHED", metrics=metrics, tags={"code_hash": code, "torch": "2.13", **tags})
 
     text = resume.comparison(row("aaa", 2.0), row("bbb", 2.2, cpu="EPYC"), images(ANSWERS), images(ANSWERS))
     cells = {line.split("  ")[0]: line for line in text.splitlines()}
@@ -504,7 +504,7 @@ def test_two_runs_are_compared_by_what_they_depend_on_and_by_their_figures() -> 
     assert cells["speedup [95%]"].endswith("the intervals overlap")
     apart = resume.comparison(row("aaa", 2.0), row("aaa", 4.0), None, None)
     assert "the intervals are apart" in apart
-    nothing = resume.comparison(Row("id", "n", "FAILED"), row("bbb", 2.0), None, images(ANSWERS))
+    nothing = resume.comparison(RunRecord("id", "n", "FAILED"), row("bbb", 2.0), None, images(ANSWERS))
     assert "speedup" not in nothing
     assert "0.5000" in nothing
 

@@ -17,7 +17,7 @@ import pytest
 from qexp.launch import jobs, planning, progress, signals, summary, sweep, tracked_run
 from qexp.launch.job import Job
 from qexp.metrics import Metric
-from qexp.records import Result, Row
+from qexp.records import Result, RunRecord
 
 
 @pytest.mark.parametrize(
@@ -181,15 +181,15 @@ def test_after_a_swallowed_stop_nothing_else_is_begun() -> None:
 
 
 def test_cpus_whose_kernels_answer_otherwise_are_not_pooled() -> None:
-    def row(name: str, kernels: str, **params: str) -> Row:
+    def row(name: str, kernels: str, **params: str) -> RunRecord:
         names = (Metric.accuracy_fp32, Metric.accuracy_int8, Metric.accuracy_delta, Metric.delta_low, Metric.delta_high)
         metrics = dict.fromkeys(names, 0.8)
         tags = {"kernel_signature": kernels, "cpu": f"CPU {kernels}", "isa": "i", "torch": "t", "float_model": "m"}
-        return Row(name, name, "FINISHED", params=params, metrics=metrics, tags=tags)
+        return RunRecord(name, name, "FINISHED", params=params, metrics=metrics, tags=tags)
 
     one = [row("a", "k1", x="1"), row("b", "k1", x="2")]
     other = [row("c", "k2", x="1"), row("d", "k2", x="2")]
-    failed = Row("e", "e", "FAILED", tags={"error": "too bad."})
+    failed = RunRecord("e", "e", "FAILED", tags={"error": "too bad."})
     assert summary.summary([*one, *other, failed]) == "\n\n".join(
         [summary.summary(one), summary.summary(other), "FAILED  e: too bad."]
     )

@@ -8,7 +8,7 @@ import pytest
 from test_ablation import RISING, by_size, on_target, row
 
 from qexp.metrics import Metric
-from qexp.records import Row
+from qexp.records import RunRecord
 from qexp.report import tables
 
 NO_LOSS = "no loss beyond 0.5 points"
@@ -25,7 +25,9 @@ def test_a_line_shows_accuracies_and_the_difference_in_points_with_its_interval(
 
 
 def test_a_doubt_stands_once_below_the_table_and_marks_its_runs() -> None:
-    rows = [Row(n, n, "FINISHED", tags={"doubts": "holds here only"}) for n in ("a", "b")] + [Row("c", "c", "FINISHED")]
+    rows = [RunRecord(n, n, "FINISHED", tags={"doubts": "holds here only"}) for n in ("a", "b")] + [
+        RunRecord("c", "c", "FINISHED")
+    ]
     text = tables.runs(rows)
     assert text.count("holds here only") == 1
     assert [line.split()[:2] for line in text.splitlines()[2:4]] == [["a", "(1)"], ["b", "(1)"]]
@@ -42,7 +44,7 @@ def test_a_failed_run_has_no_line_and_is_named_with_its_error() -> None:
 
 def measured(
     name: str, int8: float, verdict: str = NO_LOSS, *, fp32: float = 0.8507, trusted: bool = True, **params: str
-) -> Row:
+) -> RunRecord:
     """A run of ResNet-18 as it is logged, with an interval of 0.22 points to each side."""
     delta = int8 - fp32
     metrics = {
@@ -68,10 +70,10 @@ def measured(
     tags = {"verdict": verdict, "fastest.fp32": "eager_channels_last", "fastest.int8": "torchscript"}
     tags |= {"latency_valid": str(trusted).lower(), "doubts": "" if trusted else UNTRUSTED}
     typed = {key.replace("__", "."): value for key, value in params.items()}
-    return Row(name, name, "FINISHED", params=typed, metrics=metrics, tags=tags)
+    return RunRecord(name, name, "FINISHED", params=typed, metrics=metrics, tags=tags)
 
 
-def granularity() -> list[Row]:
+def granularity() -> list[RunRecord]:
     drawn = {"per_tensor": (0.8501, 0.8505, 0.8487), "per_channel": (0.8493, 0.8494, 0.8493)}
     rows = [
         measured(f"{q} seed={seed}", accuracy, qconfig=q, calib__batches="32", calib__seed=str(seed))

@@ -150,6 +150,13 @@ def test_names_that_mlflow_refuses_are_mended_without_losing_one(store: tracking
     assert got.data.tags["tag_1_"] == "t"
 
 
+def test_more_params_than_one_request_takes_are_all_logged(store: tracking.Store) -> None:
+    params = {f"model.p{number}": str(number) for number in range(230)}
+    with tracking.start_run(store, experiment=store.experiment_name("digits"), name="n", params=params, tags={}) as run:
+        pass
+    assert store.client.get_run(run.id).data.params == params
+
+
 def test_a_long_param_says_that_it_is_cut_and_stands_whole_in_an_artifact(store: tracking.Store) -> None:
     long = "x" * 6001
     with begin(store, whole="y" * 6000, long=long) as run:

@@ -16,7 +16,7 @@ NOT_APPLICABLE = "n/a"
 # Which observers find the same range in whatever order the images come.
 ORDERLESS = frozenset(ActivationObserver) - {ActivationObserver.moving_average, ActivationObserver.histogram}
 GROUPS = ("model", "dataset", "train", "qconfig", "observer", "calib", "latency")
-# The params of a run beside its groups' choices, in the order of the tables.
+# The settings that tell runs apart most often, in the order of the tables.
 FIELDS = (
     "qconfig.weight.granularity",
     "qconfig.weight.scheme",
@@ -107,19 +107,18 @@ def without_effect(config: Config) -> tuple[str, ...]:
 
 
 def params(config: Config, choices: Mapping[str, str], overrides: Mapping[str, Any]) -> dict[str, str]:
-    """What was asked, by the names that are typed; `n/a` where it has no effect.
+    """What was asked, by the names that are typed: the groups' choices, then every setting that a result can depend on.
+    `n/a` where it has no effect.
 
     choices: Hydra's choice by group; overrides: the task's overrides by key. A group's choice is followed by `*`
     where fields of it were overridden.
     """
-    values = flat(plain(config))
     result = {}
     for group in GROUPS:
         changed = any(key.lstrip("+~").startswith(f"{group}.") for key in overrides)
         result[group] = f"{choices.get(group, NOT_APPLICABLE)}{'*' if changed else ''}"
-    typed = sorted(key.lstrip("+~") for key in overrides)
-    names = [*FIELDS, *(name for name in typed if name in values and not _covered(name, RECORDED_ONLY))]
-    result |= {name: _text(values[name]) for name in names}
+    settings = {name: value for name, value in flat(plain(config)).items() if not _covered(name, RECORDED_ONLY)}
+    result |= {name: _text(settings[name]) for name in dict.fromkeys((*FIELDS, *settings))}
     idle = without_effect(config)
     return {name: NOT_APPLICABLE if _covered(name, idle) else value for name, value in result.items()}
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from tqdm import tqdm
 
 from qexp.metrics import Metric
-from qexp.records import Row
+from qexp.records import RunRecord
 
 _CLEAR_BELOW = "\x1b[J"
 
@@ -26,9 +26,9 @@ class _Jobs:
     failed: int = 0
     best: float | None = None
 
-    def add(self, row: Row) -> None:
-        accuracy = row.metrics.get(Metric.accuracy_int8)
-        self.failed += row.status == "FAILED"
+    def add(self, record: RunRecord) -> None:
+        accuracy = record.metrics.get(Metric.accuracy_int8)
+        self.failed += record.status == "FAILED"
         self.best = max((value for value in (self.best, accuracy) if value is not None), default=None)
         best = f"best INT8 {Metric.accuracy_int8.text(self.best)}" if self.best is not None else ""
         failed = f"{self.failed} failed" if self.failed else ""
@@ -58,14 +58,14 @@ def shown() -> bool:
     return _jobs is not None and not _jobs.bar.disable
 
 
-def report(line: str, row: Row) -> None:
+def report(line: str, record: RunRecord) -> None:
     """A job has ended: print its line, above the bar, which goes on by one."""
     if shown():
         sys.stderr.write(_CLEAR_BELOW)  # the next job's bars, which are drawn anew, a line below where they were
     tqdm.write(line)
     sys.stdout.flush()
     if _jobs is not None:
-        _jobs.add(row)
+        _jobs.add(record)
 
 
 class Console(logging.StreamHandler[Any]):

@@ -20,7 +20,7 @@ from qexp.config.schema import Config
 from qexp.errors import ConfigError, InputError
 from qexp.launch import jobs
 from qexp.metrics import Metric
-from qexp.records import PRECISIONS, Row
+from qexp.records import PRECISIONS, RunRecord
 from qexp.report.effects import together
 from qexp.system.credentials import MASK, masked, masked_tree
 
@@ -88,7 +88,7 @@ class Study:
     name: str = ""
     parent: str | None = None
     before: frozenset[str] = frozenset()
-    done: Mapping[str, Row] = field(default_factory=dict)
+    done: Mapping[str, RunRecord] = field(default_factory=dict)
 
     def left(self, planned: Sequence[Planned]) -> list[Planned]:
         """The jobs that have to be run."""
@@ -106,11 +106,11 @@ class Study:
             raise
         return parent
 
-    def new(self, rows: Sequence[Row]) -> list[Row]:
+    def new(self, rows: Sequence[RunRecord]) -> list[RunRecord]:
         """Those of the parent's runs that this sweep started."""
         return [row for row in rows if row.run_id not in self.before]
 
-    def with_done(self, planned: Sequence[Planned], rows: Sequence[Row]) -> list[Row]:
+    def with_done(self, planned: Sequence[Planned], rows: Sequence[RunRecord]) -> list[RunRecord]:
         """This sweep's runs and those that it need not repeat, in the order in which the jobs were planned.
 
         What was done has the names and params that this sweep gives it, since both depend on what is swept.
@@ -138,12 +138,12 @@ def study(store: Store, planned: Sequence[Planned], experiments: Sequence[str]) 
     parents = [row.run_id for row in rows if tracking.SWEEP_TAG in row.tags and row.status != "RUNNING"]
     if any(tracking.SWEEP_TAG in row.tags and row.status == "RUNNING" for row in rows):
         log.warning("another sweep of study=%s is open; what it has not finished yet is run here too.", config.study)
-    finished: dict[str, list[Row]] = {}
+    finished: dict[str, list[RunRecord]] = {}
     for row in rows:
         if row.status == "FINISHED" and "config_hash" in row.tags:
             finished.setdefault(row.tags["config_hash"], []).append(row)
     asked = [item.job.config for item in planned if identity.config_hash(item.job.config) in finished]
-    done: dict[str, Row] = {}
+    done: dict[str, RunRecord] = {}
     changed: dict[str, None] = {}
     for job, today in zip(asked, jobs.described(asked) if asked else [], strict=True):
         key = today["config_hash"]
@@ -182,11 +182,11 @@ class Earlier:
     """
 
     job: Job
-    row: Row
+    row: RunRecord
     predictions: Mapping[str, np.ndarray] | None
     added: Mapping[str, Any]
 
-    def compared(self, now: Row) -> str:
+    def compared(self, now: RunRecord) -> str:
         """What has changed since, and how the figures differ."""
         then, started = self.row, time.strftime("%Y-%m-%d %H:%M", time.localtime(self.row.start))
         lines = [f"compared with {then.name!r} ({then.run_id}) of {started}, which is {then.status}:"]
@@ -277,15 +277,17 @@ def _completed(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
 
 
 def _as_asked(params: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Choices and overrides that give the same params again (see `config.params`)."""
+    """Choices and overrides that give the same params again (see `identity.params`)."""
     choices = {group: params.get(group, identity.NOT_APPLICABLE) for group in identity.GROUPS}
     changed = {f"{group}.": "" for group, choice in choices.items() if choice.endswith("*")}
-    typed = {name: value for name, value in params.items() if name not in (*identity.GROUPS, *identity.FIELDS)}
-    return {group: choice.removesuffix("*") for group, choice in choices.items()}, changed | typed
+    return {group: choice.removesuffix("*") for group, choice in choices.items()}, changed
 
 
 def comparison(
-    then: Row, now: Row, images_then: Mapping[str, np.ndarray] | None, images_now: Mapping[str, np.ndarray] | None
+    then: RunRecord,
+    now: RunRecord,
+    images_then: Mapping[str, np.ndarray] | None,
+    images_now: Mapping[str, np.ndarray] | None,
 ) -> str:
     """Two runs of one configuration as a table: what each depended on, and its figures.
 

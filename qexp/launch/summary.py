@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qexp.records import Row
+from qexp.records import RunRecord
 from qexp.report import effects, tables
 from qexp.system import credentials
 
@@ -14,25 +14,25 @@ if TYPE_CHECKING:
     pass
 
 
-def summary(rows: Sequence[Row]) -> str:
+def summary(records: Sequence[RunRecord]) -> str:
     """What a sweep prints in the end: what all runs share, the runs, the effects, and every job that failed.
 
     CPUs whose INT8 kernels answer otherwise (the tag kernel_signature) are never pooled: each has its own tables.
     """
-    alike: dict[str, list[Row]] = {}
-    for row in effects.finished(rows):
-        alike.setdefault(row.tags.get("kernel_signature", ""), []).append(row)
+    alike: dict[str, list[RunRecord]] = {}
+    for record in effects.finished(records):
+        alike.setdefault(record.tags.get("kernel_signature", ""), []).append(record)
     parts = [
         part(group)
         for group in alike.values() or [[]]
         for part in (shared, tables.runs, tables.latencies, tables.effects_text, tables.draws, tables.calibration)
     ]
-    return "\n\n".join(part for part in [*parts, tables.failures(rows)] if part)
+    return "\n\n".join(part for part in [*parts, tables.failures(records)] if part)
 
 
-def shared(rows: Sequence[Row]) -> str:
+def shared(records: Sequence[RunRecord]) -> str:
     """The machine and the model, once above the table."""
-    tags = rows[0].tags if rows else {}
+    tags = records[0].tags if records else {}
     return f"{tags['cpu']} ({tags['isa']}), torch {tags['torch']}; {tags['float_model']}" if "cpu" in tags else ""
 
 

@@ -30,7 +30,7 @@ from qexp.launch.signals import Stop, stoppable, until_stopped
 from qexp.launch.summary import say_where, summary
 from qexp.launch.tracked_run import failed, say_ignored
 from qexp.metrics import Metric
-from qexp.records import Row
+from qexp.records import RunRecord
 
 if TYPE_CHECKING:
     from qexp.tracking.run import Run
@@ -122,7 +122,7 @@ def launch(
     return returns
 
 
-def close(store: Store, parent: Run, rows: Sequence[Row], status: str, folder: Path) -> None:
+def close(store: Store, parent: Run, rows: Sequence[RunRecord], status: str, folder: Path) -> None:
     """End a sweep's run with the table of its jobs, which is printed too, and where everything is."""
     from qexp import tracking
 
@@ -148,7 +148,7 @@ def successor(
     return after
 
 
-def unstarted(returned: Any) -> Row | None:
+def unstarted(returned: Any) -> RunRecord | None:
     """A failed job as a row, in case it failed before it had a run; None where it did not fail."""
     if returned.status is JobStatus.COMPLETED:
         return None

@@ -11,7 +11,7 @@ from qexp.config import code_digest, identity, validation
 from qexp.config.refusals import refusals
 from qexp.config.schema import LogModel
 from qexp.launch import folders, jobs, progress, resume
-from qexp.records import Row
+from qexp.records import RunRecord
 from qexp.report import tables
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def swept(job: Job) -> float | None:
     return row.metrics.get(job.config.objective)
 
 
-def tracked(job: Job, swept: Collection[str] = ()) -> tuple[Row, Any]:
+def tracked(job: Job, swept: Collection[str] = ()) -> tuple[RunRecord, Any]:
     """The job as a run in MLflow, which ends as FINISHED, FAILED or KILLED whatever happens; its row and its handle."""
     from qexp import tracking
 
@@ -112,12 +112,12 @@ def tracked(job: Job, swept: Collection[str] = ()) -> tuple[Row, Any]:
         used = [tracking.DatasetUse(**use) for use in result.datasets]
         handle.log_result(result.metrics, found, files, used, result.resolved)
     params = {**job.params, **result.resolved}
-    row = Row(handle.id, job.name, "FINISHED", params=params, metrics=result.metrics, tags={**tags(job), **found})
+    row = RunRecord(handle.id, job.name, "FINISHED", params=params, metrics=result.metrics, tags={**tags(job), **found})
     return row, handle
 
 
-def failed(name: str, error: Exception) -> Row:
+def failed(name: str, error: Exception) -> RunRecord:
     """The row of a job that has failed."""
     from qexp import tracking
 
-    return Row("", name, "FAILED", tags={"error": tracking.sentence(error)})
+    return RunRecord("", name, "FAILED", tags={"error": tracking.sentence(error)})

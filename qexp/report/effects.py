@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from statistics import NormalDist, fmean
 from typing import TYPE_CHECKING
 
-from qexp.config.identity import NOT_APPLICABLE
+from qexp.config.identity import FIELDS, GROUPS, NOT_APPLICABLE
 from qexp.metrics import Metric
-from qexp.records import Interval, Row, Source
+from qexp.records import Interval, RunRecord, Source
 
 if TYPE_CHECKING:
     from qexp.statistics import (
@@ -35,6 +35,8 @@ ON_TARGET = (Metric.target_accuracy, Metric.target_delta, Metric.target_delta_lo
 # Fewer pairs than this tell next to nothing about how much they vary.
 PAIRS_FOR_INTERVAL = 3
 
+# The params that are an axis of their own wherever they vary.
+MAIN = frozenset((*GROUPS, *FIELDS))
 SIZE, DRAW = "calib.batches", "calib.seed"
 CALIBRATION = ("calib", SIZE, DRAW)
 
@@ -60,11 +62,11 @@ class Accuracy:
         return (self.delta.high - self.delta.low) / 2
 
 
-def accuracy(row: Row) -> Accuracy | None:
+def accuracy(record: RunRecord) -> Accuracy | None:
     """None where the run has none."""
-    source = row.tags.get("accuracy_source", "")
-    source = source if source in SOURCES and Metric.target_accuracy in row.metrics else ""
-    found = together(row, Metric.accuracy_fp32, *(ON_TARGET if source else EXECUTED))
+    source = record.tags.get("accuracy_source", "")
+    source = source if source in SOURCES and Metric.target_accuracy in record.metrics else ""
+    found = together(record, Metric.accuracy_fp32, *(ON_TARGET if source else EXECUTED))
     if not found:
         return None
     fp32, int8, delta, low, high = found
@@ -74,40 +76,44 @@ def accuracy(row: Row) -> Accuracy | None:
     return Accuracy(fp32, int8, interval, "", int8)
 
 
-Run = tuple[Row, Accuracy]
+Evaluated = tuple[RunRecord, Accuracy]
 
 
-def together(row: Row, *metrics: str) -> list[float]:
+def together(record: RunRecord, *metrics: str) -> list[float]:
     """Metrics that are logged together, in this order; nothing where one is missing."""
-    return [row.metrics[name] for name in metrics] if row.metrics.keys() >= set(metrics) else []
+    return [record.metrics[name] for name in metrics] if record.metrics.keys() >= set(metrics) else []
 
 
-def finished(rows: Iterable[Row]) -> list[Row]:
-    return [row for row in rows if row.status == "FINISHED"]
+def finished(records: Iterable[RunRecord]) -> list[RunRecord]:
+    return [record for record in records if record.status == "FINISHED"]
 
 
-def compared(rows: Iterable[Row]) -> list[Run]:
+def compared(records: Iterable[RunRecord]) -> list[Evaluated]:
     """The finished runs that have an accuracy, with it."""
-    return [(row, found) for row in finished(rows) if (found := accuracy(row))]
+    return [(record, found) for record in finished(records) if (found := accuracy(record))]
 
 
-def value(row: Row, setting: str) -> str:
-    return row.params.get(setting, NOT_APPLICABLE)
+def value(record: RunRecord, setting: str) -> str:
+    return record.params.get(setting, NOT_APPLICABLE)
 
 
-def _values(row: Row, settings: Iterable[str]) -> tuple[str, ...]:
-    return tuple(value(row, setting) for setting in settings)
+def _values(record: RunRecord, settings: Iterable[str]) -> tuple[str, ...]:
+    return tuple(value(record, setting) for setting in settings)
 
 
-def varied(rows: Sequence[Row], without: Sequence[str] = ()) -> list[str]:
-    """The settings with several values among the rows; of those that split the rows in the same way the first.
+def varied(records: Sequence[RunRecord], without: Sequence[str] = ()) -> list[str]:
+    """The settings with several values among the records; of those that split the records in the same way the first.
 
-    Not what was resolved, nor a setting that has one value and no effect in the other rows: another one says so.
+    Not what was resolved, nor a setting that has one value and no effect in the other records: another one says so; nor
+    what nobody varied by itself, a group's minor field that goes with the group's choice.
     """
     result: dict[tuple[int, ...], str] = {}
-    for name in dict.fromkeys(name for row in rows for name in row.params):
-        values = [value(row, name) for row in rows]
-        if not name.startswith("resolved.") and name not in without and len({*values} - {NOT_APPLICABLE}) > 1:
+    for name in dict.fromkeys(name for record in records for name in record.params):
+        values = [value(record, name) for record in records]
+        if name.startswith("resolved.") or name in without or len({*values} - {NOT_APPLICABLE}) < 2:
+            continue
+        group = name.partition(".")[0]
+        if name in MAIN or group not in GROUPS or not _sets(group, name, records):
             result.setdefault(tuple(map(values.index, values)), name)
     return list(result.values())
 
@@ -133,14 +139,14 @@ class Effect:
     delta_speedup: float | None
 
 
-def effects(rows: Sequence[Row]) -> list[Effect]:
+def effects(records: Sequence[RunRecord]) -> list[Effect]:
     """The effect of each value of each setting that varied among the finished runs."""
-    runs = compared(rows)
-    names = varied([row for row, _ in runs])
+    runs = compared(records)
+    names = varied([record for record, _ in runs])
     result = []
     for name in names:
-        others = _held(name, names, [row for row, _ in runs])
-        having: dict[str, list[Run]] = {}
+        others = _held(name, names, [record for record, _ in runs])
+        having: dict[str, list[Evaluated]] = {}
         for run in runs:
             having.setdefault(value(run[0], name), []).append(run)
         first = {_values(run[0], others): run for run in next(iter(having.values()))}
@@ -150,24 +156,26 @@ def effects(rows: Sequence[Row]) -> list[Effect]:
     return result
 
 
-def _held(name: str, names: Sequence[str], rows: Sequence[Row]) -> list[str]:
+def _held(name: str, names: Sequence[str], records: Sequence[RunRecord]) -> list[str]:
     """The settings that are equal in otherwise equal runs: all others but those that can't be while `name` varies, a
     group's choice and the fields that it sets. A field that is swept beside its group's choice is held."""
+    others = [other for other in names if other != name]
+    return [other for other in others if not _sets(name, other, records) and not _sets(other, name, records)]
 
-    def sets(group: str, field: str) -> bool:
-        pairs = {(value(row, group), value(row, field)) for row in rows}
-        return field.startswith(f"{group}.") and len(pairs) == len({choice for choice, _ in pairs})
 
-    return [other for other in names if other != name and not sets(name, other) and not sets(other, name)]
+def _sets(group: str, field: str, records: Sequence[RunRecord]) -> bool:
+    """Whether a group's choice has one value of its field in all records."""
+    pairs = {(value(record, group), value(record, field)) for record in records}
+    return field.startswith(f"{group}.") and len(pairs) == len({choice for choice, _ in pairs})
 
 
 def _effect(
-    setting: str, choice: str, group: Sequence[Run], pairs: Sequence[tuple[Run, Run]], is_first: bool
+    setting: str, choice: str, group: Sequence[Evaluated], pairs: Sequence[tuple[Evaluated, Evaluated]], is_first: bool
 ) -> Effect:
     from qexp import statistics
 
     differences = [b.comparable - a.comparable for (_, a), (_, b) in pairs]
-    speedups = [together(row, Metric.speedup) for row, _ in group]
+    speedups = [together(record, Metric.speedup) for record, _ in group]
     steps = [(together(a, Metric.speedup), together(b, Metric.speedup)) for (a, _), (b, _) in pairs]
     return Effect(
         setting,
@@ -198,14 +206,14 @@ class Draws:
     sampling: float
 
 
-def draws(rows: Sequence[Row]) -> list[Draws]:
+def draws(records: Sequence[RunRecord]) -> list[Draws]:
     """The draws of each combination of settings of which there are two or more; the same seed twice is one draw."""
-    groups: dict[frozenset[tuple[str, str]], dict[str, Run]] = {}
-    for row, found in compared(rows):
-        rest = {name: text for name, text in row.params.items() if name != DRAW and not name.startswith("resolved.")}
-        groups.setdefault(frozenset(rest.items()), {}).setdefault(value(row, DRAW), (row, found))
+    groups: dict[frozenset[tuple[str, str]], dict[str, Evaluated]] = {}
+    for record, found in compared(records):
+        rest = {name: text for name, text in record.params.items() if name != DRAW and not name.startswith("resolved.")}
+        groups.setdefault(frozenset(rest.items()), {}).setdefault(value(record, DRAW), (record, found))
     several = [list(group.values()) for group in groups.values() if len(group) > 1]
-    names = varied([row for group in several for row, _ in group], without=[DRAW])
+    names = varied([record for group in several for record, _ in group], without=[DRAW])
     return [
         Draws(
             {name: value(group[0][0], name) for name in names},
@@ -267,14 +275,14 @@ class Calibration:
     enough: int | None
 
 
-def calibrations(rows: Sequence[Row]) -> list[Calibration]:
+def calibrations(records: Sequence[RunRecord]) -> list[Calibration]:
     """One for each combination of the other settings in which `calib.batches` varied."""
     from qexp import statistics
 
-    runs = [run for run in compared(rows) if value(run[0], SIZE) != NOT_APPLICABLE]
-    names = varied([row for row, _ in runs], without=CALIBRATION)
+    runs = [run for run in compared(records) if value(run[0], SIZE) != NOT_APPLICABLE]
+    names = varied([record for record, _ in runs], without=CALIBRATION)
     result = []
-    for whole in _combinations([_values(row, names) for row, _ in runs]):
+    for whole in _combinations([_values(record, names) for record, _ in runs]):
         group = [run for run in runs if _fits(_values(run[0], names), whole)]
         sizes = _sizes(group)
         if len(sizes) < 2:
@@ -297,11 +305,11 @@ def _combinations(values: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     return [key for key in keys if not any(_fits(key, other) for other in keys if other != key)]
 
 
-def _sizes(runs: Sequence[Run]) -> tuple[Size, ...]:
+def _sizes(runs: Sequence[Evaluated]) -> tuple[Size, ...]:
     """Smallest first; of runs with the same size and seed the first."""
-    groups: dict[str, dict[str, Run]] = {}
-    for row, found in runs:
-        groups.setdefault(value(row, SIZE), {}).setdefault(value(row, DRAW), (row, found))
+    groups: dict[str, dict[str, Evaluated]] = {}
+    for record, found in runs:
+        groups.setdefault(value(record, SIZE), {}).setdefault(value(record, DRAW), (record, found))
     result = []
     for batches in sorted(groups, key=lambda text: math.inf if text == "null" else int(text)):
         group = groups[batches]

@@ -16,7 +16,7 @@ from tabulate import tabulate
 
 from qexp.config.identity import NOT_APPLICABLE
 from qexp.metrics import Metric
-from qexp.records import PRECISIONS, RUNTIMES, Interval, Row
+from qexp.records import PRECISIONS, RUNTIMES, Interval, RunRecord
 from qexp.report import effects
 from qexp.report.effects import finished, together
 
@@ -42,27 +42,27 @@ VERDICT = re.compile(
 )
 
 
-def runs(rows: Sequence[Row]) -> str:
+def runs(records: Sequence[RunRecord]) -> str:
     """A line for each finished run, in the order given; below it what they share, and notes, each once and numbered.
 
     Where the target's CPU is another one (`ablation.SOURCES`), accuracies and interval are the target's. A
     timing that can't be trusted has a `?`.
     """
-    done = finished(rows)
+    done = finished(records)
     if not done:
         return "No run was finished."
     shared = _shared(done)
     numbers: dict[str, int] = {}
 
-    def marked(row: Row) -> dict[str, str]:
-        notes = _notes(row)
+    def marked(record: RunRecord) -> dict[str, str]:
+        notes = _notes(record)
         return {
             column: cell + "".join(f" ({numbers.setdefault(n, len(numbers) + 1)})" for n in notes.get(column, []))
-            for column, cell in _cells(row).items()
+            for column, cell in _cells(record).items()
             if column not in shared
         }
 
-    lines = [marked(row) for row in done]
+    lines = [marked(record) for record in done]
     columns = [column for column in lines[0] if any(line[column] for line in lines)]
     verdict, rest = shared.get("verdict"), [text for column, text in shared.items() if column != "verdict"]
     below = [
@@ -74,43 +74,43 @@ def runs(rows: Sequence[Row]) -> str:
     return "\n".join([_table([[line[column] for column in columns] for line in lines], columns), *below])
 
 
-def line(row: Row) -> str:
+def line(record: RunRecord) -> str:
     """One finished run in one line, without headings."""
-    cells, accuracy = _cells(row), effects.accuracy(row)
+    cells, accuracy = _cells(record), effects.accuracy(record)
     if accuracy and accuracy.source:
         cells[ACCURACY] += f" ({accuracy.source})"
-    cells["verdict"] = row.tags.get("verdict", "").split(";")[0]
+    cells["verdict"] = record.tags.get("verdict", "").split(";")[0]
     return "  ".join(cell for cell in cells.values() if cell)
 
 
-def doubts(row: Row) -> list[str]:
+def doubts(record: RunRecord) -> list[str]:
     """The sentences kept in the tag `doubts`, one a line."""
-    return [line for line in row.tags.get("doubts", "").splitlines() if line]
+    return [line for line in record.tags.get("doubts", "").splitlines() if line]
 
 
-def failures(rows: Sequence[Row]) -> str:
+def failures(records: Sequence[RunRecord]) -> str:
     """A line for each run that did not finish, with its sentence."""
-    ended = [row for row in rows if row.status != "FINISHED"]
-    return "\n".join(f"{row.status}  {row.name}: {row.tags.get('error', '')}" for row in ended)
+    ended = [record for record in records if record.status != "FINISHED"]
+    return "\n".join(f"{record.status}  {record.name}: {record.tags.get('error', '')}" for record in ended)
 
 
 def _table(lines: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
     return str(tabulate(lines, headers, tablefmt="simple", disable_numparse=True))
 
 
-def _cells(row: Row) -> dict[str, str]:
-    """The row by the headings of its columns, empty where nothing is known."""
-    accuracy, doubt = effects.accuracy(row), _untrusted(row)
-    ms = together(row, Metric.latency_fp32, Metric.latency_int8)
-    speedup = together(row, Metric.speedup, Metric.speedup_low, Metric.speedup_high)
-    size = together(row, Metric.size_fp32, Metric.size_int8)
-    layers = together(row, Metric.layers_int8, Metric.layers_float)
+def _cells(record: RunRecord) -> dict[str, str]:
+    """The record by the headings of its columns, empty where nothing is known."""
+    accuracy, doubt = effects.accuracy(record), _untrusted(record)
+    ms = together(record, Metric.latency_fp32, Metric.latency_int8)
+    speedup = together(record, Metric.speedup, Metric.speedup_low, Metric.speedup_high)
+    size = together(record, Metric.size_fp32, Metric.size_int8)
+    layers = together(record, Metric.layers_int8, Metric.layers_float)
     ratio, *ends = map(Metric.speedup.text, speedup) if speedup else ("",)
     return {
-        "run": row.name,
+        "run": record.name,
         ACCURACY: _arrow(Metric.accuracy_int8, accuracy.fp32, accuracy.int8) if accuracy else "",
         POINTS: f"{_signed(accuracy.delta.value)} {_ends(accuracy.delta)}" if accuracy else "",
-        "verdict": _short(row),
+        "verdict": _short(record),
         LATENCY: f"{_arrow(Metric.latency_int8, *ms)}{doubt}" if ms else "",
         SPEEDUP: f"{ratio}×{doubt} [{', '.join(ends)}]" if speedup else "",
         SIZE: _arrow(Metric.size_int8, *size) if size else "",
@@ -122,53 +122,53 @@ def _arrow(metric: Metric, fp32: float, int8: float) -> str:
     return f"{metric.text(fp32)} → {metric.text(int8)}"
 
 
-def _notes(row: Row) -> dict[str, list[str]]:
-    """What must be known of the row, by the column that it is about."""
-    carried = row.tags.get("carried_over")
-    accuracy, notes = effects.accuracy(row), {"run": [*doubts(row), *([carried] if carried else [])]}
+def _notes(record: RunRecord) -> dict[str, list[str]]:
+    """What must be known of the record, by the column that it is about."""
+    carried = record.tags.get("carried_over")
+    accuracy, notes = effects.accuracy(record), {"run": [*doubts(record), *([carried] if carried else [])]}
     if accuracy and accuracy.source:
         # Not of what ran here, and maybe not of all images.
-        images, target = row.metrics.get(Metric.target_images), effects.value(row, "target")
+        images, target = record.metrics.get(Metric.target_images), effects.value(record, "target")
         number = "" if images is None else f" on {images:,.0f} images"
         cpu = f"target={target}" if target != NOT_APPLICABLE else "the target's CPU"
         how = f"{effects.SOURCES[accuracy.source]},{number}"
         notes[ACCURACY] = [f"accuracy on {cpu}, {how}: this CPU's kernels give another."]
-    if carried := row.tags.get("latency_from"):
+    if carried := record.tags.get("latency_from"):
         notes[LATENCY] = [f"timed by {carried}, whose INT8 model executes the same operators."]
-    if added := _verdict(row)["added"]:
+    if added := _verdict(record)["added"]:
         notes["verdict"] = [added]
     return notes
 
 
-def _verdict(row: Row) -> re.Match[str]:
-    match = VERDICT.fullmatch(row.tags.get("verdict", ""))
+def _verdict(record: RunRecord) -> re.Match[str]:
+    match = VERDICT.fullmatch(record.tags.get("verdict", ""))
     assert match, "the last alternative takes everything"
     return match
 
 
-def _short(row: Row) -> str:
+def _short(record: RunRecord) -> str:
     """The verdict for a column: `no loss > 0.5`, `loss`, `can't tell (24,000)`; another text up to its semicolon."""
-    said, margin, images, _ = _verdict(row).groups()
+    said, margin, images, _ = _verdict(record).groups()
     return f"no loss > {margin}" if margin else f"can't tell ({images})" if images else said
 
 
-def _legend(done: Sequence[Row]) -> list[str]:
+def _legend(done: Sequence[RunRecord]) -> list[str]:
     """What the short verdicts mean, each with the first number that there is."""
-    found = [_verdict(row) for row in done]
+    found = [_verdict(record) for record in done]
     margins = [f"no loss > {m}: none beyond {m} points, at 95%" for match in found if (m := match["margin"])]
     images = [f"can't tell ({n}): {n} test images would do" for match in found if (n := match["images"])]
     parts = [*margins[:1], *images[:1]]
     return ["; ".join(parts)] if parts else []
 
 
-def _shared(done: Sequence[Row]) -> dict[str, str]:
+def _shared(done: Sequence[RunRecord]) -> dict[str, str]:
     """By column, what all runs share and is said once below the table; of a single run only the verdict."""
-    verdicts = {row.tags.get("verdict", "") for row in done}
-    layers = {_cells(row)[LAYERS] for row in done}
+    verdicts = {record.tags.get("verdict", "") for record in done}
+    layers = {_cells(record)[LAYERS] for record in done}
     result = {"verdict": verdicts.pop()} if len(verdicts) == 1 else {}
     if len(done) > 1:
         result[LAYERS] = f"{layers.pop()} layers in INT8" if len(layers) == 1 and layers != {""} else ""
-        result[SIZE] = _shared_size([together(row, Metric.size_fp32, Metric.size_int8) for row in done])
+        result[SIZE] = _shared_size([together(record, Metric.size_fp32, Metric.size_int8) for record in done])
     return {column: text for column, text in result.items() if text}
 
 
@@ -197,19 +197,19 @@ def _signed(difference: float) -> str:
     return _points(difference, "+")
 
 
-def _untrusted(row: Row) -> str:
-    return "?" if row.tags.get("latency_valid") == "false" else ""
+def _untrusted(record: RunRecord) -> str:
+    return "?" if record.tags.get("latency_valid") == "false" else ""
 
 
-def latencies(rows: Sequence[Row]) -> str:
+def latencies(records: Sequence[RunRecord]) -> str:
     """Milliseconds a call (p50) of every precision and runtime that was timed.
 
     Of a single run every FP32 variant over every INT8 variant; of several a line for each run, and with more than
     MOST_RUNS their lowest, median and highest. The heading names the pair that the speedup compares, the fastest of
     each precision; where it isn't the same in all runs, it has a `*`. Empty where nothing was timed.
     """
-    timed = [row for row in finished(rows) if _p50s(row)]
-    columns = sorted({variant for row in timed for variant in _p50s(row)}, key=_place)
+    timed = [record for record in finished(records) if _p50s(record)]
+    columns = sorted({variant for record in timed for variant in _p50s(record)}, key=_place)
     if not timed:
         return ""
     pairs = Counter(map(_headline, timed))
@@ -221,7 +221,7 @@ def latencies(rows: Sequence[Row]) -> str:
     elif pairs:
         compared = ", ".join(f"{_over(pair)} ({number})" for pair, number in pairs.items())
         heading.append(f"{'* ' if each else ''}what the speedup compares: {compared}")
-    if untrusted := sum(bool(_untrusted(row)) for row in timed):
+    if untrusted := sum(bool(_untrusted(record)) for record in timed):
         heading.append(f"? not to be trusted ({untrusted} of {len(timed)} runs; the tag latency_reason says why)")
     if len(timed) == 1:
         lines = _each_pair(timed[0], columns)
@@ -230,9 +230,9 @@ def latencies(rows: Sequence[Row]) -> str:
     return "\n".join(["; ".join(heading), _table(lines[1:], lines[0])])
 
 
-def _p50s(row: Row) -> dict[str, float]:
+def _p50s(record: RunRecord) -> dict[str, float]:
     """p50 in ms of each variant, `<precision>_<runtime>`, that was timed."""
-    return Metric.runtime_latency.within(row.metrics)
+    return Metric.runtime_latency.within(record.metrics)
 
 
 def _place(variant: str) -> tuple[int, int, str]:
@@ -241,25 +241,25 @@ def _place(variant: str) -> tuple[int, int, str]:
     return PRECISIONS.index(precision), RUNTIMES.index(runtime) if runtime in RUNTIMES else len(RUNTIMES), runtime
 
 
-def _each_pair(row: Row, columns: Sequence[str]) -> list[list[str]]:
-    ms = _p50s(row)
+def _each_pair(record: RunRecord, columns: Sequence[str]) -> list[list[str]]:
+    ms = _p50s(record)
     fp32, int8 = ([name for name in columns if name.startswith(precision)] for precision in PRECISIONS)
-    lines = [["", "ms", *(f"over {_spoken(name)}, {_p50(row, name)} ms" for name in int8)]]
+    lines = [["", "ms", *(f"over {_spoken(name)}, {_p50(record, name)} ms" for name in int8)]]
     for a in fp32:
-        lines.append([_spoken(a), _p50(row, a), *(f"{Metric.speedup.text(ms[a] / ms[b])}×" for b in int8)])
+        lines.append([_spoken(a), _p50(record, a), *(f"{Metric.speedup.text(ms[a] / ms[b])}×" for b in int8)])
     return lines
 
 
-def _each_run(timed: Sequence[Row], columns: Sequence[str], starred: bool) -> list[list[str]]:
+def _each_run(timed: Sequence[RunRecord], columns: Sequence[str], starred: bool) -> list[list[str]]:
     lines = [["run", *map(_spoken, columns)]]
-    for row in timed:
-        compared = _headline(row) if starred else ()
-        lines.append([row.name, *(_p50(row, name, "*" if name in compared else "") for name in columns)])
+    for record in timed:
+        compared = _headline(record) if starred else ()
+        lines.append([record.name, *(_p50(record, name, "*" if name in compared else "") for name in columns)])
     return lines
 
 
-def _lowest_to_highest(timed: Sequence[Row], columns: Sequence[str]) -> list[list[str]]:
-    known = [[ms[name] for row in timed if name in (ms := _p50s(row))] for name in columns]
+def _lowest_to_highest(timed: Sequence[RunRecord], columns: Sequence[str]) -> list[list[str]]:
+    known = [[ms[name] for record in timed if name in (ms := _p50s(record))] for name in columns]
     ways: dict[str, Callable[[list[float]], float]] = {"lowest": min, "median": median, "highest": max}
     lines = [["run", *map(_spoken, columns)]]
     return lines + [
@@ -268,14 +268,14 @@ def _lowest_to_highest(timed: Sequence[Row], columns: Sequence[str]) -> list[lis
     ]
 
 
-def _p50(row: Row, variant: str, mark: str = "") -> str:
-    ms = _p50s(row).get(variant)
-    return "" if ms is None else f"{Metric.runtime_latency.text(ms)}{mark}{_untrusted(row)}"
+def _p50(record: RunRecord, variant: str, mark: str = "") -> str:
+    ms = _p50s(record).get(variant)
+    return "" if ms is None else f"{Metric.runtime_latency.text(ms)}{mark}{_untrusted(record)}"
 
 
-def _headline(row: Row) -> tuple[str, ...]:
+def _headline(record: RunRecord) -> tuple[str, ...]:
     """The variants that the speedup compares, FP32 first; empty where a tag lacks."""
-    fastest = [row.tags.get(f"fastest.{precision}") for precision in PRECISIONS]
+    fastest = [record.tags.get(f"fastest.{precision}") for precision in PRECISIONS]
     return tuple(f"{p}_{v}" for p, v in zip(PRECISIONS, fastest, strict=True)) if all(fastest) else ()
 
 
@@ -287,9 +287,9 @@ def _spoken(variant: str) -> str:
     return variant.replace("channels_last", "channels-last").replace("_", " ")
 
 
-def effects_text(rows: Sequence[Row]) -> str:
+def effects_text(records: Sequence[RunRecord]) -> str:
     """The effects as a table; empty where nothing varied."""
-    found = effects.effects(rows)
+    found = effects.effects(records)
     if not found:
         return ""
     lines = [
@@ -308,23 +308,23 @@ def effects_text(rows: Sequence[Row]) -> str:
     known = any(effect.interval for effect in found)
     columns = [column for column in lines[0] if known or column != "[95%]"]
     caption = ["[95%]: from pair to pair of runs that differ in this setting alone (t, 3 pairs or more)."] * known
-    return "\n".join([_table([[line[c] for c in columns] for line in lines], columns), *caption, *_estimated(rows)])
+    return "\n".join([_table([[line[c] for c in columns] for line in lines], columns), *caption, *_estimated(records)])
 
 
-def _estimated(rows: Sequence[Row]) -> list[str]:
+def _estimated(records: Sequence[RunRecord]) -> list[str]:
     """That accuracies here aren't those above, where a target's was measured, which may be on part of the images."""
-    if all(math.isclose(accuracy.comparable, accuracy.int8, abs_tol=1e-9) for _, accuracy in effects.compared(rows)):
+    if all(math.isclose(accuracy.comparable, accuracy.int8, abs_tol=1e-9) for _, accuracy in effects.compared(records)):
         return []
     return ["INT8 accuracy on another CPU: FP32's on all test images plus the difference on those measured."]
 
 
-def draws(rows: Sequence[Row]) -> str:
+def draws(records: Sequence[RunRecord]) -> str:
     """What other calibration images change, for each setting with two draws or more, beside the sampling error.
 
     The two are never added up: to tell which is larger, both are taken as standard deviations. Empty where no setting
     has two draws.
     """
-    found = effects.draws(rows)
+    found = effects.draws(records)
     if not found:
         return ""
     lines = [
@@ -342,7 +342,7 @@ def draws(rows: Sequence[Row]) -> str:
         "SD of draws: what other calibration images (calib.seed) change on the same test images, in points.",
         "sampling error: what other test images would change, half the 95% interval of one run, in points.",
     ]
-    return "\n".join([_table(lines, headers), *explained, *_estimated(rows), _larger(found)])
+    return "\n".join([_table(lines, headers), *explained, *_estimated(records), _larger(found)])
 
 
 def _larger(found: Sequence[effects.Draws]) -> str:
@@ -369,14 +369,14 @@ def _larger(found: Sequence[effects.Draws]) -> str:
     return f"As standard deviations, {between} against {images}: {said}."
 
 
-def calibration(rows: Sequence[Row]) -> str:
+def calibration(records: Sequence[RunRecord]) -> str:
     """A sentence on how many calibration images are enough, for each combination of the other settings; combinations of
     which the same is to be said share one.
 
     Empty where `calib.batches` didn't vary. See `stats.plateau` for the rule.
     """
     readings: dict[str, list[str]] = {}
-    for found in effects.calibrations(rows):
+    for found in effects.calibrations(records):
         which = "".join(f", {name}={value}" for name, value in found.settings.items())
         readings.setdefault(_reading(found), []).append(which)
     lines = []

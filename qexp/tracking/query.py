@@ -10,7 +10,7 @@ from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 
 from qexp.errors import InputError
-from qexp.records import Row
+from qexp.records import RunRecord
 from qexp.system import machine
 from qexp.system.credentials import masked
 from qexp.tracking.errors import first_line, refused
@@ -20,7 +20,7 @@ from qexp.tracking.values import PARENT_TAG
 PAGE = 500
 
 
-def children(store: Store, parent: str, experiments: Sequence[str] = ()) -> list[Row]:
+def children(store: Store, parent: str, experiments: Sequence[str] = ()) -> list[RunRecord]:
     """The runs of a sweep in the order they started, all pages of them.
 
     experiments: names of the experiments that they are in; by default, the parent's own.
@@ -30,7 +30,7 @@ def children(store: Store, parent: str, experiments: Sequence[str] = ()) -> list
         return _search(store, ids, f"tags.`{PARENT_TAG}` = '{parent}'")
 
 
-def of_study(store: Store, study: str, experiments: Sequence[str]) -> list[Row]:
+def of_study(store: Store, study: str, experiments: Sequence[str]) -> list[RunRecord]:
     """The runs with this tag `study`, the sweeps' own among them, in the order they started; none that was deleted."""
     with refused(store, "a search"):
         return _search(store, _ids(store, experiments), f"tags.study = {_literal(study)}")
@@ -41,19 +41,19 @@ def _ids(store: Store, experiments: Sequence[str]) -> list[str]:
     return [experiment.experiment_id for experiment in found if experiment is not None]
 
 
-def _search(store: Store, experiment_ids: Sequence[str], condition: str) -> list[Row]:
+def _search(store: Store, experiment_ids: Sequence[str], condition: str) -> list[RunRecord]:
     """All pages of it, in the order in which the runs started."""
-    rows: list[Row] = []
+    records: list[RunRecord] = []
     token: str | None = None
     while experiment_ids:
         page = store.client.search_runs(
             list(experiment_ids), condition, max_results=PAGE, order_by=["attributes.start_time ASC"], page_token=token
         )
-        rows.extend(row_of(run) for run in page)
+        records.extend(record_of(run) for run in page)
         token = page.token
         if not token:
             break
-    return rows
+    return records
 
 
 def _literal(text: str) -> str:
@@ -62,16 +62,16 @@ def _literal(text: str) -> str:
     return f"{quote}{text}{quote}"
 
 
-def adopt(store: Store, parent: str, rows: Sequence[Row]) -> None:
+def adopt(store: Store, parent: str, records: Sequence[RunRecord]) -> None:
     """Make those of the runs children of `parent` that have none, or one that was deleted."""
-    by_parent: dict[str, list[Row]] = {}
-    for row in rows:
-        by_parent.setdefault(row.tags.get(PARENT_TAG, ""), []).append(row)
+    by_parent: dict[str, list[RunRecord]] = {}
+    for record in records:
+        by_parent.setdefault(record.tags.get(PARENT_TAG, ""), []).append(record)
     with refused(store, "a parent of runs"):
         for former, its in by_parent.items():
             if former != parent and not (former and _exists(store, former)):
-                for row in its:
-                    store.client.set_tag(row.run_id, PARENT_TAG, parent)
+                for record in its:
+                    store.client.set_tag(record.run_id, PARENT_TAG, parent)
 
 
 def _exists(store: Store, run_id: str) -> bool:
@@ -83,7 +83,7 @@ def _exists(store: Store, run_id: str) -> bool:
         raise
 
 
-def close_orphans(store: Store) -> list[Row]:
+def close_orphans(store: Store) -> list[RunRecord]:
     """Close as KILLED what processes of this machine left open that are gone; what was closed.
 
     Runs of other machines, and those whose process runs or may do so, are left alone.
@@ -91,12 +91,12 @@ def close_orphans(store: Store) -> list[Row]:
     with refused(store, "a search"):
         experiments = _experiments(store)
         mine = _search(store, experiments, f"attributes.status = 'RUNNING' and tags.host = {_literal(machine.host())}")
-        gone = [row for row in mine if not has_process(row)]
+        gone = [record for record in mine if not has_process(record)]
         # One may have ended by itself since the search; now that its process is gone, nobody else ends it.
-        left = [row for row in gone if store.client.get_run(row.run_id).info.status == "RUNNING"]
-        for row in left:
-            store.client.set_tag(row.run_id, "error", f"process {row.tags['pid']} ended without closing the run.")
-            store.client.set_terminated(row.run_id, "KILLED")
+        left = [record for record in gone if store.client.get_run(record.run_id).info.status == "RUNNING"]
+        for record in left:
+            store.client.set_tag(record.run_id, "error", f"process {record.tags['pid']} ended without closing the run.")
+            store.client.set_terminated(record.run_id, "KILLED")
     return left
 
 
@@ -112,18 +112,18 @@ def _experiments(store: Store) -> list[str]:
             return ids
 
 
-def has_process(row: Row) -> bool:
+def has_process(record: RunRecord) -> bool:
     try:
-        return machine.is_running(int(row.tags["pid"]), float(row.tags["pid_started"]))
+        return machine.is_running(int(record.tags["pid"]), float(record.tags["pid_started"]))
     except (KeyError, ValueError):  # not as this module writes them
         return True
 
 
-def find(store: Store, run_id: str) -> tuple[Row, str]:
+def find(store: Store, run_id: str) -> tuple[RunRecord, str]:
     """The run of this id, and the name of its experiment. Raises InputError where there is none."""
     try:
         run = store.client.get_run(run_id)
-        return row_of(run), store.client.get_experiment(run.info.experiment_id).name
+        return record_of(run), store.client.get_experiment(run.info.experiment_id).name
     except (MlflowException, requests.RequestException) as error:
         raise InputError(f"there is no run {run_id} in MLflow at {masked(store.uri)}: {first_line(error)}.") from error
 
@@ -137,8 +137,8 @@ def fetch(store: Store, run_id: str, name: str, folder: Path) -> Path | None:
         return Path(store.client.download_artifacts(run_id, name, str(folder)))
 
 
-def row_of(run: MlflowRun) -> Row:
+def record_of(run: MlflowRun) -> RunRecord:
     info, data = run.info, run.data
     end = info.end_time / 1000 if info.end_time else None
     start = info.start_time / 1000
-    return Row(info.run_id, info.run_name, info.status, start, end, data.params, data.metrics, data.tags)
+    return RunRecord(info.run_id, info.run_name, info.status, start, end, data.params, data.metrics, data.tags)

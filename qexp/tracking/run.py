@@ -29,11 +29,11 @@ from mlflow.types.schema import Schema, TensorSpec
 
 from qexp.errors import InputError, RunError, without_values
 from qexp.metrics import Metric as MetricName
-from qexp.records import Row
+from qexp.records import RunRecord
 from qexp.system import machine
 from qexp.system.credentials import masked
 from qexp.tracking.errors import first_line, in_thread, refused, root_cause, sentence
-from qexp.tracking.query import has_process, row_of
+from qexp.tracking.query import has_process, record_of
 from qexp.tracking.store import Store, check_client, check_experiment, experiment_id_of
 from qexp.tracking.values import (
     PARENT_TAG,
@@ -52,6 +52,7 @@ from qexp.tracking.values import (
 logger = logging.getLogger(__name__)
 
 
+PARAMS_AT_ONCE = 100  # what MLflow takes in one request
 INPUT_ATTEMPTS = 10  # how often runs that record the same data sets for the first time may come in between
 SERVED_MODEL = Path(__file__).with_name("served_model.py")
 END_SECONDS = 15.0  # how long an ending run waits for its server
@@ -187,10 +188,6 @@ class Run:
             client.log_outputs(self.id, [LoggedModelOutput(model.model_id, step=0)])
         return f"models:/{model.model_id}"
 
-    def row(self) -> Row:
-        """The run as the store has it now."""
-        return row_of(self.store.client.get_run(self.id))
-
     def finish(self) -> None:
         """End as FINISHED. Raises RunError if the store does not take it."""
         with self._taking("the end of the run"):
@@ -217,14 +214,17 @@ class Run:
         params: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        """All in one request, where MLflow takes as many in one."""
+        """All in one request, where MLflow takes as many params in one."""
         now = int(time.time() * 1000)
+        named = [Param(name, value) for name, value in cut_params(params or {}).items()]
         self.store.client.log_batch(
             self.id,
             [Metric(name, value, now, 0) for name, value in with_legal_names(metrics or {}).items()],
-            [Param(name, value) for name, value in cut_params(params or {}).items()],
+            named[:PARAMS_AT_ONCE],
             [RunTag(name, value) for name, value in cut_tags(tags or {}).items()],
         )
+        for start in range(PARAMS_AT_ONCE, len(named), PARAMS_AT_ONCE):
+            self.store.client.log_batch(self.id, params=named[start : start + PARAMS_AT_ONCE])
 
     def _log_inputs(self, inputs: Sequence[DatasetInput]) -> None:
         """MLflow looks whether it has a data set, and if not inserts it; when another run does so in between, the whole
@@ -346,7 +346,7 @@ def check_resumed(store: Store, params: Mapping[str, str], run_id: str) -> None:
     except (MlflowException, requests.RequestException) as error:
         shown = masked(store.uri)
         raise InputError(f"MLFLOW_RUN_ID={run_id}: MLflow at {shown} has no such run ({first_line(error)}).") from error
-    row = row_of(run)
+    row = record_of(run)
     there = {name: value for name, value in cut_params(params).items() if row.params.get(name, value) != value}
     reason = ""
     if run.info.lifecycle_stage == "deleted":
@@ -369,7 +369,7 @@ def check_resumed(store: Store, params: Mapping[str, str], run_id: str) -> None:
     check_client(f"MLFLOW_RUN_ID={run_id}: the run", run.info.artifact_uri, ", or unset it")
 
 
-def _is_anothers(row: Row) -> bool:
+def _is_anothers(row: RunRecord) -> bool:
     """Whether a process that is not this one says that it has the run, and is not known to have ended."""
     if "pid" not in row.tags or "host" not in row.tags:  # `mlflow run` opens it for whom it starts
         return False
