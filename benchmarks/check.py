@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.size import sized
 from qexp import quantize
 from qexp.config import conversion
 from qexp.config.composition import CONF
@@ -33,13 +34,14 @@ from qexp.errors import InputError
 from qexp.models import float_model
 from qexp.quantize.inspection.layer_check import FEW, Deviation, layer_deviations
 
-BITS = (8, 7, 6, 5, 4, 3, 2)
+BITS = sized((8, 7, 6, 5, 4, 3, 2), (8,))
+MODELS = sized("*", "tiny")
 SIDE = 32
 
 
 def shipped(seed: int = 0) -> Iterator[tuple[str, nn.Module]]:
-    """Each model of conf/model with random weights and the statistics of norms that a trained one may have."""
-    for file in sorted((CONF / "model").glob("*.yaml")):
+    """Each of MODELS in conf/model with random weights and the statistics of norms that a trained one may have."""
+    for file in sorted((CONF / "model").glob(f"{MODELS}.yaml")):
         if file.stem == "custom":
             continue
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):

@@ -17,17 +17,18 @@ from pathlib import Path
 import psutil
 from tqdm import tqdm
 
+from benchmarks.size import sized
 from benchmarks.speed import composed
 from benchmarks.study import ROOT, listed, steps
 from qexp.config.schema import Config
 from qexp.launch import jobs
 from qexp.pipeline.run import run_job
 
-RUNS = 500
-EDGE = 50  # runs at the start, after the first few, and at the end, that are compared
-FIRST = 5
-HYDRAS = 50
-ALONE = 10
+RUNS = sized(500, 8)
+EDGE = sized(50, 3)  # runs at the start, after the first few, and at the end, that are compared
+FIRST = sized(5, 2)
+HYDRAS = sized(50, 4)
+ALONE = sized(10, 1)
 SMALLEST = ("model=tiny", "train=fast", "latency=off", "per_layer.images=0", "saturation.exact_images=0", "calib=small")
 # What of a run isn't the model's: images looked up, files written.
 RECORDS = ("load_data", "written", "layers_written", "the rest")

@@ -15,6 +15,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import nn
 
+from benchmarks.size import sized
 from qexp import quantize
 from qexp.config import conversion, schema
 from qexp.config.composition import CONF
@@ -25,8 +26,10 @@ from qexp.models import float_model
 from qexp.pipeline import prepare, run
 from qexp.runtimes import saved_models
 
-ROUNDS = 5
-MODELS = ("resnet18", "mobilenet_v2")
+ROUNDS = sized(5, 1)
+MODELS = sized(("resnet18", "mobilenet_v2"), ("tiny",))
+IMAGES = sized(512, 16)
+FEW, MANY = 8, sized(2048, 16)  # images, whose passes' memory is compared
 _PARAMETERS = {"averaging_constant": 0.01, "bins": 2048, "percentile": 99.99}
 OBSERVERS = {
     str(name): Observer(name, **{key: _PARAMETERS[key] for key in parameters})  # type: ignore[arg-type]
@@ -56,12 +59,12 @@ def ratio(title: str, numerator: Callable[[], object], denominator: Callable[[],
 
 
 def calibration(outputs: str) -> None:
-    """A pass that serves all observers, and that of torch's histogram, over a bare FP32 pass over the same 512 images;
-    what each observer then takes to find its ranges; and the peak memory of a pass over 8 and over 2,048 images."""
+    """A pass that serves all observers, and that of torch's histogram, over a bare FP32 pass over the same IMAGES;
+    what each observer then takes to find its ranges; and the peak memory of a pass over FEW and over MANY images."""
     for model in MODELS:
         config = composed(outputs, "latency=off", f"model={model}")
         data = load_data(config.dataset, Path(config.outputs) / "cache")
-        images = normalise(data.train.pixels(np.arange(512)), data.mean, data.std)
+        images = normalise(data.train.pixels(np.arange(IMAGES)), data.mean, data.std)
         batches = images.split(config.calib.batch_size)
         fused = quantize.fuse(float_model.build(config.model, 10, 0), config.flow, True, images[:2])
         qconfig = prepare.resolved(config)
@@ -90,8 +93,8 @@ def calibration(outputs: str) -> None:
                     print(f"{model}, ranges by {name}: {took:.2f} s", flush=True)
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
         for model in MODELS:
-            few, many = (fresh.apply(peak_memory, (outputs, model, count)) for count in (8, 2048))
-            print(f"{model}, peak memory of a pass over 8 images {few} MB, over 2,048 {many} MB", flush=True)
+            few, many = (fresh.apply(peak_memory, (outputs, model, count)) for count in (FEW, MANY))
+            print(f"{model}, peak memory of a pass over {FEW} images {few} MB, over {MANY:,} {many} MB", flush=True)
 
 
 def peak_memory(outputs: str, model: str, count: int) -> int:
@@ -115,7 +118,7 @@ def peak_memory(outputs: str, model: str, count: int) -> int:
 def whole_run(outputs: str) -> None:
     """A run from a kept float model, FP32 predictions kept and no timing, over a bare INT8 pass over the images; each
     is calibrated with other images."""
-    jobs = (composed(outputs, "latency=off", f"calib.seed={seed}") for seed in itertools.count())
+    jobs = (composed(outputs, "latency=off", f"model={MODELS[0]}", f"calib.seed={seed}") for seed in itertools.count())
     config = next(jobs)
     folder = Path(config.outputs) / "run"
     folder.mkdir(parents=True)

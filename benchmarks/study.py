@@ -28,6 +28,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from benchmarks.size import sized
 from benchmarks.speed import composed, seconds
 from qexp import quantize
 from qexp.accuracy import target_cpu
@@ -40,14 +41,14 @@ from qexp.pipeline.run import run_job
 from qexp.runtimes import saved_models
 
 ROOT = Path(__file__).resolve().parent.parent
-GRANULARITIES = ("per_tensor", "per_channel")
-SCHEMES = ("asymmetric", "symmetric")
-OBSERVERS = ("minmax", "moving_average", "percentile", "mse")
-BATCHES = (4, 16, 56)  # the digits have images for 56
+GRANULARITIES = sized(("per_tensor", "per_channel"), ("per_channel",))
+SCHEMES = sized(("asymmetric", "symmetric"), ("symmetric",))
+OBSERVERS = sized(("minmax", "moving_average", "percentile", "mse"), ("minmax", "mse"))
+BATCHES = sized((4, 16, 56), (4,))  # the digits have images for 56
 # Those that the script has; in place of another it runs the first, a lower bound of its cost.
 SCRIPT_OBSERVERS = ("minmax", "moving_average")
 # Of the settings every fifth is given to the script: each value of each comes up.
-SCRIPT_STRIDE = 5
+SCRIPT_STRIDE = sized(5, 1)
 BARE_PASSES = 2
 # What a run does, in its order.
 STEPS = (

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.size import sized
 from benchmarks.speed import composed
 from qexp.config.schema import Config
 from qexp.data.splits import load_data, normalise
@@ -15,7 +16,8 @@ from qexp.latency import protocol, worker
 from qexp.pipeline import measure, run
 from qexp.system import lock
 
-REPEATS = 40
+REPEATS = sized(40, 1)
+PROTOCOL = sized((), ("model=tiny", "latency=quick", "latency.processes=1", "latency.seconds=0.05"))
 RUNTIMES = ("eager", "torchscript")
 
 
@@ -34,7 +36,10 @@ def made(outputs: str, name: str, *overrides: str) -> tuple[Config, Path, np.nda
 def against_itself(outputs: str) -> None:
     """FP32 timed against itself by the protocol `publish`, as a run's control is: how many of the 95% intervals contain
     1, how wide they are."""
-    runs = {name: made(outputs, f"aa_{name}", "latency=publish", f"latency.runtimes=[{name}]") for name in RUNTIMES}
+    runs = {
+        name: made(outputs, f"aa_{name}", "latency=publish", f"latency.runtimes=[{name}]", *PROTOCOL)
+        for name in RUNTIMES
+    }
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in RUNTIMES}
     valid = 0
     for repeat in tqdm(range(REPEATS), desc="A/A", disable=None):
@@ -57,7 +62,7 @@ def order(outputs: str) -> None:
     """FP32 over INT8 with the variants given in one order, and in the other, by the protocol `standard`."""
     for number, runtimes in enumerate(("[eager,torchscript]", "[torchscript,eager]")):
         with_order = f"latency.runtimes={runtimes}"
-        config, folder, inputs, logits = made(outputs, f"order{number}", "latency=standard", with_order)
+        config, folder, inputs, logits = made(outputs, f"order{number}", "latency=standard", with_order, *PROTOCOL)
         with lock.timing():
             timings = worker.measure(config, folder, inputs, logits, all_int8=True)
         by = {timing.name: timing for timing in timings}

@@ -1,0 +1,38 @@
+"""Each benchmark runs: on its smallest size, to its end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from benchmarks.__main__ import BENCHMARKS
+
+
+def run(*arguments: str | Path, size: str = "smallest") -> str:
+    """What `python -m` prints with these arguments."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "QEXP_BENCH_SIZE": size}
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(BENCHMARKS))
+def test_a_benchmark_runs_to_its_end(name: str) -> None:
+    lines = run("benchmarks", name).splitlines()
+    assert lines[3] == name
+    assert len(lines) > 4
+
+
+@pytest.mark.slow
+def test_a_record_is_the_same_twice(tmp_path: Path) -> None:
+    run("benchmarks.freeze", tmp_path / "before.json", "--only", "default")
+    said = run("benchmarks.freeze", tmp_path / "after.json", "--only", "default", "--against", tmp_path / "before.json")
+    assert said == "1 runs recorded the same\n"
