@@ -159,12 +159,90 @@ PRECISIONS = tuple(Precision)
 RUNTIMES = ("eager", "eager_channels_last", "torchscript", "inductor", CUDA)
 
 
+class VerdictKind(StrEnum):
+    """What the test images show: no loss beyond the margin, a loss, or neither."""
+
+    no_loss = "no_loss"
+    loss = "loss"
+    undecided = "undecided"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the test images say of INT8's accuracy against FP32's. All but the counts of images are fractions of 1.
+
+    margin: the loss that is tolerated; images: how many were tested; images_needed: how many would probably settle it,
+    where it is undecided. Where 16-bit sums that saturate are shown to be a cause: lost, FP32 minus INT8 accuracy;
+    lost_to_saturation, how much of it they cost; saturation_only, whether they explain all of it; remedy, the setting
+    that avoids it.
+    """
+
+    kind: VerdictKind
+    margin: float
+    images: int
+    images_needed: int | None = None
+    lost: float | None = None
+    lost_to_saturation: float | None = None
+    saturation_only: bool | None = None
+    remedy: str | None = None
+
+    def tags(self) -> dict[str, str]:
+        """The verdict as a run's tags: `verdict`, which is its kind, and `verdict.margin` and so on."""
+        given = {name: value for name, value in vars(self).items() if name != "kind" and value is not None}
+        return {"verdict": str(self.kind), **{f"verdict.{name}": str(value) for name, value in given.items()}}
+
+    @classmethod
+    def from_tags(cls, tags: Mapping[str, str]) -> Verdict | None:
+        """The verdict that `tags` wrote; None where there is none."""
+
+        def number(name: str) -> float | None:
+            return float(tags[f"verdict.{name}"]) if f"verdict.{name}" in tags else None
+
+        margin, images, needed = number("margin"), number("images"), number("images_needed")
+        if tags.get("verdict") not in {*VerdictKind} or margin is None or images is None:
+            return None
+        only = tags.get("verdict.saturation_only")
+        return cls(
+            VerdictKind(tags["verdict"]), margin, int(images), None if needed is None else int(needed),
+            number("lost"), number("lost_to_saturation"), None if only is None else only == "True",
+            tags.get("verdict.remedy"),
+        )  # fmt: skip
+
+
+# A run has a tag for each warning, its sentence under its code.
+WARNING_TAG = "warning."
+
+
+class WarningCode(StrEnum):
+    """What the reader of a run's numbers must know, in the order in which it is told."""
+
+    data_set_for_trying = "data_set_for_trying"
+    one_model_a_thread = "one_model_a_thread"
+    timing_untrusted = "timing_untrusted"
+    int8_slower = "int8_slower"
+    int8_not_faster = "int8_not_faster"
+    layers_in_fp32 = "layers_in_fp32"
+    batchnorm_left = "batchnorm_left"
+    layers_narrowed = "layers_narrowed"
+    saturates_in_spite_of_guard = "saturates_in_spite_of_guard"
+    saturation_unguarded = "saturation_unguarded"
+    slow_depthwise = "slow_depthwise"
+
+
+@dataclass(frozen=True)
+class RunWarning:
+    """A warning about a run's numbers. data: what its sentence tells, see `report.sentences.warning`."""
+
+    code: WarningCode
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Result:
     """What a job gives back: numbers, and paths of what it wrote into its folder.
 
-    metrics: by the names of `Metric`; resolved: what was executed where it differs from what was asked; tags: by name;
-    doubts: sentences that the reader of the numbers must know; files: artifact path in the run -> path on disk;
+    metrics: by the names of `Metric`; resolved: what was executed, beside what was asked; tags: by name;
+    files: artifact path in the run -> path on disk;
     datasets: name, digest, source, context and profile of the images that were used; flavor: what MLflow needs to
     keep the INT8 model as one that it can serve, empty where there is no TorchScript.
     """
@@ -172,7 +250,8 @@ class Result:
     metrics: dict[str, float]
     resolved: dict[str, str]
     tags: dict[str, str]
-    doubts: tuple[str, ...]
+    verdict: Verdict
+    warnings: tuple[RunWarning, ...]
     files: dict[str, str]
     datasets: tuple[dict[str, Any], ...]
     flavor: dict[str, Any]
@@ -195,3 +274,12 @@ class RunRecord:
     params: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> Verdict | None:
+        return Verdict.from_tags(self.tags)
+
+    @property
+    def warnings(self) -> dict[str, str]:
+        """The sentence of each warning by its code, in the order of `WarningCode`."""
+        return {code: self.tags[name] for code in WarningCode if (name := WARNING_TAG + code) in self.tags}

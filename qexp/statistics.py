@@ -15,7 +15,7 @@ from statistics import fmean, stdev
 import numpy as np
 from scipy import optimize, special, stats
 
-from qexp.records import Interval, Predictions
+from qexp.records import Interval, Predictions, Verdict, VerdictKind
 
 # With fewer workers than this, their number says next to nothing about how much workers differ.
 WORKERS_TO_RESAMPLE = 5
@@ -174,19 +174,18 @@ def non_inferiority(first_only: int, second_only: int, n: int, margin: float) ->
     return float(stats.norm.sf(tango_z(-margin, first_only, second_only, n))) if n else 1.0
 
 
-def verdict(first_only: int, second_only: int, n: int, margin: float, confidence: float = 0.95) -> str:
-    """What the images say about the second against the first, in words.
+def verdict(first_only: int, second_only: int, n: int, margin: float, confidence: float = 0.95) -> Verdict:
+    """The verdict on the second against the first.
 
-    `no loss beyond 0.5 points`: non-inferior by the margin, at a one-sided level of (1 - confidence) / 2. `loss`: a
-    loss is shown (the interval lies below 0), and that it is within the margin is not. Else `can't tell with N
-    images; M would do`, M by `images_needed`.
+    no_loss: non-inferior by the margin, at a one-sided level of (1 - confidence) / 2. loss: a loss is shown (the
+    interval lies below 0), and that it is within the margin is not. Else undecided, with `images_needed`.
     """
     if non_inferiority(first_only, second_only, n, margin) < (1 - confidence) / 2:
-        return f"no loss beyond {100 * margin:g} points"
+        return Verdict(VerdictKind.no_loss, margin, n)
     if tango(first_only, second_only, n, confidence).high < 0:
-        return "loss"
+        return Verdict(VerdictKind.loss, margin, n)
     needed = images_needed(first_only, second_only, n, margin, confidence)
-    return f"can't tell with {n:,} images; {needed:,} would do"
+    return Verdict(VerdictKind.undecided, margin, n, needed)
 
 
 def images_needed(first_only: int, second_only: int, n: int, margin: float, confidence: float = 0.95) -> int:

@@ -19,7 +19,7 @@ from qexp.metrics import Metric, described
 from qexp.pipeline import checks
 from qexp.pipeline.prepare import Saved
 from qexp.pipeline.run import run_job
-from qexp.records import Precision, Result, Variant
+from qexp.records import Precision, Result, Variant, WarningCode
 
 Composed = Callable[..., Config]
 # A p99 needs a thousand calls; jobs are counted in a sweep's own run; no runtime has an accuracy of its own yet.
@@ -41,6 +41,10 @@ def run(composed: Composed, checkpoint: Path, tmp_path: Path) -> Callable[..., R
     return job
 
 
+def codes(result: Result) -> set[WarningCode]:
+    return {warning.code for warning in result.warnings}
+
+
 @pytest.mark.parametrize("engine", list(Engine))
 @pytest.mark.parametrize("flow", list(Flow))
 def test_every_flow_on_every_engine_gives_a_whole_result(
@@ -58,7 +62,7 @@ def test_every_flow_on_every_engine_gives_a_whole_result(
     assert result.metrics[Metric.layers_int8] == (1 if flow is Flow.dynamic else 7)
     assert abs(result.metrics[Metric.accuracy_delta]) < 0.1
     assert {"cpu", "isa", "kernel_signature", "torch", "fastest.int8", "latency_valid"} <= set(result.tags)
-    warned = any("a model for each thread" in doubt for doubt in result.doubts)
+    warned = WarningCode.one_model_a_thread in codes(result)
     assert warned == (flow is Flow.dynamic and engine is Engine.onednn)
     kept = np.load(tmp_path / "run" / "predictions.npz")
     accuracy = (kept["int8"].argmax(1) == kept["labels"]).mean()
@@ -124,22 +128,23 @@ def test_the_same_job_gives_the_same_logits(run: Callable[..., Result], tmp_path
 def test_what_overflow_became_is_recorded_beside_what_was_asked(run: Callable[..., Result]) -> None:
     assert run("qconfig.overflow=weights", "latency=off").resolved == {
         "resolved.overflow": "weights", "resolved.weight_bits": "7", "resolved.activation_bits": "8",
+        "resolved.activation_highest_code": "255", "resolved.narrowed_weights": "0",
+        "resolved.narrowed_activations": "0",
     }  # fmt: skip
     assert run("target=vnni", "latency=off").resolved["resolved.overflow"] == "none"
     guarded = run("target=avx2", "latency=off")
     assert guarded.resolved["resolved.overflow"] == "layers"
-    bits = (guarded.resolved["resolved.weight_bits"], guarded.resolved["resolved.activation_bits"])
-    narrowed = [int(text.split()[3]) for text in bits if text != "8"]  # "8 (7 in 2 layers)"
+    narrowed = [int(guarded.resolved[f"resolved.narrowed_{side}"]) for side in ("weights", "activations")]
     assert sum(narrowed) == guarded.metrics[Metric.layers_narrowed] > 0
 
 
-def test_an_unguarded_engine_that_can_saturate_is_doubted(run: Callable[..., Result]) -> None:
+def test_there_is_a_warning_of_an_unguarded_engine_that_can_saturate(run: Callable[..., Result]) -> None:
     from qexp.quantize.saturation import kernels
 
     result = run("qconfig.overflow=none", "engine=fbgemm", "latency=off")
-    doubted = any("holds for this CPU only" in doubt for doubt in result.doubts)
-    assert doubted == kernels.probe().dense_saturates(Engine.fbgemm)
-    assert not any("this CPU only" in doubt for doubt in run("engine=fbgemm", "latency=off").doubts)
+    warned = WarningCode.saturation_unguarded in codes(result)
+    assert warned == kernels.probe().dense_saturates(Engine.fbgemm)
+    assert WarningCode.saturation_unguarded not in codes(run("engine=fbgemm", "latency=off"))
 
 
 def test_a_relu_used_twice_is_refused_with_its_name_before_training_and_fails_the_run(

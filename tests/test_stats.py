@@ -9,7 +9,8 @@ from scipy import optimize
 from scipy import stats as distributions
 
 from qexp import statistics
-from qexp.records import Predictions
+from qexp.records import Predictions, Verdict, VerdictKind
+from qexp.report import sentences
 
 Z95 = distributions.norm.isf(0.025)
 
@@ -269,12 +270,14 @@ def test_sqnr_of_a_tenth_of_noise_is_twenty_decibels() -> None:
     ],
 )
 def test_verdicts(first_only: int, second_only: int, n: int, margin: float, words: str) -> None:
-    assert statistics.verdict(first_only, second_only, n, margin) == words
+    assert sentences.verdict(statistics.verdict(first_only, second_only, n, margin)) == words
 
 
 def test_a_verdict_that_cannot_be_given_says_how_many_images_would_do() -> None:
-    assert statistics.verdict(200, 170, 10_000, 0.005) == "can't tell with 10,000 images; 17,000 would do"
-    assert statistics.verdict(0, 0, 100, 0.005) == "can't tell with 100 images; 3,400 would do"
+    some, few = statistics.verdict(200, 170, 10_000, 0.005), statistics.verdict(0, 0, 100, 0.005)
+    assert some == Verdict(VerdictKind.undecided, 0.005, 10_000, 17_000)
+    assert few == Verdict(VerdictKind.undecided, 0.005, 100, 3400)
+    assert sentences.verdict(some) == "can't tell with 10,000 images; 17,000 would do"
     assert statistics.images_needed(1, 0, 1, 0.005) > 1
 
 
@@ -282,7 +285,7 @@ def test_a_verdict_that_cannot_be_given_says_how_many_images_would_do() -> None:
 def test_the_images_that_would_do_give_a_verdict_in_about_four_cases_of_five(
     b: int, c: int, n: int, margin: float
 ) -> None:
-    assert statistics.verdict(b, c, n, margin).startswith("can't tell")
+    assert statistics.verdict(b, c, n, margin).kind is VerdictKind.undecided
     needed = statistics.images_needed(b, c, n, margin)
     tables = np.random.default_rng(0).multinomial(needed, [b / n, c / n, 1 - (b + c) / n], 4000)
     low, high = statistics.tango_bounds(tables[:, 0], tables[:, 1], needed)

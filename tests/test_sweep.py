@@ -17,7 +17,7 @@ import pytest
 from qexp.launch import jobs, planning, progress, signals, summary, sweep, tracked_run
 from qexp.launch.job import Job
 from qexp.metrics import Metric
-from qexp.records import Result, RunRecord
+from qexp.records import Result, RunRecord, Verdict, VerdictKind
 
 
 @pytest.mark.parametrize(
@@ -205,8 +205,10 @@ def test_what_hydra_composed_is_kept_of_a_job_that_was_begun_before_it_was_writt
     folder = tmp_path / "job"
     (folder / ".hydra").mkdir(parents=True)
     (folder / ".hydra" / "overrides.yaml").write_text("- seed=1\n")
+    verdict = Verdict(VerdictKind.loss, 0.1, 9)
     result = Result(
-        metrics={}, resolved={}, tags={}, doubts=(), files={"model": str(folder)}, datasets=(), flavor={}
+        metrics={}, resolved={}, tags={}, verdict=verdict, warnings=(), files={"model": str(folder)}, datasets=(),
+        flavor={},
     )  # fmt: skip
     monkeypatch.setattr(jobs, "run", lambda config, folder: result)
     choices = {"dataset": "digits", "model": "tiny"}

@@ -8,13 +8,14 @@ import pytest
 from test_ablation import RISING, by_size, on_target, row
 
 from qexp.metrics import Metric
-from qexp.records import RunRecord
+from qexp.records import RunRecord, Verdict, VerdictKind
 from qexp.report import tables
 
-NO_LOSS = "no loss beyond 0.5 points"
-CANT_TELL = "can't tell with 10,000 images; 24,000 would do"
-SATURATED = "; all of it is 16-bit saturation of this CPU's kernels; qconfig.overflow=auto avoids it"
-UNTRUSTED = "the timing can't be trusted."
+NO_LOSS = Verdict(VerdictKind.no_loss, 0.005, 10_000)
+CANT_TELL = Verdict(VerdictKind.undecided, 0.005, 10_000, 24_000)
+CAUSE = {"lost": 0.0355, "lost_to_saturation": 0.0355, "saturation_only": True, "remedy": "qconfig.overflow=auto"}
+SATURATED = "3.5 points lost, all of it to 16-bit sums that saturate; qconfig.overflow=auto avoids it"
+UNTRUSTED = {"warning.timing_untrusted": "the timing can't be trusted."}
 
 
 def test_a_line_shows_accuracies_and_the_difference_in_points_with_its_interval() -> None:
@@ -24,10 +25,9 @@ def test_a_line_shows_accuracies_and_the_difference_in_points_with_its_interval(
     assert "latency" not in text  # nothing was timed
 
 
-def test_a_doubt_stands_once_below_the_table_and_marks_its_runs() -> None:
-    rows = [RunRecord(n, n, "FINISHED", tags={"doubts": "holds here only"}) for n in ("a", "b")] + [
-        RunRecord("c", "c", "FINISHED")
-    ]
+def test_a_warning_stands_once_below_the_table_and_marks_its_runs() -> None:
+    warned = {"warning.saturation_unguarded": "holds here only"}
+    rows = [RunRecord(name, name, "FINISHED", tags=tags) for name, tags in (("a", warned), ("b", warned), ("c", {}))]
     text = tables.runs(rows)
     assert text.count("holds here only") == 1
     assert [line.split()[:2] for line in text.splitlines()[2:4]] == [["a", "(1)"], ["b", "(1)"]]
@@ -43,7 +43,7 @@ def test_a_failed_run_has_no_line_and_is_named_with_its_error() -> None:
 
 
 def measured(
-    name: str, int8: float, verdict: str = NO_LOSS, *, fp32: float = 0.8507, trusted: bool = True, **params: str
+    name: str, int8: float, verdict: Verdict = NO_LOSS, *, fp32: float = 0.8507, trusted: bool = True, **params: str
 ) -> RunRecord:
     """A run of ResNet-18 as it is logged, with an interval of 0.22 points to each side."""
     delta = int8 - fp32
@@ -67,8 +67,8 @@ def measured(
         Metric.layers_int8: 21.0,
         Metric.layers_float: 0.0,
     }
-    tags = {"verdict": verdict, "fastest.fp32": "eager_channels_last", "fastest.int8": "torchscript"}
-    tags |= {"latency_valid": str(trusted).lower(), "doubts": "" if trusted else UNTRUSTED}
+    tags = {**verdict.tags(), "fastest.fp32": "eager_channels_last", "fastest.int8": "torchscript"}
+    tags |= {"latency_valid": str(trusted).lower(), **({} if trusted else UNTRUSTED)}
     typed = {key.replace("__", "."): value for key, value in params.items()}
     return RunRecord(name, name, "FINISHED", params=typed, metrics=metrics, tags=tags)
 
@@ -80,8 +80,8 @@ def granularity() -> list[RunRecord]:
         for q, accuracies in drawn.items()
         for seed, accuracy in enumerate(accuracies)
     ]
-    rows[2] = replace(rows[2], tags={**rows[2].tags, "verdict": CANT_TELL})
-    rows[4] = replace(rows[4], tags={**rows[4].tags, "latency_valid": "false", "doubts": UNTRUSTED})
+    rows[2] = replace(rows[2], tags={**rows[2].tags, **CANT_TELL.tags()})
+    rows[4] = replace(rows[4], tags={**rows[4].tags, "latency_valid": "false", **UNTRUSTED})
     return rows
 
 
@@ -104,22 +104,22 @@ no loss > 0.5: none beyond 0.5 points, at 95%; can't tell (24,000): 24,000 test 
 
 def test_a_verdict_that_all_runs_share_is_said_once_and_in_full() -> None:
     text = tables.runs([measured("a", 0.85, CANT_TELL), measured("b", 0.85, CANT_TELL)])
-    assert f"verdict of every run: {CANT_TELL}" in text
+    assert "verdict of every run: can't tell with 10,000 images; 24,000 would do" in text
     assert text.count("can't tell") == 1
-    assert f"verdict: loss{SATURATED}" in tables.runs([measured("a", 0.8, "loss" + SATURATED)])
+    lost = Verdict(VerdictKind.loss, 0.005, 10_000, **CAUSE)  # type: ignore[arg-type]
+    assert f"verdict: loss; {SATURATED}" in tables.runs([measured("a", 0.8, lost)])
 
 
 def test_what_is_added_to_a_verdict_stands_below_and_is_marked_at_it() -> None:
-    text = tables.runs([measured("a", 0.8152, CANT_TELL + SATURATED), measured("b", 0.85)])
+    text = tables.runs([measured("a", 0.8152, replace(CANT_TELL, **CAUSE)), measured("b", 0.85)])  # type: ignore[arg-type]
     assert "can't tell (24,000) (1)" in text
-    assert text.endswith(f"(1) {SATURATED.removeprefix('; ')}")
+    assert text.endswith(f"(1) {SATURATED}")
 
 
-def test_an_unknown_verdict_is_shown_and_none_is_blank() -> None:
-    rows = [measured("a", 0.85, "something else; and more"), replace(measured("b", 0.85), tags={})]
-    text = tables.runs(rows)
-    assert "something else (1)" in text
-    assert text.endswith("(1) and more")
+def test_a_run_without_a_verdict_that_is_known_has_none() -> None:
+    other = replace(measured("a", 0.85), tags={"verdict": "something else", "verdict.margin": "0.1"})
+    assert other.verdict is None
+    assert "verdict" not in tables.runs([other])
 
 
 def test_layers_and_sizes_that_differ_have_a_column() -> None:

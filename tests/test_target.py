@@ -18,7 +18,8 @@ from qexp.pipeline import metrics
 from qexp.pipeline.run import run_job
 from qexp.quantize.saturation import kernels
 from qexp.quantize.saturation.kernels import KernelSignature, Probe
-from qexp.records import Predictions, Result, Saturation, Source
+from qexp.records import Predictions, Result, Saturation, Source, Verdict, WarningCode
+from qexp.report import sentences
 
 Composed = Callable[..., Config]
 SMALL = ("model=tiny", "latency=off")
@@ -113,7 +114,8 @@ def test_a_cpu_with_vnni_has_depthwise_kernels_that_saturate_and_no_others(
     assert result.metrics[Metric.layers_narrowed] == 0
     assert result.tags["saturation"] == "impossible"
     assert "depthwise" not in caplog.text  # of which there are none
-    assert not any("16-bit" in doubt for doubt in run("engine=fbgemm", "qconfig.overflow=none").doubts)
+    unguarded = run("engine=fbgemm", "qconfig.overflow=none")
+    assert WarningCode.saturation_unguarded not in {warning.code for warning in unguarded.warnings}
 
 
 def test_without_images_to_compare_saturation_stays_possible(run: Callable[..., Result]) -> None:
@@ -163,7 +165,9 @@ def judged(fp32: np.ndarray, saturating: np.ndarray, exact: np.ndarray | None, s
         Source(source), everything, found, Saturation.impossible if exact is None else Saturation.observed,
         everything, None if exact is None else predictions(exact), predictions(saturating),
     )  # fmt: skip
-    return metrics.verdict(predictions(fp32), answer, 0.005)
+    found = metrics.verdict(predictions(fp32), answer, 0.005)
+    assert Verdict.from_tags(found.tags()) == found
+    return sentences.verdict(found)
 
 
 def right(count: int, images: int = 10_000) -> np.ndarray:
@@ -184,4 +188,4 @@ def test_what_answers_for_the_target_is_in_the_files(run: Callable[..., Result],
     assert set(result.files) >= {"layers.csv", "layers.png", "config.json"}
     assert (tmp_path / "run" / "layers.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "run" / "config.json").read_text())["saturation"]["exact_images"] == 1000
-    assert result.tags["verdict"]
+    assert result.verdict.margin == 0.02

@@ -11,8 +11,8 @@ from qexp.config import code_digest, identity, validation
 from qexp.config.refusals import refusals
 from qexp.config.schema import LogModel
 from qexp.launch import folders, jobs, progress, resume
-from qexp.records import RunRecord
-from qexp.report import tables
+from qexp.records import WARNING_TAG, RunRecord
+from qexp.report import sentences, tables
 
 if TYPE_CHECKING:
     pass
@@ -99,7 +99,8 @@ def tracked(job: Job, swept: Collection[str] = ()) -> tuple[RunRecord, Any]:
         # At once, so that a run that fails or is killed can be repeated too.
         handle.log_artifacts({"config.json": identity.plain(job.config)})
         result = jobs.run(job.config, job.folder)
-        found = {**result.tags, "doubts": "\n".join(result.doubts)}
+        warnings = {WARNING_TAG + warning.code: sentences.warning(warning) for warning in result.warnings}
+        found = {**result.tags, **result.verdict.tags(), **warnings}
         files = {name: Path(path) for name, path in result.files.items()}
         # Here and not in the job's process, which is begun ahead, before Hydra has written its files.
         if job.hydra_files is not None and job.hydra_files.is_dir():

@@ -32,21 +32,23 @@ from qexp.records import Fidelity, Layer, Predictions, QParams, Result
 
 
 def resolved_params(qconfig: QConfig, config: Config, narrowed: tuple[quantize.Narrowed, ...] = ()) -> dict[str, str]:
-    """What was executed, beside what was asked."""
+    """What was executed, beside what was asked.
 
-    def bits(side: quantize.Side) -> str:
-        whole, layers = quantize.executed_bits(qconfig, side), sum(layer.side is side for layer in narrowed)
-        if side is quantize.Side.activations and whole < qconfig.activation.bits:
-            return f"{whole} (of the scale: codes beyond its range go on to {quantize.highest_activation(qconfig)})"
-        return f"{whole} ({quantize.SAFE_BITS} in {layers} layers)" if layers else str(whole)
-
+    activation_bits: of the scale; a guard's 7 leave codes up to activation_highest_code. narrowed_*: how many layers
+    overflow=layers gave 7 bits, on which side.
+    """
     if config.flow is Flow.dynamic:
         return {"resolved.weight_bits": str(qconfig.weight.bits)}
-    return {
-        "resolved.overflow": str(qconfig.overflow),
-        "resolved.weight_bits": bits(quantize.Side.weights),
-        "resolved.activation_bits": bits(quantize.Side.activations),
+    weights, activations = quantize.Side.weights, quantize.Side.activations
+    values = {
+        "overflow": qconfig.overflow,
+        "weight_bits": quantize.executed_bits(qconfig, weights),
+        "activation_bits": quantize.executed_bits(qconfig, activations),
+        "activation_highest_code": quantize.highest_activation(qconfig),
+        "narrowed_weights": sum(layer.side is weights for layer in narrowed),
+        "narrowed_activations": sum(layer.side is activations for layer in narrowed),
     }
+    return {f"resolved.{name}": str(value) for name, value in values.items()}
 
 
 def slow_kernels(config: Config, int8: nn.Module) -> tuple[str, ...]:
@@ -101,7 +103,6 @@ def result(
         **({"latency_from": found.latency_from} if found.latency_from else {}),
         "accuracy_source": str(found.answer.source),
         "saturation": str(found.answer.saturation),
-        "verdict": metrics.verdict(found.predictions["fp32"], found.answer, margin, found.qconfig.overflow),
     }
     numbers = {
         **metrics.of_accuracy(found.predictions["fp32"], found.predictions["int8"]),
@@ -125,8 +126,9 @@ def result(
         metrics=numbers,
         resolved=resolved_params(found.qconfig, config, narrowed),
         tags={**code, **of_data, **measured, "float_model": fp32.source},
-        doubts=(
-            *warnings.doubts(config, data, found.layers, {**numbers, **measured}),
+        verdict=metrics.verdict(found.predictions["fp32"], found.answer, margin, found.qconfig.overflow),
+        warnings=(
+            *warnings.general(config, data, found.layers, {**numbers, **measured}),
             *warnings.of_sums(config, found.qconfig.overflow, found.layers, narrowed, found.answer),
             *warnings.of_slow_kernels(config, slow_kernels(config, int8)),
         ),

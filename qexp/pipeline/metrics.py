@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from qexp import statistics
 from qexp.accuracy.target_cpu import Answer
 from qexp.config.schema import Overflow
 from qexp.latency import protocol
 from qexp.metrics import Metric
-from qexp.records import Artifact, Interval, Layer, Precision, Predictions
+from qexp.records import Artifact, Interval, Layer, Precision, Predictions, Verdict
 
 
 def of_accuracy(fp32: Predictions, int8: Predictions) -> dict[str, float]:
@@ -76,20 +77,23 @@ def _lost_to_saturation(answer: Answer) -> Interval | None:
     return statistics.tango(*statistics.discordant(answer.saturating, answer.exact))
 
 
-def verdict(fp32: Predictions, answer: Answer, margin: float, guard: Overflow = Overflow.none) -> str:
-    """The verdict on the target's accuracy in words, with 16-bit saturation as its cause where that is shown.
+def verdict(fp32: Predictions, answer: Answer, margin: float, guard: Overflow = Overflow.none) -> Verdict:
+    """The verdict on the target's accuracy, with 16-bit saturation as its cause where that is shown.
 
     guard: what was executed, not auto."""
     first_only, second_only, n = statistics.discordant(fp32.at(answer.images), answer.target)
-    said = statistics.verdict(first_only, second_only, n, margin)
+    found = statistics.verdict(first_only, second_only, n, margin)
     lost = _lost_to_saturation(answer)
     if lost is None or answer.exact is None or answer.target_is_exact or lost.low <= 0:
-        return said
+        return found
     rest = statistics.tango(*statistics.discordant(fp32.at(answer.compared), answer.exact))
-    cause = "all of it" if rest.high >= 0 else f"{100 * lost.value:.1f} of them"
-    points = 100 * (first_only - second_only) / n
-    advice = f"{instead_of(guard)} avoids it"
-    return f"{said}; {points:.1f} points lost, {cause} to 16-bit sums that saturate; {advice}"
+    return replace(
+        found,
+        lost=(first_only - second_only) / n,
+        lost_to_saturation=lost.value,
+        saturation_only=rest.high >= 0,
+        remedy=instead_of(guard),
+    )
 
 
 def instead_of(guard: Overflow) -> str:

@@ -7,7 +7,6 @@ Accuracies are fractions of 1; differences between them are printed in points (h
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from statistics import fmean, median, stdev
@@ -16,8 +15,8 @@ from tabulate import tabulate
 
 from qexp.config.identity import NOT_APPLICABLE
 from qexp.metrics import Metric
-from qexp.records import PRECISIONS, RUNTIMES, Interval, RunRecord
-from qexp.report import effects
+from qexp.records import PRECISIONS, RUNTIMES, Interval, RunRecord, VerdictKind
+from qexp.report import effects, sentences
 from qexp.report.effects import finished, together
 
 # With more runs than this, the table of latencies shows their range instead of each.
@@ -33,13 +32,6 @@ LAYERS = Metric.layers_int8.heading
 
 # Sizes of saved models that differ by less are said once, below the table.
 SAME_SIZE = 0.02
-
-# What `stats.verdict` says, and what was added to it.
-VERDICT = re.compile(
-    r"(no loss beyond (?P<margin>\S+) points|can't tell with [^;]* images; (?P<images>\S+) would do|[^;]*)"
-    r"(?:;\s*(?P<added>.*))?",
-    re.DOTALL,
-)
 
 
 def runs(records: Sequence[RunRecord]) -> str:
@@ -79,13 +71,8 @@ def line(record: RunRecord) -> str:
     cells, accuracy = _cells(record), effects.accuracy(record)
     if accuracy and accuracy.source:
         cells[ACCURACY] += f" ({accuracy.source})"
-    cells["verdict"] = record.tags.get("verdict", "").split(";")[0]
+    cells["verdict"] = sentences.conclusion(record.verdict) if record.verdict else ""
     return "  ".join(cell for cell in cells.values() if cell)
-
-
-def doubts(record: RunRecord) -> list[str]:
-    """The sentences kept in the tag `doubts`, one a line."""
-    return [line for line in record.tags.get("doubts", "").splitlines() if line]
 
 
 def failures(records: Sequence[RunRecord]) -> str:
@@ -100,7 +87,7 @@ def _table(lines: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
 
 def _cells(record: RunRecord) -> dict[str, str]:
     """The record by the headings of its columns, empty where nothing is known."""
-    accuracy, doubt = effects.accuracy(record), _untrusted(record)
+    accuracy, mark = effects.accuracy(record), _untrusted(record)
     ms = together(record, Metric.latency_fp32, Metric.latency_int8)
     speedup = together(record, Metric.speedup, Metric.speedup_low, Metric.speedup_high)
     size = together(record, Metric.size_fp32, Metric.size_int8)
@@ -110,9 +97,9 @@ def _cells(record: RunRecord) -> dict[str, str]:
         "run": record.name,
         ACCURACY: _arrow(Metric.accuracy_int8, accuracy.fp32, accuracy.int8) if accuracy else "",
         POINTS: f"{_signed(accuracy.delta.value)} {_ends(accuracy.delta)}" if accuracy else "",
-        "verdict": _short(record),
-        LATENCY: f"{_arrow(Metric.latency_int8, *ms)}{doubt}" if ms else "",
-        SPEEDUP: f"{ratio}×{doubt} [{', '.join(ends)}]" if speedup else "",
+        "verdict": sentences.short(record.verdict) if record.verdict else "",
+        LATENCY: f"{_arrow(Metric.latency_int8, *ms)}{mark}" if ms else "",
+        SPEEDUP: f"{ratio}×{mark} [{', '.join(ends)}]" if speedup else "",
         SIZE: _arrow(Metric.size_int8, *size) if size else "",
         LAYERS: f"{layers[0]:.0f} of {sum(layers):.0f}" if layers else "",
     }
@@ -125,7 +112,7 @@ def _arrow(metric: Metric, fp32: float, int8: float) -> str:
 def _notes(record: RunRecord) -> dict[str, list[str]]:
     """What must be known of the record, by the column that it is about."""
     carried = record.tags.get("carried_over")
-    accuracy, notes = effects.accuracy(record), {"run": [*doubts(record), *([carried] if carried else [])]}
+    accuracy, notes = effects.accuracy(record), {"run": [*record.warnings.values(), *([carried] if carried else [])]}
     if accuracy and accuracy.source:
         # Not of what ran here, and maybe not of all images.
         images, target = record.metrics.get(Metric.target_images), effects.value(record, "target")
@@ -135,35 +122,21 @@ def _notes(record: RunRecord) -> dict[str, list[str]]:
         notes[ACCURACY] = [f"accuracy on {cpu}, {how}: this CPU's kernels give another."]
     if carried := record.tags.get("latency_from"):
         notes[LATENCY] = [f"timed by {carried}, whose INT8 model executes the same operators."]
-    if added := _verdict(record)["added"]:
-        notes["verdict"] = [added]
+    if record.verdict and (cause := sentences.cause(record.verdict)):
+        notes["verdict"] = [cause]
     return notes
 
 
-def _verdict(record: RunRecord) -> re.Match[str]:
-    match = VERDICT.fullmatch(record.tags.get("verdict", ""))
-    assert match, "the last alternative takes everything"
-    return match
-
-
-def _short(record: RunRecord) -> str:
-    """The verdict for a column: `no loss > 0.5`, `loss`, `can't tell (24,000)`; another text up to its semicolon."""
-    said, margin, images, _ = _verdict(record).groups()
-    return f"no loss > {margin}" if margin else f"can't tell ({images})" if images else said
-
-
 def _legend(done: Sequence[RunRecord]) -> list[str]:
-    """What the short verdicts mean, each with the first number that there is."""
-    found = [_verdict(record) for record in done]
-    margins = [f"no loss > {m}: none beyond {m} points, at 95%" for match in found if (m := match["margin"])]
-    images = [f"can't tell ({n}): {n} test images would do" for match in found if (n := match["images"])]
-    parts = [*margins[:1], *images[:1]]
+    """What the short verdicts mean, each kind with the first number that there is."""
+    found = {record.verdict.kind: sentences.explained(record.verdict) for record in done[::-1] if record.verdict}
+    parts = [found[kind] for kind in VerdictKind if found.get(kind)]
     return ["; ".join(parts)] if parts else []
 
 
 def _shared(done: Sequence[RunRecord]) -> dict[str, str]:
     """By column, what all runs share and is said once below the table; of a single run only the verdict."""
-    verdicts = {record.tags.get("verdict", "") for record in done}
+    verdicts = {sentences.verdict(record.verdict) if record.verdict else "" for record in done}
     layers = {_cells(record)[LAYERS] for record in done}
     result = {"verdict": verdicts.pop()} if len(verdicts) == 1 else {}
     if len(done) > 1:
