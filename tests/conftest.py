@@ -13,8 +13,8 @@ from hydra import compose, initialize_config_dir
 
 from qexp.config import conversion, schema
 from qexp.config.composition import CONF
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers import ROOT
+from tests.helpers.stores import empty, server  # noqa: F401
 
 
 @pytest.fixture(autouse=True)

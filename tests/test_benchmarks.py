@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 from benchmarks.__main__ import BENCHMARKS
+from tests.helpers import ROOT
 
 
 def run(*arguments: str | Path, size: str = "smallest") -> str:

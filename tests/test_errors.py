@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_cli import Run, runs
 
 from qexp import tracking
 from qexp.errors import first_line, one_line, without_values
 from qexp.launch import jobs
+from tests.helpers.cli import Run, runs
 
 X = torch.full((2, 3, 4), 771.25) + torch.arange(24).reshape(2, 3, 4)
 CPP = """Cannot insert a Tensor that requires grad as a constant. Tensor:

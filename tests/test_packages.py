@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-import qexp
+from tests.helpers.imports import PACKAGE, files_of, imported
 
-PACKAGE = Path(qexp.__file__).parent
 ORDER = [
     "errors",
     "metrics",
@@ -32,24 +29,6 @@ ORDER = [
 ]
 # The process that jobs are forked from imports all that a job will need, Hydra's door too.
 EXCEPTIONS = {("launch/fork_server.py", "__main__")}
-
-
-def files_of(package: str) -> list[Path]:
-    folder = PACKAGE / package
-    return sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
-
-
-def imported(file: Path) -> Iterator[str]:
-    """The packages (or modules) directly within qexp that a file imports, wherever in it that is."""
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("qexp."))
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{file}: a relative import"
-            if node.module == "qexp":
-                yield from (alias.name for alias in node.names)
-            elif node.module and node.module.startswith("qexp."):
-                yield node.module.split(".")[1]
 
 
 def test_every_file_is_in_a_package_of_the_list() -> None:

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_kept import TIMED
 
 from qexp.config import schema
 from qexp.errors import RunError
 from qexp.launch import jobs
 from qexp.metrics import Metric
 from qexp.records import Result
+from tests.helpers.jobs import TIMED
 
 Composed = Callable[..., schema.Config]
 

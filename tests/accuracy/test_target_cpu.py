@@ -1,0 +1,198 @@
+"""Which answer counts for the CPU that a model ships on, and what the verdict says of it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qexp.accuracy import target_cpu
+from qexp.config.schema import Config, Engine, Flow, Scheme, Target
+from qexp.metrics import Metric
+from qexp.pipeline import metrics
+from qexp.pipeline.run import run_job
+from qexp.quantize.saturation import kernels
+from qexp.quantize.saturation.kernels import KernelSignature, Probe
+from qexp.records import Predictions, Result, Saturation, Source, Verdict, WarningCode
+from qexp.report import sentences
+
+Composed = Callable[..., Config]
+SMALL = ("model=tiny", "latency=off")
+KINDS = ("conv", "pointwise", "depthwise", "linear")
+
+
+def signature(answer: int) -> KernelSignature:
+    """A machine whose kernels all answer this where 200 is exact."""
+    probes = [
+        Probe(e, s, kind, 200 if e is Engine.qnnpack else answer) for e in Engine for s in Scheme for kind in KINDS
+    ]
+    return KernelSignature("made up", tuple(probes))
+
+
+@pytest.fixture
+def run(composed: Composed, checkpoint: Path, tmp_path: Path) -> Callable[..., Result]:
+    def job(*overrides: str) -> Result:
+        folder = tmp_path / "run"
+        folder.mkdir(exist_ok=True)
+        return run_job(composed(*SMALL, f"model.checkpoint={checkpoint}", *overrides), folder)
+
+    return job
+
+
+def test_a_cpu_with_vnni_is_answered_for_by_exact_sums_on_all_images(
+    run: Callable[..., Result], tmp_path: Path
+) -> None:
+    result = run("target=vnni", "engine=fbgemm")
+    assert result.resolved["resolved.overflow"] == "none"
+    saturates = kernels.probe().dense_saturates(Engine.fbgemm)
+    assert result.tags["accuracy_source"] == ("exact" if saturates else "executed")
+    assert result.metrics[Metric.target_images] == 899
+    exact = run("target=vnni", "engine=qnnpack")
+    assert exact.tags["accuracy_source"] == "executed"
+    assert exact.tags["saturation"] == "impossible"
+    # Where it is executed, FBGEMM has rounded.
+    allowed = 0 if saturates else 3 / 899
+    assert abs(result.metrics[Metric.target_accuracy] - exact.metrics[Metric.accuracy_int8]) <= allowed
+    assert exact.metrics[Metric.target_accuracy] == exact.metrics[Metric.accuracy_int8]
+
+
+def test_a_guard_makes_saturation_impossible_or_says_that_it_looked(run: Callable[..., Result], tmp_path: Path) -> None:
+    guarded = run("qconfig.overflow=weights", "target=avx2")
+    assert guarded.tags["saturation"] == "impossible"
+    assert guarded.tags["accuracy_source"] == "executed"
+    assert Metric.saturation_loss not in guarded.metrics
+    assert guarded.metrics[Metric.saturation_layers] == 0
+    with (tmp_path / "run" / "layers.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert sum(row["int8"] == "True" for row in rows) == guarded.metrics[Metric.layers_int8]
+    assert all(float(row["clipped"]) <= 1 for row in rows if row["clipped"])
+
+
+def test_where_this_cpu_is_exact_the_other_one_is_emulated(
+    run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really = kernels.probe()
+    monkeypatch.setattr(kernels, "probe", lambda: signature(200))
+    overrides = ("target=avx2", "qconfig.overflow=none", "engine=fbgemm", "saturation.emulated_images=50")
+    result = run(*overrides)
+    assert result.tags["accuracy_source"] == "emulated"
+    assert result.metrics[Metric.target_images] == 50
+    kept = np.load(tmp_path / "run" / "predictions.npz")
+    chosen = target_cpu.spread(899, 50)
+    executed = float((kept["int8"][chosen].argmax(1) == kept["labels"][chosen]).mean())
+    if really.dense_saturates(Engine.fbgemm):
+        # What was taken for exact is what saturates: the emulator gives the same.
+        assert result.metrics[Metric.target_accuracy] == executed
+        assert result.metrics[Metric.saturation_agreement] == 1
+    assert result.metrics[Metric.exact_accuracy] == executed
+
+
+def test_layers_whose_sums_cannot_be_emulated_are_named(
+    composed: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kernels, "probe", lambda: signature(200))
+    model = ("model=custom", "model._target_=tests.helpers.quantizable.Upsampling", "+model.num_classes=10")
+    asked = (
+        "target=avx2",
+        "qconfig.overflow=none",
+        "engine=onednn",
+        "saturation.emulated_images=9",
+        "latency=off",
+        "train=fast",
+    )
+    result = run_job(composed(*model, *asked), tmp_path)
+    assert result.tags["accuracy_source"] == "emulated"
+    assert "1 layers add up as they do on this CPU, since their 16-bit sums can't be emulated: up." in caplog.text
+
+
+def test_a_cpu_with_vnni_has_depthwise_kernels_that_saturate_and_no_others(
+    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    probes = tuple(replace(one, answer=112) if one.kind == "depthwise" else one for one in signature(200).probes)
+    monkeypatch.setattr(kernels, "probe", lambda: KernelSignature("made up", probes))
+    result = run("engine=fbgemm")  # which has dense layers alone
+    assert result.resolved["resolved.overflow"] == "layers"
+    assert result.metrics[Metric.layers_narrowed] == 0
+    assert result.tags["saturation"] == "impossible"
+    assert "depthwise" not in caplog.text  # of which there are none
+    unguarded = run("engine=fbgemm", "qconfig.overflow=none")
+    assert WarningCode.saturation_unguarded not in {warning.code for warning in unguarded.warnings}
+
+
+def test_without_images_to_compare_saturation_stays_possible(run: Callable[..., Result]) -> None:
+    result = run("qconfig.overflow=none", "saturation.exact_images=0", "engine=fbgemm")
+    expected = "possible" if kernels.probe().dense_saturates(Engine.fbgemm) else "impossible"
+    assert result.tags["saturation"] == expected
+
+
+@pytest.mark.parametrize(("here", "asked", "reason"), [
+    (101, Target.vnni, "without VNNI, and target=vnni"),
+    (200, Target.avx2, "with VNNI, and target=avx2"),
+    (101, Target.avx2, ""),
+    (200, Target.vnni, ""),
+    (200, Target.native, ""),
+])  # fmt: skip
+def test_a_timing_of_another_cpu_is_not_valid_for_the_target(
+    composed: Composed, monkeypatch: pytest.MonkeyPatch, here: int, asked: Target, reason: str
+) -> None:
+    monkeypatch.setattr(kernels, "probe", lambda: signature(here))
+    said = target_cpu.other_kernels(composed(f"target={asked}"))
+    assert reason in said
+    assert bool(said) == bool(reason)
+    assert target_cpu.other_kernels(composed(f"target={asked}", f"flow={Flow.dynamic}")) == ""
+
+
+def test_images_are_spread_over_the_whole_set() -> None:
+    assert target_cpu.spread(10, 4).tolist() == [0, 2, 5, 7]
+    assert target_cpu.spread(3, 10).tolist() == [0, 1, 2]
+    assert target_cpu.spread(10, 0).tolist() == []
+    assert len(set(target_cpu.spread(899, 500).tolist())) == 500
+
+
+# ---- The verdict
+
+
+def predictions(correct: np.ndarray) -> Predictions:
+    labels = np.zeros(len(correct), np.int64)
+    logits = np.stack([correct, ~correct], 1).astype(np.float32)
+    return Predictions(logits, labels, tuple(map(str, range(len(correct)))))
+
+
+def judged(fp32: np.ndarray, saturating: np.ndarray, exact: np.ndarray | None, source: str = "executed") -> str:
+    """The verdict on 10,000 images of which so many are right."""
+    everything = np.arange(len(fp32))
+    found = predictions(saturating if source == "executed" or exact is None else exact)
+    answer = target_cpu.Answer(
+        Source(source), everything, found, Saturation.impossible if exact is None else Saturation.observed,
+        everything, None if exact is None else predictions(exact), predictions(saturating),
+    )  # fmt: skip
+    found = metrics.verdict(predictions(fp32), answer, 0.005)
+    assert Verdict.from_tags(found.tags()) == found
+    return sentences.verdict(found)
+
+
+def right(count: int, images: int = 10_000) -> np.ndarray:
+    return np.arange(images) < count
+
+
+def test_the_verdict_names_saturation_where_it_is_the_cause() -> None:
+    advice = "16-bit sums that saturate; qconfig.overflow=auto avoids it"
+    assert judged(right(8507), right(8152), right(8507)) == f"loss; 3.5 points lost, all of it to {advice}"
+    assert judged(right(8507), right(8152), right(8300)) == f"loss; 3.5 points lost, 1.5 of them to {advice}"
+    assert judged(right(8507), right(8152), None) == "loss"
+    assert judged(right(8507), right(8500), right(8500)) == "no loss beyond 0.5 points"
+    assert judged(right(8507), right(8152), right(8507), source="exact") == "no loss beyond 0.5 points"
+
+
+def test_what_answers_for_the_target_is_in_the_files(run: Callable[..., Result], tmp_path: Path) -> None:
+    result = run("qconfig.overflow=none")
+    assert set(result.files) >= {"layers.csv", "layers.png", "config.json"}
+    assert (tmp_path / "run" / "layers.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["saturation"]["exact_images"] == 1000
+    assert result.verdict.margin == 0.02

@@ -1,0 +1,72 @@
+"""Stores of runs: SQLite files, and a real `mlflow server` on 127.0.0.1."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qexp import tracking
+from qexp.config import schema
+
+
+def settings(uri: str | None = None, experiment: str | None = None, timeout: float = 5.0) -> schema.Tracking:
+    return schema.Tracking(
+        uri=uri, experiment=experiment, log_model=schema.LogModel.none, timeout=timeout, parent=None, name=None
+    )
+
+
+@pytest.fixture(scope="session")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database without runs, to be copied: making one costs 3 s."""
+    folder = tmp_path_factory.mktemp("empty")
+    tracking.connect(settings(), folder)
+    return folder / "mlflow.db"
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="session")
+def server(empty: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """A tracking server that stores artifacts itself: its address, and its folder of artifacts."""
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copy(empty, folder / "server.db")
+    uri = f"sqlite:///{folder / 'server.db'}"
+    port = free_port()
+    command = ["server", "--backend-store-uri", uri, "--artifacts-destination", str(folder / "kept")]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", *command], cwd=folder, stdout=log, stderr=log, start_new_session=True
+        )
+    address = f"http://127.0.0.1:{port}"
+    # An opener of its own: urllib's global one keeps whatever proxy another test had set when it was made.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        until = time.monotonic() + 240  # 20 s, and several times that where other tests run beside it
+        while time.monotonic() < until and process.poll() is None:
+            try:
+                opener.open(f"{address}/health", timeout=2)
+                break
+            except OSError:
+                time.sleep(0.2)
+        else:
+            pytest.fail((folder / "log").read_text()[-2000:])
+        yield address, folder / "kept"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

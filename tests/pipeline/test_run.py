@@ -1,0 +1,250 @@
+"""The pipeline from end to end, on the smallest model: one contract for every flow, engine and runtime."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qexp.config.schema import Config, Engine, Flow, Runtime
+from qexp.errors import InputError, RunError
+from qexp.metrics import Metric, described
+from qexp.pipeline import checks
+from qexp.pipeline.prepare import Saved
+from qexp.pipeline.run import run_job
+from qexp.records import Precision, Result, Variant, WarningCode
+from tests.helpers import ROOT
+
+Composed = Callable[..., Config]
+# A p99 needs a thousand calls; jobs are counted in a sweep's own run; no runtime has an accuracy of its own yet.
+ONLY_IN_SOME = {Metric.runtime_latency_p99, Metric.jobs, Metric.runtime_accuracy, Metric.runtime_agreement}
+SMALL = ("model=tiny", "train=fast", "latency=quick", "latency.seconds=0.1", "latency.warmup_seconds=0")
+
+
+@pytest.fixture
+def run(composed: Composed, checkpoint: Path, tmp_path: Path) -> Callable[..., Result]:
+    """run(*overrides) -> the Result of one job, whose folder is tmp_path/run."""
+
+    def job(*overrides: str) -> Result:
+        config = composed(*SMALL, f"model.checkpoint={checkpoint}", *overrides)
+        folder = tmp_path / "run"
+        folder.mkdir(exist_ok=True)
+        checks.check_inputs([config])
+        return run_job(config, folder)
+
+    return job
+
+
+def codes(result: Result) -> set[WarningCode]:
+    return {warning.code for warning in result.warnings}
+
+
+@pytest.mark.parametrize("engine", list(Engine))
+@pytest.mark.parametrize("flow", list(Flow))
+def test_every_flow_on_every_engine_gives_a_whole_result(
+    run: Callable[..., Result], tmp_path: Path, flow: Flow, engine: Engine
+) -> None:
+    result = run(f"flow={flow}", f"engine={engine}")
+    logged = {described(name) for name in result.metrics}
+    assert None not in logged  # nothing else is logged
+    expected = set(Metric) - ONLY_IN_SOME
+    if result.tags["saturation"] == "impossible":  # nothing to compare
+        expected -= {metric for metric in Metric if metric.startswith("saturation/")} - {Metric.saturation_layers}
+    assert expected <= logged
+    assert all(np.isfinite(value) for value in result.metrics.values())
+    assert result.metrics[Metric.accuracy_fp32] > 0.6
+    assert result.metrics[Metric.layers_int8] == (1 if flow is Flow.dynamic else 7)
+    assert abs(result.metrics[Metric.accuracy_delta]) < 0.1
+    assert {"cpu", "isa", "kernel_signature", "torch", "fastest.int8", "latency_valid"} <= set(result.tags)
+    warned = WarningCode.one_model_a_thread in codes(result)
+    assert warned == (flow is Flow.dynamic and engine is Engine.onednn)
+    kept = np.load(tmp_path / "run" / "predictions.npz")
+    accuracy = (kept["int8"].argmax(1) == kept["labels"]).mean()
+    assert accuracy == pytest.approx(result.metrics[Metric.accuracy_int8])
+    assert not np.array_equal(kept["int8"], kept["fp32"])
+
+
+def test_what_was_saved_gives_the_same_logits_in_a_fresh_process(run: Callable[..., Result], tmp_path: Path) -> None:
+    run("latency=off")
+    code = """
+import json, runpy, sys, torch
+from pathlib import Path
+from qexp import quantize
+from qexp.config.schema import Engine
+from qexp.runtimes.saved_models import load_int8
+from qexp.pipeline.prepare import Saved
+folder = Path(sys.argv[1])
+images = torch.load(folder / "images.pt", weights_only=True)
+script = runpy.run_path(str(folder / "model" / "load.py"))["model"]
+with quantize.engine(Engine.x86), torch.inference_mode():
+    torch.save([script(images), load_int8(folder)(images)], folder / "logits.pt")
+"""
+    from qexp.data.splits import load_data, normalise
+
+    folder = tmp_path / "run"
+    config = json.loads((folder / "config.json").read_text())
+    data = load_data(config["dataset"], tmp_path / "cache")
+    torch.save(normalise(data.test.pixels(), data.mean, data.std), folder / "images.pt")
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, cwd=ROOT)
+    expected = torch.from_numpy(np.load(folder / "predictions.npz")["int8"])
+    for logits in torch.load(folder / "logits.pt", weights_only=True):
+        assert torch.equal(logits, expected)
+
+
+def test_torchscript_predicts_where_it_gives_the_same_bit_for_bit() -> None:
+    def quickest(precision: Precision, runtimes: list[Runtime], all_int8: bool) -> str:
+        variants = dict.fromkeys(Variant(one, runtime) for one in Precision for runtime in runtimes)
+        saved = Saved([], variants, {}, {}, all_int8, 0, "")  # type: ignore[arg-type]
+        return str(saved.quickest(saved.first(precision)))
+
+    both = [Runtime.eager, Runtime.torchscript]
+    assert quickest(Precision.int8, both, True) == "int8_torchscript"
+    assert quickest(Precision.int8, both, False) == "int8_eager"
+    assert quickest(Precision.fp32, both, True) == "fp32_eager"
+    assert quickest(Precision.int8, [Runtime.eager], True) == "int8_eager"
+
+
+def test_a_job_leaks_no_global(run: Callable[..., Result]) -> None:
+    threads, engine, state = torch.get_num_threads(), torch.backends.quantized.engine, torch.get_rng_state()
+    run("engine=qnnpack", "compute.threads=1", "latency=off")
+    assert (torch.get_num_threads(), torch.backends.quantized.engine) == (threads, engine)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_same_job_gives_the_same_logits(run: Callable[..., Result], tmp_path: Path) -> None:
+    logits = []
+    for _ in range(2):
+        run("latency=off", "cache.enabled=false")
+        logits.append(np.load(tmp_path / "run" / "predictions.npz")["int8"])
+    assert np.array_equal(*logits)
+
+
+def test_what_overflow_became_is_recorded_beside_what_was_asked(run: Callable[..., Result]) -> None:
+    assert run("qconfig.overflow=weights", "latency=off").resolved == {
+        "resolved.overflow": "weights", "resolved.weight_bits": "7", "resolved.activation_bits": "8",
+        "resolved.activation_highest_code": "255", "resolved.narrowed_weights": "0",
+        "resolved.narrowed_activations": "0",
+    }  # fmt: skip
+    assert run("target=vnni", "latency=off").resolved["resolved.overflow"] == "none"
+    guarded = run("target=avx2", "latency=off")
+    assert guarded.resolved["resolved.overflow"] == "layers"
+    narrowed = [int(guarded.resolved[f"resolved.narrowed_{side}"]) for side in ("weights", "activations")]
+    assert sum(narrowed) == guarded.metrics[Metric.layers_narrowed] > 0
+
+
+def test_there_is_a_warning_of_an_unguarded_engine_that_can_saturate(run: Callable[..., Result]) -> None:
+    from qexp.quantize.saturation import kernels
+
+    result = run("qconfig.overflow=none", "engine=fbgemm", "latency=off")
+    warned = WarningCode.saturation_unguarded in codes(result)
+    assert warned == kernels.probe().dense_saturates(Engine.fbgemm)
+    assert WarningCode.saturation_unguarded not in codes(run("engine=fbgemm", "latency=off"))
+
+
+def test_a_relu_used_twice_is_refused_with_its_name_before_training_and_fails_the_run(
+    composed: Composed, tmp_path: Path
+) -> None:
+    sys.modules["twice"] = type(sys)("twice")
+    exec(TWICE, sys.modules["twice"].__dict__)
+    config = composed(
+        "model=custom", "model._target_=twice.Net", "train=fast", "latency=off", f"outputs={tmp_path}/outputs"
+    )
+    (tmp_path / "run").mkdir()
+    sentence = r"the fused model differs from the float model .* the module relu is called 2 times"
+    with pytest.raises(InputError, match=rf"{sentence}.* works with fusion=false or with flow=fx"):
+        checks.check_inputs([config])
+    with pytest.raises(RunError, match=sentence):
+        run_job(config, tmp_path / "run")
+
+
+def test_an_eager_model_with_a_bare_plus_is_refused_before_any_work(composed: Composed, tmp_path: Path) -> None:
+    sys.modules["plus"] = type(sys)("plus")
+    exec(PLUS, sys.modules["plus"].__dict__)
+    overrides = ("model=custom", "model._target_=plus.Net", "train=fast", "latency=off")
+    with pytest.raises(InputError, match="flow=fx"):
+        checks.check_inputs([composed(*overrides, "flow=eager")])
+    checks.check_inputs([composed(*overrides, "flow=fx")])
+
+
+TWICE = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+        self.relu = nn.ReLU()
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        return self.fc(x.mean((2, 3)))
+
+    def fuse_model(self, is_qat=False):
+        names = [["conv1", "bn1", "relu"], ["conv2", "bn2"]]
+        torch.ao.quantization.fuse_modules(self, names, inplace=True)
+"""
+
+PLUS = """
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.fc((self.conv1(x) + self.conv2(x)).mean((2, 3)))
+"""
+
+
+def test_inputs_of_jobs_that_share_them_are_looked_at_once(
+    composed: Composed, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+    for owner, name in (
+        (checks, "load_data"),
+        (checks.float_model, "check_model"),
+        (checks.quantize, "dry_run"),
+    ):
+        step = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, step=step, name=name: (looked.append(name), step(*args))[1])
+    tiny = ("model=tiny", f"model.checkpoint={checkpoint}", "latency=off")
+    sizes = [composed(*tiny, f"calib.batches={size}", f"calib.seed={size}") for size in (1, 2, 3)]
+    checks.check_inputs(sizes)
+    assert looked == ["load_data", "check_model", "dry_run"]
+    looked.clear()
+    checks.check_inputs([sizes[0], composed(*tiny, "flow=fx"), composed("model=tiny", "latency=off"), sizes[1]])
+    assert looked == ["load_data", "check_model", "dry_run", "dry_run", "check_model", "dry_run"]
+    with pytest.raises(InputError, match=r"calib\.batches=400"):
+        checks.check_inputs([*sizes, composed(*tiny, "calib.batches=400")])
+
+
+def test_a_last_batch_that_is_not_full_is_taken_and_said(
+    composed: Composed, checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    results = []
+    for batches in ("2", "null"):
+        calibration = (f"calib.batches={batches}", "calib.batch_size=500")
+        config = composed(
+            "model=tiny", f"model.checkpoint={checkpoint}", "latency=off", "per_layer.images=0", *calibration
+        )
+        results.append(run_job(config, tmp_path))
+    assert [result.metrics[Metric.calibration_images] for result in results] == [898, 898]
+    assert results[0].metrics[Metric.accuracy_int8] == results[1].metrics[Metric.accuracy_int8]
+    said = "calibrated on 898 images, all that digits has: the last of the 2 batches is not full."
+    assert [record.getMessage() for record in caplog.records].count(said) == 1

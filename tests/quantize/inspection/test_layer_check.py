@@ -1,0 +1,346 @@
+"""The check of layers: right models pass it, and what is done to one layer on purpose is found at that layer."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.ao.nn.quantized as nnq
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.ao.nn.quantized import FloatFunctional
+
+from qexp import quantize
+from qexp.config.schema import Config, Engine, Flow
+from qexp.errors import InputError, RunError
+from qexp.models import architectures
+from qexp.pipeline import run
+from qexp.quantize.inspection.layer_check import Deviation, check_layers, layer_deviations
+from qexp.quantize.saturation import kernels
+from qexp.records import QParams
+from tests.helpers.quantizable import MINMAX, Again, Chain, Squeezed, Twice, images, settings, trained
+
+BOTH = [Flow.eager, Flow.fx]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    fused: nn.Module
+    int8: nn.Module
+    flow: Flow
+    engine: Engine
+    qparams: dict[str, QParams] = field(default_factory=dict)
+
+    def deviations(self) -> dict[str, Deviation]:
+        found = layer_deviations(self.fused, self.int8, self.flow, self.engine, images(3, seed=9), self.qparams)
+        return {one.name: one for one in found}
+
+    def fault(self) -> str:
+        """What the check says of it; empty where it passes."""
+        try:
+            check_layers(self.fused, self.int8, self.flow, self.engine, images(3, seed=9), self.qparams)
+        except RunError as error:
+            return str(error)
+        return ""
+
+
+def case(net: nn.Module, flow: Flow, engine: Engine = Engine.qnnpack, fusion: bool = True, **wanted: Any) -> Case:
+    """Converted; 7-bit weights where nothing else is asked for, so that no 16-bit sum saturates."""
+    few = images(4, seed=3)
+    fused = quantize.fuse(trained(net), flow, fusion, few)
+    qconfig = settings(**{"weight_bits": 7, **wanted})
+    prepared = quantize.prepare(fused, flow, qconfig, MINMAX, engine, few)
+    if flow is not Flow.dynamic:
+        quantize.calibrate(prepared, [few])
+    qparams = quantize.read_qparams(prepared)
+    return Case(fused, quantize.convert(prepared, flow, engine), flow, engine, qparams)
+
+
+class Joined(nn.Module):
+    """A stem, two branches that are concatenated, a shortcut, an activation of its own, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.act = nn.Conv2d(3, 8, 3, padding=1), nn.Hardswish()
+        self.left, self.right = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 3, padding=1)
+        self.relu, self.fc = nn.ReLU(), nn.Linear(8, 10)
+        self.cat, self.add = FloatFunctional(), FloatFunctional()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.stem(x))
+        y = self.cat.cat([self.left(x), self.right(x)], 1)
+        x = self.relu(self.add.add(x, y))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+# ------------------------------------------------------------------------------------------------ right models pass
+
+
+@pytest.mark.parametrize("engine", quantize.supported())
+@pytest.mark.parametrize("flow", Flow)
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {},
+        {"granularity": "per_tensor", "activation_scheme": "symmetric", "weight_observer": "mse"},
+        {"weight_bits": 2, "activation_bits": 2},
+        {"weight_bits": 4, "activation_bits": 4, "weight_observer": "mse", "activation_scheme": "symmetric"},
+        {"weight_scheme": "asymmetric"},
+    ],
+)
+def test_a_right_model_passes_and_no_layer_is_off_by_more_than_rounding(
+    engine: Engine, flow: Flow, wanted: dict[str, Any]
+) -> None:
+    if engine is Engine.onednn and "weight_scheme" in wanted:
+        wanted = {"weight_scheme": "symmetric"}  # it has no kernels for weights with a zero point
+    for net in (architectures.tiny(), Joined()):
+        one = case(net, flow, engine, **wanted)
+        assert one.fault() == ""
+        found = one.deviations()
+        assert {layer.name for layer in quantize.layers(one.int8, flow, engine) if layer.int8} <= set(found)
+        if flow is not Flow.dynamic:
+            # The biases of qnnpack are whole numbers of its sums; all else is rounded once.
+            assert max(row.output for row in found.values()) < (1 if engine is Engine.qnnpack else 0.501)
+        assert max(row.weight for row in found.values()) < 0.501
+
+
+NETS: list[tuple[Callable[[], nn.Module], Flow, bool]] = [
+    (Chain, Flow.eager, False),
+    (Again, Flow.fx, True),
+    (Twice, Flow.eager, True),
+    (Twice, Flow.fx, True),
+    (Squeezed, Flow.fx, True),
+]
+
+
+@pytest.mark.parametrize(("net", "flow", "fusion"), NETS)
+def test_calls_of_one_module_shared_operations_and_fixed_grids_pass(
+    net: Callable[[], nn.Module], flow: Flow, fusion: bool
+) -> None:
+    assert case(net(), flow, Engine.fbgemm, fusion).fault() == ""
+
+
+def test_models_are_left_as_they_were() -> None:
+    for flow in BOTH:
+        one = case(Joined(), flow)
+        before = {name: value.clone() for name, value in one.fused.state_dict().items()}
+        batch = images(2)
+        with quantize.engine(one.engine), torch.inference_mode():
+            expected = one.int8(batch)
+            assert one.fault() == ""
+            assert torch.equal(one.int8(batch), expected)
+        assert all(torch.equal(value, before[name]) for name, value in one.fused.state_dict().items())
+        for module in [*one.fused.modules(), *one.int8.modules()]:
+            assert "forward" not in vars(module)
+            assert "cat" not in vars(module) or not isinstance(module, FloatFunctional)
+
+
+# ------------------------------------------------------------------------------------------------ wrong models don't
+
+
+def repack(one: Case, name: str, weight: Callable[[Tensor], Tensor] | None, bias: Callable[[Tensor], Tensor]) -> None:
+    """Give an INT8 layer another weight (a function of its quantized one) or another bias."""
+    module = one.int8.get_submodule(name if one.flow is Flow.fx else f"module.{name}")
+    with quantize.engine(one.engine):
+        own, own_bias = module._weight_bias()
+        module.set_weight_bias(own if weight is None else weight(own), bias(own_bias))
+
+
+def rescaled(weight: Tensor) -> Tensor:
+    scales, zero_points = weight.q_per_channel_scales() * 1.1, weight.q_per_channel_zero_points()
+    return torch._make_per_channel_quantized_tensor(weight.int_repr(), scales, zero_points, 0)
+
+
+def without_a_channel(weight: Tensor) -> Tensor:
+    codes = weight.int_repr().clone()
+    codes[1] = 0
+    return torch._make_per_channel_quantized_tensor(
+        codes, weight.q_per_channel_scales(), weight.q_per_channel_zero_points(), 0
+    )
+
+
+@pytest.mark.parametrize("flow", BOTH)
+@pytest.mark.parametrize("name", ["stem", "right", "fc"])
+def test_weights_and_biases_are_those_of_the_float_layer(flow: Flow, name: str) -> None:
+    same: Callable[[Tensor], Tensor] = lambda bias: bias  # noqa: E731
+    for weight, bias, says in [
+        (rescaled, same, "holds weights"),
+        (without_a_channel, same, "holds weights"),
+        (None, lambda bias: bias * 1.01, "holds a bias"),
+    ]:
+        one = case(Joined(), flow)
+        repack(one, name, weight, bias)
+        assert f" {name} (" in one.fault()
+        assert says in one.fault()
+
+
+def test_weights_and_biases_of_dynamic_layers_are_looked_at_too() -> None:
+    for weight, bias, says in [
+        (without_a_channel, lambda bias: bias, "holds weights"),
+        (None, lambda bias: bias * 1.01, "holds a bias"),
+    ]:
+        one = case(Joined(), Flow.dynamic)
+        assert one.fault() == ""
+        assert one.deviations()["fc"].weight > 0.1
+        module: Any = one.int8.get_submodule("fc")
+        with quantize.engine(one.engine):
+            own, own_bias = module._weight_bias()
+            module.set_weight_bias(own if weight is None else weight(own), bias(own_bias))
+        assert f" fc (Linear) {says}" in one.fault()
+
+
+@pytest.mark.parametrize("flow", BOTH)
+@pytest.mark.parametrize("name", ["stem", "act", "fc"])
+def test_each_layer_gives_its_output_on_the_grid_that_calibration_found(flow: Flow, name: str) -> None:
+    one = case(Joined(), flow)
+    one.int8.get_submodule(name if flow is Flow.fx else f"module.{name}").scale *= 1.1  # type: ignore[union-attr, operator]
+    assert f" {name} (" in one.fault()
+    assert "where calibration found" in one.fault()
+
+
+@pytest.mark.parametrize("flow", BOTH)
+def test_another_padding_is_another_function(flow: Flow) -> None:
+    one = case(Joined(), flow)
+    module = one.int8.get_submodule("right" if flow is Flow.fx else "module.right")
+    module.padding_mode, module._reversed_padding_repeated_twice = "reflect", (1, 1, 1, 1)
+    with quantize.engine(one.engine):
+        weight, bias = module._weight_bias()
+        module.padding = (0, 0)
+        module.set_weight_bias(weight, bias)
+        module.padding = (1, 1)
+    assert " right (Conv2d) gives" in one.fault()
+
+
+@pytest.mark.parametrize("flow", BOTH)
+def test_an_activation_that_is_left_out_is_missed(flow: Flow) -> None:
+    one = case(Joined(), flow)
+    one.int8.get_submodule("" if flow is Flow.fx else "module").act = nn.Identity()  # type: ignore[assignment]
+    # In a graph the node is still there; among modules the next layer reads what it should not.
+    assert (" act (Identity) gives" if flow is Flow.fx else " left (Conv2d) reads") in one.fault()
+
+
+def test_a_relu_that_is_left_out_is_missed_by_the_next_layer() -> None:
+    one = case(Chain(), Flow.eager, fusion=False, range_after_clamp=False)
+    one.int8.module.features[5] = nn.Identity()  # type: ignore[index, union-attr]
+    assert " features.6 (Conv2d) reads" in one.fault()
+
+
+def node_of(one: Case, operation: str) -> fx.Node:
+    graph: Any = one.int8.graph
+    return next(node for node in graph.nodes if operation in str(node.target))
+
+
+def test_a_wrong_order_and_a_lost_shortcut_are_found_where_they_are() -> None:
+    class Functional(Joined):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.act(self.stem(x))
+            y = torch.cat([self.left(x), self.right(x)], 1)
+            return self.fc((x + y).mean((2, 3)))
+
+    right = case(Functional(), Flow.fx)
+    assert right.fault() == ""
+    swapped = Case(right.fused, copy.deepcopy(right.int8), Flow.fx, right.engine)
+    node = node_of(swapped, "built-in method cat")
+    node.args = (list(reversed(node.args[0])), 1)  # type: ignore[call-overload, arg-type]
+    swapped.int8.recompile()  # type: ignore[operator]
+    assert " cat (cat) reads" in swapped.fault()
+    lost = Case(right.fused, copy.deepcopy(right.int8), Flow.fx, right.engine)
+    node = node_of(lost, "quantized.add")
+    node.args = (node.args[0], node.args[0], *node.args[2:])
+    lost.int8.recompile()  # type: ignore[operator]
+    assert " add (add) reads" in lost.fault()
+
+
+def test_codes_of_two_grids_that_are_put_together_are_found() -> None:
+    """torch.cat takes the first tensor's grid, and clips the second."""
+
+    class Bare(Joined):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.act(self.stem(x))
+            y = torch.cat([self.left(x), self.right(x)], 1)
+            return self.fc(F.adaptive_avg_pool2d(self.act(y), 1).flatten(1))
+
+    few = images(4, seed=3)
+    net = trained(Bare())
+    net.right.weight.mul_(4)
+    # As if eager mode didn't refuse it.
+    prepared = quantize.prepare(copy.deepcopy(net), Flow.eager, settings(weight_bits=7), MINMAX, Engine.qnnpack, few)
+    quantize.calibrate(prepared, [few])
+    one = Case(net, quantize.convert(prepared, Flow.eager, Engine.qnnpack), Flow.eager, Engine.qnnpack)
+    assert " act (Hardswish) reads" in one.fault()
+
+
+def test_an_int8_kernel_that_computes_another_function_is_found() -> None:
+    """torch's INT8 InstanceNorm takes the image's own statistics where the float module has running ones."""
+    norm = nn.InstanceNorm2d(8, affine=True, track_running_stats=True)
+    norm.running_mean, norm.running_var = torch.full((8,), 0.7), torch.full((8,), 3.0)
+    float_model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), norm, nn.Conv2d(8, 8, 1)).eval()
+    few = images(4, seed=3)
+    prepared = quantize.prepare(
+        copy.deepcopy(float_model), Flow.eager, settings(weight_bits=7), MINMAX, Engine.x86, few
+    )
+    quantize.calibrate(prepared, [few])
+    int8 = quantize.convert(prepared, Flow.eager, Engine.x86)
+    wrong = Case(float_model, int8, Flow.eager, Engine.x86)
+    int8.module[1] = nnq.InstanceNorm2d(8, norm.weight, norm.bias, 0.03, 128)  # type: ignore[index, operator]
+    assert " 1 (InstanceNorm2d) gives" in wrong.fault()
+
+
+def test_saturation_is_counted_apart() -> None:
+    """Depthwise kernels of FBGEMM add up in 16 bits on every CPU of x86."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Conv2d(16, 4, 1)
+    ).eval()
+    with torch.no_grad():
+        net[2].weight.fill_(1.0)  # type: ignore[union-attr, operator]
+        net[0].bias.fill_(50.0)  # type: ignore[union-attr, operator]
+    few = images(4, seed=3)
+    fused = quantize.fuse(net, Flow.fx, True, few)
+    prepared = quantize.prepare(fused, Flow.fx, settings(granularity="per_tensor"), MINMAX, Engine.fbgemm, few)
+    quantize.calibrate(prepared, [few])
+    one = Case(fused, quantize.convert(prepared, Flow.fx, Engine.fbgemm), Flow.fx, Engine.fbgemm)
+    assert one.fault() == ""
+    saturates = "depthwise" in kernels.probe().saturating_kinds(Engine.fbgemm)
+    assert (one.deviations()["2"].saturated > 0) == saturates
+
+
+# ------------------------------------------------------------------------------------------------ where it is asked
+
+
+def spoiled(convert: Callable[..., nn.Module], name: str, *arguments: Any) -> nn.Module:
+    """A converted model, one of whose layers gives half of what it should."""
+    prepared, flow, engine = arguments
+    converted = convert(prepared, flow, engine)
+    converted.get_submodule(name).register_forward_hook(
+        lambda module, inputs, output: torch.quantize_per_tensor(
+            output.dequantize() / 2, output.q_scale(), output.q_zero_point(), torch.quint8
+        )
+    )
+    return converted
+
+
+def test_a_flow_that_changes_a_model_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    convert = quantize.convert
+
+    def by_flow(prepared: nn.Module, flow: Flow, engine: Engine) -> nn.Module:
+        arguments = (prepared, flow, engine)
+        return spoiled(convert, "blocks.0.conv2", *arguments) if flow is Flow.fx else convert(*arguments)
+
+    monkeypatch.setattr(quantize, "convert", by_flow)
+    with pytest.raises(InputError, match=r"blocks\.0\.conv2 \(Conv2d\) gives.*this model works with flow=eager or"):
+        quantize.dry_run(trained(architectures.tiny()), Flow.fx, True, settings(), MINMAX, Engine.qnnpack, images(1))
+
+
+def test_a_run_whose_int8_model_is_another_function_fails(
+    composed: Callable[..., Config], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "convert", functools.partial(spoiled, quantize.convert, "blocks.1.conv1"))
+    config = composed("model=tiny", "flow=fx", "engine=qnnpack", "latency=off", f"model.checkpoint={checkpoint}")
+    with pytest.raises(RunError, match=r"blocks\.1\.conv1 \(ConvReLU2d\) gives"):
+        run.run_job(config, tmp_path)

@@ -1,0 +1,170 @@
+"""overflow=layers: 7 bits where sums saturate and nowhere else, on the side that costs less."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.ao.quantization.observer import UniformQuantizationObserverBase
+
+from qexp import quantize
+from qexp.config.schema import ActivationObserver, Engine, Flow, Observer, Overflow, QConfig, Target
+from qexp.quantize.calibration.grid import Side
+from qexp.quantize.saturation import emulation, narrowing
+from tests.helpers.quantizable import MINMAX, Chain, Plain, images, settings, trained
+
+EXAMPLE = images(8)
+OBSERVERS = {
+    "minmax": MINMAX,
+    "moving_average": Observer(ActivationObserver.moving_average, averaging_constant=0.1),
+    "histogram": Observer(ActivationObserver.histogram, bins=256),
+    "percentile": Observer(ActivationObserver.percentile, percentile=99.0),
+    "mse": Observer(ActivationObserver.mse),
+}
+
+
+def calibrated(
+    net: nn.Module, flow: Flow, qconfig: QConfig, observer: Observer = MINMAX, fusion: bool = True
+) -> nn.Module:
+    fused = quantize.fuse(net, flow, fusion, EXAMPLE)
+    prepared = quantize.prepare(fused, flow, qconfig, observer, Engine.x86, EXAMPLE)
+    quantize.calibrate(prepared, [EXAMPLE])
+    return prepared
+
+
+def saturating(net: nn.Module, *names: str) -> nn.Module:
+    """The network with layers whose weights are all alike in each output channel, so that pairs add up to 254."""
+    trained(net)
+    for name in names:
+        layer = net.get_submodule(name)
+        assert isinstance(layer, nn.Conv2d | nn.Linear)
+        with torch.no_grad():
+            layer.weight.copy_(torch.full_like(layer.weight, 0.05))
+    return net
+
+
+@pytest.mark.parametrize("scheme", ["asymmetric", "symmetric"])
+@pytest.mark.parametrize("observer", list(OBSERVERS))
+@pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
+def test_narrowed_tensors_are_those_of_an_observer_made_with_that_grid(flow: Flow, observer: str, scheme: str) -> None:
+    layers = settings(activation_scheme=scheme, overflow="layers")
+    prepared = calibrated(trained(Chain()), flow, layers, OBSERVERS[observer])
+    expected = quantize.read_qparams(
+        calibrated(trained(Chain()), flow, replace(layers, overflow=Overflow.activations), OBSERVERS[observer])
+    )
+    for module in list(prepared.modules()):
+        if isinstance(module, UniformQuantizationObserverBase):
+            narrowing._narrow_activations(module, layers)
+    actual = quantize.read_qparams(prepared)
+    for name in (name for name in expected if not name.endswith(".weight")):
+        assert actual[name].scale == expected[name].scale
+        assert actual[name].zero_point == expected[name].zero_point
+        # A guard's grid is one of the scale: what is executed goes on beyond it.
+        assert (actual[name].qmin, actual[name].qmax) == (expected[name].qmin, expected[name].qmax) == (0, 255)
+
+
+@pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
+def test_only_layers_that_saturate_are_narrowed(flow: Flow) -> None:
+    qconfig = settings(overflow="layers")
+    prepared = calibrated(saturating(Chain(), "features.0"), flow, qconfig)
+    narrowed, found = quantize.narrow(prepared, flow, qconfig, Engine.x86, Target.avx2, EXAMPLE)
+    names = [one.name for one in found]
+    assert "features.0" in names
+    plain = quantize.read_qparams(prepared)
+    for name, after in quantize.read_qparams(narrowed).items():
+        sides = {one.name: one.side for one in found}
+        if name.endswith(".weight"):
+            assert (after.qmax < plain[name].qmax) == (sides.get(name.removesuffix(".weight")) is Side.weights)
+    converted = quantize.convert(narrowed, flow, Engine.x86)
+    exact = quantize.exact(narrowed, flow)
+    emulated = emulation.with_emulated_sums(converted, Engine.x86)
+    rows = emulation.layer_by_layer(emulated, exact, [EXAMPLE], Engine.x86)
+    assert not any(row.saturates for row in rows)
+    # And without the guard it does.
+    unguarded = quantize.convert(prepared, flow, Engine.x86)
+    emulated = emulation.with_emulated_sums(unguarded, Engine.x86)
+    before = emulation.layer_by_layer(emulated, quantize.exact(prepared, flow), [EXAMPLE], Engine.x86)
+    assert [row.name for row in before if row.saturates] == names
+
+
+def test_nothing_is_narrowed_where_nothing_saturates() -> None:
+    qconfig = settings(overflow="layers", weight_bits=7)
+    prepared = calibrated(trained(Chain()), Flow.fx, qconfig)
+    same, found = quantize.narrow(prepared, Flow.fx, qconfig, Engine.x86, Target.avx2, EXAMPLE)
+    assert found == ()
+    assert same is prepared
+    assert quantize.narrow(prepared, Flow.fx, qconfig, Engine.qnnpack, Target.avx2, EXAMPLE)[1] == ()
+
+
+def rounded(values: np.ndarray, scale: np.float32, zero_point: int, low: int, high: int) -> np.ndarray:
+    """On a grid, in float32 as torch does it: the largest of symmetric weights lies half way between two steps."""
+    steps = np.clip(np.rint(values * (np.float32(1) / scale)) + zero_point, low, high) - zero_point
+    return steps.astype(float) * float(scale)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
+def test_the_noise_of_either_side_is_that_of_numpy_and_the_smaller_one_decides(flow: Flow, seed: int) -> None:
+    qconfig = settings("per_tensor", overflow="layers")
+    net = trained(nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10)), seed)
+    prepared = calibrated(net, flow, qconfig)
+    _, (found,) = narrowing.narrow(prepared, ["1"], qconfig, EXAMPLE)
+
+    x = EXAMPLE.flatten(1).numpy()
+    weight = net[1].weight.detach().numpy()  # type: ignore[union-attr, operator]
+    clean = x.astype(float) @ weight.astype(float).T
+
+    def noise(x_steps: int, w_half: float) -> float:
+        x_scale = (x.max() - x.min()) / np.float32(x_steps)
+        on_grid = rounded(x, x_scale, round(float(-x.min() / x_scale)), 0, x_steps)
+        ends = round(-w_half - 0.5), round(w_half - 0.5)
+        weights = rounded(weight, np.abs(weight).max() / np.float32(w_half), 0, *ends)
+        return float(((on_grid @ weights.T - clean) ** 2).sum() / (clean**2).sum())
+
+    assert found.noise_weights == pytest.approx(noise(255, 63.5), rel=1e-3)
+    assert found.noise_activations == pytest.approx(noise(127, 127.5), rel=1e-3)
+    cheaper = Side.weights if found.noise_weights < found.noise_activations else Side.activations
+    assert found.side is cheaper
+
+
+class Fork(nn.Module):
+    """One tensor, read by two layers behind a pooling and a ReLU that keep its grid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.relu, self.pool = nn.ReLU(), nn.MaxPool2d(2)
+        self.left, self.right = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.relu(self.stem(x)))
+        return self.fc(torch.cat([self.left(x).mean((2, 3)), self.right(x).mean((2, 3))], 1))
+
+
+def test_a_tensor_is_narrowed_for_all_its_readers_or_for_none() -> None:
+    qconfig = settings("per_tensor", overflow="layers")
+    prepared = calibrated(trained(Fork()), Flow.fx, qconfig)
+    readers = {r.name: r for r in narrowing._readers(prepared, ["left", "right"], qconfig, EXAMPLE)}
+    assert readers["left"].observer is readers["right"].observer is not None
+    narrowed, (left, right) = narrowing.narrow(prepared, ["left", "right"], qconfig, EXAMPLE)
+    by_weights = left.noise_weights + right.noise_weights
+    by_activations = left.noise_activations + right.noise_activations
+    assert left.side is right.side is (Side.activations if by_activations < by_weights else Side.weights)
+    # With one reader at risk, the other one's noise still counts against narrowing the tensor.
+    _, (alone,) = narrowing.narrow(prepared, ["left"], qconfig, EXAMPLE)
+    kept = readers["right"].noise[None]
+    assert alone.side is (Side.activations if by_activations < left.noise_weights + kept else Side.weights)
+    assert quantize.read_qparams(narrowed).keys() == quantize.read_qparams(prepared).keys()
+
+
+def test_the_statistics_stay_those_of_calibration() -> None:
+    qconfig = settings(overflow="layers")
+    prepared = calibrated(trained(Plain()), Flow.fx, qconfig)
+    before = quantize.read_qparams(prepared)
+    narrowing.narrow(prepared, ["conv1"], qconfig, EXAMPLE * 100)
+    after = quantize.read_qparams(prepared)
+    assert all(before[name].scale.tolist() == after[name].scale.tolist() for name in before)

@@ -1,0 +1,166 @@
+"""What several share: an outputs folder for the users of a group, a database for those who start at the same time."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sqlite3
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qexp import tracking
+from qexp.errors import InputError
+from qexp.tracking import databases, values
+from tests.helpers import ROOT
+from tests.helpers.stores import free_port, settings
+
+FIRST, SECOND, GROUP = 54_001, 54_002, 54_003
+NOBODY = 65_534  # whom every Linux knows by name, as PostgreSQL wants it
+RUN = ["-m", "qexp", "model=tiny", "train=fast", "latency=off"]
+
+
+def as_user(user: int) -> list[str]:
+    """What a command line begins with that another user is to run, who may read what root can; for root alone."""
+    can_read = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+    return ["setpriv", f"--reuid={user}", f"--regid={GROUP}", "--clear-groups", *can_read]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An outputs folder with an empty store, made with the umask of those who share folders."""
+    folder = tmp_path_factory.mktemp("shared") / "outputs"
+    before = os.umask(0o002)
+    try:
+        tracking.connect(settings(), folder)
+    finally:
+        os.umask(before)
+    return folder
+
+
+def not_the_groups(folder: Path) -> list[Path]:
+    """What in a folder another user of its group can't write to."""
+    return [path for path in (folder, *folder.rglob("*")) if not path.stat().st_mode & stat.S_IWGRP]
+
+
+def test_a_new_store_is_the_groups_where_the_umask_lets_it(shared: Path) -> None:
+    assert {path.name for path in shared.iterdir()} == {"mlflow.db", ".mlflow.db.lock"}
+    assert not_the_groups(shared) == []
+
+
+def test_a_file_that_was_copied_with_its_permissions_gets_those_of_a_new_one(tmp_path: Path) -> None:
+    served = tmp_path / "served_model.py"
+    shutil.copy(tracking.SERVED_MODEL, served)
+    served.chmod(0o400)
+    (tmp_path / "new").touch()
+    values.renewed(served)
+    assert served.stat().st_mode == (tmp_path / "new").stat().st_mode
+    assert served.read_bytes() == tracking.SERVED_MODEL.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_database_that_cannot_be_written_to_is_one_sentence_before_any_work(shared: Path, tmp_path: Path) -> None:
+    (tmp_path / "outputs").mkdir()
+    database = Path(shutil.copy(shared / "mlflow.db", tmp_path / "outputs"))
+    database.chmod(0o444)
+    command = [sys.executable, *RUN]
+    if os.geteuid() == 0:
+        (tmp_path / "outputs").chmod(0o777)
+        command = [*as_user(SECOND), *command]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert f"MLflow's database {database} can't be written to by" in done.stderr
+    assert "attempt to write a readonly database" in done.stderr
+    assert not (tmp_path / "outputs" / "checkpoints").exists()  # nothing was trained
+    with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
+        assert connection.execute("SELECT count(*) FROM runs").fetchone() == (0,)
+
+
+def test_a_database_that_another_process_holds_is_not_said_to_be_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(databases, "SQLITE_SECONDS", 0.1)
+    database = tmp_path / "mlflow.db"
+    with sqlite3.connect(database) as connection:
+        connection.execute("CREATE TABLE t (x)")
+        connection.commit()
+        connection.execute("BEGIN IMMEDIATE")
+        with pytest.raises(InputError, match=rf"{database} has been locked by another process"):
+            databases._check_sqlite(database, "outputs=x")
+    databases._check_sqlite(database, "outputs=x")
+    assert sqlite3.connect(database).execute("SELECT name FROM sqlite_master").fetchall() == [("t",)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
+def test_two_users_of_a_group_share_one_outputs_folder(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    os.chown(shared, FIRST, GROUP)
+    shared.chmod(0o2775)
+    for user, swept in ((FIRST, "seed=0"), (SECOND, "seed=0,1")):
+        done = subprocess.run(
+            [*as_user(user), sys.executable, *RUN, f"outputs={shared / 'outputs'}", swept, *["-m"][: "," in swept]],
+            cwd=shared, env={**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(shared)}, umask=0o002,
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert not_the_groups(shared) == []
+    assert {path.stat().st_gid for path in shared.rglob("*")} == {GROUP}
+    assert {path.stat().st_uid for path in shared.rglob("*")} == {FIRST, SECOND}
+
+
+POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+NEEDS = "needs PostgreSQL (/usr/lib/postgresql) and psycopg2"
+
+
+@pytest.fixture
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of an empty database of a server of its own."""
+    folder = tmp_path_factory.mktemp("postgres")
+    user = as_user(NOBODY) if os.geteuid() == 0 else []
+    if user:
+        os.chown(folder, NOBODY, GROUP)
+    data, port = str(folder / "data"), str(free_port())
+    environment = {**os.environ, "LC_ALL": "C"}
+    programs = POSTGRES[-1]
+
+    def run(program: str, *arguments: str) -> None:
+        command = [*user, str(programs / program), *arguments]
+        subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+    run("initdb", "-D", data, "-U", "qexp", "-A", "trust")
+    listening = f"-p {port} -k '' -h 127.0.0.1"
+    run("pg_ctl", "-D", data, "-o", listening, "-l", str(folder / "log"), "-w", "start")
+    try:
+        yield f"postgresql+psycopg2://qexp@127.0.0.1:{port}/postgres"
+    finally:
+        run("pg_ctl", "-D", data, "-m", "immediate", "stop")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not POSTGRES or not importlib.util.find_spec("psycopg2"), reason=NEEDS)
+def test_first_starts_on_an_empty_server_at_the_same_time_all_succeed(postgres: str, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from tests.test_tracking import begin, settings;"
+        "from qexp import tracking; store = tracking.connect(settings(sys.argv[1]), Path(sys.argv[2]));"
+        "begin(store).finish()"
+    )
+    command = [sys.executable, "-c", code, postgres]
+    starts = [
+        subprocess.Popen([*command, tmp_path / str(n)], cwd=ROOT, stdout=-1, stderr=subprocess.STDOUT, text=True)
+        for n in range(3)
+    ]
+    said = [start.communicate(timeout=240)[0] for start in starts]
+    assert [start.returncode for start in starts] == [0, 0, 0], said
+    assert said == ["", "", ""]
+    store = tracking.connect(settings(postgres), tmp_path)
+    assert len(store.client.search_runs([store.client.get_experiment_by_name("qexp/digits").experiment_id])) == 3
