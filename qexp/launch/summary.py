@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qexp.records import RunRecord
 from qexp.report import effects, tables
 from qexp.system import credentials
 
-if TYPE_CHECKING:
-    pass
+# Of what is said of runs on one kind of CPU.
+PARTS = (
+    tables.runs, tables.latencies, tables.effects_table, tables.calibration_samples, tables.calibration_sizes,
+)  # fmt: skip
 
 
 def summary(records: Sequence[RunRecord]) -> str:
@@ -22,11 +24,7 @@ def summary(records: Sequence[RunRecord]) -> str:
     alike: dict[str, list[RunRecord]] = {}
     for record in effects.finished(records):
         alike.setdefault(record.tags.get("kernel_signature", ""), []).append(record)
-    parts = [
-        part(group)
-        for group in alike.values() or [[]]
-        for part in (shared, tables.runs, tables.latencies, tables.effects_text, tables.draws, tables.calibration)
-    ]
+    parts = [part(group) for group in alike.values() or [[]] for part in (shared, *PARTS)]
     return "\n\n".join(part for part in [*parts, tables.failures(records)] if part)
 
 

@@ -1,7 +1,7 @@
-"""Effects of settings, calibration draws and calibration sizes, computed from tracked runs; tables.py words them.
+"""Effects of settings, calibration samples and calibration sizes, computed from tracked runs; tables.py shows them.
 
 Accuracies are fractions of 1. Two kinds of chance are kept apart: the *sampling error*, what other test images would
-change, is half the 95% interval of a run's difference to FP32; the *spread of draws*, what other calibration images
+change, is half the 95% interval of a run's difference to FP32; the *spread of samples*, what other calibration images
 (`calib.seed`) change on the same test images, is a standard deviation that only several runs tell.
 """
 
@@ -37,8 +37,8 @@ PAIRS_FOR_INTERVAL = 3
 
 # The params that are an axis of their own wherever they vary.
 MAIN = frozenset((*GROUPS, *FIELDS))
-SIZE, DRAW = "calib.batches", "calib.seed"
-CALIBRATION = ("calib", SIZE, DRAW)
+SIZE, SEED = "calib.batches", "calib.seed"
+CALIBRATION = ("calib", SIZE, SEED)
 
 
 @dataclass(frozen=True)
@@ -195,10 +195,11 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 @dataclass(frozen=True)
-class Draws:
-    """Runs that differ in their calibration images alone: settings: those that vary between such groups, by name.
+class CalibrationSamples:
+    """Runs that differ in their sample of calibration images alone.
 
-    accuracies: INT8's, one a draw; sampling: mean sampling error of a run.
+    settings: those that vary between such groups, by name; accuracies: INT8's, one a sample; sampling: mean sampling
+    error of a run.
     """
 
     settings: dict[str, str]
@@ -206,16 +207,16 @@ class Draws:
     sampling: float
 
 
-def draws(records: Sequence[RunRecord]) -> list[Draws]:
-    """The draws of each combination of settings of which there are two or more; the same seed twice is one draw."""
+def calibration_samples(records: Sequence[RunRecord]) -> list[CalibrationSamples]:
+    """The samples of each combination of settings that has two or more; the same seed twice is one sample."""
     groups: dict[frozenset[tuple[str, str]], dict[str, Evaluated]] = {}
     for record, found in compared(records):
-        rest = {name: text for name, text in record.params.items() if name != DRAW and not name.startswith("resolved.")}
-        groups.setdefault(frozenset(rest.items()), {}).setdefault(value(record, DRAW), (record, found))
+        rest = {name: text for name, text in record.params.items() if name != SEED and not name.startswith("resolved.")}
+        groups.setdefault(frozenset(rest.items()), {}).setdefault(value(record, SEED), (record, found))
     several = [list(group.values()) for group in groups.values() if len(group) > 1]
-    names = varied([record for group in several for record, _ in group], without=[DRAW])
+    names = varied([record for group in several for record, _ in group], without=[SEED])
     return [
-        Draws(
+        CalibrationSamples(
             {name: value(group[0][0], name) for name in names},
             tuple(found.comparable for _, found in group),
             fmean(found.sampling for _, found in group),
@@ -226,18 +227,18 @@ def draws(records: Sequence[RunRecord]) -> list[Draws]:
 
 @dataclass(frozen=True)
 class Spreads:
-    """Both kinds of chance as standard deviations; draws: pooled over settings, with its 95% interval."""
+    """Both kinds of chance as standard deviations; samples: pooled over settings, with its 95% interval."""
 
-    draws: Interval
+    samples: Interval
     images: float
 
     @property
     def can_tell(self) -> bool:
         """Whether it can be told which is the larger."""
-        return not self.draws.low <= self.images <= self.draws.high
+        return not self.samples.low <= self.images <= self.samples.high
 
 
-def spreads(groups: Sequence[Draws]) -> Spreads:
+def spreads(groups: Sequence[CalibrationSamples]) -> Spreads:
     """images: mean sampling error over 1.96."""
     from qexp import statistics
 
@@ -248,9 +249,9 @@ def spreads(groups: Sequence[Draws]) -> Spreads:
 
 @dataclass(frozen=True)
 class Size:
-    """One number of calibration images: batches (None: all), images if known, and INT8 accuracies, one a draw.
+    """One number of calibration images: batches (None: all), images if known, and INT8 accuracies, one a sample.
 
-    exact: all images, in an order that doesn't matter: there is no draw, and the accuracy has no spread.
+    exact: all images, in an order that doesn't matter: there is one sample only, and no spread.
     """
 
     batches: int | None
@@ -260,12 +261,12 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """Runs that differ in their number of calibration images and draws alone, and how many images are enough.
+class CalibrationSizes:
+    """Runs that differ in their number and sample of calibration images alone, and how many images are enough.
 
     settings: those that vary between such groups, by name; sizes: smallest first; sampling: mean sampling error of a
-    run; plateau: by `stats.plateau`, None where draws can't tell; enough: index of the size from which on larger ones
-    are shown to bring less than the sampling error (`stats.enough`), None where none is.
+    run; plateau: by `statistics.plateau`, None where samples can't tell; enough: index of the size from which on larger
+    ones are shown to bring less than the sampling error (`statistics.enough`), None where none is.
     """
 
     settings: dict[str, str]
@@ -275,7 +276,7 @@ class Calibration:
     enough: int | None
 
 
-def calibrations(records: Sequence[RunRecord]) -> list[Calibration]:
+def calibration_sizes(records: Sequence[RunRecord]) -> list[CalibrationSizes]:
     """One for each combination of the other settings in which `calib.batches` varied."""
     from qexp import statistics
 
@@ -290,7 +291,7 @@ def calibrations(records: Sequence[RunRecord]) -> list[Calibration]:
         accuracies, exact = [size.accuracies for size in sizes], sizes[-1].exact
         sampling = fmean(found.sampling for _, found in group)
         plateau, enough = statistics.plateau(accuracies, exact), statistics.enough(accuracies, sampling, exact)
-        result.append(Calibration(dict(zip(names, whole, strict=True)), sizes, sampling, plateau, enough))
+        result.append(CalibrationSizes(dict(zip(names, whole, strict=True)), sizes, sampling, plateau, enough))
     return result
 
 
@@ -309,7 +310,7 @@ def _sizes(runs: Sequence[Evaluated]) -> tuple[Size, ...]:
     """Smallest first; of runs with the same size and seed the first."""
     groups: dict[str, dict[str, Evaluated]] = {}
     for record, found in runs:
-        groups.setdefault(value(record, SIZE), {}).setdefault(value(record, DRAW), (record, found))
+        groups.setdefault(value(record, SIZE), {}).setdefault(value(record, SEED), (record, found))
     result = []
     for batches in sorted(groups, key=lambda text: math.inf if text == "null" else int(text)):
         group = groups[batches]

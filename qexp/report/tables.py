@@ -1,4 +1,4 @@
-"""Tracked runs as text: a sweep's final table, what settings, calibration draws and sizes do, and every latency.
+"""Tracked runs as text: a sweep's final table, what settings, calibration samples and sizes do, and every latency.
 
 Accuracies are fractions of 1; differences between them are printed in points (hundredths). What is computed is in
 `qexp/report/effects.py`.
@@ -260,7 +260,7 @@ def _spoken(variant: str) -> str:
     return variant.replace("channels_last", "channels-last").replace("_", " ")
 
 
-def effects_text(records: Sequence[RunRecord]) -> str:
+def effects_table(records: Sequence[RunRecord]) -> str:
     """The effects as a table; empty where nothing varied."""
     found = effects.effects(records)
     if not found:
@@ -291,13 +291,14 @@ def _estimated(records: Sequence[RunRecord]) -> list[str]:
     return ["INT8 accuracy on another CPU: FP32's on all test images plus the difference on those measured."]
 
 
-def draws(records: Sequence[RunRecord]) -> str:
-    """What other calibration images change, for each setting with two draws or more, beside the sampling error.
+def calibration_samples(records: Sequence[RunRecord]) -> str:
+    """A table of what other calibration images change, for each setting with two samples or more of them, beside the
+    sampling error.
 
     The two are never added up: to tell which is larger, both are taken as standard deviations. Empty where no setting
-    has two draws.
+    has two samples.
     """
-    found = effects.draws(records)
+    found = effects.calibration_samples(records)
     if not found:
         return ""
     lines = [
@@ -310,15 +311,15 @@ def draws(records: Sequence[RunRecord]) -> str:
         ]
         for group in found
     ]
-    headers = [*found[0].settings, "draws", "mean INT8", "lowest", "highest", "SD of draws", "sampling error"]
+    headers = [*found[0].settings, "samples", "mean INT8", "lowest", "highest", "SD of samples", "sampling error"]
     explained = [
-        "SD of draws: what other calibration images (calib.seed) change on the same test images, in points.",
+        "SD of samples: what other calibration images (calib.seed) change on the same test images, in points.",
         "sampling error: what other test images would change, half the 95% interval of one run, in points.",
     ]
     return "\n".join([_table(lines, headers), *explained, *_estimated(records), _larger(found)])
 
 
-def _larger(found: Sequence[effects.Draws]) -> str:
+def _larger(found: Sequence[effects.CalibrationSamples]) -> str:
     """Which source of chance is the larger, if that can be told; by calibration size, since that sets the spread."""
     spreads, number = effects.spreads(found), sum(len(group.accuracies) for group in found)
     images = f"{_points(spreads.images)} between test images"
@@ -327,39 +328,40 @@ def _larger(found: Sequence[effects.Draws]) -> str:
         told: dict[str, list[str]] = {}
         for value in dict.fromkeys(group.settings[size] for group in found):
             here = effects.spreads([group for group in found if group.settings[size] == value])
-            more = "draws vary more" if here.draws.value > here.images else "draws vary less"
+            more = "samples vary more" if here.samples.value > here.images else "samples vary less"
             told.setdefault(more if here.can_tell else "it can't be told", []).append(value)
         said = "; ".join(f"{which} with {size}={', '.join(values)}" for which, values in told.items())
         return f"As standard deviations, against {images}: {said}."
-    a, b = ("draws", "test images") if spreads.draws.value > spreads.images else ("test images", "draws")
+    ordered = ("calibration samples", "test images")
+    a, b = ordered if spreads.samples.value > spreads.images else ordered[::-1]
     if spreads.can_tell:
         said = f"the {a} are the larger source of chance, so more of them tell more than more {b}"
     else:
-        said = f"the {a} seem to be the larger source of chance, but {number} draws can't settle it"
+        said = f"the {a} seem to be the larger source of chance, but {number} samples can't settle it"
     overall = "" if len(found) == 1 else " over all settings"
-    within = f"95% [{_points(spreads.draws.low)}, {_points(spreads.draws.high)}]"
-    between = f"{_points(spreads.draws.value)} between draws{overall} ({within})"
+    within = f"95% [{_points(spreads.samples.low)}, {_points(spreads.samples.high)}]"
+    between = f"{_points(spreads.samples.value)} between calibration samples{overall} ({within})"
     return f"As standard deviations, {between} against {images}: {said}."
 
 
-def calibration(records: Sequence[RunRecord]) -> str:
+def calibration_sizes(records: Sequence[RunRecord]) -> str:
     """A sentence on how many calibration images are enough, for each combination of the other settings; combinations of
     which the same is to be said share one.
 
-    Empty where `calib.batches` didn't vary. See `stats.plateau` for the rule.
+    Empty where `calib.batches` didn't vary. See `statistics.plateau` for the rule.
     """
-    readings: dict[str, list[str]] = {}
-    for found in effects.calibrations(records):
+    conclusions: dict[str, list[str]] = {}
+    for found in effects.calibration_sizes(records):
         which = "".join(f", {name}={value}" for name, value in found.settings.items())
-        readings.setdefault(_reading(found), []).append(which)
+        conclusions.setdefault(_conclusion(found), []).append(which)
     lines = []
-    for said, (first, *others) in readings.items():
+    for said, (first, *others) in conclusions.items():
         which = f", {1 + len(others)} combinations of the other settings" if others else first
         lines.append(f"calibration size{which}: {said}")
     return "\n".join(lines)
 
 
-def _reading(found: effects.Calibration) -> str:
+def _conclusion(found: effects.CalibrationSizes) -> str:
     sizes, plateau = found.sizes, found.plateau
     if plateau is None:
         return _undecided(sizes)
@@ -376,10 +378,10 @@ def _reading(found: effects.Calibration) -> str:
     worse = f"worse, {_label(worst)} by {_signed(gain.value)} points {_ends(gain)}."
     if most <= 0:
         return f"{text}, and every larger size is {worse}"
-    text += f", but one of up to {_points(most)} points is possible (95%; SD of draws {_points(plateau.spread)})"
+    text += f", but one of up to {_points(most)} points is possible (95%; SD of samples {_points(plateau.spread)})"
     error = f"the sampling error of a run (±{_points(found.sampling)})"
     if found.enough is None:
-        text += f", and more than {error} at every size: more draws (calib.seed) would tell"
+        text += f", and more than {error} at every size: more samples (calib.seed) would tell"
     elif found.enough <= plateau.index:
         text += f", less than {error}: more calibration would hardly help"
     else:
@@ -398,11 +400,11 @@ def _label(size: effects.Size) -> str:
 def _undecided(sizes: Sequence[effects.Size]) -> str:
     if all(len(size.accuracies) == 1 for size in sizes):
         return (
-            "with one draw of calibration images a size, what the size does can't be told apart from what the draw "
-            "does; calib.sampling=random calib.seed=0,1,2 would."
+            "with one sample of calibration images a size, what the size does can't be told apart from what the "
+            "sample does; calib.sampling=random calib.seed=0,1,2 would."
         )
     means = [fmean(size.accuracies) for size in sizes]
     return (
-        "the draws of a size don't differ on these test images, so there is no spread to hold the sizes against; "
+        "the samples of a size don't differ on these test images, so there is no spread to hold the sizes against; "
         f"their mean accuracies lie within {_points(max(means) - min(means))} points."
     )

@@ -1,4 +1,4 @@
-"""What settings, calibration draws and calibration sizes do, as numbers; tests/test_table.py has it in words."""
+"""What settings, calibration samples and calibration sizes do, as numbers; tests/test_table.py has it in words."""
 
 from __future__ import annotations
 
@@ -154,45 +154,45 @@ def drawn(qconfig: str, accuracies: Sequence[float]) -> list[RunRecord]:
 TENSOR, CHANNEL = drawn("per_tensor", (0.85, 0.86, 0.84)), drawn("per_channel", (0.88, 0.881))
 
 
-def test_draws_are_runs_that_differ_in_their_seed_alone() -> None:
-    tensor, channel = ablation.draws([*TENSOR, *CHANNEL])
+def test_samples_are_runs_that_differ_in_their_seed_alone() -> None:
+    tensor, channel = ablation.calibration_samples([*TENSOR, *CHANNEL])
     assert (tensor.settings, tensor.accuracies) == ({"qconfig": "per_tensor"}, (0.85, 0.86, 0.84))
     assert (channel.settings, channel.accuracies) == ({"qconfig": "per_channel"}, (0.88, 0.881))
     assert tensor.sampling == pytest.approx(0.0022)
-    assert ablation.draws(TENSOR)[0].settings == {}  # nothing else varied
+    assert ablation.calibration_samples(TENSOR)[0].settings == {}  # nothing else varied
 
 
-def test_draws_need_two_seeds_and_nothing_else_that_differs() -> None:
-    assert ablation.draws(TENSOR[:1]) == []
-    assert ablation.draws([TENSOR[0], CHANNEL[1]]) == []  # another seed, but of another setting
-    assert ablation.draws([TENSOR[0], replace(TENSOR[1], status="FAILED")]) == []
-    assert len(ablation.draws([TENSOR[0], TENSOR[0], TENSOR[1]])[0].accuracies) == 2  # the same seed twice is one draw
+def test_samples_need_two_seeds_and_nothing_else_that_differs() -> None:
+    assert ablation.calibration_samples(TENSOR[:1]) == []
+    assert ablation.calibration_samples([TENSOR[0], CHANNEL[1]]) == []  # another seed, but of another setting
+    assert ablation.calibration_samples([TENSOR[0], replace(TENSOR[1], status="FAILED")]) == []
+    assert len(ablation.calibration_samples([TENSOR[0], TENSOR[0], TENSOR[1]])[0].accuracies) == 2  # twice one seed
     without = [replace(r, params={**r.params, "calib.seed": "n/a"}) for r in TENSOR]
-    assert ablation.draws(without) == []
+    assert ablation.calibration_samples(without) == []
 
 
 def test_what_was_resolved_makes_no_setting_of_its_own() -> None:
     other = replace(TENSOR[1], params={**TENSOR[1].params, "resolved.weight_bits": "7"})
-    assert len(ablation.draws([TENSOR[0], other])) == 1
+    assert len(ablation.calibration_samples([TENSOR[0], other])) == 1
 
 
 def test_the_two_kinds_of_chance_are_apart_and_both_standard_deviations() -> None:
-    groups = ablation.draws([*TENSOR, *CHANNEL])
+    groups = ablation.calibration_samples([*TENSOR, *CHANNEL])
     found = ablation.spreads(groups)
     # 2 degrees of freedom with a variance of 0.01^2, and one with 0.001^2 / 2.
-    assert found.draws.value == pytest.approx(math.sqrt((2 * 0.01**2 + 0.001**2 / 2) / 3))
+    assert found.samples.value == pytest.approx(math.sqrt((2 * 0.01**2 + 0.001**2 / 2) / 3))
     assert found.images == pytest.approx(0.0022 / stats.norm.isf(0.025))
     assert found.can_tell  # 0.82 points [0.46, 3.05] against 0.11
     for sampling, can_tell in ((0.5, True), (0.01, False), (0.02, False), (1e-5, True)):
         other = ablation.spreads([replace(group, sampling=sampling) for group in groups])
-        assert (other.draws, other.can_tell) == (found.draws, can_tell)
+        assert (other.samples, other.can_tell) == (found.samples, can_tell)
 
 
 # ---- Calibration sizes
 
 
-def test_sizes_are_in_order_and_all_images_have_no_draw() -> None:
-    (found,) = ablation.calibrations(by_size(RISING))
+def test_sizes_are_in_order_and_all_images_have_no_sample() -> None:
+    (found,) = ablation.calibration_sizes(by_size(RISING))
     assert [(size.batches, size.images, size.exact) for size in found.sizes] == [
         (1, 16, False),
         (8, 128, False),
@@ -205,16 +205,16 @@ def test_sizes_are_in_order_and_all_images_have_no_draw() -> None:
     assert found.sampling == pytest.approx(0.0022)
 
 
-def test_all_images_in_an_order_that_matters_have_draws() -> None:
+def test_all_images_in_an_order_that_matters_have_samples() -> None:
     rows = by_size({"8": (0.80, 0.81), "null": (0.82, 0.83)})
     rows = [replace(r, params={**r.params, "calib.seed": r.name.split()[1]}) for r in rows]
-    (found,) = ablation.calibrations(rows)
+    (found,) = ablation.calibration_sizes(rows)
     assert (found.sizes[1].accuracies, found.sizes[1].exact) == ((0.82, 0.83), False)
 
 
 def test_a_size_may_be_enough_only_since_all_images_have_no_spread() -> None:
     # The largest gain at 95% is t(2 degrees of freedom) * 0.05 points * sqrt(1/3): 0.12; with a spread of all, 0.25.
-    (found,) = ablation.calibrations(by_size({"8": (0.80, 0.8005, 0.801), "null": (0.8005,)}))
+    (found,) = ablation.calibration_sizes(by_size({"8": (0.80, 0.8005, 0.801), "null": (0.8005,)}))
     assert found.plateau is not None
     assert (found.plateau.gains[0].high, found.enough) == (pytest.approx(0.00124, abs=1e-5), 0)
 
@@ -222,12 +222,12 @@ def test_a_size_may_be_enough_only_since_all_images_have_no_spread() -> None:
 def test_the_order_of_sizes_does_not_matter_and_a_seed_counts_once() -> None:
     rows = by_size(RISING)
     by_seed = sorted(rows, key=lambda r: (r.params["calib.seed"], -r.metrics[Metric.calibration_images]))
-    assert ablation.calibrations([*by_seed, *rows]) == ablation.calibrations(rows)
+    assert ablation.calibration_sizes([*by_seed, *rows]) == ablation.calibration_sizes(rows)
 
 
 def test_sizes_are_read_for_each_combination_of_the_other_settings() -> None:
     rows = [*by_size(RISING, qconfig="per_tensor"), *by_size(RISING, qconfig="per_channel")]
-    found = ablation.calibrations(rows)
+    found = ablation.calibration_sizes(rows)
     assert [calibration.settings for calibration in found] == [{"qconfig": "per_tensor"}, {"qconfig": "per_channel"}]
     assert found[0].sizes == found[1].sizes
 
@@ -237,12 +237,12 @@ def test_all_images_go_with_each_way_of_sampling() -> None:
     stratified = [
         replace(r, params={**r.params, "calib.sampling": "stratified"}) for r in rows if r.params["calib.seed"] != "n/a"
     ]
-    found = ablation.calibrations([*rows, *stratified])
+    found = ablation.calibration_sizes([*rows, *stratified])
     assert [calibration.settings["calib.sampling"] for calibration in found] == ["random", "stratified"]
-    assert [calibration.sizes for calibration in found] == [ablation.calibrations(rows)[0].sizes] * 2
+    assert [calibration.sizes for calibration in found] == [ablation.calibration_sizes(rows)[0].sizes] * 2
 
 
 def test_one_size_is_no_sweep_over_sizes() -> None:
-    assert ablation.calibrations(by_size({"8": (0.80, 0.81)})) == []
-    assert ablation.calibrations(TENSOR) == []
-    assert ablation.calibrations([]) == []
+    assert ablation.calibration_sizes(by_size({"8": (0.80, 0.81)})) == []
+    assert ablation.calibration_sizes(TENSOR) == []
+    assert ablation.calibration_sizes([]) == []

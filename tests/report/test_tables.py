@@ -1,4 +1,4 @@
-"""The final table, and what it says of effects, calibration draws and sizes, and latencies."""
+"""The final table, and what it says of effects, calibration samples and sizes, and latencies."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_warning_stands_once_below_the_table_and_marks_its_runs() -> None:
 def test_a_failed_run_has_no_line_and_is_named_with_its_error() -> None:
     rows = [row("a", 0.8, x="1"), replace(row("b", 0.1, x="2"), status="FAILED", tags={"error": "too bad."})]
     assert "b" not in tables.runs(rows).split()
-    assert tables.effects_text(rows) == ""
+    assert tables.effects_table(rows) == ""
     assert tables.failures(rows) == "FAILED  b: too bad."
     assert tables.runs(rows[1:]) == "No run was finished."
 
@@ -152,8 +152,8 @@ def test_the_accuracy_of_what_ran_is_shown_where_the_target_runs_the_same() -> N
 
 def test_that_accuracies_are_compared_by_their_difference_to_fp32_is_said_where_images_differ() -> None:
     rows = [on_target(measured("a", 0.8507, x="1"), "exact", 0.8150, -0.035), measured("b", 0.8497, x="2")]
-    assert "FP32's on all test images" in tables.effects_text(rows)
-    assert "FP32's on all test images" not in tables.effects_text([measured("a", 0.8, x="1"), rows[1]])
+    assert "FP32's on all test images" in tables.effects_table(rows)
+    assert "FP32's on all test images" not in tables.effects_table([measured("a", 0.8, x="1"), rows[1]])
 
 
 def test_a_line_says_the_verdict_in_words_and_marks_the_timing() -> None:
@@ -215,7 +215,7 @@ def test_the_table_of_effects() -> None:
     rows = [row(f"a{n}", value, 2.0, x="1", y=str(n)) for n, value in enumerate(first)]
     rows += [row(f"b{n}", value, 2.5, x="2", y=str(n)) for n, value in enumerate(second)]
     # Of 4, 1 and 2 points: 2.33 ± 4.303 * 1.528 / sqrt(3).
-    assert tables.effects_text(rows) == (
+    assert tables.effects_table(rows) == (
         """\
 setting    value    runs    INT8 accuracy    points to first    [95%]           speedup    to first
 ---------  -------  ------  ---------------  -----------------  --------------  ---------  ----------
@@ -227,37 +227,37 @@ y          2        2       0.7600           -6.00                              
 [95%]: from pair to pair of runs that differ in this setting alone (t, 3 pairs or more)."""
     )
     two = [r for r in rows if r.params["y"] in "01"]
-    assert "[95%]" not in tables.effects_text(two)
+    assert "[95%]" not in tables.effects_table(two)
 
 
-def test_draws_are_reported_apart_from_the_sampling_error() -> None:
-    assert tables.draws(granularity()) == (
+def test_samples_are_reported_apart_from_the_sampling_error() -> None:
+    assert tables.calibration_samples(granularity()) == (
         """\
-qconfig      draws    mean INT8    lowest    highest    SD of draws    sampling error
------------  -------  -----------  --------  ---------  -------------  ----------------
-per_tensor   3        0.8498       0.8487    0.8505     0.09           ±0.22
-per_channel  3        0.8493       0.8493    0.8494     0.01           ±0.22
-SD of draws: what other calibration images (calib.seed) change on the same test images, in points.
+qconfig      samples    mean INT8    lowest    highest    SD of samples    sampling error
+-----------  ---------  -----------  --------  ---------  ---------------  ----------------
+per_tensor   3          0.8498       0.8487    0.8505     0.09             ±0.22
+per_channel  3          0.8493       0.8493    0.8494     0.01             ±0.22
+SD of samples: what other calibration images (calib.seed) change on the same test images, in points.
 sampling error: what other test images would change, half the 95% interval of one run, in points.
-As standard deviations, 0.07 between draws over all settings (95% [0.04, 0.19]) against 0.11 between test images: \
-the test images seem to be the larger source of chance, but 6 draws can't settle it."""
+As standard deviations, 0.07 between calibration samples over all settings (95% [0.04, 0.19]) against 0.11 \
+between test images: the test images seem to be the larger source of chance, but 6 samples can't settle it."""
     )
 
 
-def test_the_spread_of_draws_is_free_of_the_width_of_intervals() -> None:
+def test_the_spread_of_samples_is_free_of_the_width_of_intervals() -> None:
     wide = [replace(r, metrics={**r.metrics, Metric.delta_low: -0.5, Metric.delta_high: 0.5}) for r in granularity()]
-    spread = "As standard deviations, 0.07 between draws over all settings (95% [0.04, 0.19])"
-    assert spread in tables.draws(wide)
-    assert "the test images are the larger source" in tables.draws(wide)
+    spread = "As standard deviations, 0.07 between calibration samples over all settings (95% [0.04, 0.19])"
+    assert spread in tables.calibration_samples(wide)
+    assert "the test images are the larger source" in tables.calibration_samples(wide)
     narrow = [
         replace(r, metrics={**r.metrics, Metric.delta_low: -1e-5, Metric.delta_high: 1e-5}) for r in granularity()
     ]
-    assert spread in tables.draws(narrow)
-    assert "the draws are the larger source" in tables.draws(narrow)
+    assert spread in tables.calibration_samples(narrow)
+    assert "the calibration samples are the larger source" in tables.calibration_samples(narrow)
 
 
-def test_where_no_setting_has_two_draws_nothing_is_said_of_them() -> None:
-    assert tables.draws(granularity()[:1]) == ""
+def test_where_no_setting_has_two_samples_nothing_is_said_of_them() -> None:
+    assert tables.calibration_samples(granularity()[:1]) == ""
 
 
 def test_the_spread_is_compared_for_each_calibration_size_by_itself() -> None:
@@ -266,76 +266,76 @@ def test_the_spread_is_compared_for_each_calibration_size_by_itself() -> None:
         for b, spread in (("1", 0.02), ("8", 0.001), ("32", 0.0001))
         for s in range(3)
     ]
-    assert tables.draws(rows).splitlines()[-1] == (
-        "As standard deviations, against 0.11 between test images: draws vary more with calib.batches=1; "
-        "it can't be told with calib.batches=8; draws vary less with calib.batches=32."
+    assert tables.calibration_samples(rows).splitlines()[-1] == (
+        "As standard deviations, against 0.11 between test images: samples vary more with calib.batches=1; "
+        "it can't be told with calib.batches=8; samples vary less with calib.batches=32."
     )
 
 
 def test_the_reading_of_a_sweep_over_sizes_says_from_where_and_how_much_could_be_missed() -> None:
-    assert tables.calibration(by_size(RISING)) == (
+    assert tables.calibration_sizes(by_size(RISING)) == (
         "calibration size: from 8 batches (128 images) on no rise of the mean accuracy is shown, but one of up to 0.09 "
-        "points is possible (95%; SD of draws 0.03), less than the sampling error of a run (±0.22): more calibration "
+        "points is possible (95%; SD of samples 0.03), less than the sampling error of a run (±0.22): more calibration "
         "would hardly help."
     )
 
 
 def test_a_size_that_is_enough_is_named_where_a_smaller_one_only_could_be() -> None:
     drawn = {"1": (0.8457, 0.8463, 0.8408), "8": (0.8493, 0.8495, 0.8487), "32": (0.8497, 0.8496, 0.8505)}
-    assert tables.calibration(by_size(drawn)) == (
+    assert tables.calibration_sizes(by_size(drawn)) == (
         "calibration size: from 1 batch (16 images) on no rise of the mean accuracy is shown, but one of up to 1.17 "
-        "points is possible (95%; SD of draws 0.18); from 8 batches (128 images) on it is less than the sampling error "
-        "of a run (±0.22), so more than that would hardly help."
+        "points is possible (95%; SD of samples 0.18); from 8 batches (128 images) on it is less than the sampling "
+        "error of a run (±0.22), so more than that would hardly help."
     )
 
 
 def test_the_order_of_runs_does_not_matter() -> None:
-    assert tables.calibration(by_size(RISING)[::-1]) == tables.calibration(by_size(RISING))
+    assert tables.calibration_sizes(by_size(RISING)[::-1]) == tables.calibration_sizes(by_size(RISING))
 
 
 def test_accuracy_that_rises_up_to_the_largest_size_is_said_to() -> None:
     drawn = {"1": (0.80, 0.801, 0.802), "2": (0.82, 0.821, 0.822), "4": (0.84, 0.841, 0.842)}
-    assert tables.calibration(by_size(drawn)) == (
+    assert tables.calibration_sizes(by_size(drawn)) == (
         "calibration size: accuracy still rises at the largest size tried, 4 batches (64 images), +2.00 points "
         "[+1.77, +2.23] over 2 batches (32 images): more may help."
     )
-    assert "rises up to all 898 images" in tables.calibration(by_size({**drawn, "null": (0.86,)}))
+    assert "rises up to all 898 images" in tables.calibration_sizes(by_size({**drawn, "null": (0.86,)}))
 
 
 def test_more_images_that_make_it_worse_are_said_to() -> None:
-    worse = tables.calibration(by_size({"1": (0.84, 0.841, 0.842), "2": (0.80, 0.801, 0.802)}))
+    worse = tables.calibration_sizes(by_size({"1": (0.84, 0.841, 0.842), "2": (0.80, 0.801, 0.802)}))
     assert "from 1 batch (16 images) on no rise of the mean accuracy is shown" in worse
     assert "every larger size is worse, 2 batches (32 images) by -4.00 points [-4.23, -3.77]." in worse
 
 
 def test_one_larger_size_that_is_worse_is_named() -> None:
     drawn = {"1": (0.84, 0.841, 0.842), "2": (0.80, 0.801, 0.802), "4": (0.841, 0.842, 0.8405)}
-    text = tables.calibration(by_size(drawn))
+    text = tables.calibration_sizes(by_size(drawn))
     assert "but one of up to 0.2" in text
     assert "; more can be worse, 2 batches (32 images) by -4.00 points [-4.2" in text
 
 
-def test_wide_draws_are_not_taken_for_no_effect() -> None:
-    text = tables.calibration(by_size({"1": (0.82, 0.85), "2": (0.84, 0.83)}))
-    assert "more than the sampling error of a run (±0.22) at every size: more draws (calib.seed) would tell" in text
+def test_wide_samples_are_not_taken_for_no_effect() -> None:
+    text = tables.calibration_sizes(by_size({"1": (0.82, 0.85), "2": (0.84, 0.83)}))
+    assert "more than the sampling error of a run (±0.22) at every size: more samples (calib.seed) would tell" in text
 
 
-def test_one_draw_a_size_says_what_would_tell() -> None:
-    assert tables.calibration(by_size({"1": (0.80,), "8": (0.849,), "null": (0.85,)})) == (
-        "calibration size: with one draw of calibration images a size, what the size does can't be told apart from "
-        "what the draw does; calib.sampling=random calib.seed=0,1,2 would."
+def test_one_sample_a_size_says_what_would_tell() -> None:
+    assert tables.calibration_sizes(by_size({"1": (0.80,), "8": (0.849,), "null": (0.85,)})) == (
+        "calibration size: with one sample of calibration images a size, what the size does can't be told apart from "
+        "what the sample does; calib.sampling=random calib.seed=0,1,2 would."
     )
 
 
-def test_draws_that_dont_differ_give_no_spread_to_judge_by() -> None:
-    text = tables.calibration(by_size({"1": (0.80, 0.80), "8": (0.81, 0.81)}))
+def test_samples_that_dont_differ_give_no_spread_to_judge_by() -> None:
+    text = tables.calibration_sizes(by_size({"1": (0.80, 0.80), "8": (0.81, 0.81)}))
     assert "lie within 1.00 points" in text
 
 
 def test_sizes_are_read_for_each_combination_of_the_other_settings() -> None:
     higher = {size: tuple(accuracy + 0.01 for accuracy in drawn) for size, drawn in list(RISING.items())[:-1]}
     rows = [*by_size(RISING, qconfig="per_tensor"), *by_size(higher, qconfig="per_channel")]
-    lines = tables.calibration(rows).splitlines()
+    lines = tables.calibration_sizes(rows).splitlines()
     assert [line.split(":")[0] for line in lines] == [
         "calibration size, qconfig=per_tensor",
         "calibration size, qconfig=per_channel",
@@ -345,14 +345,14 @@ def test_sizes_are_read_for_each_combination_of_the_other_settings() -> None:
 def test_what_holds_for_several_combinations_is_said_once() -> None:
     once = {"1": (0.80,), "8": (0.85,)}
     rows = [*by_size(once, qconfig="per_tensor"), *by_size(once, qconfig="per_channel"), *by_size(RISING, qconfig="x")]
-    undecided, decided = tables.calibration(rows).splitlines()
-    assert undecided.startswith("calibration size, 2 combinations of the other settings: with one draw")
+    undecided, decided = tables.calibration_sizes(rows).splitlines()
+    assert undecided.startswith("calibration size, 2 combinations of the other settings: with one sample")
     assert decided.startswith("calibration size, qconfig=x: from")
 
 
 def test_one_size_is_no_sweep_over_sizes() -> None:
-    assert tables.calibration(granularity()) == ""
-    assert tables.calibration([]) == ""
+    assert tables.calibration_sizes(granularity()) == ""
+    assert tables.calibration_sizes([]) == ""
 
 
 def test_a_timing_that_another_run_made_is_marked_and_named_once() -> None:
