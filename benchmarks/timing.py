@@ -36,10 +36,7 @@ def made(outputs: str, name: str, *overrides: str) -> tuple[Config, Path, np.nda
 def against_itself(outputs: str) -> None:
     """FP32 timed against itself by the protocol `publish`, as a run's control is: how many of the 95% intervals contain
     1, how wide they are."""
-    runs = {
-        name: made(outputs, f"aa_{name}", "latency=publish", f"latency.runtimes=[{name}]", *PROTOCOL)
-        for name in RUNTIMES
-    }
+    runs = {name: made(outputs, f"aa_{name}", "latency=publish", f"runtimes=[{name}]", *PROTOCOL) for name in RUNTIMES}
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in RUNTIMES}
     valid = 0
     for repeat in tqdm(range(REPEATS), desc="A/A", disable=None):
@@ -61,7 +58,7 @@ def against_itself(outputs: str) -> None:
 def order(outputs: str) -> None:
     """FP32 over INT8 with the variants given in one order, and in the other, by the protocol `standard`."""
     for number, runtimes in enumerate(("[eager,torchscript]", "[torchscript,eager]")):
-        with_order = f"latency.runtimes={runtimes}"
+        with_order = f"runtimes={runtimes}"
         config, folder, inputs, logits = made(outputs, f"order{number}", "latency=standard", with_order, *PROTOCOL)
         with lock.timing():
             timings = worker.measure(config, folder, inputs, logits, all_int8=True)

@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from qexp.config import identity
 from qexp.config.schema import Config
 from qexp.errors import ConfigError
 from qexp.system import credentials
@@ -20,7 +21,7 @@ def from_hydra(composed: Any, cwd: str) -> Config:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from qexp.config.refusals import unresolved
+    from qexp.config.refusals import renamed, unresolved
 
     try:
         missing = sorted(str(key) for key in OmegaConf.missing_keys(composed))
@@ -31,7 +32,7 @@ def from_hydra(composed: Any, cwd: str) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(unresolved(error)) from error
     for name, allowed in _unknown(config):
-        raise ConfigError(f"{name} is no setting; there are {', '.join(allowed)}.")
+        raise ConfigError(renamed(name) or f"{name} is no setting; there are {', '.join(allowed)}.")
     config.outputs = absolute(config.outputs, cwd)
     for group, key in ((config.model, "checkpoint"), (config.dataset, "root")):
         if isinstance(group.get(key), str):
@@ -51,9 +52,17 @@ def _unknown(settings: Any, parent: str = "") -> Iterator[tuple[str, list[str]]]
 
 
 def from_plain(values: Mapping[str, Any]) -> Config:
-    """The configuration that `exact` gave, back from its nested plain values."""
+    """The configuration that `exact` gave, back from its nested plain values.
+
+    Raises ConfigError where an older version wrote them, and a setting has another name now.
+    """
     from omegaconf import OmegaConf
 
+    from qexp.config.refusals import renamed
+
+    for said in map(renamed, identity.flat(values)):
+        if said:
+            raise ConfigError(said)
     config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), dict(values)))  # type: ignore[assignment]
     return config
 

@@ -37,6 +37,7 @@ FIELDS = (
     "engine",
     "fusion",
     "target",
+    "runtimes",
     "seed",
 )
 # What is said of a run, and changes nothing in its result.
@@ -142,4 +143,6 @@ def _covered(name: str, prefixes: Collection[str]) -> bool:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(_text, value))}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

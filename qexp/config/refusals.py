@@ -9,9 +9,18 @@ import sys
 import traceback
 from collections.abc import Iterator
 
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from qexp.errors import QexpError
+
+# What was called otherwise once, and what it is called now.
+RENAMED = {"latency.runtimes": "runtimes"}
+
+
+def renamed(setting: str) -> str:
+    """A sentence for a setting that has another name now; empty for others."""
+    today = RENAMED.get(setting)
+    return f"{setting} is now {today}: use {today}=... in its place." if today else ""
 
 
 @contextlib.contextmanager
@@ -35,9 +44,20 @@ def explained(error: Exception) -> str | None:
     """An error as a sentence for whoever typed what it is about, None where it isn't of a configuration."""
     if isinstance(error, QexpError):
         return str(error)
+    if said := renamed(_unknown_key(error)):
+        return said
     if isinstance(error, OmegaConfBaseException):
         return unresolved(error)
     return _bad_default(error) if isinstance(error, ValueError) else None
+
+
+def _unknown_key(error: BaseException | None) -> str:
+    """The setting that OmegaConf doesn't know, where that is behind an error of Hydra's; else empty."""
+    while error is not None:
+        if isinstance(error, ConfigAttributeError | ConfigKeyError):
+            return error.full_key or ""
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def unresolved(error: OmegaConfBaseException) -> str:

@@ -185,7 +185,6 @@ class Train:
 @dataclass
 class Latency:
     enabled: bool
-    runtimes: list[Runtime]
     processes: int
     threads: list[int]
     batch_sizes: list[int]
@@ -262,6 +261,7 @@ class Config:
     engine: Engine
     fusion: bool
     target: Target
+    runtimes: list[Runtime]
     latency: Latency
     evaluate: Evaluate
     saturation: Saturation

@@ -11,7 +11,6 @@ from qexp.config.schema import (
     ActivationObserver,
     Config,
     Engine,
-    Latency,
     LogModel,
     Observer,
     Runtime,
@@ -81,33 +80,33 @@ def _check_ranges(config: Config) -> None:
     for name, least in (("warmup_calls", latency.warmup_calls), ("warmup_seconds", latency.warmup_seconds)):
         if not least >= 0:
             raise ConfigError(f"latency.{name}={least}: must not be negative.")
-    if config.tracking.log_model is LogModel.flavor and not any(runtime.served for runtime in latency.runtimes):
+    if config.tracking.log_model is LogModel.flavor and not any(runtime.served for runtime in config.runtimes):
         raise ConfigError(
-            f"tracking.log_model=flavor logs a model that MLflow can serve, which none of latency.runtimes="
-            f"{_listed(latency.runtimes)} makes; add {_either(runtime for runtime in Runtime if runtime.served)}, or "
+            f"tracking.log_model=flavor logs a model that MLflow can serve, which none of runtimes="
+            f"{_listed(config.runtimes)} makes; add {_either(runtime for runtime in Runtime if runtime.served)}, or "
             "use tracking.log_model=artifact."
         )
     if latency.processes < 0:
         raise ConfigError(f"latency.processes={latency.processes}: must be 0 (in the running process) or more.")
     if latency.reuse not in (True, False, "auto"):
         raise ConfigError(f"latency.reuse={latency.reuse}: must be auto (true in a sweep), true or false.")
-    _check_runtimes(latency)
+    _check_runtimes(config)
     for name, seed in (("seed", config.seed), ("calib.seed", calib.seed), ("train.seed", train.seed)):
         if not 0 <= seed < 2**32:
             raise ConfigError(f"{name}={seed}: must be in 0..{2**32 - 1}.")
 
 
-def _check_runtimes(latency: Latency) -> None:
-    listed = _listed(latency.runtimes)
-    if not latency.runtimes or len(set(latency.runtimes)) < len(latency.runtimes):
-        raise ConfigError(f"latency.runtimes={listed}: must be one or more of {', '.join(Runtime)}, each once.")
-    if not any(runtime.int8 for runtime in latency.runtimes):
+def _check_runtimes(config: Config) -> None:
+    listed = _listed(config.runtimes)
+    if not config.runtimes or len(set(config.runtimes)) < len(config.runtimes):
+        raise ConfigError(f"runtimes={listed}: must be one or more of {', '.join(Runtime)}, each once.")
+    if not any(runtime.int8 for runtime in config.runtimes):
         others = _either(runtime for runtime in Runtime if runtime.int8)
-        raise ConfigError(f"latency.runtimes={listed}: INT8 runs in none of these; add {others}.")
-    compiling = [runtime for runtime in latency.runtimes if runtime.compiles]
-    if compiling and latency.enabled and latency.processes == 0:
+        raise ConfigError(f"runtimes={listed}: INT8 runs in none of these; add {others}.")
+    compiling = [runtime for runtime in config.runtimes if runtime.compiles]
+    if compiling and config.latency.enabled and config.latency.processes == 0:
         raise ConfigError(
-            f"latency.runtimes={listed}: {compiling[0]} compiles in processes of its own, and latency.processes=0 asks "
+            f"runtimes={listed}: {compiling[0]} compiles in processes of its own, and latency.processes=0 asks "
             "for none; use latency=standard or latency=publish, or set latency.processes=2."
         )
 

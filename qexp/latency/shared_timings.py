@@ -39,7 +39,7 @@ def timing_key(config: Config, data: Data, float_digest: str, int8: nn.Module, i
     protocol, the code, and the machine with what the environment sets in it.
     """
     operators = cache.hash_of(quantize.executed(int8, config.engine, image))
-    models = [float_digest, config.flow, config.fusion, config.engine, operators]
+    models = [float_digest, config.runtimes, config.flow, config.fusion, config.engine, operators]
     protocol = {name: value for name, value in identity.plain(config)["latency"].items() if name != "reuse"}
     here = {name: value for name, value in asdict(machine.describe()).items() if name != "load"}
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else ""

@@ -236,8 +236,8 @@ def _recorded(rerun: str, text: str, now: Config) -> tuple[Config, dict[str, Any
         whole = _completed(values, whole_now)
         whole = {name: _with_credentials(rerun, value, whole_now.get(name), name) for name, value in whole.items()}
         config = conversion.from_plain(whole)
-    except (ValueError, TypeError, AttributeError, OmegaConfBaseException) as error:
-        reason = str(error).partition("\n")[0]
+    except (ValueError, TypeError, AttributeError, ConfigError, OmegaConfBaseException) as error:
+        reason = str(error).partition("\n")[0].removesuffix(".")
         raise InputError(
             f"rerun={rerun}: this version of qexp can't take the configuration that the run has: {reason}."
         ) from error

@@ -55,7 +55,7 @@ def check_inputs(configs: Sequence[Config]) -> None:
     for of_model, alike in tqdm(of_models.items(), desc="checking inputs", disable=None, leave=False):
         module: nn.Module | None = None  # one is in memory at a time
         for config in alike:
-            if is_new("machine", config.latency, config.engine):
+            if is_new("machine", config.latency, config.runtimes, config.engine):
                 protocol.check_threads(config.latency.threads, machine.allowed_cores())
                 kernels.check_environment(config.engine, kernels.probe(), os.environ)
                 check_runtimes(config)
@@ -80,11 +80,11 @@ def check_inputs(configs: Sequence[Config]) -> None:
 
 def check_runtimes(config: Config) -> None:
     """Raise InputError where a runtime asked for can't be used here."""
-    for name in config.latency.runtimes:
+    for name in config.runtimes:
         # What compiles is used by processes that time alone.
         used = config.latency.enabled or not name.compiles
         if used and (reason := RUNTIMES[name].unavailable()):
-            raise InputError(f"latency.runtimes has {name}, and {reason}, or take {name} out.")
+            raise InputError(f"runtimes has {name}, and {reason}, or take {name} out.")
 
 
 def _plain(looked_at: object) -> str:

@@ -26,7 +26,7 @@ from qexp.system import cache
 
 def variants(config: Config) -> list[Variant]:
     """What the runtimes asked for execute, FP32 first."""
-    each = [Variant(precision, name) for precision in Precision for name in config.latency.runtimes]
+    each = [Variant(precision, name) for precision in Precision for name in config.runtimes]
     return [one for one in each if RUNTIMES[one.runtime].executes(config.flow, one.precision)]
 
 

@@ -11,7 +11,7 @@ import pytest
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from qexp.config import identity, schema, validation
+from qexp.config import conversion, identity, refusals, schema, validation
 from qexp.config.composition import CONF
 from qexp.config.schema import Config
 from qexp.errors import ConfigError
@@ -65,7 +65,17 @@ def test_every_observer_has_an_entry_in_the_table_of_parameters() -> None:
         (["qconfig.activation.bits=9"], r"qconfig\.activation\.bits=9: must be in 2\.\.8"),
         (["latency.threads=[0]"], r"latency\.threads=\[0\]: must be a list of positive numbers"),
         (["latency.batch_sizes=[]"], r"latency\.batch_sizes=\[\]: must be a list of positive numbers"),
-        (["latency.runtimes=[]"], r"latency\.runtimes=\[\]: must be one or more of eager"),
+        (["runtimes=[]"], r"runtimes=\[\]: must be one or more of eager"),
+        (["runtimes=[eager,eager]"], r"runtimes=\[eager,eager\]: must be .*, each once"),
+        (["runtimes=[inductor]"], r"runtimes=\[inductor\]: INT8 runs in none of these; add eager or torchscript"),
+        (
+            ["runtimes=[eager,inductor]", "latency=quick"],
+            r"runtimes=\[eager,inductor\]: inductor compiles in processes of its own",
+        ),
+        (
+            ["runtimes=[eager]", "tracking.log_model=flavor"],
+            r"log_model=flavor .* none of runtimes=\[eager\] makes; add torchscript",
+        ),
         (["latency.reuse=maybe"], r"latency\.reuse=maybe: must be auto \(true in a sweep\), true or false\."),
         (["cache.max_gb=0"], r"cache\.max_gb=0\.0: must be positive\."),
         (
@@ -101,6 +111,32 @@ def test_what_cannot_work_is_refused_and_its_neighbour_is_not(
 def test_what_hydra_finds_is_refused_by_hydra(composed: Composed, override: str) -> None:
     with pytest.raises((HydraException, OmegaConfBaseException), match=r"per_chanel|row|abc|foo|stemm"):
         composed(override)
+
+
+FORMER = "latency.runtimes is now runtimes: use runtimes=... in its place."
+
+
+@pytest.mark.parametrize("override", ["latency.runtimes=[eager]", "+latency.runtimes=[eager]"])
+def test_a_former_name_is_refused_with_the_one_of_today(composed: Composed, override: str) -> None:
+    with pytest.raises((ConfigError, HydraException)) as refused:
+        composed(override)
+    assert refusals.explained(refused.value) == FORMER
+
+
+def test_a_former_name_in_a_file_is_refused_with_the_one_of_today(tmp_path: Path) -> None:
+    (tmp_path / "latency").mkdir()
+    (tmp_path / "latency" / "mine.yaml").write_text("defaults: [standard, _self_]\nruntimes: [eager]\n")
+    command = [sys.executable, "-m", "qexp", "--config-dir", str(tmp_path), "latency=mine", "seed=0,1", "-m"]
+    refused = subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True)
+    assert (refused.returncode, refused.stderr) == (1, FORMER + "\n")
+
+
+def test_what_an_older_version_wrote_is_refused_with_the_name_of_today(composed: Composed) -> None:
+    values = identity.exact(composed())
+    assert conversion.from_plain(values) == composed()
+    values["latency"]["runtimes"] = values.pop("runtimes")
+    with pytest.raises(ConfigError, match=r"latency\.runtimes is now runtimes"):
+        conversion.from_plain(values)
 
 
 def test_a_missing_value_is_named(composed: Composed) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 TIMED = (
     "model=tiny", "calib.batches=2", "per_layer.images=0", "saturation.exact_images=0", "latency=quick",
-    "latency.seconds=0.1", "latency.warmup_seconds=0", "latency.runtimes=[eager]",
+    "latency.seconds=0.1", "latency.warmup_seconds=0", "runtimes=[eager]",
 )  # fmt: skip
 
 

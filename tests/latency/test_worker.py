@@ -98,7 +98,7 @@ def test_cores_are_physical_ones_as_long_as_there_are_any(tmp_path: Path, monkey
 
 @pytest.mark.slow
 def test_inductor_is_compiled_and_timed_for_fp32(job: Job, tmp_path: Path) -> None:
-    runtimes = "latency.runtimes=[eager,torchscript,inductor]"
+    runtimes = "runtimes=[eager,torchscript,inductor]"
     _, result = job(runtimes, "latency.processes=1")
     rows = {r["variant"]: r for r in json.loads((tmp_path / "run" / "latency.json").read_text())["rows"]}
     assert rows["fp32_inductor"]["compile_ms"] > 10 * rows["fp32_inductor"]["p50"]

@@ -125,7 +125,7 @@ def test_without_the_cache_all_is_computed_and_nothing_is_read_or_written(
 
 def test_the_same_run_saves_the_same_bytes(run: Run, tmp_path: Path) -> None:
     for folder in ("one", "two"):
-        run(folder, *SMALL, "latency.runtimes=[eager]", "cache.enabled=false")
+        run(folder, *SMALL, "runtimes=[eager]", "cache.enabled=false")
     for name in ("fp32_eager.pt", "int8_eager.pt"):
         one, two = (
             hashlib.sha256((tmp_path / "outputs" / folder / "model" / name).read_bytes()) for folder in ("one", "two")
@@ -202,7 +202,7 @@ def test_models_that_differ_in_what_is_executed_never_share_a_timing(key: Callab
         ("latency=quick",),
         ("latency.batch_sizes=[1,4]",),
         ("latency.threads=[2]",),
-        ("latency.runtimes=[eager]",),
+        ("runtimes=[eager]",),
         ("latency.seconds=9",),
     ]
     assert len({key(*overrides) for overrides in different}) == len(different)
