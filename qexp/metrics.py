@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from enum import StrEnum
+from functools import cache
 from typing import Self
 
 # Unit, which direction is better, and digits.
@@ -128,6 +129,7 @@ _PLACE = re.compile(r"<\w+>")
 _PATTERNS = {re.compile(_PLACE.sub(".+", metric.value)): metric for metric in sorted(Metric, key=len, reverse=True)}
 
 
+@cache
 def described(name: str) -> Metric | None:
     """The entry for a metric of this name; None where there is none."""
     return next((metric for pattern, metric in _PATTERNS.items() if pattern.fullmatch(name)), None)

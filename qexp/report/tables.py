@@ -37,7 +37,7 @@ SAME_SIZE = 0.02
 def runs(records: Sequence[RunRecord]) -> str:
     """A line for each finished run, in the order given; below it what they share, and notes, each once and numbered.
 
-    Where the target's CPU is another one (`ablation.SOURCES`), accuracies and interval are the target's. A
+    Where the target's CPU is another one (`effects.SOURCES`), accuracies and interval are the target's. A
     timing that can't be trusted has a `?`.
     """
     done = finished(records)
