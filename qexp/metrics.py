@@ -110,7 +110,7 @@ class Metric(StrEnum):
         return _PLACE.sub(str(which), self.value)
 
     def within(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Those of a run's metrics that have a name by `of`, by what the name is of."""
+        """The values of this metric among a run's metrics, by runtime, variant or status."""
         before, after = _PLACE.split(self.value)
         return {
             name[len(before) : len(name) - len(after)]: value

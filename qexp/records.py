@@ -48,7 +48,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How well one layer of an INT8 model gives what it gives in the float model.
+    """The errors of one layer of an INT8 model against the float model.
 
     name: the layer's in the user's model, or of the tensor in the QParams. kind: as in `layers` (conv, depthwise,
     grouped, pointwise, linear, …), or the operation (add, mul, …, quantize for what enters the INT8 part).
@@ -103,7 +103,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Artifact:
-    """What was saved of one variant. engine: what an INT8 model was converted for, empty for FP32."""
+    """One variant as it was saved. engine: what an INT8 model was converted for, empty for FP32."""
 
     variant: Variant
     path: str
@@ -128,7 +128,7 @@ class Predictions:
             raise ValueError("logits are NaN or infinite")
 
     def at(self, indices: np.ndarray) -> Predictions:
-        """Those of some of the images; indices: int64."""
+        """The predictions on some of the images; indices: int64."""
         ids = tuple(self.image_ids[index] for index in indices)
         return Predictions(self.logits[indices], self.labels[indices], ids)
 
@@ -139,7 +139,7 @@ class Predictions:
 
 
 class Source(StrEnum):
-    """How the answer for the target was found."""
+    """The means by which the accuracy on the target was found."""
 
     executed = "executed"
     exact = "exact"
@@ -147,7 +147,7 @@ class Source(StrEnum):
 
 
 class Saturation(StrEnum):
-    """Whether 16-bit sums saturate in this model."""
+    """The saturation of 16-bit sums in a model."""
 
     impossible = "impossible"
     possible = "possible"
@@ -160,7 +160,7 @@ RUNTIMES = ("eager", "eager_channels_last", "torchscript", "inductor", CUDA)
 
 
 class VerdictKind(StrEnum):
-    """What the test images show: no loss beyond the margin, a loss, or neither."""
+    """The test images show no loss beyond the margin, a loss, or neither."""
 
     no_loss = "no_loss"
     loss = "loss"
@@ -169,7 +169,7 @@ class VerdictKind(StrEnum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the test images say of INT8's accuracy against FP32's. All but the counts of images are fractions of 1.
+    """INT8 accuracy against FP32's, as far as the test images can tell. Fractions of 1, but for counts of images.
 
     margin: the loss that is tolerated; images: how many were tested; images_needed: how many would probably settle it,
     where it is undecided. Where 16-bit sums that saturate are shown to be a cause: lost, FP32 minus INT8 accuracy;
@@ -214,7 +214,7 @@ WARNING_TAG = "warning."
 
 
 class WarningCode(StrEnum):
-    """What the reader of a run's numbers must know, in the order in which it is told."""
+    """The kinds of warnings about a run's numbers, in the order in which they are listed."""
 
     data_set_for_trying = "data_set_for_trying"
     one_model_a_thread = "one_model_a_thread"
@@ -239,7 +239,7 @@ class RunWarning:
 
 @dataclass(frozen=True)
 class Result:
-    """What a job gives back: numbers, and paths of what it wrote into its folder.
+    """The outcome of a job: numbers, and paths of what it wrote into its folder.
 
     metrics: by the names of `Metric`; resolved: what was executed, beside what was asked; tags: by name;
     files: artifact path in the run -> path on disk;

@@ -189,7 +189,7 @@ def verdict(first_only: int, second_only: int, n: int, margin: float, confidence
 
 
 def images_needed(first_only: int, second_only: int, n: int, margin: float, confidence: float = 0.95) -> int:
-    """How many images would settle it in four cases of five, if the predictions go on to disagree as they do here.
+    """The number of images that would settle it in four cases of five, were predictions to disagree as they do here.
 
     Settled is either non-inferiority by the margin or a loss. The observed difference of M images is taken as normal,
     with the standard deviation that goes with the difference seen; it must lie beyond z_alpha standard errors, under

@@ -108,7 +108,7 @@ def without_effect(config: Config) -> tuple[str, ...]:
 
 
 def params(config: Config, choices: Mapping[str, str], overrides: Mapping[str, Any]) -> dict[str, str]:
-    """What was asked, by the names that are typed: the groups' choices, then every setting that a result can depend on.
+    """A run's params, by the names that are typed: the groups' choices, then every setting that a result depends on.
     `n/a` where it has no effect.
 
     choices: Hydra's choice by group; overrides: the task's overrides by key. A group's choice is followed by `*`

@@ -1,4 +1,4 @@
-"""What is printed in the end: the tables, and where everything is."""
+"""The end of the output of a run or sweep: the tables, and where everything is."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PARTS = (
 
 
 def summary(records: Sequence[RunRecord]) -> str:
-    """What a sweep prints in the end: what all runs share, the runs, the effects, and every job that failed.
+    """The tables of a sweep: what all runs share, the runs, the effects, and every job that failed.
 
     CPUs whose INT8 kernels answer otherwise (the tag kernel_signature) are never pooled: each has its own tables.
     """

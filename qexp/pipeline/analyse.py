@@ -32,7 +32,7 @@ from qexp.records import Fidelity, Layer, Predictions, QParams, Result
 
 
 def resolved_params(qconfig: QConfig, config: Config, narrowed: tuple[quantize.Narrowed, ...] = ()) -> dict[str, str]:
-    """What was executed, beside what was asked.
+    """Params that say what was executed, beside those that say what was asked.
 
     activation_bits: of the scale; a guard's 7 leave codes up to activation_highest_code. narrowed_*: how many layers
     overflow=layers gave 7 bits, on which side.
@@ -59,7 +59,7 @@ def slow_kernels(config: Config, int8: nn.Module) -> tuple[str, ...]:
 
 
 def per_layer(config: Config, fused: nn.Module, int8: nn.Module, data: Data) -> tuple[Fidelity, ...]:
-    """How well each layer of the INT8 model does what it does in FP32, on evaluation images."""
+    """The errors of each layer of the INT8 model against FP32, on evaluation images."""
     chosen = target_cpu.spread(len(data.test), config.per_layer.images)
     if "per_layer" in identity.without_effect(config) or not len(chosen):
         return ()

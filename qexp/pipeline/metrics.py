@@ -138,7 +138,7 @@ def fastest(timings: list[protocol.Timing]) -> tuple[protocol.Timing, protocol.T
 
 
 def latency_tags(timings: list[protocol.Timing], other_kernels: str = "") -> dict[str, str]:
-    """Which variants the speedup compares, and whether the measurement can be trusted, with every reason if not.
+    """Tags that name the variants which the speedup compares, and say whether the timing is valid and why not.
 
     other_kernels: why a timing on this machine says nothing of the target, if it doesn't.
     """

@@ -25,7 +25,7 @@ def of_sums(
     of_kind = {layer.name: layer.kind for layer in layers if layer.int8}
 
     def or_onednn(names: Collection[str]) -> bool:
-        """Whether these layers' sums are exact with engine=onednn, where it takes the weights."""
+        """Return whether engine=onednn takes the weights and has exact sums for these layers."""
         kinds = kernels.overflowing_kinds(config.qconfig, Engine.onednn, config.flow, config.target, signature)
         takes = config.qconfig.weight.scheme is Scheme.symmetric and Engine.onednn in supported()
         return takes and not kinds & {of_kind[name] for name in names if name in of_kind}

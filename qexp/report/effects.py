@@ -120,7 +120,7 @@ def varied(records: Sequence[RunRecord], without: Sequence[str] = ()) -> list[st
 
 @dataclass(frozen=True)
 class Effect:
-    """What one value of one setting does, over the runs that have it.
+    """The effect of one value of one setting, over the runs that have it.
 
     accuracy, speedup: means over those runs; delta_accuracy, delta_speedup: mean difference to the setting's first
     value, over `pairs` pairs of runs that are equal in every other setting; None where there is no such pair.
@@ -164,7 +164,7 @@ def _held(name: str, names: Sequence[str], records: Sequence[RunRecord]) -> list
 
 
 def _sets(group: str, field: str, records: Sequence[RunRecord]) -> bool:
-    """Whether a group's choice has one value of its field in all records."""
+    """Return whether each choice of the group goes with one value of the field in all records."""
     pairs = {(value(record, group), value(record, field)) for record in records}
     return field.startswith(f"{group}.") and len(pairs) == len({choice for choice, _ in pairs})
 
@@ -234,7 +234,7 @@ class Spreads:
 
     @property
     def can_tell(self) -> bool:
-        """Whether it can be told which is the larger."""
+        """True where the interval of the one excludes the other."""
         return not self.samples.low <= self.images <= self.samples.high
 
 
@@ -296,7 +296,7 @@ def calibration_sizes(records: Sequence[RunRecord]) -> list[CalibrationSizes]:
 
 
 def _fits(values: tuple[str, ...], whole: tuple[str, ...]) -> bool:
-    """Whether the values are those of `whole`, but for settings that have no effect."""
+    """Return whether the values are those of `whole`, but for settings that have no effect."""
     return all(a in (b, NOT_APPLICABLE) for a, b in zip(values, whole, strict=True))
 
 

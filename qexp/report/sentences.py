@@ -1,4 +1,4 @@
-"""What is found in a run as sentences: they are made here alone, where something is printed or written down."""
+"""Sentences for verdicts and warnings, which are plain values until they are printed or written down."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def verdict(found: Verdict) -> str:
 
 
 def conclusion(found: Verdict) -> str:
-    """What a verdict says, without what to do: `no loss beyond 0.5 points`."""
+    """A verdict without what to do about it: `no loss beyond 0.5 points`."""
     if found.kind is VerdictKind.no_loss:
         return f"no loss beyond {_margin(found)}"
     return "loss" if found.kind is VerdictKind.loss else f"can't tell with {found.images:,} images"
@@ -28,7 +28,7 @@ def short(found: Verdict) -> str:
 
 
 def explained(found: Verdict) -> str:
-    """What `short` stands for; empty for a loss."""
+    """The meaning of `short`, for a legend; empty for a loss."""
     if found.kind is VerdictKind.no_loss:
         return f"{short(found)}: none beyond {_margin(found)}, at 95%"
     return "" if found.kind is VerdictKind.loss else f"{short(found)}: {found.images_needed:,} test images would do"

@@ -110,7 +110,7 @@ def _arrow(metric: Metric, fp32: float, int8: float) -> str:
 
 
 def _notes(record: RunRecord) -> dict[str, list[str]]:
-    """What must be known of the record, by the column that it is about."""
+    """Footnotes to a run, by the column that each is about."""
     carried = record.tags.get("carried_over")
     accuracy, notes = effects.accuracy(record), {"run": [*record.warnings.values(), *([carried] if carried else [])]}
     if accuracy and accuracy.source:
@@ -128,14 +128,14 @@ def _notes(record: RunRecord) -> dict[str, list[str]]:
 
 
 def _legend(done: Sequence[RunRecord]) -> list[str]:
-    """What the short verdicts mean, each kind with the first number that there is."""
+    """A line that explains the short verdicts, each kind with the first number that there is."""
     found = {record.verdict.kind: sentences.explained(record.verdict) for record in done[::-1] if record.verdict}
     parts = [found[kind] for kind in VerdictKind if found.get(kind)]
     return ["; ".join(parts)] if parts else []
 
 
 def _shared(done: Sequence[RunRecord]) -> dict[str, str]:
-    """By column, what all runs share and is said once below the table; of a single run only the verdict."""
+    """The cells that are the same in all runs, by column, to be said once below; of a single run only the verdict."""
     verdicts = {sentences.verdict(record.verdict) if record.verdict else "" for record in done}
     layers = {_cells(record)[LAYERS] for record in done}
     result = {"verdict": verdicts.pop()} if len(verdicts) == 1 else {}
@@ -209,7 +209,7 @@ def _p50s(record: RunRecord) -> dict[str, float]:
 
 
 def _place(variant: str) -> tuple[int, int, str]:
-    """Where a variant stands in tables: FP32 first, then by its runtime."""
+    """A key to sort variants by: FP32 first, then by runtime."""
     precision, _, runtime = variant.partition("_")
     return PRECISIONS.index(precision), RUNTIMES.index(runtime) if runtime in RUNTIMES else len(RUNTIMES), runtime
 
@@ -285,7 +285,7 @@ def effects_table(records: Sequence[RunRecord]) -> str:
 
 
 def _estimated(records: Sequence[RunRecord]) -> list[str]:
-    """That accuracies here aren't those above, where a target's was measured, which may be on part of the images."""
+    """A note where accuracies aren't those above, since a target's may have been measured on part of the images."""
     if all(math.isclose(accuracy.comparable, accuracy.int8, abs_tol=1e-9) for _, accuracy in effects.compared(records)):
         return []
     return ["INT8 accuracy on another CPU: FP32's on all test images plus the difference on those measured."]
@@ -320,7 +320,7 @@ def calibration_samples(records: Sequence[RunRecord]) -> str:
 
 
 def _larger(found: Sequence[effects.CalibrationSamples]) -> str:
-    """Which source of chance is the larger, if that can be told; by calibration size, since that sets the spread."""
+    """A sentence on which source of chance is the larger; by calibration size, since that sets the spread."""
     spreads, number = effects.spreads(found), sum(len(group.accuracies) for group in found)
     images = f"{_points(spreads.images)} between test images"
     size = next((name for name in found[0].settings if name in effects.CALIBRATION), None)
