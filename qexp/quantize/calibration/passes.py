@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from qexp.errors import NotFinite, RunError
 from qexp.quantize.calibration.observers import is_fed, is_finite, observers, records_range
 from qexp.quantize.calibration.recorder import Recorder
+from qexp.quantize.graph.hooks import attached
 from qexp.quantize.graph.tensor_names import tensor_names
 from qexp.system import lock
 
@@ -126,12 +127,8 @@ def _stopping_at_infinity(watched: Mapping[str, nn.Module]) -> Iterator[None]:
 
         return hook
 
-    handles = [observer.register_forward_pre_hook(look(name)) for name, observer in watched.items()]
-    try:
+    with attached(observer.register_forward_pre_hook(look(name)) for name, observer in watched.items()):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _refuse_unfed(prepared: nn.Module, recording: Mapping[str, Any]) -> None:

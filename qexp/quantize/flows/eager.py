@@ -27,6 +27,7 @@ from qexp.quantize.calibration.observers import ClampFirst, torch_qconfig
 from qexp.quantize.calibration.recorder import Recorder
 from qexp.quantize.graph.clamps import Interval, clamp_after
 from qexp.quantize.graph.copies import by_modules, each_once, evaluation_copy, sharing_copy
+from qexp.quantize.graph.hooks import attached
 from qexp.quantize.graph.in_place import mark_writers, write_back, writes_back
 from qexp.quantize.graph.tensor_names import place, public
 from qexp.quantize.graph.tracing import UntraceableError, trace
@@ -231,13 +232,10 @@ def _choose(module: nn.Module, qconfig: QConfig, observer: Observer, example: Te
     nowhere: Any = None
     never: Any = True
     ran: set[int] = set()
-    handles = [
-        m.register_forward_hook(lambda m, inputs, output: ran.add(id(m))) for m in module.modules() if m is not module
-    ]
-    with torch.inference_mode():
+    inner = [m for m in module.modules() if m is not module]
+    hooks = (m.register_forward_hook(lambda m, inputs, output: ran.add(id(m))) for m in inner)
+    with torch.inference_mode(), attached(hooks):
         module(example[:1])
-    for handle in handles:
-        handle.remove()
     module.qconfig = everywhere
     in_float = {m.layer for m in module.modules() if isinstance(m, InFloat)}
     for m in module.modules():

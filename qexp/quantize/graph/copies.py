@@ -16,6 +16,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from qexp.models.wrappers import unwrapped
+from qexp.quantize.graph.hooks import attached
 
 _BATCH_NORMS: dict[int, type[nn.Module]] = {
     2: nn.BatchNorm1d,
@@ -160,11 +161,8 @@ def _make_plain_norms(module: nn.Module, example: Tensor) -> None:
     def look(part: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         kinds[id(part)] = _BATCH_NORMS[inputs[0].ndim]
 
-    handles = [part.register_forward_pre_hook(look) for part in synced]
-    with torch.inference_mode():
+    with torch.inference_mode(), attached(part.register_forward_pre_hook(look) for part in synced):
         module(example[:1])
-    for handle in handles:
-        handle.remove()
     for part in synced:
         part.__class__ = kinds.get(id(part), nn.BatchNorm2d)  # type: ignore[assignment]
 

@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.ao.quantization import QuantWrapper
 
 from qexp.quantize.graph.clamps import RELU, clamp_of
+from qexp.quantize.graph.hooks import attached
 from qexp.quantize.torch_backend.float_layers import InFloat
 from qexp.quantize.torch_backend.ignored_quant_max import torch_function
 from qexp.quantize.torch_backend.onednn_strided_pointwise import AfterStride
@@ -151,13 +152,9 @@ def running(
         if after is not None:
             after(where, output)
 
-    handles = []
-    for name, m in module.named_modules():
-        if m is not module:
-            handles.append(m.register_forward_pre_hook(enter(public(name, module)), prepend=True))
-            handles.append(m.register_forward_hook(leave))
-    try:
+    called = [(public(name, module), m) for name, m in module.named_modules() if m is not module]
+    with (
+        attached(m.register_forward_pre_hook(enter(name), prepend=True) for name, m in called),
+        attached(m.register_forward_hook(leave) for _, m in called),
+    ):
         yield stack
-    finally:
-        for handle in handles:
-            handle.remove()

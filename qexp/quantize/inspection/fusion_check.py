@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.ao.nn.intrinsic.modules.fused import _FusedModule
 
 from qexp.config.schema import Flow
+from qexp.quantize.graph.hooks import attached
 from qexp.quantize.inspection.float_checks import TOLERANCE, cause, difference, drawn
 
 
@@ -89,10 +90,6 @@ def _run(module: nn.Module, batch: Tensor, see: Callable[[str, Tensor], None]) -
 
         return forward_hook
 
-    handles = [m.register_forward_hook(hook(name)) for name, m in module.named_modules() if name]
-    try:
-        with torch.inference_mode():
-            module(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = (m.register_forward_hook(hook(name)) for name, m in module.named_modules() if name)
+    with torch.inference_mode(), attached(hooks):
+        module(batch)

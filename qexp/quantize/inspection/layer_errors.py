@@ -29,6 +29,7 @@ from torch.fx.node import map_aggregate
 
 from qexp.config.schema import Engine, Flow
 from qexp.quantize.graph.clamps import Interval, clamp_after
+from qexp.quantize.graph.hooks import attached
 from qexp.quantize.graph.tensor_names import public, tensor_of, took_relu
 from qexp.quantize.graph.tracing import UntraceableError, standard_type, trace
 from qexp.quantize.inspection.layers import layers
@@ -360,9 +361,7 @@ def _watched(model: nn.Module, names: Iterable[str], before: _Before, after: _Af
                 for operation in _OPERATIONS:
                     stack.enter_context(_method_watched(module, operation, name, before, after))
             else:
-                handles = _hooks(module, name, before, after)
-                for handle in handles:
-                    stack.callback(handle.remove)
+                stack.enter_context(attached(_hooks(module, name, before, after)))
         yield
 
 

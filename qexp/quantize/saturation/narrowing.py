@@ -22,6 +22,7 @@ from qexp.config.schema import Overflow, QConfig
 from qexp.quantize.calibration.grid import Side, grid
 from qexp.quantize.calibration.observers import observers, records_range, weight_observer
 from qexp.quantize.graph.copies import sharing_copy
+from qexp.quantize.graph.hooks import attached
 from qexp.quantize.graph.tensor_names import public
 
 _LAYERS = (nn.Conv2d, nn.Linear)
@@ -122,19 +123,16 @@ def _readers(prepared: nn.Module, risky: Collection[str], qconfig: QConfig, exam
 
         return look
 
-    handles: list[Any] = [m.register_forward_pre_hook(before(name)) for name, m in _layers(prepared).items()]
+    layers = (m.register_forward_pre_hook(before(name)) for name, m in _layers(prepared).items())
     tracked = [m for m in prepared.modules() if id(m) in watching or isinstance(m, _KEEP_GRID)]
-    handles += [m.register_forward_hook(after) for m in tracked]
     # Statistics stay those of calibration: the observers only look on.
     states = [(o, o.forward) for o in watching.values()]
     for o, _ in states:
         o.forward = lambda x: x
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), attached(layers), attached(m.register_forward_hook(after) for m in tracked):
             prepared(example)
     finally:
-        for handle in handles:
-            handle.remove()
         for o, _ in states:
             del o.forward
     return found

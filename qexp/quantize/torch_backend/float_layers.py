@@ -23,6 +23,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 
 from qexp.config.schema import Engine
+from qexp.quantize.graph.hooks import attached
 from qexp.quantize.graph.tracing import standard_type
 from qexp.quantize.torch_backend import transposed_convolutions
 from qexp.quantize.torch_backend.onednn_strided_pointwise import contiguous_strides, strides_are_ambiguous
@@ -146,13 +147,8 @@ class _Seen(TorchFunctionMode):
     def run(self, module: nn.Module, image: Tensor) -> None:
         """Look at one image, float32 [1, 3, H, W]."""
         layers = [layer for layer in module.modules() if not list(layer.children())]
-        handles = [layer.register_forward_hook(self._after) for layer in layers]
-        try:
-            with torch.inference_mode(), self:
-                answer = module(image.clone())
-        finally:
-            for handle in handles:
-                handle.remove()
+        with torch.inference_mode(), self, attached(layer.register_forward_hook(self._after) for layer in layers):
+            answer = module(image.clone())
         for output, layer, found in self._probabilities:
             if isinstance(answer, Tensor) and output.data_ptr() == answer.data_ptr():
                 found.add(layer)

@@ -1,0 +1,25 @@
+"""Hooks of modules that are there for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from torch.utils.hooks import RemovableHandle
+
+
+@contextmanager
+def attached(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Attach these hooks (an iterable that registers them as it goes), and remove them all in the end.
+
+    with attached(layer.register_forward_hook(look) for layer in layers):
+        model(images)
+    """
+    done: list[RemovableHandle] = []
+    try:
+        for handle in handles:
+            done.append(handle)
+        yield
+    finally:
+        for handle in done:
+            handle.remove()
