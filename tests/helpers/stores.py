@@ -70,3 +70,7 @@ def server(empty: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def begin(store: tracking.Store, name: str = "run", parent: str | None = None, **params: str) -> tracking.Run:
+    return tracking.start_run(store, experiment="qexp/digits", name=name, params=params, tags={}, parent=parent)

@@ -78,8 +78,8 @@ def job(composed: Composed, tmp_path: Path) -> Callable[..., Config]:
         torch.save(globals()[net]().state_dict(), tmp_path / "net.pt")
         (tmp_path / "run").mkdir(exist_ok=True)
         return composed(
-            "model=custom", f"model._target_=test_evaluate.{net}", f"model.checkpoint={tmp_path}/net.pt", "flow=fx",
-            "dataset=custom", "dataset._target_=test_evaluate.make", f"+dataset.dark={list(dark)}", "latency=off",
+            "model=custom", f"model._target_={__name__}.{net}", f"model.checkpoint={tmp_path}/net.pt", "flow=fx",
+            "dataset=custom", f"dataset._target_={__name__}.make", f"+dataset.dark={list(dark)}", "latency=off",
             "dataset.mean=[0]", "dataset.std=[1]", "calib.batches=2", *overrides,
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What settings, calibration samples and calibration sizes do, as numbers; tests/test_table.py has it in words."""
+"""What settings, calibration samples and calibration sizes do, as numbers; test_tables.py has it in words."""
 
 from __future__ import annotations
 

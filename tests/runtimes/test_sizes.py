@@ -92,7 +92,7 @@ def test_a_run_reports_what_its_owner_would_ship(composed: Callable[..., Config]
     net = trained(Again(width=8))
     torch.save(net.state_dict(), tmp_path / "weights.pt")
     config = composed(
-        *("model=custom", "model._target_=test_saved.Again", f"model.checkpoint={tmp_path / 'weights.pt'}"),
+        *("model=custom", f"model._target_={__name__}.Again", f"model.checkpoint={tmp_path / 'weights.pt'}"),
         *("+model.width=8", "flow=fx", "engine=qnnpack", "latency=off", "calib.batches=1", "per_layer.images=0"),
     )
     checks.check_inputs([config])

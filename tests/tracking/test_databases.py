@@ -150,7 +150,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.mark.skipif(not POSTGRES or not importlib.util.find_spec("psycopg2"), reason=NEEDS)
 def test_first_starts_on_an_empty_server_at_the_same_time_all_succeed(postgres: str, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from tests.test_tracking import begin, settings;"
+        "import sys; from pathlib import Path; from tests.helpers.stores import begin, settings;"
         "from qexp import tracking; store = tracking.connect(settings(sys.argv[1]), Path(sys.argv[2]));"
         "begin(store).finish()"
     )

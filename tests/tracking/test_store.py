@@ -29,7 +29,7 @@ from mlflow import MlflowClient
 from qexp import tracking
 from qexp.errors import InputError, RunError
 from tests.helpers import ROOT
-from tests.helpers.stores import free_port, settings
+from tests.helpers.stores import begin, free_port, settings
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +42,6 @@ def outputs(empty: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def store(outputs: Path) -> tracking.Store:
     return tracking.connect(settings(), outputs)
-
-
-def begin(store: tracking.Store, name: str = "run", parent: str | None = None, **params: str) -> tracking.Run:
-    return tracking.start_run(store, experiment="qexp/digits", name=name, params=params, tags={}, parent=parent)
 
 
 def artifact(store: tracking.Store, run: tracking.Run, path: str) -> str:
@@ -244,7 +240,7 @@ def test_an_end_that_a_lost_server_does_not_take_is_said_and_not_waited_for(
 
 def test_a_process_that_leaves_without_ending_its_run_does_not_make_it_finished(outputs: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from tests.test_tracking import begin, settings;"
+        "import sys; from pathlib import Path; from tests.helpers.stores import begin, settings;"
         "from qexp import tracking; store = tracking.connect(settings(), Path(sys.argv[1]));"
         "print(begin(store).id); raise SystemExit(3)"
     )
@@ -588,7 +584,7 @@ def test_a_moved_outputs_folder_keeps_its_artifacts(empty: Path, tmp_path: Path)
 
 def test_making_the_tables_says_nothing_and_leaves_nothing_behind(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from tests.test_tracking import begin, settings;"
+        "import sys; from pathlib import Path; from tests.helpers.stores import begin, settings;"
         "from qexp import tracking; store = tracking.connect(settings(), Path(sys.argv[1])); begin(store).finish()"
     )
     children = [

@@ -209,7 +209,8 @@ class _ShapeTracer(fx.Tracer):
         """The symbolic value of a new node; the value itself where it is of no tensor and of no batch size."""
         if target in _JOINS and args and type(args[0]) is _ShapeProxy:
             args = (list(args[0]), *args[1:])  # of a tuple of tensors torch.ao knows nothing
-        if target in _SQUEEZES and len(args) == 1 and not kwargs and not _is_constant(args[0].node):
+        squeezes = kind != "call_module" and target in _SQUEEZES  # a module may have that name, too
+        if squeezes and len(args) == 1 and not kwargs and not _is_constant(args[0].node):
             # Without a dimension it would take that of the images, too, where there is one image.
             args = (*args, tuple(i for i, size in enumerate(args[0].concrete.shape) if i > 0 and size == 1))
         proxy: Any = super().create_proxy(kind, target, args, kwargs, *rest, **more)

@@ -176,7 +176,7 @@ def test_wrappers_around_parts_of_a_model_are_taken_off(flow: Flow) -> None:
         expected = trained(chain())(SAVED)
     with quantize.engine(Engine.qnnpack), torch.inference_mode():
         assert relative_error(int8(SAVED), expected) < 0.1
-    built = float_model.build({"_target_": "test_copies.wrapped", "num_classes": 10}, 10, 0)
+    built = float_model.build({"_target_": f"{__name__}.wrapped", "num_classes": 10}, 10, 0)
     assert [name for name, _ in built.named_parameters()][:2] == ["0.0.weight", "0.0.bias"]
 
 
