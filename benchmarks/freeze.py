@@ -77,7 +77,11 @@ def main() -> None:
         before = json.loads(arguments.against.read_text())
         renames = json.loads(arguments.renamed.read_text()) if arguments.renamed else {}
         former = {name: renamed(before[name], renames) for name in record if name in before}
-        found = list(differences(former, {name: without_added(one, renames) for name, one in record.items()}))
+        found = list(
+            differences(
+                former, {name: without_added(one, former.get(name, one), renames) for name, one in record.items()}
+            )
+        )
         print("\n".join(found) or f"{len(record)} runs recorded the same")
         sys.exit(bool(found))
 
@@ -154,12 +158,12 @@ def today(name: str, renames: dict[str, str | None]) -> str | None:
     return name
 
 
-def without_added(record: dict[str, Any], renames: dict[str, Any]) -> dict[str, Any]:
-    """The record of a run without the names that are new."""
+def without_added(record: dict[str, Any], former: dict[str, Any], renames: dict[str, Any]) -> dict[str, Any]:
+    """The record of a run without the names that are new, as far as the former record lacks them too."""
     result = dict(record)
     for part, kind in KINDS.items():
         new = renames.get("added", {}).get(kind, [])
-        known = [name for name in record[part] if not any(fnmatch(name, pattern) for pattern in new)]
+        known = [n for n in record[part] if n in former[part] or not any(fnmatch(n, pattern) for pattern in new)]
         result[part] = {name: record[part][name] for name in known} if isinstance(record[part], dict) else known
     return result
 
