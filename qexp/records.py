@@ -138,7 +138,7 @@ class Predictions:
         return self.logits.argmax(axis=1) == self.labels
 
 
-class Source(StrEnum):
+class AccuracySource(StrEnum):
     """The means by which the accuracy on the target was found."""
 
     executed = "executed"

@@ -22,7 +22,7 @@ from qexp.config.schema import Config, Engine, Flow, QConfig, Target, cache_fold
 from qexp.data.splits import Data
 from qexp.models import inference
 from qexp.quantize.saturation import emulation, kernels
-from qexp.records import Predictions, Saturation, Source
+from qexp.records import AccuracySource, Predictions, Saturation
 from qexp.system import cache
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class Answer:
     `compared`, with sums of 32 and of 16 bits, None where they were not needed; layers: each layer judged by itself.
     """
 
-    source: Source
+    source: AccuracySource
     images: np.ndarray
     target: Predictions
     saturation: Saturation
@@ -48,7 +48,7 @@ class Answer:
     @property
     def target_is_exact(self) -> bool:
         """Whether the target's sums can't saturate."""
-        return self.saturation is Saturation.impossible or self.source is Source.exact
+        return self.saturation is Saturation.impossible or self.source is AccuracySource.exact
 
     @property
     def saturating_layers(self) -> tuple[str, ...]:
@@ -76,7 +76,7 @@ def answer(
         kernels.overflowing_kinds(qconfig, engine, config.flow, cpu, signature)
         for cpu in (Target.native, config.target)
     )
-    plain = Answer(Source.executed, everything, executed, Saturation.impossible)
+    plain = Answer(AccuracySource.executed, everything, executed, Saturation.impossible)
     if not emulation.at_risk(int8, engine, here | there):
         return plain
     # A CPU with VNNI may still have depthwise kernels that saturate: that is no CPU without it.
@@ -88,7 +88,7 @@ def answer(
         exact_model = partial(quantize.exact, prepared, config.flow)
         title = "evaluating INT8 with exact sums"
         found, layers = _run(exact_model, int8, content, config, data, compared, title, whole=every)
-        source, counts = (Source.exact, found) if every else (Source.executed, executed)
+        source, counts = (AccuracySource.exact, found) if every else (AccuracySource.executed, executed)
         return Answer(source, everything, counts, _seen(layers), compared, found, executed.at(compared), layers)
     compared = spread(len(everything), config.saturation.emulated_images)
     if left := emulation.not_emulated(int8):
@@ -97,7 +97,7 @@ def answer(
     emulated = partial(emulation.with_emulated_sums, int8, engine)
     found, layers = _run(emulated, int8, content, config, data, compared, "emulating 16-bit sums")
     exact = executed.at(compared)
-    return Answer(Source.emulated, compared, found, _seen(layers), compared, exact, found, layers)
+    return Answer(AccuracySource.emulated, compared, found, _seen(layers), compared, exact, found, layers)
 
 
 def other_kernels(config: Config) -> str:

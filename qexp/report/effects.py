@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from qexp.config.identity import FIELDS, GROUPS, NOT_APPLICABLE
 from qexp.metrics import Metric
-from qexp.records import Interval, RunRecord, Source
+from qexp.records import AccuracySource, Interval, RunRecord
 
 if TYPE_CHECKING:
     from qexp.statistics import (
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 # What the tag `accuracy_source` says where the accuracy on the target's CPU isn't that of what ran here.
 SOURCES: dict[str, str] = {
-    Source.exact: "with sums that don't saturate",
-    Source.emulated: "with its kernels' 16-bit sums emulated",
+    AccuracySource.exact: "with sums that don't saturate",
+    AccuracySource.emulated: "with its kernels' 16-bit sums emulated",
 }
 
 # INT8 accuracy, its difference to FP32's and the ends of that difference's interval.

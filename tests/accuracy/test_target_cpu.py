@@ -18,7 +18,7 @@ from qexp.pipeline import metrics
 from qexp.pipeline.run import run_job
 from qexp.quantize.saturation import kernels
 from qexp.quantize.saturation.kernels import KernelSignature, Probe
-from qexp.records import Predictions, Result, Saturation, Source, Verdict, WarningCode
+from qexp.records import AccuracySource, Predictions, Result, Saturation, Verdict, WarningCode
 from qexp.report import sentences
 
 Composed = Callable[..., Config]
@@ -169,7 +169,7 @@ def judged(fp32: np.ndarray, saturating: np.ndarray, exact: np.ndarray | None, s
     everything = np.arange(len(fp32))
     found = predictions(saturating if source == "executed" or exact is None else exact)
     answer = target_cpu.Answer(
-        Source(source), everything, found, Saturation.impossible if exact is None else Saturation.observed,
+        AccuracySource(source), everything, found, Saturation.impossible if exact is None else Saturation.observed,
         everything, None if exact is None else predictions(exact), predictions(saturating),
     )  # fmt: skip
     found = metrics.verdict(predictions(fp32), answer, 0.005)

@@ -19,7 +19,7 @@ from qexp.quantize import Narrowed, Side
 from qexp.quantize.saturation import emulation, kernels
 from qexp.quantize.saturation.kernels import KernelSignature, Probe
 from qexp.quantize.torch_backend.slow_depthwise import without_fast_kernel
-from qexp.records import Layer, Predictions, Saturation, Source
+from qexp.records import AccuracySource, Layer, Predictions, Saturation
 from qexp.report import sentences
 from tests.helpers.quantizable import MINMAX, Chain, images, settings, trained
 
@@ -55,7 +55,9 @@ def predicted(count: int, right: int) -> Predictions:
     return Predictions(logits, np.zeros(count, np.int64), tuple(map(str, range(count))))
 
 
-def answered(*rows: emulation.LayerSums, source: Source = Source.executed, exact: int = 88) -> target_cpu.Answer:
+def answered(
+    *rows: emulation.LayerSums, source: AccuracySource = AccuracySource.executed, exact: int = 88
+) -> target_cpu.Answer:
     """What 100 images say, of which 80 are right with the sums that are executed."""
     every, executed = np.arange(100), predicted(100, 80)
     seen = Saturation.observed if any(row.saturates for row in rows) else Saturation.possible
@@ -148,7 +150,7 @@ def test_what_can_saturate_without_a_guard_has_a_warning(composed: Composed, on:
     assert "qconfig.overflow=auto avoids it" in sentence
     assert said(config, DENSE, answer=replace(seen, saturation=Saturation.impossible)) == []
     # auto is what was asked for, and the target's accuracy is another.
-    assert said(composed("target=vnni"), DENSE, answer=answered(row("conv", 3), source=Source.exact)) == []
+    assert said(composed("target=vnni"), DENSE, answer=answered(row("conv", 3), source=AccuracySource.exact)) == []
     on(VNNI)
     assert said(config, DENSE, answer=answered(row("conv", 0))) == []
     (sentence,) = said(config, MOBILE, answer=answered(row("dw", 0)))
