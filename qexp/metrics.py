@@ -46,11 +46,11 @@ class Metric(StrEnum):
     accuracy_delta = "accuracy/delta", *_FRACTION, "INT8 minus FP32 accuracy", "points"
 
     latency_fp32 = "latency/fp32_ms", *_MS, "p50 of the fastest FP32 variant"
-    latency_int8 = "latency/int8_ms", *_MS, "p50 of the fastest INT8 variant", "latency"
-    speedup = "latency/speedup", *_RATIO, "fastest FP32 over fastest INT8", "speedup"
+    latency_int8 = "latency/int8_ms", *_MS, "p50 of INT8 in the runtime that resolved.runtime names", "latency"
+    speedup = "latency/speedup", *_RATIO, "fastest FP32 over that INT8", "speedup"
 
     size_fp32 = "size/fp32_mb", *_MB, "float model's own state_dict, 10^6 bytes"
-    size_int8 = "size/int8_mb", *_MB, "saved INT8 artifact, 10^6 bytes", "size"
+    size_int8 = "size/int8_mb", *_MB, "INT8 model as saved for that runtime, 10^6 bytes", "size"
     size_ratio = "size/ratio", *_RATIO, "FP32 over INT8 size"
 
     delta_low = "uncertainty/delta_low", *_FRACTION, "95% interval of the delta, paired by image (Tango)"

@@ -156,7 +156,6 @@ class Saturation(StrEnum):
 
 PRECISIONS = tuple(Precision)
 # As tables list them.
-RUNTIMES = ("eager", "eager_channels_last", "torchscript", "inductor", CUDA)
 
 
 class VerdictKind(StrEnum):

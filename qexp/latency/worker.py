@@ -58,7 +58,7 @@ def measure(
     config: Config,
     folder: Path,
     inputs: np.ndarray,
-    logits: Mapping[str, np.ndarray],
+    logits: Mapping[Precision, np.ndarray],
     all_int8: bool,
 ) -> list[latency.Timing]:
     """Time every variant in `latency.processes` fresh processes for each number of threads, and merge their timings.

@@ -28,7 +28,7 @@ from qexp.pipeline.prepare import Calibration, Saved, images_of
 from qexp.quantize.inspection.layer_errors import at_a_time, layer_fidelity
 from qexp.quantize.saturation import kernels
 from qexp.quantize.torch_backend.slow_depthwise import without_fast_kernel
-from qexp.records import Fidelity, Layer, Predictions, QParams, Result
+from qexp.records import Fidelity, Layer, Precision, Predictions, QParams, Result, Variant
 
 
 def resolved_params(qconfig: QConfig, config: Config, narrowed: tuple[quantize.Narrowed, ...] = ()) -> dict[str, str]:
@@ -71,7 +71,8 @@ def per_layer(config: Config, fused: nn.Module, int8: nn.Module, data: Data) -> 
 
 @dataclass(frozen=True)
 class Measured:
-    """All that a run has found. difference: of the fused from the float model; latency_from: the run that the timings
+    """All that a run has found. difference: of the fused from the float model; headline: the INT8 variant that the
+    headline metrics and the verdict are of; latency_from: the run that the timings
     are of, empty where it is this one."""
 
     qconfig: QConfig
@@ -80,7 +81,8 @@ class Measured:
     layers: tuple[Layer, ...]
     qparams: dict[str, QParams]
     saved: Saved
-    predictions: Mapping[str, Predictions]
+    predictions: Mapping[Variant, Predictions]
+    headline: Variant
     timings: list[protocol.Timing]
     latency_from: str
     fidelity: tuple[Fidelity, ...]
@@ -98,17 +100,20 @@ def result(
 ) -> Result:
     """The numbers, sentences and files of a run. code: the tags of what it was made of; folder: for the files."""
     margin = config.dataset["margin"]
+    predictions = {"fp32": found.predictions[found.saved.first(Precision.fp32)]}
+    predictions["int8"] = found.predictions[found.headline]
     measured = {
-        **metrics.latency_tags(found.timings, target_cpu.other_kernels(config)),
+        **metrics.latency_tags(config, found.timings),
         **({"latency_from": found.latency_from} if found.latency_from else {}),
         "accuracy_source": str(found.answer.source),
         "saturation": str(found.answer.saturation),
     }
     numbers = {
-        **metrics.of_accuracy(found.predictions["fp32"], found.predictions["int8"]),
-        **metrics.of_target(found.predictions["fp32"], found.answer, margin),
-        **metrics.of_latency(found.timings),
-        **metrics.of_size(found.saved.float_bytes, found.saved.artifacts),
+        **metrics.of_accuracy(predictions["fp32"], predictions["int8"]),
+        **metrics.of_runtimes(found.predictions, found.saved.first(Precision.int8)),
+        **metrics.of_target(predictions["fp32"], found.answer, margin),
+        **metrics.of_latency(found.timings, found.headline),
+        **metrics.of_size(found.saved.float_bytes, found.saved.artifacts, found.headline),
         **metrics.of_layers(found.layers),
         Metric.layers_narrowed: float(len(found.calibration.narrowed)),
         Metric.fusion_difference: found.difference,
@@ -117,16 +122,16 @@ def result(
     }
     narrowed = found.calibration.narrowed
     written = run_files.written(
-        folder, config, data, found.predictions, found.qparams, found.layers, found.timings, found.latency_from,
+        folder, config, data, predictions, found.qparams, found.layers, found.timings, found.latency_from,
         found.saved.artifacts,
     )  # fmt: skip
     of_layers = run_files.layers_written(folder, config, found.layers, found.fidelity, found.answer.layers, narrowed)
     of_data = run_files.data_tags(config, data, found.calibration.digest)
     return Result(
         metrics=numbers,
-        resolved=resolved_params(found.qconfig, config, narrowed),
+        resolved={"resolved.runtime": found.headline.runtime} | resolved_params(found.qconfig, config, narrowed),
         tags={**code, **of_data, **measured, "float_model": fp32.source},
-        verdict=metrics.verdict(found.predictions["fp32"], found.answer, margin, found.qconfig.overflow),
+        verdict=metrics.verdict(predictions["fp32"], found.answer, margin, found.qconfig.overflow),
         warnings=(
             *warnings.general(config, data, found.layers, {**numbers, **measured}),
             *warnings.of_sums(config, found.qconfig.overflow, found.layers, narrowed, found.answer),

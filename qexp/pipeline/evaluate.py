@@ -1,4 +1,4 @@
-"""The stage *evaluate*: predictions on all evaluation images, equal in every runtime."""
+"""The stage *evaluate*: predictions on all evaluation images, in every runtime."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from qexp.runtimes.base import agree
 from qexp.system import cache
 
 
-def predicted(config: Config, data: Data, saved: Saved) -> dict[str, Predictions]:
-    """Predictions on all evaluation images by precision, those of the first of the runtimes that execute it.
+def predicted(config: Config, data: Data, saved: Saved) -> dict[Variant, Predictions]:
+    """Predictions on all evaluation images, of FP32 in the first of its runtimes, of INT8 in each.
 
-    They are kept, and so is what the FP32 variants answer on the first images, which all runs of a model share. Raises
-    RunError where any of the runtimes, or the model that was saved, gives other logits on these, or where the INT8
-    logits are the FP32 ones.
+    A runtime that gives the logits of another bit for bit has its predictions, after a comparison of the two on the
+    first images. All are cached, and so are the FP32 logits of these, which all runs of a model share. Raises RunError
+    where the logits of a runtime, or of the model that was saved, are too far from the first's on these, or where the
+    INT8 logits are the FP32 ones.
     """
     few = np.arange(min(len(data.test), AGREEMENT_IMAGES))
     # Where activations are quantized as they come, an image's logits depend on the others of its batch.
@@ -58,21 +59,31 @@ def predicted(config: Config, data: Data, saved: Saved) -> dict[str, Predictions
     def key(content: str, indices: np.ndarray | None = None) -> str:
         return predictions.predictions_key(config, data, [content], indices)
 
-    found, folder = dict[str, Predictions](), cache_folder(config)
+    def checked(logits: np.ndarray, precision: Precision) -> Predictions:
+        return inference.predictions(logits, data.test, title(precision))
+
+    def everywhere(variant: Variant) -> np.ndarray:
+        return cache.array(folder, key(saved.contents[variant]), partial(answers, saved.quickest(variant)))
+
+    found, folder = dict[Variant, Predictions](), cache_folder(config)
     with quantize.engine(config.engine):
         for precision, model in saved.in_memory.items():
             first = saved.first(precision)
-            quickest = saved.quickest(first)
-            # What was kept may be of another process: then all are checked.
-            checked = {quickest} if cache.find(folder, key(saved.contents[first])) is None else set()
-            logits = cache.array(folder, key(saved.contents[first]), partial(answers, quickest))
+            # What was cached may be of another process: then all are checked.
+            computed = {saved.quickest(first)} if cache.find(folder, key(saved.contents[first])) is None else set()
+            logits = everywhere(first)
             in_memory = f"{saved.contents[first]}, in memory", partial(predict, model, precision, few)
-            others = [one for one in saved.variants if one.precision is precision and one not in checked]
+            others = [one for one in saved.of(precision) if one not in computed]
             of_others = [(one, saved.contents[one], partial(answers, one, few)) for one in others]
             for variant, content, answer in [(first, *in_memory), *of_others]:
                 again = cache.array(folder, key(content, few), answer) if precision is Precision.fp32 else answer()
                 agree(logits[few], again, precision, saved.tolerance(variant))
-            found[precision] = inference.predictions(logits, data.test, title(precision))
-    if np.array_equal(found["fp32"].logits, found["int8"].logits):
+            found[first] = checked(logits, precision)
+            if precision is Precision.int8:
+                for variant in saved.of(precision):
+                    same = variant in saved.same(first)
+                    found[variant] = found[first] if same else checked(everywhere(variant), precision)
+    fp32, int8 = (found[saved.first(precision)].logits for precision in Precision)
+    if np.array_equal(fp32, int8):
         raise RunError("the INT8 logits equal the FP32 logits bit for bit: nothing was quantized.")
     return found

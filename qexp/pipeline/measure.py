@@ -16,7 +16,7 @@ from qexp.data.splits import Data
 from qexp.latency import protocol, shared_timings, worker
 from qexp.pipeline.prepare import Saved, images_of
 from qexp.pipeline.turn import Turn
-from qexp.records import Predictions
+from qexp.records import Precision, Predictions, Variant
 from qexp.runtimes.eager import with_cuda
 from qexp.system import lock
 
@@ -24,7 +24,7 @@ LATENCY_IMAGES = 64
 
 
 def timed(
-    config: Config, data: Data, saved: Saved, predictions: Mapping[str, Predictions], folder: Path, turn: Turn
+    config: Config, data: Data, saved: Saved, predictions: Mapping[Variant, Predictions], folder: Path, turn: Turn
 ) -> tuple[list[protocol.Timing], str]:
     """The timings of every variant, measured one job at a time on the whole machine, and ""; with `latency.reuse` those
     of another run whose INT8 model executes the same (see `timing_key`), and that run."""
@@ -42,14 +42,14 @@ def timed(
 
 
 def side_by_side(
-    config: Config, data: Data, saved: Saved, predictions: Mapping[str, Predictions], folder: Path
+    config: Config, data: Data, saved: Saved, predictions: Mapping[Variant, Predictions], folder: Path
 ) -> list[protocol.Timing]:
     """Every variant timed side by side, at every batch size and number of threads asked for."""
     images = min(len(data.test), LATENCY_IMAGES)
     inputs = images_of(data, data.test.pixels(np.arange(images)))
     with quantize.engine(config.engine):
         if config.latency.processes:
-            logits = {precision: found.logits[:images] for precision, found in predictions.items()}
+            logits = {one: predictions[saved.first(one)].logits[:images] for one in Precision}
             return worker.measure(config, folder, inputs.numpy(), logits, saved.all_int8)
         timed = with_cuda(saved.variants)
         timings: list[protocol.Timing] = []

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 from qexp import statistics
+from qexp.accuracy import target_cpu
 from qexp.accuracy.target_cpu import Answer
-from qexp.config.schema import Overflow
+from qexp.config.schema import Config, Overflow
 from qexp.latency import protocol
 from qexp.metrics import Metric
-from qexp.records import Artifact, Interval, Layer, Precision, Predictions, Verdict
+from qexp.records import Artifact, Interval, Layer, Precision, Predictions, Variant, Verdict
 
 
 def of_accuracy(fp32: Predictions, int8: Predictions) -> dict[str, float]:
@@ -35,6 +37,17 @@ def of_accuracy(fp32: Predictions, int8: Predictions) -> dict[str, float]:
         Metric.kl: statistics.kl_divergence(fp32, int8),
         **({Metric.sqnr: sqnr} if math.isfinite(sqnr) else {}),
     }
+
+
+def of_runtimes(predictions: Mapping[Variant, Predictions], reference: Variant) -> dict[str, float]:
+    """INT8 accuracy in each runtime, and the share of images on which it predicts what the reference does."""
+    numbers = {}
+    for variant in predictions:
+        if variant.precision is Precision.int8:
+            same = statistics.agreement(predictions[reference], predictions[variant])
+            numbers[Metric.runtime_accuracy.of(variant.runtime)] = float(predictions[variant].correct.mean())
+            numbers[Metric.runtime_agreement.of(variant.runtime)] = same
+    return numbers
 
 
 def of_target(fp32: Predictions, answer: Answer, margin: float) -> dict[str, float]:
@@ -102,9 +115,10 @@ def instead_of(guard: Overflow) -> str:
     return f"qconfig.overflow={Overflow.auto if guard is Overflow.none else Overflow.weights}"
 
 
-def of_latency(timings: list[protocol.Timing]) -> dict[str, float]:
-    """p50, p90 and p99 of each variant at the first batch size and number of threads, and fastest over fastest."""
-    first = [timing for timing in headline(timings) if not timing.control]
+def of_latency(timings: list[protocol.Timing], headline: Variant) -> dict[str, float]:
+    """p50, p90 and p99 of each variant at the first batch size and number of threads, and how much faster than the
+    fastest FP32 variant the INT8 variant is that the headline metrics are of."""
+    first = [timing for timing in side_by_side(timings) if not timing.control]
     if not first:
         return {}
     metrics: dict[str, float] = {}
@@ -114,7 +128,8 @@ def of_latency(timings: list[protocol.Timing]) -> dict[str, float]:
         metrics[Metric.runtime_latency_p90.of(timing.variant)] = summary.p90
         if summary.p99 is not None:
             metrics[Metric.runtime_latency_p99.of(timing.variant)] = summary.p99
-    fp32, int8 = fastest(first)
+    fp32 = fastest(first, Precision.fp32)
+    int8 = next(timing for timing in first if timing.variant == headline)
     ratio = protocol.speedup(fp32, int8)
     return metrics | {
         Metric.latency_fp32: fp32.summary.p50,
@@ -125,40 +140,49 @@ def of_latency(timings: list[protocol.Timing]) -> dict[str, float]:
     }
 
 
-def headline(timings: list[protocol.Timing]) -> list[protocol.Timing]:
+def side_by_side(timings: list[protocol.Timing]) -> list[protocol.Timing]:
     """The timings at the first batch size and the first number of threads: those that metrics hold."""
     return [t for t in timings if (t.batch_size, t.threads) == (timings[0].batch_size, timings[0].threads)]
 
 
-def fastest(timings: list[protocol.Timing]) -> tuple[protocol.Timing, protocol.Timing]:
-    """The fastest FP32 and the fastest INT8 variant on the CPU."""
-    on_cpu = [timing for timing in timings if not timing.control and timing.variant.on_cpu]
-    fp32, int8 = ([timing for timing in on_cpu if timing.variant.precision is one] for one in Precision)
-    return protocol.fastest(fp32), protocol.fastest(int8)
+def fastest(timings: list[protocol.Timing], precision: Precision) -> protocol.Timing:
+    """That of the fastest variant of a precision on the CPU."""
+    of_models = [timing for timing in timings if not timing.control and timing.variant.on_cpu]
+    return protocol.fastest([timing for timing in of_models if timing.variant.precision is precision])
 
 
-def latency_tags(timings: list[protocol.Timing], other_kernels: str = "") -> dict[str, str]:
-    """Tags that name the variants which the speedup compares, and say whether the timing is valid and why not.
+def headline_variant(config: Config, first: Variant, timings: list[protocol.Timing]) -> Variant:
+    """The INT8 variant that the headline metrics and the verdict are of: the fastest, where the timings can be trusted,
+    else the first asked for."""
+    if not timings or reasons_against(config, timings):
+        return first
+    return fastest(side_by_side(timings), Precision.int8).variant
 
-    other_kernels: why a timing on this machine says nothing of the target, if it doesn't.
-    """
+
+def reasons_against(config: Config, timings: list[protocol.Timing]) -> tuple[str, ...]:
+    """Why the timings that metrics hold can't be trusted, or say nothing of the target."""
+    _, reasons = protocol.validity(side_by_side(timings))
+    other_kernels = target_cpu.other_kernels(config)
+    return (*reasons, other_kernels) if other_kernels else reasons
+
+
+def latency_tags(config: Config, timings: list[protocol.Timing]) -> dict[str, str]:
+    """Which FP32 variant the speedup compares with, and whether the measurement can be trusted, with every reason if
+    not."""
     if not timings:
         return {}
-    first = headline(timings)
-    fp32, int8 = fastest(first)
-    _, reasons = protocol.validity(first)
-    reasons = (*reasons, other_kernels) if other_kernels else reasons
+    reasons = reasons_against(config, timings)
     return {
-        "fastest.fp32": fp32.variant.runtime,
-        "fastest.int8": int8.variant.runtime,
+        "fastest.fp32": fastest(side_by_side(timings), Precision.fp32).variant.runtime,
         "latency_valid": str(not reasons).lower(),
         **({"latency_reason": "; ".join(reasons)} if reasons else {}),
     }
 
 
-def of_size(float_bytes: int, artifacts: list[Artifact]) -> dict[str, float]:
-    """Megabytes of the float model as its owner would ship it, and of the first INT8 artifact."""
-    int8 = next(artifact.bytes for artifact in artifacts if artifact.variant.precision is Precision.int8)
+def of_size(float_bytes: int, artifacts: list[Artifact], headline: Variant) -> dict[str, float]:
+    """Megabytes of the float model as its owner would ship it, and of the INT8 model as the headline's runtime has
+    it."""
+    int8 = next(artifact.bytes for artifact in artifacts if artifact.variant == headline)
     return {Metric.size_fp32: float_bytes / 1e6, Metric.size_int8: int8 / 1e6, Metric.size_ratio: float_bytes / int8}
 
 

@@ -214,7 +214,10 @@ class Saved:
 
     def first(self, precision: Precision) -> Variant:
         """The variant whose predictions count: that of the first runtime which executes the precision."""
-        return next(variant for variant in self.variants if variant.precision is precision)
+        return self.of(precision)[0]
+
+    def of(self, precision: Precision) -> list[Variant]:
+        return [variant for variant in self.variants if variant.precision is precision]
 
     def tolerance(self, variant: Variant) -> float:
         """How far its logits may lie from those of the model in memory, as a share of the largest."""
@@ -222,9 +225,9 @@ class Saved:
 
     def same(self, variant: Variant) -> list[Variant]:
         """The variants that give its logits bit for bit, itself first."""
-        others = [one for one in self.variants if one.precision is variant.precision and one != variant]
         exact = self.tolerance(variant) == 0
-        return [variant, *(one for one in others if exact and self.tolerance(one) == 0)]
+        others = [one for one in self.of(variant.precision) if one != variant and exact and self.tolerance(one) == 0]
+        return [variant, *others]
 
     def quickest(self, variant: Variant) -> Variant:
         """The variant that predicts in its place: one that gives the same with less around its kernels."""

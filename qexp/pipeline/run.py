@@ -13,7 +13,7 @@ from qexp.config.schema import Config, cache_folder
 from qexp.data.splits import load_data
 from qexp.latency import protocol
 from qexp.models import float_model
-from qexp.pipeline import run_files
+from qexp.pipeline import metrics, run_files
 from qexp.pipeline.analyse import Measured, per_layer, result
 from qexp.pipeline.evaluate import predicted
 from qexp.pipeline.measure import timed
@@ -53,13 +53,25 @@ def run_job(config: Config, folder: Path, turn: Turn = ALONE) -> Result:
             turn.share()
             predictions = predicted(config, data, saved)
             timings, latency_from = timed(config, data, saved, predictions, folder, turn)
+        headline = metrics.headline_variant(config, saved.first(Precision.int8), timings)
         # In a sweep another job evaluates meanwhile.
         with protocol.threads(1 if turn.sweep else config.compute.threads):
             fidelity = per_layer(config, fused, int8, data)
             answer = target_cpu.answer(
-                config, qconfig, data, prepared, int8, predictions["int8"], saved.executed(Precision.int8)
+                config, qconfig, data, prepared, int8, predictions[headline], saved.executed(Precision.int8)
             )
     measured = Measured(
-        qconfig, difference, calibration, layers, qparams, saved, predictions, timings, latency_from, fidelity, answer
+        qconfig,
+        difference,
+        calibration,
+        layers,
+        qparams,
+        saved,
+        predictions,
+        headline,
+        timings,
+        latency_from,
+        fidelity,
+        answer,
     )
     return result(config, data, fp32, measured, int8, code, folder)

@@ -14,8 +14,9 @@ from statistics import fmean, median, stdev
 from tabulate import tabulate
 
 from qexp.config.identity import NOT_APPLICABLE
+from qexp.config.schema import Runtime
 from qexp.metrics import Metric
-from qexp.records import PRECISIONS, RUNTIMES, Interval, RunRecord, VerdictKind
+from qexp.records import CUDA, PRECISIONS, Interval, RunRecord, VerdictKind
 from qexp.report import effects, sentences
 from qexp.report.effects import finished, together
 
@@ -211,7 +212,8 @@ def _p50s(record: RunRecord) -> dict[str, float]:
 def _place(variant: str) -> tuple[int, int, str]:
     """A key to sort variants by: FP32 first, then by runtime."""
     precision, _, runtime = variant.partition("_")
-    return PRECISIONS.index(precision), RUNTIMES.index(runtime) if runtime in RUNTIMES else len(RUNTIMES), runtime
+    known = [*Runtime, CUDA]
+    return PRECISIONS.index(precision), known.index(runtime) if runtime in known else len(known), runtime
 
 
 def _each_pair(record: RunRecord, columns: Sequence[str]) -> list[list[str]]:
@@ -247,9 +249,9 @@ def _p50(record: RunRecord, variant: str, mark: str = "") -> str:
 
 
 def _headline(record: RunRecord) -> tuple[str, ...]:
-    """The variants that the speedup compares, FP32 first; empty where a tag lacks."""
-    fastest = [record.tags.get(f"fastest.{precision}") for precision in PRECISIONS]
-    return tuple(f"{p}_{v}" for p, v in zip(PRECISIONS, fastest, strict=True)) if all(fastest) else ()
+    """The variants that the speedup compares, FP32 first; empty where one isn't known."""
+    runtimes = [record.tags.get("fastest.fp32"), record.params.get("resolved.runtime")]
+    return tuple(f"{p}_{one}" for p, one in zip(PRECISIONS, runtimes, strict=True)) if all(runtimes) else ()
 
 
 def _over(pair: Sequence[str]) -> str:

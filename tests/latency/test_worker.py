@@ -58,7 +58,7 @@ def test_two_processes_time_what_was_saved(job: Job, tmp_path: Path) -> None:
         assert [row["variant"] for row in csv.DictReader(file)] == [row["variant"] for row in kept["rows"]]
     pairs = {(pair["fp32"], pair["int8"], pair["batch_size"]): pair["value"] for pair in kept["speedups"]}
     assert len([fp32 for fp32, *_ in pairs if fp32 != "fp32_cuda"]) == 3 * 2 * 2
-    headline = [f"{precision}_{result.tags[f'fastest.{precision}']}" for precision in ("fp32", "int8")]
+    headline = [f"fp32_{result.tags['fastest.fp32']}", f"int8_{result.resolved['resolved.runtime']}"]
     assert pairs[headline[0], headline[1], 1] == result.metrics[Metric.speedup]
     assert result.metrics[Metric.runtime_latency.of("int8_torchscript")] == rows[4]["p50"]
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,16 +16,18 @@ import torch
 
 from qexp.config.schema import Config, Engine, Flow, Runtime
 from qexp.errors import InputError, RunError
+from qexp.latency import protocol
 from qexp.metrics import Metric, described
-from qexp.pipeline import checks
+from qexp.models import inference
+from qexp.pipeline import checks, metrics
 from qexp.pipeline.prepare import Saved
 from qexp.pipeline.run import run_job
-from qexp.records import Precision, Result, Variant, WarningCode
+from qexp.records import Precision, Predictions, Result, Variant, WarningCode
 from tests.helpers import ROOT
 
 Composed = Callable[..., Config]
-# A p99 needs a thousand calls; jobs are counted in a sweep's own run; no runtime has an accuracy of its own yet.
-ONLY_IN_SOME = {Metric.runtime_latency_p99, Metric.jobs, Metric.runtime_accuracy, Metric.runtime_agreement}
+# A p99 needs a thousand calls; jobs are counted in a sweep's own run.
+ONLY_IN_SOME = {Metric.runtime_latency_p99, Metric.jobs}
 SMALL = ("model=tiny", "train=fast", "latency=quick", "latency.seconds=0.1", "latency.warmup_seconds=0")
 
 
@@ -62,7 +65,7 @@ def test_every_flow_on_every_engine_gives_a_whole_result(
     assert result.metrics[Metric.accuracy_fp32] > 0.6
     assert result.metrics[Metric.layers_int8] == (1 if flow is Flow.dynamic else 7)
     assert abs(result.metrics[Metric.accuracy_delta]) < 0.1
-    assert {"cpu", "isa", "kernel_signature", "torch", "fastest.int8", "latency_valid"} <= set(result.tags)
+    assert {"cpu", "isa", "kernel_signature", "torch", "fastest.fp32", "latency_valid"} <= set(result.tags)
     warned = WarningCode.one_model_a_thread in codes(result)
     assert warned == (flow is Flow.dynamic and engine is Engine.onednn)
     kept = np.load(tmp_path / "run" / "predictions.npz")
@@ -111,6 +114,57 @@ def test_torchscript_predicts_where_it_gives_the_same_bit_for_bit() -> None:
     assert quickest(Precision.int8, [Runtime.eager], True) == "int8_eager"
 
 
+@pytest.mark.parametrize("trusted", [True, False])
+def test_the_headline_is_all_of_one_variant(
+    run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: bool
+) -> None:
+    monkeypatch.setattr(protocol, "validity", lambda timings: (trusted, () if trusted else ("noise",)))
+    monkeypatch.setattr(metrics, "fastest", slowest_int8)
+    result = run("runtimes=[torchscript,eager]")
+    runtime = "eager" if trusted else "torchscript"
+    assert result.resolved["resolved.runtime"] == runtime
+    numbers, variant = result.metrics, Variant(Precision.int8, runtime)
+    assert numbers[Metric.latency_int8] == numbers[Metric.runtime_latency.of(variant)]
+    assert numbers[Metric.size_int8] == (tmp_path / "run" / "model" / f"{variant}.pt").stat().st_size / 1e6
+    assert numbers[Metric.accuracy_int8] == numbers[Metric.runtime_accuracy.of(runtime)]
+
+
+def slowest_int8(timings: list[protocol.Timing], precision: Precision) -> protocol.Timing:
+    """In the place of the fastest: eager, whatever the machine does meanwhile."""
+    return next(timing for timing in timings if timing.variant == Variant(precision, Runtime.eager))
+
+
+@pytest.mark.parametrize(("flow", "evaluations"), [(Flow.eager, 2), (Flow.dynamic, 3)])
+def test_runtimes_predict_all_images_where_they_may_differ(
+    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, flow: Flow, evaluations: int
+) -> None:
+    evaluated: list[int] = []
+    original = inference.predict
+
+    def predict(*args: Any, **kwargs: Any) -> Predictions:
+        found = original(*args, **kwargs)
+        evaluated.append(len(found.labels))
+        return found
+
+    monkeypatch.setattr(inference, "predict", predict)
+    result = run(f"flow={flow}", "latency=off", "saturation.exact_images=0", "cache.enabled=false")
+    assert evaluated.count(899) == evaluations
+    for family in (Metric.runtime_accuracy, Metric.runtime_agreement):
+        assert set(family.within(result.metrics)) == {"eager", "torchscript"}
+
+
+def test_a_runtime_has_its_own_accuracy_and_its_agreement_with_the_reference() -> None:
+    def predictions(*classes: int) -> Predictions:
+        return Predictions(np.eye(3, dtype=np.float32)[list(classes)], np.array([0, 1, 2, 0]), ("a", "b", "c", "d"))
+
+    fp32, eager, other = (Variant(Precision.fp32, "eager"), *(Variant(Precision.int8, r) for r in ("eager", "other")))
+    found = {fp32: predictions(0, 1, 2, 0), eager: predictions(0, 1, 2, 1), other: predictions(0, 1, 1, 1)}
+    assert metrics.of_runtimes(found, eager) == {
+        "runtime_accuracy/eager": 0.75, "runtime_agreement/eager": 1.0,
+        "runtime_accuracy/other": 0.5, "runtime_agreement/other": 0.75,
+    }  # fmt: skip
+
+
 def test_a_job_leaks_no_global(run: Callable[..., Result]) -> None:
     threads, engine, state = torch.get_num_threads(), torch.backends.quantized.engine, torch.get_rng_state()
     run("engine=qnnpack", "compute.threads=1", "latency=off")
@@ -128,6 +182,7 @@ def test_the_same_job_gives_the_same_logits(run: Callable[..., Result], tmp_path
 
 def test_what_overflow_became_is_recorded_beside_what_was_asked(run: Callable[..., Result]) -> None:
     assert run("qconfig.overflow=weights", "latency=off").resolved == {
+        "resolved.runtime": "eager",
         "resolved.overflow": "weights", "resolved.weight_bits": "7", "resolved.activation_bits": "8",
         "resolved.activation_highest_code": "255", "resolved.narrowed_weights": "0",
         "resolved.narrowed_activations": "0",
