@@ -150,6 +150,11 @@ def test_steps_share_the_weights_of_the_fused_model_and_leave_them_as_they_are(f
         assert value.stride() == before[name].stride(), name
 
 
+def test_every_runtime_has_its_object_and_its_own_files_are_told_apart() -> None:
+    assert [runtime.name for runtime in RUNTIMES.values()] == list(RUNTIMES) == list(Runtime)
+    assert len({runtime.file(precision) for precision in Precision for runtime in (EAGER, TORCHSCRIPT)}) == 4
+
+
 def test_an_int8_model_refuses_another_engine(tmp_path: Path) -> None:
     net = float_net(Flow.eager)
     int8 = int8_of(net, Flow.eager, Engine.fbgemm)
