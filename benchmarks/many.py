@@ -53,7 +53,7 @@ def many(outputs: str) -> None:
     print(f"{EDGE} runs at the start {first:.3f} s each, at the end {last:.3f} s: {last / first:.2f}×")
     print(f"memory at the start {before:.0f} MB, at the end {after:.0f} MB: {after / before:.2f}×", flush=True)
 
-    configs = [composed(kept, *SMALLEST, "tracking.parent=many", f"calib.seed={RUNS + n}") for n in range(ALONE)]
+    configs = [composed(kept, *SMALLEST, "sweep=many", f"calib.seed={RUNS + n}") for n in range(ALONE)]
     folder = Path(outputs) / "alone"
     folder.mkdir()
     runs = in_processes_of_their_own(configs, folder)

@@ -229,7 +229,7 @@ def script(setting: Setting, data: Path, checkpoint: Path) -> tuple[float, dict[
 def one_more(outputs: str, *fixed: str) -> dict[str, float]:
     """The seconds of each step of one more run of the study, with other calibration images than any before it."""
     # As a job of the sweep; the first in this process, whose imports and libraries are still cold, is not looked at.
-    jobs = [composed(outputs, *fixed, "tracking.parent=study", f"calib.seed={seed}") for seed in (1, 2)]
+    jobs = [composed(outputs, *fixed, "sweep=study", f"calib.seed={seed}") for seed in (1, 2)]
     folder = Path(outputs) / "one_more"
     folder.mkdir(parents=True)
     run_job(jobs[0], folder)

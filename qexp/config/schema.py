@@ -223,11 +223,11 @@ class Compute:
 
 @dataclass
 class Job:
-    """timeout: seconds after which a run is ended as FAILED; None: however long it takes. ahead: whether a sweep's next
-    job is prepared while one evaluates."""
+    """timeout: seconds after which a run is ended as FAILED; None: however long it takes. at_a_time: how many of a
+    sweep's jobs run at a time, where Hydra's own launcher begins them."""
 
     timeout: float | None
-    ahead: bool = True  # what was saved before there was this setting can still be read
+    at_a_time: int
 
 
 @dataclass
@@ -271,6 +271,7 @@ class Config:
     cache: Cache
     tracking: Tracking
     seed: int
+    sweep: str | None
     study: str | None
     resume: bool
     rerun: str | None

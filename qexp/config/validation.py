@@ -54,6 +54,7 @@ def _check_ranges(config: Config) -> None:
         "train.lr": train.lr,
         "evaluate.batch_size": config.evaluate.batch_size,
         "compute.threads": config.compute.threads,
+        "job.at_a_time": config.job.at_a_time,
         "saturation.emulated_images": config.saturation.emulated_images,
         "job.timeout": config.job.timeout,
         "tracking.timeout": config.tracking.timeout,

@@ -29,7 +29,7 @@ TIMING_ATTEMPTS = 3
 def reuses_timings(config: Config) -> bool:
     """What `latency.reuse` means for this run: auto is true for the jobs of a sweep."""
     reuse = config.latency.reuse
-    return config.tracking.parent is not None if reuse == "auto" else bool(reuse)
+    return config.sweep is not None if reuse == "auto" else bool(reuse)
 
 
 def timing_key(config: Config, data: Data, float_digest: str, int8: nn.Module, image: Tensor) -> str:
@@ -46,11 +46,6 @@ def timing_key(config: Config, data: Data, float_digest: str, int8: nn.Module, i
     where = [here, cuda, kernels.probe().id, torch.__version__, machine.library_environment()]
     code = code_digest.of("latency")
     return json.dumps(["timings", models, data.test.digest, protocol, where, code], sort_keys=True)
-
-
-def has_timings(config: Config, key: str) -> bool:
-    """Whether timings are kept under `key`, which may be empty: then there are none."""
-    return bool(key) and _kept_timings(config, key) is not None
 
 
 def timings(
@@ -90,7 +85,7 @@ def _kept_timings(config: Config, key: str) -> tuple[list[latency.Timing], str] 
 def _attempts(config: Config, key: str) -> list[str]:
     """What the timings of a sweep that can't be trusted are kept under, in the order in which they are made; a run by
     itself keeps none."""
-    sweep = config.tracking.parent
+    sweep = config.sweep
     return [] if sweep is None else [json.dumps([key, sweep, attempt]) for attempt in range(TIMING_ATTEMPTS)]
 
 

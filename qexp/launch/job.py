@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import shlex
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     pass
 
 
-GIVEN = ("tracking.name", "tracking.parent")  # to its jobs, by a sweep
+GIVEN = ("tracking.name", "tracking.parent", "sweep")  # to its jobs, by a sweep
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,11 @@ def job_from(composed: Composition) -> Job:
     folder, cwd = Path(OmegaConf.select(hydra, "runtime.output_dir") or ""), Path(hydra.runtime.cwd)
     foreign = not alone and not is_ours(hydra)
     return Job(config, choices, overrides, folder, cwd, number, alone, hydra_files(folder, hydra), foreign)
+
+
+def new_sweep() -> str:
+    """An identity for a sweep that begins."""
+    return secrets.token_hex(8)
 
 
 def is_ours(hydra: DictConfig) -> bool:

@@ -5,9 +5,8 @@ Jobs are forked from a server process that has imported torch (qexp/launch/fork_
 second. Every process that runs jobs has one such server, multiprocessing's `forkserver`. Linux ends a server with its
 owner, and a job with its server, whatever ends them. torch is not imported here.
 
-Of a sweep's jobs (`in_turn`) the next one's process is begun as soon as the current one evaluates. It reads, prepares
-and saves meanwhile, and waits until the current one has evaluated and timed; its owner hears of what it does when the
-one before has ended.
+`begin` starts a job, `listen` handles what any number of them say until one has ended, `outcome` is what it gave or
+raised; `run` is all three.
 """
 
 from __future__ import annotations
@@ -25,25 +24,21 @@ import tempfile
 import threading
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import connection, forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, cast
 
-from filelock import FileLock
 from tqdm import tqdm
 
 from qexp import errors
 from qexp.config.schema import Config
 from qexp.launch import progress
-from qexp.pipeline.turn import Turn
 from qexp.records import Result
 from qexp.system import console, credentials, processes
-from qexp.system import lock as machine
 
 SERVER = "qexp.launch.fork_server"
 GRACE_SECONDS = 3.0  # how long a job that is told to end may take to clean up
@@ -51,12 +46,10 @@ STANDARD_STREAMS = (0, 1, 2)
 CRASH = "crash.txt"  # in a job's folder: where its code was when a signal such as SIGSEGV ended it
 CRASHES = ("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGABRT")
 
-POLL_SECONDS = 0.02  # between two looks at whether it is a job's turn
-
 _context = multiprocessing.get_context("forkserver")
 _warned: set[str] = set()
-
-log = logging.getLogger(__name__)
+# The terminal's lines that the bars of jobs take, counted from the owner's own.
+_lines: set[int] = set()
 
 
 class Elsewhere(Exception):
@@ -116,111 +109,113 @@ def refused(sentence: str, trace: str = "") -> Failure:
 
 
 @dataclass(frozen=True)
-class Order:
+class Task:
     """What a job's process is told. function: of `experiment`, with its arguments; folder: what is known of a crash is
-    put there; timeout: `job.timeout`; environment: its environment variables; levels: of loggers, by name; turn: a file
-    whose lock is held by the one of the owner's jobs that evaluates; line: of the terminal, for its bars, counted from
-    the owner's own."""
+    put there; environment: its environment variables; levels: of loggers, by name; line: of the terminal, for its bars,
+    counted from the owner's own."""
 
     function: str
     arguments: tuple[Any, ...]
     folder: Path
-    timeout: float | None
     environment: dict[str, str]
     cwd: Path
-    levels: dict[str, int] = field(compare=False)  # libraries give some to loggers whenever they are imported
-    turn: Path | None
-    line: int = field(compare=False)
+    levels: dict[str, int]
+    line: int
 
 
-class _Share:
-    """What a job says when the next one may be begun."""
+@dataclass(eq=False)
+class Begun:
+    """A job's process, and the connection to it.
 
+    timeout: `job.timeout`; handlers, level: of the root logger when it was begun, for what the job logs; ended: whether
+    it has, with `answer`: what it gives, a Failure where it fails.
+    """
 
-class _Waiting:
-    """What a job says when it is prepared, before it waits for its turn to evaluate."""
-
-
-class _Alone:
-    """What a job asks for before it times, and is told once its owner attends to it and the next one waits."""
-
-
-@dataclass
-class _Begun:
-    """A job's process, and the connection to it. said: what it has said and its owner has not attended to yet; waits:
-    whether it will do nothing until its turn comes, or has ended."""
-
-    order: Order
+    task: Task
     process: ForkServerProcess
     channel: Connection
-    said: deque[Any] = field(default_factory=deque)
-    waits: bool = False
+    timeout: float | None
+    handlers: list[logging.Handler]
+    level: int
+    deadline: float = math.inf
+    ended: bool = False
+    answer: Any = None
 
-    def listen(self) -> bool:
-        """Take what it says next, for later; False where it has ended."""
+    @contextlib.contextmanager
+    def own_logging(self) -> Iterator[None]:
+        """Whatever is logged meanwhile goes where the logs of this job go, whichever job came after it."""
+        root = logging.root
+        before, root.handlers = (root.handlers, root.level), self.handlers
+        root.setLevel(self.level)
         try:
-            self.said.append(self.channel.recv())
+            yield
+        finally:
+            root.handlers = before[0]
+            root.setLevel(before[1])
+            # Hydra closes them when it composes the next job, and a file opens again with the next line.
+            for handler in self.handlers:
+                if handler not in root.handlers:
+                    handler.close()
+
+    def hear(self) -> None:
+        """Handle what it says next, or its end."""
+        try:
+            said = self.channel.recv()
         except (EOFError, OSError):
-            self.waits = True
-            return False
-        self.waits = isinstance(self.said[-1], _Waiting)
-        return True
+            self.answered(self.died())
+            return
+        if isinstance(said, logging.LogRecord):
+            with self.own_logging():
+                _log(said)
+        else:
+            self.answered(said)
+
+    def answered(self, answer: Any) -> None:
+        self.ended, self.answer = True, answer
+
+    def died(self) -> Failure:
+        """What happened to a job that said nothing of its end."""
+        self.process.join()
+        crash = self.task.folder / CRASH
+        where = crash.read_text(errors="replace") if crash.exists() else ""
+        return refused(ending(self.process.exitcode or 0), where)
+
+    def terminate(self) -> None:
+        """Tell the process to end; `end` waits for it."""
+        if not self.channel.closed:
+            self.process.terminate()
+
+    def time_out(self) -> None:
+        """End a job that has taken too long."""
+        self.process.terminate()
+        until = time.monotonic() + GRACE_SECONDS
+        while not self.ended and self.channel.poll(max(0.0, until - time.monotonic())):
+            self.hear()
+        where = self.answer.trace if isinstance(self.answer, Failure) else ""
+        after = f"{self.timeout:g}"
+        self.answered(refused(f"job.timeout={after}: the job was not done after {after} s, and was ended.", where))
+
+    def outcome(self) -> Any:
+        """What the job gave; raises what it raised, with its traceback as the cause, and RunError where its process
+        ended otherwise or took longer than `job.timeout`. Waits until it has ended."""
+        try:
+            listen([self])
+            self.process.join(GRACE_SECONDS)
+        finally:
+            self.end()
+        if isinstance(self.answer, Failure):
+            raise self.answer.error()
+        return self.answer
 
     def end(self) -> None:
+        """End the process, if it hasn't, and let go of all that it had."""
+        if self.channel.closed:
+            return
         _end(self.process)
         self.channel.close()
+        _lines.discard(self.task.line)
         with contextlib.suppress(OSError):
-            (self.order.folder / CRASH).unlink(missing_ok=True)
-
-
-@dataclass
-class _Queue:
-    """Jobs that are run one after the other. following: what comes after the job in a folder, None where nothing does;
-    turn: see Order; ahead: the job that was begun before its turn."""
-
-    following: Callable[[Path], tuple[Config, Path] | None]
-    turn: Path
-    ahead: _Begun | None = None
-
-    def begin_after(self, current: Order) -> None:
-        following = self.following(current.folder)
-        if following is None or self.ahead is not None:
-            return
-        config, folder = following
-        # If it can't be begun now, that is said when its turn comes.
-        with contextlib.suppress(OSError, errors.RunError):
-            folder.mkdir(parents=True, exist_ok=True)
-            self.ahead = _begin(_run_order(config, folder, after=current))
-            log.debug("%s is begun while %s evaluates", folder, current.folder)
-
-    def take(self, order: Order) -> _Begun | None:
-        """The job that was begun ahead, if it is this one."""
-        begun, self.ahead = self.ahead, None
-        if begun is None or begun.order == order:
-            return begun
-        begun.end()
-        log.debug("%s is another job than was foreseen; none is begun ahead any more", order.folder)
-        self.following = lambda folder: None
-        return None
-
-
-# Of the sweep that this process runs.
-_queue: _Queue | None = None
-
-
-@contextlib.contextmanager
-def in_turn(following: Callable[[Path], tuple[Config, Path] | None], turn: Path) -> Iterator[None]:
-    """Jobs run within begin before their turn. following: the configuration and folder of the job after the one in a
-    folder; turn: a file for their lock, which is removed in the end."""
-    global _queue
-    _queue = _Queue(following, turn)
-    try:
-        yield
-    finally:
-        left, _queue = _queue.ahead, None
-        if left is not None:
-            left.end()
-        turn.unlink(missing_ok=True)
+            (self.task.folder / CRASH).unlink(missing_ok=True)
 
 
 def start_server() -> None:
@@ -236,15 +231,34 @@ def start_server() -> None:
 
 
 def run(config: Config, folder: Path) -> Result:
-    """`experiment.run_job` in a process of its own, with this one's environment, working folder and import path; its
-    log records and warnings are handled here.
-
-    Raises what it raised, with its traceback as the cause, and RunError where its process ended otherwise or took
-    longer than `job.timeout`.
-    """
-    order = _run_order(config, folder)
-    result: Result = _outcome((_queue.take(order) if _queue is not None else None) or _begin(order))
+    """`run_job` in a process of its own, with this one's environment, working folder and import path; its log records
+    and warnings are handled here. Raises as `Begun.outcome`."""
+    result: Result = begin(config, folder).outcome()
     return result
+
+
+def begin(config: Config, folder: Path) -> Begun:
+    """Start the process of a job (see `run`), whose result is `outcome`. Raises RunError where none can be started."""
+    line = min(set(range(1, len(_lines) + 2)) - _lines) if progress.shown() else 0
+    return _begin("run_job", (config, folder), folder, config.job.timeout, line)
+
+
+def listen(jobs: Sequence[Begun], seconds: float = math.inf) -> None:
+    """Handle what these jobs say until one of them has ended, or for so many seconds; end those that take too long."""
+    until = time.monotonic() + seconds
+    while not any(job.ended for job in jobs):
+        left = min([until, *(job.deadline for job in jobs)]) - time.monotonic()
+        waited_for = [one for job in jobs for one in (job.channel, job.process.sentinel)]
+        ready = connection.wait(waited_for, min(max(left, 0.0), 3600.0))
+        for job in jobs:
+            if job.channel in ready:
+                job.hear()
+            elif job.process.sentinel in ready:
+                job.answered(job.died())
+            elif time.monotonic() > job.deadline:
+                job.time_out()
+        if time.monotonic() > until:
+            return
 
 
 def check_inputs(configs: Sequence[Config]) -> None:
@@ -260,54 +274,29 @@ def described(configs: Sequence[Config]) -> list[dict[str, str]]:
 
 def _call(function: str, *arguments: Any) -> Any:
     with tempfile.TemporaryDirectory() as folder:
-        return _outcome(_begin(_order(function, arguments, Path(folder))))
+        return _begin(function, arguments, Path(folder)).outcome()
 
 
-def _outcome(begun: _Begun) -> Any:
-    """What the job gives; raises what it raised."""
-    try:
-        answer = _answer(begun)
-        begun.process.join(GRACE_SECONDS)
-    finally:
-        begun.end()
-    if isinstance(answer, Failure):
-        raise answer.error()
-    return answer
-
-
-def _run_order(config: Config, folder: Path, after: Order | None = None) -> Order:
-    """after: the job that is being run meanwhile."""
-    line = 0 if not progress.shown() else 1 if after is None else 3 - after.line
-    turn = _queue.turn if _queue is not None else None
-    return _order("run_job", (config, folder), folder, config.job.timeout, turn, line)
-
-
-def _order(
-    function: str,
-    arguments: tuple[Any, ...],
-    folder: Path,
-    timeout: float | None = None,
-    turn: Path | None = None,
-    line: int = 0,
-) -> Order:
-    return Order(function, arguments, folder, timeout, dict(os.environ), Path.cwd(), _levels(), turn, line)
-
-
-def _begin(order: Order) -> _Begun:
+def _begin(
+    function: str, arguments: tuple[Any, ...], folder: Path, timeout: float | None = None, line: int = 0
+) -> Begun:
+    task = Task(function, arguments, folder, dict(os.environ), Path.cwd(), _levels(), line)
     start_server()
     channel, other_end = _context.Pipe()
     with _standard_streams() as streams:
         process = _context.Process(target=_work, args=(other_end, streams), name="qexp job")
-        begun = _Begun(order, process, channel)
+        begun = Begun(task, process, channel, timeout, list(logging.root.handlers), logging.root.level)
         try:
             with other_end:
                 _start(process)
             # Not an argument: if Ctrl-C comes first, the process finds nobody at the other end, and ends.
             with contextlib.suppress(BrokenPipeError):
-                channel.send(order)
+                channel.send(task)
         except BaseException:
             begun.end()
             raise
+    _lines.add(line)
+    begun.deadline = time.monotonic() + (math.inf if timeout is None else timeout)
     return begun
 
 
@@ -370,56 +359,6 @@ def _known_start_method() -> Iterator[None]:
         multiprocessing.set_start_method(method, force=True)
 
 
-def _answer(job: _Begun) -> Any:
-    """What the job gives, a Failure where it fails."""
-    timeout = job.order.timeout
-    ended, answer = _listen(job, timeout)
-    if ended:
-        return answer
-    job.process.terminate()
-    _, last = _listen(job, GRACE_SECONDS)
-    where = last.trace if isinstance(last, Failure) else ""
-    return refused(f"job.timeout={timeout:g}: the job was not done after {timeout:g} s, and was ended.", where)
-
-
-def _listen(job: _Begun, seconds: float | None) -> tuple[bool, Any]:
-    """Whether the job ends within `seconds`, and what it gives or fails with; what it logs is logged here.
-
-    The time that it waits for the next one isn't its own.
-    """
-    deadline = time.monotonic() + (math.inf if seconds is None else seconds)
-    while (left := deadline - time.monotonic()) > 0:
-        if not job.said:
-            ready = connection.wait([job.channel, job.process.sentinel], min(left, 3600.0))
-            if ready and not (job.channel in ready and job.listen()):
-                return True, _died(job)
-            continue
-        said = job.said.popleft()
-        if isinstance(said, logging.LogRecord):
-            _log(said)
-        elif isinstance(said, _Share):
-            if _queue is not None:
-                _queue.begin_after(job.order)
-        elif isinstance(said, _Alone):
-            asked = time.monotonic()
-            _let_wait(job)
-            deadline += time.monotonic() - asked
-            with contextlib.suppress(BrokenPipeError):  # it has ended meanwhile, which is found above
-                job.channel.send(said)
-        elif not isinstance(said, _Waiting):
-            return True, said
-    return False, None
-
-
-def _let_wait(job: _Begun) -> None:
-    """Return when the job that was begun ahead waits for its turn, or `job` has ended."""
-    ahead = _queue.ahead if _queue is not None else None
-    while ahead is not None and not ahead.waits:
-        if job.process.sentinel in connection.wait([ahead.channel, job.process.sentinel]):
-            return
-        ahead.listen()  # if it has ended, that is found when its turn comes
-
-
 def _log(record: logging.LogRecord) -> None:
     """Handle a record of a job here. Warnings are shown once a text, as Python does it within one process."""
     if record.name != "py.warnings":
@@ -427,13 +366,6 @@ def _log(record: logging.LogRecord) -> None:
     elif record.getMessage() not in _warned:
         _warned.add(record.getMessage())
         print(record.getMessage().rstrip(), file=sys.stderr)
-
-
-def _died(job: _Begun) -> Failure:
-    job.process.join()
-    crash = job.order.folder / CRASH
-    where = crash.read_text(errors="replace") if crash.exists() else ""
-    return refused(ending(job.process.exitcode or 0), where)
 
 
 def ending(code: int) -> str:
@@ -470,7 +402,7 @@ class _Sender(logging.handlers.QueueHandler):
         cast(Connection, self.queue).send(record)
 
     def say(self, what: object) -> None:
-        """Send something else; another thread's record must not come between."""
+        """Send something else than a record; that of another thread must not come between."""
         self.acquire()
         try:
             cast(Connection, self.queue).send(what)
@@ -483,66 +415,45 @@ def _work(channel: Connection, streams: list[Connection]) -> None:
     processes.end_with_parent()
     processes.ignore_terminal()
     try:
-        order: Order = channel.recv()
+        task: Task = channel.recv()
     except EOFError:  # the owner was stopped
         return
     owner = multiprocessing.parent_process()
     if owner is None or not owner.is_alive():  # it ended before Linux was told what to do then
         return
     os.environ.clear()
-    os.environ.update(order.environment)
+    os.environ.update(task.environment)
     for number, stream in zip(STANDARD_STREAMS, streams, strict=True):
         os.dup2(stream.fileno(), number)
     console.protect()
     credentials.learn_environment()
-    credentials.learn(order.arguments)
+    credentials.learn(task.arguments)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115  (for a debugger in a user's model)
     tqdm.set_lock(threading.RLock())  # its own holds a semaphore, which a killed process would leave to the system
     # They take the terminal's first lines, so that bars are drawn below the owner's, and those of the job before.
-    lines = [tqdm(file=Path(os.devnull).open("w")) for _ in range(order.line)]  # noqa: SIM115, F841
+    lines = [tqdm(file=Path(os.devnull).open("w")) for _ in range(task.line)]  # noqa: SIM115, F841
     records = _Sender(channel)  # type: ignore[arg-type]
-    _configure_logging(records, order.levels)
-    with (order.folder / CRASH).open("w") as crash:
+    _configure_logging(records, task.levels)
+    with (task.folder / CRASH).open("w") as crash:
         faulthandler.enable(crash)
-        answer = _do(order, channel, records.say)
+        answer = _do(task)
         faulthandler.disable()
     records.say(answer)
 
 
-def _turn(file: Path, channel: Connection, say: Callable[[object], None]) -> Turn:
-    """The turn of a job in its own process. file: for the lock of its owner's jobs."""
-    lock = FileLock(file)
-
-    @contextlib.contextmanager
-    def evaluating() -> Iterator[None]:
-        say(_Waiting())
-        with machine.released():
-            held = lock.acquire(poll_interval=POLL_SECONDS)
-        with held:
-            yield
-
-    def alone() -> None:
-        with machine.released():
-            say(_Alone())
-            channel.recv()
-
-    return Turn(str(file), evaluating, lambda: say(_Share()), alone)
-
-
-def _do(order: Order, channel: Connection, say: Callable[[object], None]) -> Any:
+def _do(task: Task) -> Any:
     """What the function gives, a Failure where it fails."""
     try:
         signal.signal(signal.SIGTERM, _terminate)
         from qexp.pipeline.checks import check_inputs, described
         from qexp.pipeline.run import run_job
 
-        turn = {} if order.turn is None else {"turn": _turn(order.turn, channel, say)}
         functions: dict[str, Callable[..., Any]] = {
             "run_job": run_job,
             "check_inputs": check_inputs,
             "described": described,
         }
-        return functions[order.function](*order.arguments, **turn)
+        return functions[task.function](*task.arguments)
     except BaseException as error:
         return Failure.of(error)
     finally:

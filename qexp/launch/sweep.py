@@ -5,12 +5,11 @@ A single run goes the same way, as an owner of one job (`single`).
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +21,8 @@ from omegaconf import DictConfig
 
 from qexp.config.composition import Composer, as_yaml, quoted
 from qexp.config.refusals import refusals
-from qexp.config.schema import Config
-from qexp.launch import folders, jobs, progress, resume
-from qexp.launch.job import command, job_from, tags
+from qexp.launch import concurrent, folders, jobs, progress, resume
+from qexp.launch.job import command, new_sweep, tags
 from qexp.launch.planning import Planned, hide_from_names, plan
 from qexp.launch.signals import Stop, stoppable, until_stopped
 from qexp.launch.summary import say_where, summary
@@ -87,19 +85,21 @@ def launch(
         raise
     all_jobs = f"{len(planned)} job{'s' if len(planned) > 1 else ''}"
     print(f"{all_jobs}; runs go to the MLflow experiment {experiments[0]}, under {parent.name!r}.", flush=True)
+    sweep = new_sweep()
     returns: list[Any] = []
     status, code = "FINISHED", 0
     try:
         with stoppable(), progress.over(len(planned), len(planned) - len(left)):
-            every = [[*item.overrides, f"tracking.parent={parent.id}"] for item in left]
+            every = [[*item.overrides, f"tracking.parent={parent.id}", f"sweep={sweep}"] for item in left]
             for overrides, name, other in zip(every, claimed, wanted, strict=True):
                 overrides += [f"hydra.sweep.subdir={quoted(name)}"] if name != other else []
-            one_by_one = isinstance(launcher, BasicLauncher) and first.config.job.ahead
-            following = successor(composer, every, [folder / name for name in claimed])
-            turn = folder / f".turn-{parent.id}"  # another sweep may use the folder at the same time
-            with jobs.in_turn(following, turn) if one_by_one else contextlib.nullcontext():
+            # Another launcher has processes of its own, each of which does its jobs one by one.
+            count = first.config.job.at_a_time if isinstance(launcher, BasicLauncher) else 1
+            with concurrent.at_a_time(count) as running:
                 for chunk in BasicSweeper.split_overrides_to_chunks(every, batch_size) if left else []:
                     returns.append(launcher.launch(chunk, initial_job_idx=sum(map(len, returns))))
+            for number, returned in enumerate(one for batch in returns for one in batch):
+                running.complete(number, returned)
     except Stop as stop:
         status, code = "KILLED", stop.code
     except BaseException:
@@ -131,21 +131,6 @@ def close(store: Store, parent: Run, rows: Sequence[RunRecord], status: str, fol
     tracking.close_parent(parent, status, text, {name: counts[name] for name in ("finished", "failed", "killed")})
     print(f"\n{text}\n")
     say_where(folder, tracking.ui(store, parent, sort_by=Metric.accuracy_int8))
-
-
-def successor(
-    composer: Composer, launched: Sequence[Sequence[str]], places: Sequence[Path]
-) -> Callable[[Path], tuple[Config, Path] | None]:
-    """From the folder of a job to the next one's configuration and folder, as Hydra's own launcher will have them.
-
-    launched: the overrides of each job; places: its folder.
-    """
-
-    def after(current: Path) -> tuple[Config, Path] | None:
-        number = places.index(current) + 1 if current in places else len(places)
-        return (job_from(composer(launched[number])).config, places[number]) if number < len(places) else None
-
-    return after
 
 
 def unstarted(returned: Any) -> RunRecord | None:

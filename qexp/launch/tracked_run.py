@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qexp.config import code_digest, identity, validation
 from qexp.config.refusals import refusals
 from qexp.config.schema import LogModel
-from qexp.launch import folders, jobs, progress, resume
-from qexp.records import WARNING_TAG, RunRecord
+from qexp.launch import concurrent, folders, jobs, progress, resume
+from qexp.launch.jobs import Begun
+from qexp.records import WARNING_TAG, Result, RunRecord
 from qexp.report import sentences, tables
 
 if TYPE_CHECKING:
@@ -25,9 +26,10 @@ log = logging.getLogger(__name__)
 
 def run(job: Job) -> float | None:
     """Hydra's task: one run, tracked; by itself, or as one of a sweep's jobs. Returns the objective."""
-    if job.config.tracking.parent is not None and not job.foreign:
+    if job.config.sweep is not None and not job.foreign:
         with stoppable():
-            return swept(job)
+            objective: float | None = concurrent.perform(job.number, swept(job))
+            return objective
     if not job.alone:  # a job of another sweeper, which handles what is raised
         return single(job)
     with refusals(), until_stopped():
@@ -52,7 +54,7 @@ def single(job: Job) -> float | None:
     if job.alone:
         say_ignored(sweep=False)
     jobs.check_inputs([job.config])
-    row, handle = tracked(job, swept=identity.GROUPS if earlier else ())
+    row, handle = concurrent.perform(job.number, tracked(job, swept=identity.GROUPS if earlier else ()))
     print(f"\n{summary([row])}\n")
     if earlier:
         print(f"{earlier.compared(row)}\n")
@@ -68,10 +70,11 @@ def say_ignored(sweep: bool) -> None:
         log.warning(sentence)
 
 
-def swept(job: Job) -> float | None:
-    """One of a sweep's jobs, with its line and its step of the bar, whether it is finished or fails."""
+def swept(job: Job) -> Generator[Begun, Result, float | None]:
+    """`tracked` for one of a sweep's jobs, with its line and its step of the bar, whether it is finished or fails.
+    Returns the objective."""
     try:
-        row, _ = tracked(job, swept=identity.GROUPS)
+        row, _ = yield from tracked(job, swept=identity.GROUPS)
     except Exception as error:
         row = failed(job.name, error)
         progress.report(f"#{job.number + 1}  {tables.failures([row])}", row)
@@ -80,8 +83,12 @@ def swept(job: Job) -> float | None:
     return row.metrics.get(job.config.objective)
 
 
-def tracked(job: Job, swept: Collection[str] = ()) -> tuple[RunRecord, Any]:
-    """The job as a run in MLflow, which ends as FINISHED, FAILED or KILLED whatever happens; its row and its handle."""
+def tracked(job: Job, swept: Collection[str] = ()) -> Generator[Begun, Result, tuple[RunRecord, Any]]:
+    """The job as a run in MLflow, which ends as FINISHED, FAILED or KILLED whatever happens.
+
+    Begins the job's process, yields it, and is sent its result or thrown what it raises (see `concurrent.perform`).
+    Returns the run's record and its handle.
+    """
     from qexp import tracking
 
     validation.check(job.config, swept)
@@ -98,11 +105,14 @@ def tracked(job: Job, swept: Collection[str] = ()) -> tuple[RunRecord, Any]:
     ) as handle:
         # At once, so that a run that fails or is killed can be repeated too.
         handle.log_artifacts({"config.json": identity.plain(job.config)})
-        result = jobs.run(job.config, job.folder)
+        begun = jobs.begin(job.config, job.folder)
+        try:
+            result = yield begun
+        finally:
+            begun.end()
         warnings = {WARNING_TAG + warning.code: sentences.warning(warning) for warning in result.warnings}
         found = {**result.tags, **result.verdict.tags(), **warnings}
         files = {name: Path(path) for name, path in result.files.items()}
-        # Here and not in the job's process, which is begun ahead, before Hydra has written its files.
         if job.hydra_files is not None and job.hydra_files.is_dir():
             files["hydra"] = job.hydra_files
         kept = job.config.tracking.log_model

@@ -24,7 +24,7 @@ def begin(master: DictConfig) -> None:
     from qexp.config.composition import Composition
     from qexp.errors import ConfigError
     from qexp.launch import folders, resume, sweep, tracked_run
-    from qexp.launch.job import job_from, tags
+    from qexp.launch.job import job_from, new_sweep, tags
 
     folder = Path(master.hydra.sweep.dir).absolute()
     folders.check_free("hydra.sweep.dir", folder, f"**/{folders.RESULT}")
@@ -39,7 +39,7 @@ def begin(master: DictConfig) -> None:
     resume.close_orphans(store)
     title = f"sweep {job.config.study or folder.name}"
     parent = tracking.open_parent(store, experiment=experiment, name=title, tags=tags(job))
-    master.hydra.overrides.task.append(f"tracking.parent={parent.id}")
+    master.hydra.overrides.task += [f"tracking.parent={parent.id}", f"sweep={new_sweep()}"]
 
     def close(status: str) -> None:
         rows = tracking.children(store, parent.id)

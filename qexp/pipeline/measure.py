@@ -15,7 +15,6 @@ from qexp.config.schema import (
 from qexp.data.splits import Data
 from qexp.latency import protocol, shared_timings, worker
 from qexp.pipeline.prepare import Saved, images_of
-from qexp.pipeline.turn import Turn
 from qexp.records import Precision, Predictions, Variant
 from qexp.runtimes.eager import with_cuda
 from qexp.system import lock
@@ -24,14 +23,12 @@ LATENCY_IMAGES = 64
 
 
 def timed(
-    config: Config, data: Data, saved: Saved, predictions: Mapping[Variant, Predictions], folder: Path, turn: Turn
+    config: Config, data: Data, saved: Saved, predictions: Mapping[Variant, Predictions], folder: Path
 ) -> tuple[list[protocol.Timing], str]:
     """The timings of every variant, measured one job at a time on the whole machine, and ""; with `latency.reuse` those
     of another run whose INT8 model executes the same (see `timing_key`), and that run."""
     if not config.latency.enabled:
         return [], ""
-    if not shared_timings.has_timings(config, saved.timing_key):
-        turn.alone()
     measure = partial(side_by_side, config, data, saved, predictions, folder)
     if not saved.timing_key:
         with lock.timing():

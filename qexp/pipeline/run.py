@@ -19,14 +19,11 @@ from qexp.pipeline.evaluate import predicted
 from qexp.pipeline.measure import timed
 from qexp.pipeline.prepare import calibrated, checked_fusion, checked_int8, first_images, resolved, save
 from qexp.pipeline.stages import job_settings
-from qexp.pipeline.turn import Turn
 from qexp.records import Precision, Result
 
-ALONE = Turn()
 
-
-def run_job(config: Config, folder: Path, turn: Turn = ALONE) -> Result:
-    """One experiment. folder: where everything that it produces is written; it exists. turn: among the jobs of a sweep.
+def run_job(config: Config, folder: Path) -> Result:
+    """One experiment. folder: where everything that it produces is written; it exists.
 
     Raises RunError where the result could not be trusted: the fused model differs from the float model, nothing was
     quantized, a layer of the INT8 model computes another function than in the float model, what was saved gives other
@@ -34,7 +31,7 @@ def run_job(config: Config, folder: Path, turn: Turn = ALONE) -> Result:
     """
     with job_settings(config):
         code = run_files.tags(config)  # as it is now, not when the job ends
-        data = load_data(config.dataset, cache_folder(config), turn.sweep)
+        data = load_data(config.dataset, cache_folder(config), config.sweep or "")
         qconfig = resolved(config)
         fp32 = float_model.float_model(
             config.model, config.train, data, config.seed, Path(config.outputs) / "checkpoints", config.compute.threads
@@ -49,13 +46,11 @@ def run_job(config: Config, folder: Path, turn: Turn = ALONE) -> Result:
             int8 = quantize.convert(prepared, config.flow, config.engine)
             layers, qparams = checked_int8(config, qconfig, fused, prepared, int8, few, calibration)
             saved = save(config, data, fp32, fused, int8, folder, all_int8=all(layer.int8 for layer in layers))
-        with turn.evaluating():
-            turn.share()
-            predictions = predicted(config, data, saved)
-            timings, latency_from = timed(config, data, saved, predictions, folder, turn)
+        predictions = predicted(config, data, saved)
+        timings, latency_from = timed(config, data, saved, predictions, folder)
         headline = metrics.headline_variant(config, saved.first(Precision.int8), timings)
         # In a sweep another job evaluates meanwhile.
-        with protocol.threads(1 if turn.sweep else config.compute.threads):
+        with protocol.threads(1 if config.sweep else config.compute.threads):
             fidelity = per_layer(config, fused, int8, data)
             answer = target_cpu.answer(
                 config, qconfig, data, prepared, int8, predictions[headline], saved.executed(Precision.int8)

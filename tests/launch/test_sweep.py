@@ -117,7 +117,7 @@ def test_a_stop_that_other_code_swallows_or_replaces_is_still_a_stop(then: str) 
 def test_a_stop_ends_a_single_run_and_a_planned_sweep_in_words(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals, code: int, then: str
 ) -> None:
-    single: Any = SimpleNamespace(config=SimpleNamespace(tracking=SimpleNamespace(parent=None)), alone=True)
+    single: Any = SimpleNamespace(config=SimpleNamespace(sweep=None), alone=True)
     monkeypatch.setattr(tracked_run, "single", lambda job: hit(number, then))
     monkeypatch.setattr(sweep, "hide_from_names", lambda master: None)
     monkeypatch.setattr(sweep, "plan", lambda *arguments: hit(number, then))
@@ -198,7 +198,7 @@ def test_cpus_whose_kernels_answer_otherwise_are_not_pooled() -> None:
     assert summary.summary([failed]) == "No run was finished.\n\nFAILED  e: too bad."
 
 
-def test_what_hydra_composed_is_kept_of_a_job_that_was_begun_before_it_was_written(
+def test_what_hydra_composed_is_kept_of_a_job(
     composed: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A job's process says which files it has made; whatever it saw, Hydra's are there when the job ends."""
@@ -210,10 +210,14 @@ def test_what_hydra_composed_is_kept_of_a_job_that_was_begun_before_it_was_writt
         metrics={}, resolved={}, tags={}, verdict=verdict, warnings=(), files={"model": str(folder)}, datasets=(),
         flavor={},
     )  # fmt: skip
-    monkeypatch.setattr(jobs, "run", lambda config, folder: result)
+    monkeypatch.setattr(jobs, "begin", lambda config, folder: SimpleNamespace(end=lambda: None))
     choices = {"dataset": "digits", "model": "tiny"}
     job = Job(composed(), choices, {}, folder, tmp_path, 0, False, folder / ".hydra")
-    row, handle = tracked_run.tracked(job)
+    run = tracked_run.tracked(job)
+    next(run)
+    with pytest.raises(StopIteration) as ended:
+        run.send(result)
+    row, handle = ended.value.value
     assert row.status == "FINISHED"
     assert "hydra" in [file.path for file in handle.store.client.list_artifacts(handle.id)]
     kept = handle.store.client.download_artifacts(handle.id, "hydra/overrides.yaml")
