@@ -11,7 +11,7 @@ from hydra._internal import utils as hydra_utils
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
-from qexp.config.composition import CONF, Composition, check_choices, check_names, check_quotes
+from qexp.config.composition import CONF, Composition, check_choices, check_quotes
 from qexp.config.refusals import refusals
 from qexp.errors import ConfigError
 from qexp.launch import trials
@@ -61,7 +61,6 @@ def main() -> None:
     credentials.learn(sys.argv[1:])
     sys.argv[1:] = options_first(sys.argv[1:])
     try:
-        check_names(sys.argv[1:])
         check_quotes(sys.argv[1:])
         check_choices(sys.argv[1:])
     except ConfigError as error:

@@ -49,18 +49,6 @@ OmegaConf.register_new_resolver("qexp.hex", lambda: secrets.token_hex(2), use_ca
 ConfigStore.instance().store(name="schema", node=Config)
 
 
-# Settings that have another name now.
-RENAMED = {"job.ahead": "job.at_a_time"}
-
-
-def check_names(arguments: Sequence[str]) -> None:
-    """Raise ConfigError where a setting is given by a name that it had before. arguments: of the command line."""
-    for argument in arguments:
-        name = argument.partition("=")[0].lstrip("+~")
-        if name in RENAMED:
-            raise ConfigError(f"{argument}: {name} is no setting any more; use {RENAMED[name]}.")
-
-
 def check_choices(arguments: Sequence[str]) -> None:
     """Raise ConfigError where a group is given a number, a truth value or null, of which Hydra makes a traceback.
 

@@ -14,7 +14,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from qexp.errors import QexpError
 
 # What was called otherwise once, and what it is called now.
-RENAMED = {"latency.runtimes": "runtimes"}
+RENAMED = {"latency.runtimes": "runtimes", "job.ahead": "job.at_a_time"}
 
 
 def renamed(setting: str) -> str:

@@ -221,7 +221,7 @@ def test_each_job_logs_into_its_own_file(tmp_path: Path, trouble: Callable[..., 
 def test_the_setting_that_was_before_is_refused(qexp: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     refused = qexp("job.ahead=false", "-m")
     assert refused.returncode == 1
-    assert refused.stderr == "job.ahead=false: job.ahead is no setting any more; use job.at_a_time.\n"
+    assert refused.stderr == "job.ahead is now job.at_a_time: use job.at_a_time=... in its place.\n"
 
 
 @pytest.mark.parametrize(("count", "beside"), [(2, True), (1, False)])
