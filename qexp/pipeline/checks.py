@@ -28,7 +28,8 @@ from qexp.pipeline import run_files
 from qexp.pipeline.prepare import images_of, resolved
 from qexp.pipeline.stages import job_settings
 from qexp.quantize.saturation import kernels
-from qexp.runtimes import RUNTIMES
+from qexp.records import Precision
+from qexp.runtimes import RUNTIMES, saved_models
 from qexp.system import machine
 
 STATISTICS_IMAGES = 4
@@ -55,7 +56,7 @@ def check_inputs(configs: Sequence[Config]) -> None:
     for of_model, alike in tqdm(of_models.items(), desc="checking inputs", disable=None, leave=False):
         module: nn.Module | None = None  # one is in memory at a time
         for config in alike:
-            if is_new("machine", config.latency, config.runtimes, config.engine):
+            if is_new("machine", config.latency, config.runtimes, config.flow, config.engine):
                 protocol.check_threads(config.latency.threads, machine.allowed_cores())
                 kernels.check_environment(config.engine, kernels.probe(), os.environ)
                 check_runtimes(config)
@@ -79,12 +80,15 @@ def check_inputs(configs: Sequence[Config]) -> None:
 
 
 def check_runtimes(config: Config) -> None:
-    """Raise InputError where a runtime asked for can't be used here."""
+    """Raise InputError where a runtime asked for can't be used here, or none executes INT8 models of the flow."""
     for name in config.runtimes:
         # What compiles is used by processes that time alone.
         used = config.latency.enabled or not name.compiles
         if used and (reason := RUNTIMES[name].unavailable()):
             raise InputError(f"runtimes has {name}, and {reason}, or take {name} out.")
+    if not any(variant.precision is Precision.int8 for variant in saved_models.variants(config)):
+        listed = ",".join(config.runtimes)
+        raise InputError(f"runtimes=[{listed}]: none of these executes what flow={config.flow} makes in INT8.")
 
 
 def _plain(looked_at: object) -> str:

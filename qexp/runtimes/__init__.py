@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from qexp.config import schema
 from qexp.runtimes.base import Runtime
 from qexp.runtimes.eager import Eager
 from qexp.runtimes.eager_channels_last import EagerChannelsLast
@@ -10,8 +9,5 @@ from qexp.runtimes.inductor import Inductor
 from qexp.runtimes.torchscript import TorchScript
 
 RUNTIMES: dict[str, Runtime] = {
-    schema.Runtime.eager: Eager(),
-    schema.Runtime.eager_channels_last: EagerChannelsLast(),
-    schema.Runtime.torchscript: TorchScript(),
-    schema.Runtime.inductor: Inductor(),
+    runtime.name: runtime for runtime in (Eager(), EagerChannelsLast(), TorchScript(), Inductor())
 }

@@ -23,6 +23,7 @@ from qexp.pipeline import checks, metrics
 from qexp.pipeline.prepare import Saved
 from qexp.pipeline.run import run_job
 from qexp.records import Precision, Predictions, Result, Variant, WarningCode
+from qexp.runtimes import RUNTIMES
 from tests.helpers import ROOT
 
 Composed = Callable[..., Config]
@@ -163,6 +164,38 @@ def test_a_runtime_has_its_own_accuracy_and_its_agreement_with_the_reference() -
         "runtime_accuracy/eager": 0.75, "runtime_agreement/eager": 1.0,
         "runtime_accuracy/other": 0.5, "runtime_agreement/other": 0.75,
     }  # fmt: skip
+
+
+def test_a_runtime_that_cannot_be_used_is_refused_before_any_work(
+    composed: Composed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eager = RUNTIMES[Runtime.eager]
+    monkeypatch.setattr(eager, "unavailable", lambda: "it is not installed: install it")
+    refused = r"runtimes has eager, and it is not installed: install it, or take eager out\."
+    with pytest.raises(InputError, match=refused):
+        checks.check_runtimes(composed())
+    checks.check_runtimes(composed("runtimes=[torchscript]"))
+    monkeypatch.undo()
+    monkeypatch.setattr(eager, "executes", lambda flow, precision: flow is Flow.fx)
+    with pytest.raises(InputError, match=r"runtimes=\[eager\]: none of these executes what flow=eager makes in INT8"):
+        checks.check_runtimes(composed("runtimes=[eager]"))
+    checks.check_runtimes(composed("runtimes=[eager]", "flow=fx"))
+
+
+def test_an_inductor_without_a_compiler_is_refused_where_something_is_timed(
+    composed: Composed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import cpp_builder, exc
+
+    def missing() -> str:
+        raise exc.InvalidCxxCompiler
+
+    config = composed("latency=publish")
+    checks.check_runtimes(config)
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
+    with pytest.raises(InputError, match=r"runtimes has inductor, and .*no C\+\+ compiler for it.*, or take inductor"):
+        checks.check_runtimes(config)
+    checks.check_runtimes(composed("latency=publish", "latency.enabled=false"))
 
 
 def test_a_job_leaks_no_global(run: Callable[..., Result]) -> None:
