@@ -7,6 +7,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -21,7 +22,6 @@ from qexp.config.schema import (
     Activation,
     ActivationObserver,
     Engine,
-    Flow,
     Granularity,
     Observer,
     Overflow,
@@ -87,16 +87,17 @@ def check(outputs: str) -> None:
     """Count the right layers that the check takes for wrong ones, and tell how far they are and what it costs."""
     torch.set_num_threads(1)
     calibration, images = pictures(8, 1), pictures(FEW, 2)
+    spec = quantize.QuantizationSpec(next(settings(0)), Observer(ActivationObserver.minmax), Engine.x86)
     worst: dict[str, Deviation] = {}
     layers = runs = 0
     wrong: Counter[str] = Counter()
     seconds: dict[str, list[float]] = {}
     for name, module in shipped():
-        for flow in Flow:
+        for flow in quantize.FLOWS.values():
             try:
-                fused = quantize.fuse(module, flow, True, calibration)
+                fused = flow.fuse(module, spec, calibration)
             except InputError as error:
-                tqdm.write(f"{name} flow={flow}: {error}")
+                tqdm.write(f"{name} flow={flow.name}: {error}")
                 continue
             jobs = [(e, q) for i, e in enumerate(quantize.supported()) for q in settings(runs + 3 * i)]
             for engine, qconfig in jobs:
@@ -104,19 +105,20 @@ def check(outputs: str) -> None:
                 if engine is Engine.onednn and qconfig.weight.scheme is Scheme.asymmetric:
                     continue
                 observer = Observer(ActivationObserver.mse if qconfig.weight.bits % 2 else ActivationObserver.minmax)
-                prepared = quantize.prepare(fused, flow, qconfig, observer, engine, calibration)
-                if flow is not Flow.dynamic:
+                prepared = flow.prepare(
+                    fused, replace(spec, qconfig=qconfig, observer=observer, engine=engine), calibration
+                )
+                if flow.calibrates:
                     quantize.calibrate(prepared, [calibration])
-                int8 = quantize.convert(prepared, flow, engine)
-                qparams = quantize.read_qparams(prepared)
+                int8 = flow.convert(prepared)
                 started = time.thread_time()
-                found = layer_deviations(fused, int8, flow, engine, images, qparams)
-                seconds.setdefault(f"{name} {flow}", []).append(time.thread_time() - started)
+                found = layer_deviations(int8, images)
+                seconds.setdefault(f"{name} {flow.name}", []).append(time.thread_time() - started)
                 runs += 1
                 for one in found:
                     layers += 1
                     if one.fault:
-                        where = f"{name} {flow} {engine} {qconfig.weight.bits} bits"
+                        where = f"{name} {flow.name} {engine} {qconfig.weight.bits} bits"
                         wrong[f"{where}: {one.name} ({one.computes}) {one.fault}"] += 1
                         continue
                     key = f"{engine} {one.computes}"

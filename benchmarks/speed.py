@@ -7,13 +7,13 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
-from torch import nn
 
 from benchmarks.size import sized
 from qexp import quantize
@@ -66,11 +66,11 @@ def calibration(outputs: str) -> None:
         data = load_data(config.dataset, Path(config.outputs) / "cache")
         images = normalise(data.train.pixels(np.arange(IMAGES)), data.mean, data.std)
         batches = images.split(config.calib.batch_size)
-        fused = quantize.fuse(float_model.build(config.model, 10, 0), config.flow, True, images[:2])
-        qconfig = prepare.resolved(config)
+        flow, spec = quantize.FLOWS[config.flow], prepare.spec_of(config)
+        fused = flow.fuse(float_model.build(config.model, 10, 0), spec, images[:2])
 
-        def prepared(observer: Observer) -> nn.Module:
-            return quantize.prepare(fused, config.flow, qconfig, observer, config.engine, images[:2])  # noqa: B023
+        def prepared(observer: Observer) -> quantize.Prepared:
+            return flow.prepare(fused, replace(spec, observer=observer), images[:2])  # noqa: B023
 
         def bare() -> None:
             with torch.inference_mode():
@@ -89,7 +89,7 @@ def calibration(outputs: str) -> None:
                 if name != "histogram":
                     fed = prepared(observer)
                     quantize.calibrate(fed, batches)
-                    took = seconds(partial(quantize.read_qparams, fed))
+                    took = seconds(partial(quantize.read_qparams, fed.module))
                     print(f"{model}, ranges by {name}: {took:.2f} s", flush=True)
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
         for model in MODELS:
@@ -103,9 +103,8 @@ def peak_memory(outputs: str, model: str, count: int) -> int:
     data = load_data(config.dataset, Path(config.outputs) / "cache")
     indices = np.arange(count) % len(data.train)
     few = normalise(data.train.pixels(indices[:2]), data.mean, data.std)
-    fused = quantize.fuse(float_model.build(config.model, 10, 0), config.flow, True, few)
-    qconfig = prepare.resolved(config)
-    prepared = quantize.prepare(fused, config.flow, qconfig, OBSERVERS["minmax"], config.engine, few)
+    flow, spec = quantize.FLOWS[config.flow], replace(prepare.spec_of(config), observer=OBSERVERS["minmax"])
+    prepared = flow.prepare(flow.fuse(float_model.build(config.model, 10, 0), spec, few), spec, few)
     size = config.calib.batch_size
     parts = np.split(indices, range(size, count, size))
     with protocol.threads(config.compute.threads):

@@ -38,6 +38,7 @@ from qexp.latency import protocol
 from qexp.models import float_model, inference
 from qexp.pipeline import prepare, run, run_files
 from qexp.pipeline.run import run_job
+from qexp.quantize.flows.eager import EagerFlow
 from qexp.runtimes import saved_models
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,12 +55,12 @@ BARE_PASSES = 2
 STEPS = (
     (run, "load_data"),
     (float_model, "float_model"),
-    (quantize, "fuse"),
+    (EagerFlow, "fuse"),
     (run, "checked_fusion"),
-    (quantize, "prepare"),
+    (EagerFlow, "prepare"),
     (run, "calibrated"),
-    (quantize, "convert"),
-    (quantize, "skeleton"),
+    (EagerFlow, "convert"),
+    (quantize, "blank_copy"),
     (saved_models, "write"),
     (saved_models, "read"),
     (run, "predicted"),

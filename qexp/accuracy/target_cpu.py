@@ -18,7 +18,7 @@ from torch import nn
 
 from qexp import quantize
 from qexp.accuracy import predictions
-from qexp.config.schema import Config, Engine, Flow, QConfig, Target, cache_folder
+from qexp.config.schema import Config, Engine, Target, cache_folder
 from qexp.data.splits import Data
 from qexp.models import inference
 from qexp.quantize.saturation import emulation, kernels
@@ -56,28 +56,20 @@ class Answer:
         return tuple(layer.name for layer in self.layers if layer.saturates)
 
 
-def answer(
-    config: Config,
-    qconfig: QConfig,
-    data: Data,
-    prepared: nn.Module,
-    int8: nn.Module,
-    executed: Predictions,
-    content: str,
-) -> Answer:
+def answer(config: Config, data: Data, int8: quantize.QuantizedModel, executed: Predictions, content: str) -> Answer:
     """Answer for `config.target`, by the cheapest means that can.
 
-    qconfig: resolved; prepared: calibrated; int8: converted from it; executed: INT8 predictions on all evaluation
-    images, made on this machine; content: what identifies int8 (see `saved_models.content`).
+    executed: INT8 predictions on all evaluation images, made on this machine; content: what identifies int8 (see
+    `saved_models.content`).
     """
     everything = np.arange(len(executed.labels))
-    signature, engine = kernels.probe(), config.engine
+    signature, engine, qconfig, module = kernels.probe(), config.engine, int8.qconfig, int8.module
     here, there = (
         kernels.overflowing_kinds(qconfig, engine, config.flow, cpu, signature)
         for cpu in (Target.native, config.target)
     )
     plain = Answer(AccuracySource.executed, everything, executed, Saturation.impossible)
-    if not emulation.at_risk(int8, engine, here | there):
+    if not emulation.at_risk(module, engine, here | there):
         return plain
     # A CPU with VNNI may still have depthwise kernels that saturate: that is no CPU without it.
     if here and (config.target is not Target.avx2 or signature.dense_saturates(engine, qconfig.weight.scheme)):
@@ -85,17 +77,17 @@ def answer(
         compared = everything if every else spread(len(everything), config.saturation.exact_images)
         if not len(compared):
             return replace(plain, saturation=Saturation.possible)
-        exact_model = partial(quantize.exact, prepared, config.flow)
+        exact_model = partial(quantize.exact, int8.prepared)
         title = "evaluating INT8 with exact sums"
-        found, layers = _run(exact_model, int8, content, config, data, compared, title, whole=every)
+        found, layers = _run(exact_model, module, content, config, data, compared, title, whole=every)
         source, counts = (AccuracySource.exact, found) if every else (AccuracySource.executed, executed)
         return Answer(source, everything, counts, _seen(layers), compared, found, executed.at(compared), layers)
     compared = spread(len(everything), config.saturation.emulated_images)
-    if left := emulation.not_emulated(int8):
+    if left := emulation.not_emulated(module):
         said = "%d layers add up as they do on this CPU, since their 16-bit sums can't be emulated: %s."
         log.warning(said, len(left), ", ".join(left))
-    emulated = partial(emulation.with_emulated_sums, int8, engine)
-    found, layers = _run(emulated, int8, content, config, data, compared, "emulating 16-bit sums")
+    emulated = partial(emulation.with_emulated_sums, module, engine)
+    found, layers = _run(emulated, module, content, config, data, compared, "emulating 16-bit sums")
     exact = executed.at(compared)
     return Answer(AccuracySource.emulated, compared, found, _seen(layers), compared, exact, found, layers)
 
@@ -103,7 +95,7 @@ def answer(
 def other_kernels(config: Config) -> str:
     """Why a timing on this machine says nothing of the target, as a clause; empty where it does."""
     saturates = kernels.probe().dense_saturates(Engine.fbgemm)
-    if config.flow is Flow.dynamic or config.target is Target.native:
+    if "target" in config.flow.ignores or config.target is Target.native:
         return ""
     if config.target is Target.vnni and saturates:
         return "timed on a CPU without VNNI, and target=vnni means one with it"

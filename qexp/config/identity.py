@@ -9,7 +9,7 @@ from dataclasses import asdict
 from enum import StrEnum
 from typing import Any
 
-from qexp.config.schema import OBSERVER_PARAMETERS, ActivationObserver, Config, Flow, Sampling
+from qexp.config.schema import OBSERVER_PARAMETERS, ActivationObserver, Config, Sampling
 from qexp.system import credentials
 
 NOT_APPLICABLE = "n/a"
@@ -44,24 +44,6 @@ FIELDS = (
 RECORDED_ONLY = ("tracking", "job", "cache", "sweep", "study", "resume", "rerun", "objective", "outputs")
 # What a run is called: made of masked settings, it may hold a mask.
 LABELS = ("tracking.name", "study")
-# What has no effect in a flow. torch's dynamic quantization computes activation ranges as it runs, and reduces them
-# to 7 bits by itself where kernels could saturate.
-NO_EFFECT: dict[Flow, tuple[str, ...]] = {
-    Flow.eager: (),
-    Flow.fx: ("fusion",),
-    Flow.dynamic: (
-        "fusion",
-        "observer",
-        "calib",
-        "target",
-        "saturation",
-        "per_layer",
-        "qconfig.activation.scheme",
-        "qconfig.activation.bits",
-        "qconfig.overflow",
-        "qconfig.range_after_clamp",
-    ),
-}
 
 
 def plain(config: Config) -> dict[str, Any]:
@@ -94,7 +76,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def without_effect(config: Config) -> tuple[str, ...]:
     """The settings that change nothing for the choices made, as names or prefixes of names."""
-    names = list(NO_EFFECT[config.flow])
+    names = sorted(config.flow.ignores)
     has = OBSERVER_PARAMETERS[config.observer.name]
     names += [f"observer.{name}" for names_ in OBSERVER_PARAMETERS.values() for name in names_ if name not in has]
     if config.calib.sampling is Sampling.first:

@@ -61,9 +61,35 @@ class Engine(StrEnum):
 
 
 class Flow(StrEnum):
+    """How a model is quantized: the name of a flow (see `qexp.quantize.flow`), then the settings without effect in it.
+
+    ignores: these, as names or prefixes of names.
+    """
+
+    ignores: frozenset[str]
+
+    def __new__(cls, name: str, *ignores: str) -> Flow:
+        flow = str.__new__(cls, name)
+        flow._value_ = name
+        flow.ignores = frozenset(ignores)
+        return flow
+
     eager = "eager"
-    fx = "fx"
-    dynamic = "dynamic"
+    fx = "fx", "fusion"
+    # torch computes ranges of activations as the model runs, on grids that it reduces to 7 bits by itself.
+    dynamic = (
+        "dynamic",
+        "fusion",
+        "observer",
+        "calib",
+        "target",
+        "saturation",
+        "per_layer",
+        "qconfig.activation.scheme",
+        "qconfig.activation.bits",
+        "qconfig.overflow",
+        "qconfig.range_after_clamp",
+    )
 
 
 class Target(StrEnum):

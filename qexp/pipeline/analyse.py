@@ -15,7 +15,6 @@ from qexp.config import identity
 from qexp.config.schema import (
     Config,
     Engine,
-    Flow,
     QConfig,
     Target,
 )
@@ -25,10 +24,10 @@ from qexp.metrics import Metric
 from qexp.models.float_model import FloatModel
 from qexp.pipeline import metrics, run_files, warnings
 from qexp.pipeline.prepare import Calibration, Saved, images_of
-from qexp.quantize.inspection.layer_errors import at_a_time, layer_fidelity
+from qexp.quantize.inspection.layer_errors import at_a_time
 from qexp.quantize.saturation import kernels
 from qexp.quantize.torch_backend.slow_depthwise import without_fast_kernel
-from qexp.records import Fidelity, Layer, Precision, Predictions, QParams, Result, Variant
+from qexp.records import Fidelity, Precision, Predictions, Result, Variant
 
 
 def resolved_params(qconfig: QConfig, config: Config, narrowed: tuple[quantize.Narrowed, ...] = ()) -> dict[str, str]:
@@ -37,7 +36,7 @@ def resolved_params(qconfig: QConfig, config: Config, narrowed: tuple[quantize.N
     activation_bits: of the scale; a guard's 7 leave codes up to activation_highest_code. narrowed_*: how many layers
     overflow=layers gave 7 bits, on which side.
     """
-    if config.flow is Flow.dynamic:
+    if "qconfig.overflow" in config.flow.ignores:
         return {"resolved.weight_bits": str(qconfig.weight.bits)}
     weights, activations = quantize.Side.weights, quantize.Side.activations
     values = {
@@ -58,7 +57,7 @@ def slow_kernels(config: Config, int8: nn.Module) -> tuple[str, ...]:
     return without_fast_kernel(int8, config.engine, vnni)
 
 
-def per_layer(config: Config, fused: nn.Module, int8: nn.Module, data: Data) -> tuple[Fidelity, ...]:
+def per_layer(config: Config, int8: quantize.QuantizedModel, data: Data) -> tuple[Fidelity, ...]:
     """The errors of each layer of the INT8 model against FP32, on evaluation images."""
     chosen = target_cpu.spread(len(data.test), config.per_layer.images)
     if "per_layer" in identity.without_effect(config) or not len(chosen):
@@ -66,20 +65,19 @@ def per_layer(config: Config, fused: nn.Module, int8: nn.Module, data: Data) -> 
     size = at_a_time(data.test.shape)
     batches = np.split(chosen, range(size, len(chosen), size))
     images = (images_of(data, data.test.pixels(batch)) for batch in batches)
-    return layer_fidelity(fused, int8, config.flow, config.engine, images)
+    return quantize.layer_fidelity(int8, images)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """All that a run has found. difference: of the fused from the float model; headline: the INT8 variant that the
-    headline metrics and the verdict are of; latency_from: the run that the timings
-    are of, empty where it is this one."""
+    """All that a run has found. difference: of the fused from the float model; narrowed: layers that overflow=layers
+    gave 7 bits; headline: the INT8 variant that the headline metrics and the verdict are of; latency_from: the run that
+    the timings are of, empty where it is this one."""
 
-    qconfig: QConfig
     difference: float
     calibration: Calibration
-    layers: tuple[Layer, ...]
-    qparams: dict[str, QParams]
+    int8: quantize.QuantizedModel
+    narrowed: tuple[quantize.Narrowed, ...]
     saved: Saved
     predictions: Mapping[Variant, Predictions]
     headline: Variant
@@ -94,12 +92,11 @@ def result(
     data: Data,
     fp32: FloatModel,
     found: Measured,
-    int8: nn.Module,
     code: Mapping[str, str],
     folder: Path,
 ) -> Result:
     """The numbers, sentences and files of a run. code: the tags of what it was made of; folder: for the files."""
-    margin = config.dataset["margin"]
+    margin, qconfig, layers, narrowed = config.dataset["margin"], found.int8.qconfig, found.int8.layers, found.narrowed
     predictions = {"fp32": found.predictions[found.saved.first(Precision.fp32)]}
     predictions["int8"] = found.predictions[found.headline]
     measured = {
@@ -114,28 +111,27 @@ def result(
         **metrics.of_target(predictions["fp32"], found.answer, margin),
         **metrics.of_latency(found.timings, found.headline),
         **metrics.of_size(found.saved.float_bytes, found.saved.artifacts, found.headline),
-        **metrics.of_layers(found.layers),
-        Metric.layers_narrowed: float(len(found.calibration.narrowed)),
+        **metrics.of_layers(layers),
+        Metric.layers_narrowed: float(len(narrowed)),
         Metric.fusion_difference: found.difference,
         Metric.calibration_images: float(found.calibration.images),
         Metric.calibration_seconds: found.calibration.seconds,
     }
-    narrowed = found.calibration.narrowed
     written = run_files.written(
-        folder, config, data, predictions, found.qparams, found.layers, found.timings, found.latency_from,
+        folder, config, data, predictions, found.int8.qparams, layers, found.timings, found.latency_from,
         found.saved.artifacts,
     )  # fmt: skip
-    of_layers = run_files.layers_written(folder, config, found.layers, found.fidelity, found.answer.layers, narrowed)
+    of_layers = run_files.layers_written(folder, config, layers, found.fidelity, found.answer.layers, narrowed)
     of_data = run_files.data_tags(config, data, found.calibration.digest)
     return Result(
         metrics=numbers,
-        resolved={"resolved.runtime": found.headline.runtime} | resolved_params(found.qconfig, config, narrowed),
+        resolved={"resolved.runtime": found.headline.runtime} | resolved_params(qconfig, config, narrowed),
         tags={**code, **of_data, **measured, "float_model": fp32.source},
-        verdict=metrics.verdict(predictions["fp32"], found.answer, margin, found.qconfig.overflow),
+        verdict=metrics.verdict(predictions["fp32"], found.answer, margin, qconfig.overflow),
         warnings=(
-            *warnings.general(config, data, found.layers, {**numbers, **measured}),
-            *warnings.of_sums(config, found.qconfig.overflow, found.layers, narrowed, found.answer),
-            *warnings.of_slow_kernels(config, slow_kernels(config, int8)),
+            *warnings.general(config, data, layers, {**numbers, **measured}),
+            *warnings.of_sums(config, qconfig.overflow, layers, narrowed, found.answer),
+            *warnings.of_slow_kernels(config, slow_kernels(config, found.int8.module)),
         ),
         files={**written, **of_layers},
         datasets=run_files.datasets_used(config, data, found.calibration.images),

@@ -29,9 +29,9 @@ from qexp.errors import RunError
 from qexp.latency import shared_timings
 from qexp.models import float_model, inference
 from qexp.pipeline import cache_keys, run_files
-from qexp.quantize.inspection.layer_check import FEW, check_layers
+from qexp.quantize.inspection.layer_check import FEW
 from qexp.quantize.saturation import kernels
-from qexp.records import Artifact, Layer, Precision, QParams, Variant
+from qexp.records import Artifact, Layer, Precision, Variant
 from qexp.runtimes import RUNTIMES, saved_models
 from qexp.runtimes.base import Loaded
 from qexp.system import cache
@@ -59,6 +59,11 @@ def resolved(config: Config) -> QConfig:
     return replace(config.qconfig, overflow=overflow)
 
 
+def spec_of(config: Config) -> quantize.QuantizationSpec:
+    """What the model is quantized with."""
+    return quantize.QuantizationSpec(resolved(config), config.observer, config.engine, config.fusion)
+
+
 def checked_fusion(config: Config, data: Data, fp32: float_model.FloatModel, fused: nn.Module, few: Tensor) -> float:
     """How far the fused model is from the float model, as a share of the largest logit.
 
@@ -74,32 +79,28 @@ def checked_fusion(config: Config, data: Data, fp32: float_model.FloatModel, fus
 
     difference = float(cache.array(cache_folder(config), cache_keys.fusion_key(config, data, fp32.digest), measured)[0])
     if difference > quantize.TOLERANCE:
-        raise RunError(quantize.explained(fp32.module, fused, config.flow, few))
+        raise RunError(quantize.explained(fp32.module, fused, quantize.FLOWS[config.flow], few))
     return difference
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What calibration saw and took, and the layers that it gave 7 bits on one side (see quantize/narrowing.py).
+    """What calibration saw, uint8 [n, 3, H, W], and the seconds that it took. digest: of the images, empty where there
+    were none."""
 
-    digest: of the images, empty where there were none.
-    """
-
-    images: int = 0
+    pixels: np.ndarray
     seconds: float = 0.0
-    narrowed: tuple[quantize.Narrowed, ...] = ()
     digest: str = ""
 
+    @property
+    def images(self) -> int:
+        return len(self.pixels)
 
-def calibrated(
-    prepared: nn.Module, data: Data, config: Config, qconfig: QConfig, float_digest: str
-) -> tuple[nn.Module, Calibration]:
-    """Feed the observers with the drawn training images; with overflow=layers, narrow what can saturate then.
 
-    What calibration sees is kept, for every observer but torch's own histogram.
-    """
-    if "calib" in identity.without_effect(config):
-        return prepared, Calibration()
+def calibrated(prepared: quantize.Prepared, config: Config, data: Data, float_digest: str) -> Calibration:
+    """Feed the observers with the drawn training images; what they see is cached, for all but torch's own histogram."""
+    if not prepared.flow.calibrates:
+        return Calibration(np.empty((0, *data.train.shape), np.uint8))
     chosen = draw(data.train, config.calib)
     pixels = data.train.drawn(chosen)
     if config.calib.batches is not None and len(chosen) < config.calib.batches * config.calib.batch_size:
@@ -123,19 +124,17 @@ def calibrated(
         else:
             depends_on = cache_keys.activations_key(config, data, float_digest)
             quantize.calibrate_once(prepared, batches, as_input, cache_folder(config), depends_on, named)
-    narrowed: tuple[quantize.Narrowed, ...] = ()
-    if qconfig.overflow is Overflow.layers:
-        some = images_of(data, pixels[:SATURATION_IMAGES])
-        prepared, narrowed = quantize.narrow(prepared, config.flow, qconfig, config.engine, config.target, some)
-    return prepared, Calibration(len(pixels), time.perf_counter() - started, narrowed, digest_of(pixels))
+    return Calibration(pixels, time.perf_counter() - started, digest_of(pixels))
 
 
-def checked_layers(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
-    """The same layers; RunError where none of them runs in INT8."""
-    if not any(layer.int8 for layer in layers):
-        reasons = "; ".join(dict.fromkeys(layer.reason for layer in layers if layer.reason))
-        raise RunError(f"no layer runs in INT8{f': {reasons}' if reasons else ''}.")
-    return layers
+def guarded(
+    int8: quantize.QuantizedModel, config: Config, data: Data, calibration: Calibration
+) -> tuple[quantize.QuantizedModel, tuple[quantize.Narrowed, ...]]:
+    """With overflow=layers, the model with 7 bits on one side of each layer whose 16-bit sums saturate on calibration
+    images, and which these are; otherwise the model itself."""
+    if int8.qconfig.overflow is not Overflow.layers or not calibration.images:
+        return int8, ()
+    return quantize.narrow(int8, config.target, images_of(data, calibration.pixels[:SATURATION_IMAGES]))
 
 
 def shipped_size(config: Config, fp32: float_model.FloatModel, few: Tensor) -> int:
@@ -172,26 +171,19 @@ def why_guarded(
     return f"qconfig.overflow=auto is {overflow}: {why}"
 
 
-def checked_int8(
-    config: Config,
-    qconfig: QConfig,
-    fused: nn.Module,
-    prepared: nn.Module,
-    int8: nn.Module,
-    few: Tensor,
-    calibration: Calibration,
-) -> tuple[tuple[Layer, ...], dict[str, QParams]]:
-    """The layers of the converted model and the quantization parameters of its tensors, by name.
+def check_int8(
+    config: Config, int8: quantize.QuantizedModel, narrowed: tuple[quantize.Narrowed, ...], few: Tensor
+) -> None:
+    """Raise RunError where no layer runs in INT8, or one computes another function than in the float model.
 
-    few: the first evaluation images, float32 [n, 3, H, W]. Raises RunError where no layer runs in INT8, or one computes
-    another function than in the float model.
+    narrowed: as from `guarded`; few: the first evaluation images, float32 [n, 3, H, W].
     """
-    qparams = quantize.read_qparams(prepared)
-    layers = checked_layers(quantize.layers(int8, config.flow, config.engine))
-    if said := why_guarded(config, qconfig.overflow, layers, calibration.narrowed):
+    if not any(layer.int8 for layer in int8.layers):
+        reasons = "; ".join(dict.fromkeys(layer.reason for layer in int8.layers if layer.reason))
+        raise RunError(f"no layer runs in INT8{f': {reasons}' if reasons else ''}.")
+    if said := why_guarded(config, int8.qconfig.overflow, int8.layers, narrowed):
         log.info("%s", said)
-    check_layers(fused, int8, config.flow, config.engine, few[:: -(-len(few) // FEW)], qparams)
-    return layers, qparams
+    quantize.check_layers(int8, few[:: -(-len(few) // FEW)])
 
 
 @dataclass(frozen=True)
@@ -261,23 +253,22 @@ def save(
     config: Config,
     data: Data,
     fp32: float_model.FloatModel,
-    fused: nn.Module,
-    int8: nn.Module,
+    int8: quantize.QuantizedModel,
     folder: Path,
-    all_int8: bool,
 ) -> Saved:
     """Write both models for every runtime asked for into `folder`, and read them back."""
     few = first_images(data)
     structures = {
-        Precision.fp32: partial(quantize.sharing_copy, fused),
-        Precision.int8: partial(quantize.skeleton, fused, config.flow, resolved(config), config.engine, few[:2]),
+        Precision.fp32: partial(quantize.sharing_copy, int8.fused),
+        Precision.int8: partial(quantize.blank_copy, int8),
     }
-    in_memory = {Precision.fp32: fused, Precision.int8: int8}
+    in_memory = {Precision.fp32: int8.fused, Precision.int8: int8.module}
     artifacts = saved_models.write(config, fp32.digest, in_memory, few, folder, run_files.images_expected(data))
     # torch.compile takes half a minute, and only the processes that time need it.
     here = [one for one in saved_models.variants(config) if not Runtime(one.runtime).compiles]
     variants = saved_models.read(config, structures, folder, here)
     contents = contents_of(config, fp32.digest, artifacts, variants)
     size = shipped_size(config, fp32, few)
-    key = timing_key(config, data, fp32.digest, int8)
+    key = timing_key(config, data, fp32.digest, int8.module)
+    all_int8 = all(layer.int8 for layer in int8.layers)
     return Saved(artifacts, variants, contents, in_memory, all_int8, size, key)

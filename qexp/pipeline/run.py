@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qexp import quantize
 from qexp.accuracy import target_cpu
 from qexp.config.schema import Config, cache_folder
 from qexp.data.splits import load_data
@@ -17,8 +16,9 @@ from qexp.pipeline import metrics, run_files
 from qexp.pipeline.analyse import Measured, per_layer, result
 from qexp.pipeline.evaluate import predicted
 from qexp.pipeline.measure import timed
-from qexp.pipeline.prepare import calibrated, checked_fusion, checked_int8, first_images, resolved, save
+from qexp.pipeline.prepare import calibrated, check_int8, checked_fusion, first_images, guarded, save, spec_of
 from qexp.pipeline.stages import job_settings
+from qexp.quantize import FLOWS
 from qexp.records import Precision, Result
 
 
@@ -32,41 +32,29 @@ def run_job(config: Config, folder: Path) -> Result:
     with job_settings(config):
         code = run_files.tags(config)  # as it is now, not when the job ends
         data = load_data(config.dataset, cache_folder(config), config.sweep or "")
-        qconfig = resolved(config)
         fp32 = float_model.float_model(
             config.model, config.train, data, config.seed, Path(config.outputs) / "checkpoints", config.compute.threads
         )
-        few = first_images(data)
-        fused = quantize.fuse(fp32.module, config.flow, config.fusion, few[:2])
+        flow, spec, few = FLOWS[config.flow], spec_of(config), first_images(data)
+        fused = flow.fuse(fp32.module, spec, few[:2])
         difference = checked_fusion(config, data, fp32, fused, few)
-        prepared = quantize.prepare(fused, config.flow, qconfig, config.observer, config.engine, few[:2])
-        prepared, calibration = calibrated(prepared, data, config, qconfig, fp32.digest)
+        prepared = flow.prepare(fused, spec, few[:2])
+        calibration = calibrated(prepared, config, data, fp32.digest)
         # Around small steps torch's other threads wait for work by spinning, which takes time from the job beside.
         with protocol.threads(1):
-            int8 = quantize.convert(prepared, config.flow, config.engine)
-            layers, qparams = checked_int8(config, qconfig, fused, prepared, int8, few, calibration)
-            saved = save(config, data, fp32, fused, int8, folder, all_int8=all(layer.int8 for layer in layers))
+            int8 = flow.convert(prepared)
+        int8, narrowed = guarded(int8, config, data, calibration)
+        with protocol.threads(1):
+            check_int8(config, int8, narrowed, few)
+            saved = save(config, data, fp32, int8, folder)
         predictions = predicted(config, data, saved)
         timings, latency_from = timed(config, data, saved, predictions, folder)
         headline = metrics.headline_variant(config, saved.first(Precision.int8), timings)
         # In a sweep another job evaluates meanwhile.
         with protocol.threads(1 if config.sweep else config.compute.threads):
-            fidelity = per_layer(config, fused, int8, data)
-            answer = target_cpu.answer(
-                config, qconfig, data, prepared, int8, predictions[headline], saved.executed(Precision.int8)
-            )
+            fidelity = per_layer(config, int8, data)
+            answer = target_cpu.answer(config, data, int8, predictions[headline], saved.executed(Precision.int8))
     measured = Measured(
-        qconfig,
-        difference,
-        calibration,
-        layers,
-        qparams,
-        saved,
-        predictions,
-        headline,
-        timings,
-        latency_from,
-        fidelity,
-        answer,
+        difference, calibration, int8, narrowed, saved, predictions, headline, timings, latency_from, fidelity, answer
     )
-    return result(config, data, fp32, measured, int8, code, folder)
+    return result(config, data, fp32, measured, code, folder)

@@ -8,11 +8,11 @@ from typing import Any
 
 from qexp import quantize
 from qexp.accuracy.target_cpu import Answer
-from qexp.config.schema import Config, Engine, Flow, Overflow, Scheme, Target
+from qexp.config.schema import Config, Engine, Overflow, Scheme, Target
 from qexp.data.splits import Data
 from qexp.metrics import Metric
 from qexp.pipeline.metrics import instead_of
-from qexp.quantize import Narrowed, supported
+from qexp.quantize import FLOWS, Narrowed, supported
 from qexp.quantize.saturation import kernels
 from qexp.records import AccuracySource, Layer, RunWarning, Saturation, WarningCode
 
@@ -68,7 +68,7 @@ def general(config: Config, data: Data, layers: tuple[Layer, ...], found: Mappin
     """Warnings beside those of sums and kernels. found: the run's metrics and tags."""
     if config.dataset["_target_"] == "qexp.data.builtin.digits":
         yield RunWarning(WarningCode.data_set_for_trying, {"images": len(data.test)})
-    if config.flow is Flow.dynamic and config.engine is Engine.onednn:
+    if not FLOWS[config.flow].calibrates and config.engine is Engine.onednn:
         yield RunWarning(WarningCode.one_model_a_thread)
     if found.get("latency_valid") == "false":
         yield RunWarning(WarningCode.timing_untrusted)
@@ -85,5 +85,5 @@ def general(config: Config, data: Data, layers: tuple[Layer, ...], found: Mappin
             WarningCode.layers_in_fp32, {"layers": tuple(layer.name for layer in left), "reasons": reasons}
         )
     norms = sum(layer.kind == "batchnorm" for layer in layers)
-    if norms and config.flow is not Flow.dynamic:
+    if norms and FLOWS[config.flow].folds_batchnorm:
         yield RunWarning(WarningCode.batchnorm_left, {"count": norms})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from qexp import quantize
 from qexp.config import code_digest, conversion
-from qexp.config.schema import Config, Overflow, cache_folder
+from qexp.config.schema import Config, cache_folder
 from qexp.models import float_model
 from qexp.quantize.saturation import kernels
 from qexp.records import Artifact, Precision, Variant
@@ -113,12 +112,12 @@ def structures(config: Config, folder: Path) -> dict[Precision, Structure]:
     images = json.loads((folder / "model" / "images.json").read_text())
     module = float_model.build(config.model, images["classes"], config.seed)
     example = torch.zeros(2, *images["shape"])
-    fused = quantize.fuse(module, config.flow, config.fusion, example)
-    # A narrowed grid is in the state, not in the structure.
-    plain = replace(config.qconfig, overflow=Overflow.none)
+    flow = quantize.FLOWS[config.flow]
+    spec = quantize.QuantizationSpec(config.qconfig, config.observer, config.engine, config.fusion)
+    fused = flow.fuse(module, spec, example)
     return {
         Precision.fp32: partial(quantize.sharing_copy, fused),
-        Precision.int8: partial(quantize.skeleton, fused, config.flow, plain, config.engine, example),
+        Precision.int8: partial(quantize.skeleton, fused, flow, spec, example),
     }
 
 

@@ -52,7 +52,6 @@ def test_neither_torch_nor_mlflow_is_imported_for_the_configuration() -> None:
 
 def test_every_observer_has_an_entry_in_the_table_of_parameters() -> None:
     assert set(schema.OBSERVER_PARAMETERS) == set(schema.ActivationObserver)
-    assert set(identity.NO_EFFECT) == set(schema.Flow)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from qexp.config.schema import (
     Activation,
     ActivationObserver,
+    Engine,
+    Flow,
     Granularity,
     Observer,
     Overflow,
@@ -18,6 +20,7 @@ from qexp.config.schema import (
     Weight,
     WeightObserver,
 )
+from qexp.quantize import FLOWS, Prepared, QuantizationSpec, QuantizedModel
 
 MINMAX = Observer(ActivationObserver.minmax)
 RECORDED = {
@@ -45,6 +48,19 @@ def settings(
         overflow=Overflow(overflow),
         range_after_clamp=range_after_clamp,
     )
+
+
+def spec(
+    qconfig: QConfig | None = None, observer: Observer = MINMAX, engine: Engine = Engine.x86, fusion: bool = True
+) -> QuantizationSpec:
+    return QuantizationSpec(qconfig or settings(), observer, engine, fusion)
+
+
+def assembled(
+    fused: nn.Module, int8: nn.Module, flow: Flow, engine: Engine = Engine.x86, prepared: nn.Module | None = None
+) -> QuantizedModel:
+    """A quantized model of these parts; without a prepared one, nothing is known of its tensors' parameters."""
+    return QuantizedModel(Prepared(FLOWS[flow], spec(engine=engine), fused, prepared or fused), int8)
 
 
 def images(count: int = 8, seed: int = 0, size: int = 16) -> Tensor:

@@ -26,11 +26,12 @@ from qexp.metrics import Metric
 from qexp.models import architectures, inference
 from qexp.pipeline import measure, prepare
 from qexp.pipeline.run import run_job
+from qexp.quantize import FLOWS
 from qexp.records import Precision, Result, Variant
 from qexp.runtimes import saved_models
 from qexp.system import cache
 from tests.helpers.jobs import TIMED
-from tests.helpers.quantizable import images, trained
+from tests.helpers.quantizable import images, spec, trained
 
 Composed = Callable[..., Config]
 Run = Callable[..., Result]
@@ -151,11 +152,11 @@ def data(composed: Composed, tmp_path: Path) -> Data:
 def converted(config: Config, net: nn.Module) -> nn.Module:
     """The INT8 model that a run with these settings would make of `net`, calibrated on noise."""
     qconfig = replace(config.qconfig, overflow=prepare.resolved(config).overflow)
-    fused = quantize.fuse(net, config.flow, config.fusion, TWO)
-    prepared = quantize.prepare(fused, config.flow, qconfig, config.observer, config.engine, TWO)
+    fused = FLOWS[config.flow].fuse(net, spec(fusion=config.fusion), TWO)
+    prepared = FLOWS[config.flow].prepare(fused, spec(qconfig, config.observer, config.engine), TWO)
     with quantize.engine(config.engine):
         quantize.calibrate(prepared, images(4 * (config.calib.batches or 1), seed=config.calib.seed).split(4))
-    return quantize.convert(prepared, config.flow, config.engine)
+    return FLOWS[config.flow].convert(prepared).module
 
 
 @pytest.fixture
@@ -368,7 +369,7 @@ def test_models_that_share_a_timing_have_the_same_speedup(composed: Composed) ->
         assert len({quantize.executed(model, engine, image) for model in models.values()}) == 1
         with quantize.engine(engine), latency.threads(1):
             fp32, *timings = latency.time_side_by_side(
-                {"fp32": quantize.fuse(net, Flow.eager, True, image), **models},
+                {"fp32": FLOWS[Flow.eager].fuse(net, spec(), image), **models},
                 images(8, size=32),
                 replace(configs[0].latency, seconds=3),
             )

@@ -15,13 +15,13 @@ from qexp.accuracy import target_cpu
 from qexp.config.schema import Config, Engine, Flow, Overflow, Scheme
 from qexp.metrics import Metric
 from qexp.pipeline import analyse, metrics, prepare, warnings
-from qexp.quantize import Narrowed, Side
+from qexp.quantize import FLOWS, Narrowed, Side
 from qexp.quantize.saturation import emulation, kernels
 from qexp.quantize.saturation.kernels import KernelSignature, Probe
 from qexp.quantize.torch_backend.slow_depthwise import without_fast_kernel
 from qexp.records import AccuracySource, Layer, Predictions, Saturation
 from qexp.report import sentences
-from tests.helpers.quantizable import MINMAX, Chain, images, settings, trained
+from tests.helpers.quantizable import Chain, images, settings, spec, trained
 
 Composed = Callable[..., Config]
 DENSE = (Layer("conv", "conv", True), Layer("fc", "linear", True))
@@ -181,11 +181,9 @@ SLOW = {
 def test_depthwise_convolutions_without_a_fast_kernel_are_named(composed: Composed) -> None:
     net = trained(nn.Sequential(nn.Conv2d(3, 104, 1), *FAST.values(), *SLOW.values()))
     example = images(2, size=32)
-    prepared = quantize.prepare(
-        quantize.fuse(net, Flow.fx, True, example), Flow.fx, settings(), MINMAX, Engine.x86, example
-    )
+    prepared = FLOWS[Flow.fx].prepare(FLOWS[Flow.fx].fuse(net, spec(), example), spec(), example)
     quantize.calibrate(prepared, [example])
-    int8 = quantize.convert(prepared, Flow.fx, Engine.x86)
+    int8 = FLOWS[Flow.fx].convert(prepared).module
     names = {f"{1 + i}": name for i, name in enumerate([*FAST, *SLOW])}
 
     def slow(engine: Engine, vnni: bool) -> list[str]:
@@ -206,10 +204,10 @@ def test_depthwise_convolutions_without_a_fast_kernel_are_named(composed: Compos
 @pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
 def test_the_largest_code_that_a_layer_got_is_kept(flow: Flow) -> None:
     net, seen, wider = trained(Chain()), images(8), images(8, seed=1) * 1.5
-    fused = quantize.fuse(net, flow, True, seen)
-    prepared = quantize.prepare(fused, flow, settings(overflow="activations"), MINMAX, Engine.x86, seen)
+    fused = FLOWS[flow].fuse(net, spec(), seen)
+    prepared = FLOWS[flow].prepare(fused, spec(settings(overflow="activations")), seen)
     quantize.calibrate(prepared, [seen])
-    int8, exact = quantize.convert(prepared, flow, Engine.x86), quantize.exact(prepared, flow)
+    int8, exact = FLOWS[flow].convert(prepared).module, quantize.exact(prepared)
     got: dict[str, int] = {}
 
     def watch(name: str, module: nn.Module) -> None:
@@ -249,11 +247,11 @@ def test_the_bits_of_activations_are_those_that_are_executed(
         "resolved.narrowed_activations": str(len(some)),
     }
     qconfig = settings(activation_bits=bits, overflow=guard)
-    prepared = quantize.prepare(quantize.fuse(trained(Chain()), Flow.fx, True, images(2)), Flow.fx, qconfig, MINMAX,
-                                Engine.x86, images(2))  # fmt: skip
+    fused = FLOWS[Flow.fx].fuse(trained(Chain()), spec(), images(2))
+    prepared = FLOWS[Flow.fx].prepare(fused, spec(qconfig), images(2))
     quantize.calibrate(prepared, [images(8)])
     # And they are: beyond what calibration saw, codes go on to the end that is told.
-    int8, seen = quantize.convert(prepared, Flow.fx, Engine.x86), list[int]()
+    int8, seen = FLOWS[Flow.fx].convert(prepared).module, list[int]()
     int8.get_submodule("features.0").register_forward_hook(
         lambda m, given, output: seen.append(output.int_repr().max())
     )

@@ -14,19 +14,20 @@ from torch import Tensor
 from qexp import quantize
 from qexp.config.schema import Engine, Flow
 from qexp.errors import InputError
+from qexp.quantize import FLOWS
 from qexp.quantize.inspection.layer_check import FEW, check_layers
 from tests.helpers.fake_quantized import FakeQuantized
 from tests.helpers.networks import CLASSES, NETWORKS, built, images
-from tests.helpers.quantizable import MINMAX, settings
+from tests.helpers.quantizable import assembled, settings, spec
 
-FLOWS = (Flow.fx, Flow.eager)
+BOTH = (Flow.fx, Flow.eager)
 
 
 def cases(refused: bool, *engines: Engine) -> list[tuple[str, Flow, Engine]]:
     return [
         (name, flow, engine)
         for name, network in NETWORKS.items()
-        for flow in FLOWS
+        for flow in BOTH
         for engine in engines
         if bool(network.refused(flow, engine)) is refused
     ]
@@ -59,16 +60,16 @@ def check(name: str, flow: Flow, engine: Engine, weight_bits: int = 8) -> None:
     calibration, batch = images(32, seed=1), images(48)
     with torch.inference_mode():
         expected = net(batch)
-    fused = quantize.fuse(net, flow, True, calibration)
+    fused = FLOWS[flow].fuse(net, spec(), calibration)
     assert quantize.fusion_difference(net, fused, batch) < 1e-4
-    prepared = quantize.prepare(fused, flow, qconfig, MINMAX, engine, calibration)
+    prepared = FLOWS[flow].prepare(fused, spec(qconfig, engine=engine), calibration)
     quantize.calibrate(prepared, calibration.split(16))
-    converted = quantize.convert(prepared, flow, engine)
-    check_layers(fused, converted, flow, engine, batch[:FEW])
+    converted = FLOWS[flow].convert(prepared).module
+    check_layers(assembled(fused, converted, flow, engine), batch[:FEW])
     with torch.inference_mode(), quantize.engine(engine):
         int8 = converted(batch)
 
-    reference, common = FakeQuantized(prepared, weight_bits)(batch), expected.mean(dim=0)
+    reference, common = FakeQuantized(prepared.module, weight_bits)(batch), expected.mean(dim=0)
     signal = expected - common
     assert sqnr_db(signal, int8 - expected) > sqnr_db(signal, reference - expected) - 1.5
     assert sqnr_db(signal, int8 - reference) > 15
@@ -84,7 +85,7 @@ def test_int8_answers_what_rounding_alone_makes_of_the_float_model(name: str, fl
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "flow", "engine"), cases(False, Engine.x86, Engine.onednn, Engine.fbgemm))
 def test_it_does_on_every_engine_with_sums_that_fit_into_16_bits(name: str, flow: Flow, engine: Engine) -> None:
-    quantize.dry_run(built(name), flow, True, settings(weight_bits=7), MINMAX, engine, images(4))
+    quantize.dry_run(built(name), FLOWS[flow], spec(settings(weight_bits=7), engine=engine), images(4))
     check(name, flow, engine, weight_bits=7)
 
 
@@ -93,7 +94,7 @@ def test_what_a_flow_can_not_do_is_refused_in_a_sentence(
     name: str, flow: Flow, engine: Engine, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(InputError) as caught:
-        quantize.dry_run(built(name), flow, True, settings(), MINMAX, engine, images(4))
+        quantize.dry_run(built(name), FLOWS[flow], spec(engine=engine), images(4))
     sentence = str(caught.value)
     for words in (f"flow={flow.value}", *NETWORKS[name].refused(flow, engine)):
         assert words in sentence

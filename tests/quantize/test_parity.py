@@ -29,7 +29,8 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from qexp import quantize
 from qexp.config.schema import ActivationObserver, Engine, Flow, Observer, QConfig
 from qexp.models import architectures
-from tests.helpers.quantizable import MINMAX, Plain, images, settings, trained
+from qexp.quantize import FLOWS
+from tests.helpers.quantizable import MINMAX, Plain, images, settings, spec, trained
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.ao.quantization is deprecated", "ignore:Please use quant_min and quant_max"
@@ -81,10 +82,10 @@ def directly_fx(net: nn.Module, mapping: QConfigMapping, engine: str) -> Tensor:
 
 def by_qexp(net: nn.Module, flow: Flow, qconfig: QConfig, observer: Observer, engine: str) -> Tensor:
     name, example = Engine(engine), TEST_IMAGES[:2]
-    fused = quantize.fuse(net, flow, True, example)
-    prepared = quantize.prepare(fused, flow, qconfig, observer, name, example)
+    fused = FLOWS[flow].fuse(net, spec(), example)
+    prepared = FLOWS[flow].prepare(fused, spec(qconfig, observer, name), example)
     quantize.calibrate(prepared, BATCHES)
-    converted = quantize.convert(prepared, flow, name)
+    converted = FLOWS[flow].convert(prepared).module
     with quantize.engine(name), torch.inference_mode():
         return converted(TEST_IMAGES)
 

@@ -12,7 +12,8 @@ from qexp.config import schema
 from qexp.config.composition import CONF
 from qexp.config.schema import Engine, Flow
 from qexp.models import float_model
-from qexp.pipeline.prepare import resolved
+from qexp.pipeline.prepare import resolved, spec_of
+from qexp.quantize import FLOWS, QuantizationSpec
 
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "custom")
 SIZES = [32, 224]  # of the data sets that are shipped, and of the README's folder of images
@@ -28,12 +29,10 @@ def test_every_model_takes_every_data_set(
     config = composed(f"model={model}", f"flow={flow.value}")
     module = float_model.check_model(config.model, 10, (3, size, size))
     example = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    quantize.dry_run(module, flow, True, resolved(config), config.observer, Engine.x86, example)
+    quantize.dry_run(module, FLOWS[flow], QuantizationSpec(resolved(config), config.observer, Engine.x86), example)
 
 
 def test_a_shipped_model_that_was_refused_is_taken(composed: Callable[..., schema.Config]) -> None:
     config = composed("model=shufflenet_v2")
     module = float_model.check_model(config.model, 10, (3, 32, 32))
-    quantize.dry_run(
-        module, config.flow, True, resolved(config), config.observer, config.engine, torch.ones(1, 3, 32, 32)
-    )
+    quantize.dry_run(module, FLOWS[config.flow], spec_of(config), torch.ones(1, 3, 32, 32))

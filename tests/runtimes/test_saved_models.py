@@ -22,12 +22,13 @@ from qexp.errors import RunError
 from qexp.latency.protocol import threads
 from qexp.models import architectures
 from qexp.models.inference import BLOCK_BATCHES, blocks, predict
+from qexp.quantize import FLOWS
 from qexp.quantize.torch_backend.deprecations import known_deprecations_silenced
 from qexp.records import Precision
 from qexp.runtimes import RUNTIMES
 from qexp.runtimes.base import Loaded, agree
 from tests.helpers import ROOT
-from tests.helpers.quantizable import MINMAX, Plain, images, settings, trained
+from tests.helpers.quantizable import Plain, images, settings, spec, trained
 
 EAGER = RUNTIMES[Runtime.eager]
 TORCHSCRIPT = RUNTIMES[Runtime.torchscript]
@@ -42,14 +43,14 @@ def float_net(flow: Flow) -> nn.Module:
 
 
 def int8_of(net: nn.Module, flow: Flow, engine: Engine, qconfig: QConfig = QCONFIG) -> nn.Module:
-    prepared = quantize.prepare(quantize.fuse(net, flow, True, TWO), flow, qconfig, MINMAX, engine, TWO)
+    prepared = FLOWS[flow].prepare(FLOWS[flow].fuse(net, spec(), TWO), spec(qconfig, engine=engine), TWO)
     if flow is not Flow.dynamic:
         quantize.calibrate(prepared, images(16, seed=3).split(8))
-    return quantize.convert(prepared, flow, engine)
+    return FLOWS[flow].convert(prepared).module
 
 
 def blank(net: nn.Module, flow: Flow, engine: Engine) -> nn.Module:
-    return quantize.skeleton(quantize.fuse(net, flow, True, TWO), flow, QCONFIG, engine, TWO)
+    return quantize.skeleton(FLOWS[flow].fuse(net, spec(), TWO), FLOWS[flow], spec(QCONFIG, engine=engine), TWO)
 
 
 def run(net: nn.Module | Loaded, engine: Engine, batch: Tensor) -> Tensor:
@@ -115,11 +116,11 @@ def test_torchscript_holds_what_a_trace_of_the_model_itself_does(flow: Flow | st
 @pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
 def test_fp32_runtimes_agree_with_the_float_model(flow: Flow, tmp_path: Path) -> None:
     net, batch = float_net(flow), images(32, seed=1)
-    fused = quantize.fuse(net, flow, True, TWO)
+    fused = FLOWS[flow].fuse(net, spec(), TWO)
     saved = EAGER.export(fused, TWO, tmp_path / "model.pt")
     variants = [
-        EAGER.load(saved, lambda: quantize.fuse(float_net(flow), flow, True, TWO), None),
-        CHANNELS_LAST.load(saved, lambda: quantize.fuse(float_net(flow), flow, True, TWO), None),
+        EAGER.load(saved, lambda: FLOWS[flow].fuse(float_net(flow), spec(), TWO), None),
+        CHANNELS_LAST.load(saved, lambda: FLOWS[flow].fuse(float_net(flow), spec(), TWO), None),
         TORCHSCRIPT.load(TORCHSCRIPT.export(fused, TWO, tmp_path / "model.ts"), nn.Identity, None),
     ]
     expected = net(batch).numpy()
@@ -131,19 +132,19 @@ def test_fp32_runtimes_agree_with_the_float_model(flow: Flow, tmp_path: Path) ->
 
 @pytest.mark.parametrize("flow", list(Flow))
 def test_steps_share_the_weights_of_the_fused_model_and_leave_them_as_they_are(flow: Flow, tmp_path: Path) -> None:
-    fused = quantize.fuse(float_net(flow), flow, True, TWO)
+    fused = FLOWS[flow].fuse(float_net(flow), spec(), TWO)
     before = {name: value.clone() for name, value in fused.state_dict().items()}
-    prepared = quantize.prepare(fused, flow, QCONFIG, MINMAX, Engine.x86, TWO)
+    prepared = FLOWS[flow].prepare(fused, spec(QCONFIG), TWO)
     own = {id(parameter) for parameter in fused.parameters()}
-    assert all(id(parameter) in own for parameter in prepared.parameters())
+    assert all(id(parameter) in own for parameter in prepared.module.parameters())
     if flow is not Flow.dynamic:
         quantize.calibrate(prepared, [images(8)])
-    quantize.convert(prepared, flow, Engine.x86)
+    FLOWS[flow].convert(prepared)
     # Of flow=dynamic, layers stay in FP32, and are read from the file of a model with other weights.
     other = trained(Plain() if flow is Flow.fx else architectures.tiny(), seed=9)
     saved = EAGER.export(int8_of(other, flow, Engine.x86), TWO, tmp_path / "model.pt")
-    EAGER.load(saved, lambda: quantize.skeleton(fused, flow, QCONFIG, Engine.x86, TWO), Engine.x86)
-    saved = EAGER.export(quantize.fuse(other, flow, True, TWO), TWO, tmp_path / "fp32.pt")
+    EAGER.load(saved, lambda: quantize.skeleton(fused, FLOWS[flow], spec(QCONFIG), TWO), Engine.x86)
+    saved = EAGER.export(FLOWS[flow].fuse(other, spec(), TWO), TWO, tmp_path / "fp32.pt")
     CHANNELS_LAST.load(saved, lambda: quantize.sharing_copy(fused), None)
     for name, value in fused.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -216,7 +217,7 @@ def test_a_fresh_process_gives_the_same_int8_logits(tmp_path: Path) -> None:
 import sys, torch
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
-from tests.helpers.quantizable import settings, trained
+from tests.helpers.quantizable import settings, spec, trained
 from qexp import quantize
 from qexp.models import architectures
 from qexp.config.schema import Engine, Flow
@@ -224,8 +225,9 @@ from qexp.runtimes import RUNTIMES
 from torch import nn
 folder = Path(sys.argv[1])
 images, expected = torch.load(folder / "expected.pt")
-fused = quantize.fuse(architectures.tiny(), Flow.eager, True, images)
-skeleton = quantize.skeleton(fused, Flow.eager, settings(overflow="weights"), Engine.x86, images)
+flow, guarded = quantize.FLOWS[Flow.eager], spec(settings(overflow="weights"))
+fused = flow.fuse(architectures.tiny(), guarded, images)
+skeleton = quantize.skeleton(fused, flow, guarded, images)
 with quantize.engine(Engine.x86):
     assert torch.equal(RUNTIMES["eager"].load(folder / "model.pt", lambda: skeleton, Engine.x86)(images), expected)
     assert torch.equal(RUNTIMES["torchscript"].load(folder / "model.ts", nn.Identity, Engine.x86)(images), expected)

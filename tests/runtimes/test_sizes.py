@@ -14,9 +14,10 @@ from qexp import quantize
 from qexp.config.schema import Config, Engine, Flow, Runtime
 from qexp.metrics import Metric
 from qexp.pipeline import checks, run
+from qexp.quantize import FLOWS
 from qexp.runtimes import RUNTIMES
 from qexp.runtimes.saved_models import float_size
-from tests.helpers.quantizable import MINMAX, images, settings, trained
+from tests.helpers.quantizable import images, spec, trained
 
 EAGER = RUNTIMES[Runtime.eager]
 TWO = images(2)
@@ -69,12 +70,12 @@ def test_masks_of_pruning_are_not_shipped(tmp_path: Path) -> None:
 @pytest.mark.parametrize("flow", list(Flow))
 def test_what_layers_share_is_saved_once_and_read_back_bit_for_bit(flow: Flow, norm: bool, tmp_path: Path) -> None:
     net = trained(Again(norm=norm))
-    fused = quantize.fuse(net, flow, True, TWO)
-    prepared = quantize.prepare(fused, flow, settings(), MINMAX, Engine.qnnpack, TWO)
+    fused = FLOWS[flow].fuse(net, spec(), TWO)
+    prepared = FLOWS[flow].prepare(fused, spec(engine=Engine.qnnpack), TWO)
     if flow is not Flow.dynamic:
         quantize.calibrate(prepared, [images(8)])
-    int8 = quantize.convert(prepared, flow, Engine.qnnpack)
-    skeleton = quantize.skeleton(fused, flow, settings(), Engine.qnnpack, TWO)
+    int8 = FLOWS[flow].convert(prepared).module
+    skeleton = quantize.skeleton(fused, FLOWS[flow], spec(engine=Engine.qnnpack), TWO)
     with quantize.engine(Engine.qnnpack):
         path = EAGER.export(int8, TWO, tmp_path / "int8.pt")
         loaded = EAGER.load(path, lambda: skeleton, Engine.qnnpack)
@@ -82,7 +83,7 @@ def test_what_layers_share_is_saved_once_and_read_back_bit_for_bit(flow: Flow, n
             assert torch.equal(loaded(TWO), int8(TWO))
     assert EAGER.export(fused, TWO, tmp_path / "fp32.pt").stat().st_size < 1.05 * own_size(net, tmp_path)
     convolution, linear = WEIGHTS * (4 if flow is Flow.dynamic else 1), 64 * 64
-    layers = sum(layer.kind != "batchnorm" for layer in quantize.layers(int8, flow, Engine.qnnpack))
+    layers = sum(layer.kind != "batchnorm" for layer in quantize.layers(int8, FLOWS[flow], Engine.qnnpack))
     assert 1 < path.stat().st_size / (convolution + linear) < 1.5
     if flow is Flow.fx:
         assert layers == 1 + CALLS + 3

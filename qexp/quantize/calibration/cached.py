@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from qexp.quantize.calibration.observers import observers
 from qexp.quantize.calibration.passes import calibrate
 from qexp.quantize.calibration.recorder import Recorder
+from qexp.quantize.calibration.recording_observer import RecordingObserver
 from qexp.quantize.calibration.tensor_statistics import TensorStats
+from qexp.quantize.flow import Prepared
 from qexp.quantize.graph.tensor_names import tensor_names
 from qexp.system import cache
 
 
 def calibrate_once(
-    prepared: nn.Module,
+    prepared: Prepared,
     batches: Sequence[np.ndarray],
     as_input: Callable[[np.ndarray], Tensor],
     folder: Path | None,
@@ -36,8 +38,8 @@ def calibrate_once(
     activations depend on beside the batches and the places where they are recorded: model, flow, normalisation, what
     executes it.
     """
-    recorders = _recorders(prepared)
-    keys = _keys(batches, f"{depends_on} {_sites(prepared, recorders)}")
+    recorders = _recorders(prepared.module)
+    keys = _keys(batches, f"{depends_on} {_sites(prepared.module, recorders)}")
 
     def make() -> dict[str, np.ndarray]:
         done = 0
@@ -54,20 +56,20 @@ def calibrate_once(
     _resume(recorders, cache.arrays(folder, keys[-1], make))
 
 
-def _recorders(prepared: nn.Module) -> list[Recorder]:
+def _recorders(module: nn.Module) -> list[Recorder]:
     """Each once, where several tensors share one."""
-    found = {id(observer): observer for observer in observers(prepared).values() if isinstance(observer, Recorder)}
-    return list(found.values())
+    recording = [one for one in observers(module).values() if isinstance(one, RecordingObserver)]
+    return list({id(one.recorder): one.recorder for one in recording}.values())
 
 
-def _sites(prepared: nn.Module, recorders: list[Recorder]) -> str:
+def _sites(module: nn.Module, recorders: list[Recorder]) -> str:
     """Which tensors are recorded, where together, and what they are clamped to before."""
-    names, index = tensor_names(prepared), {id(recorder): i for i, recorder in enumerate(recorders)}
+    names, index = tensor_names(module), {id(recorder): i for i, recorder in enumerate(recorders)}
     return repr(
         [
-            (name, names.get(name), index[id(observer)], list(observer._forward_pre_hooks.values()))
-            for name, observer in observers(prepared).items()
-            if id(observer) in index
+            (name, names.get(name), index[id(observer.recorder)], list(observer._forward_pre_hooks.values()))
+            for name, observer in observers(module).items()
+            if isinstance(observer, RecordingObserver)
         ]
     )
 

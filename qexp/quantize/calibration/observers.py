@@ -21,7 +21,7 @@ from qexp.config.schema import ActivationObserver, Granularity, Observer, QConfi
 from qexp.quantize.calibration.grid import HIGHEST, Grid, Side, grid, highest_activation
 from qexp.quantize.calibration.histogram import statistics
 from qexp.quantize.calibration.ranges import range_mse, range_mse_rows
-from qexp.quantize.calibration.recorder import Recorder, destination
+from qexp.quantize.calibration.recording_observer import RecordingObserver, destination
 from qexp.records import QParams
 
 _TENSOR_SCHEME = {Scheme.symmetric: torch.per_tensor_symmetric, Scheme.asymmetric: torch.per_tensor_affine}
@@ -35,7 +35,7 @@ def _bounds(grid: Grid) -> dict[str, int]:
 
 
 def activation_observer(qconfig: QConfig, observer: Observer) -> Any:
-    """A constructor of the observer for activations (quint8, per tensor): a recorder, or torch's own histogram."""
+    """A constructor of the observer for activations (quint8, per tensor): a recording one, or torch's own histogram."""
     keywords: dict[str, Any] = {
         "dtype": torch.quint8,
         "qscheme": _TENSOR_SCHEME[qconfig.activation.scheme],
@@ -43,13 +43,13 @@ def activation_observer(qconfig: QConfig, observer: Observer) -> Any:
     }
     highest = highest_activation(qconfig)
     if observer.name is not ActivationObserver.histogram:
-        return Recorder.with_args(observer=observer, highest=highest, **keywords)
+        return RecordingObserver.with_args(observer=observer, highest=highest, **keywords)
     bins = {} if observer.bins is None else {"bins": observer.bins}
     return Histogram.with_args(highest=highest, **bins, **keywords)
 
 
 class Histogram(HistogramObserver):
-    """torch's own; highest: as of a Recorder."""
+    """torch's own; highest: as of a RecordingObserver."""
 
     def __init__(self, highest: int = HIGHEST, **keywords: Any) -> None:
         super().__init__(**keywords)
@@ -58,10 +58,8 @@ class Histogram(HistogramObserver):
 
 def highest_observed(prepared: nn.Module) -> int:
     """The largest code of an activation that is let through once the model is converted."""
-    found = [
-        observer.highest for observer in observers(prepared).values() if isinstance(observer, Recorder | Histogram)
-    ]
-    return min(found, default=HIGHEST)
+    found = [one for one in observers(prepared).values() if isinstance(one, RecordingObserver | Histogram)]
+    return min((observer.highest for observer in found), default=HIGHEST)
 
 
 def fix_fewer_levels(prepared: nn.Module, highest: int) -> None:
@@ -150,15 +148,15 @@ def records_range(observer: nn.Module) -> bool:
 
 def is_fed(observer: Any) -> bool:
     """Whether an observer that records a range has seen any value."""
-    if isinstance(observer, Recorder):
-        return observer.fed
+    if isinstance(observer, RecordingObserver):
+        return observer.recorder.fed
     return bool(observer.min_val.numel()) and float(observer.min_val.min()) != math.inf
 
 
 def is_finite(observer: Any) -> bool:
     """Whether what an observer that was fed has seen is without NaN and infinity."""
-    if isinstance(observer, Recorder):
-        return observer.finite
+    if isinstance(observer, RecordingObserver):
+        return observer.recorder.finite
     return bool(observer.min_val.isfinite().all() and observer.max_val.isfinite().all())
 
 

@@ -12,14 +12,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from qexp.errors import NotFinite, RunError
 from qexp.quantize.calibration.observers import is_fed, is_finite, observers, records_range
-from qexp.quantize.calibration.recorder import Recorder
+from qexp.quantize.calibration.recording_observer import RecordingObserver
+from qexp.quantize.flow import Prepared
 from qexp.quantize.graph.hooks import attached
 from qexp.quantize.graph.tensor_names import tensor_names
 from qexp.system import lock
 
 
 def calibrate(
-    prepared: nn.Module,
+    prepared: Prepared,
     batches: Sequence[Any],
     named: Callable[[int], str] = "calibration image {}".format,
     as_input: Callable[[Any], Tensor] = lambda batch: batch,
@@ -30,11 +31,12 @@ def calibrate(
     [n, 3, H, W]. Raises NotFinite where an observer saw NaN or infinity, RunError where one saw nothing at all or where
     a BatchNorm's statistics moved.
     """
-    before = _batchnorm_state(prepared)
-    recording = {name: observer for name, observer in observers(prepared).items() if records_range(observer)}
+    module = prepared.module
+    before = _batchnorm_state(module)
+    recording = {name: observer for name, observer in observers(module).items() if records_range(observer)}
     images = 0
     # torch's histogram leaves out a tensor that holds infinity, with a warning; others keep what they see.
-    own = {name: observer for name, observer in recording.items() if not isinstance(observer, Recorder)}
+    own = {name: observer for name, observer in recording.items() if not isinstance(observer, RecordingObserver)}
     with torch.inference_mode(), _stopping_at_infinity(own):
         for inputs in map(as_input, batches):
             if not inputs.isfinite().all():
@@ -43,16 +45,16 @@ def calibrate(
                 )
             try:
                 with lock.computing():
-                    prepared(inputs)
+                    module(inputs)
             except _Infinite as stop:
-                _refuse_not_finite(prepared, map(as_input, batches), named, [stop.args[0]])
+                _refuse_not_finite(module, map(as_input, batches), named, [stop.args[0]])
             images += len(inputs)
     if images == 0:
         raise RunError("calib: there were no calibration images, so no range is known")
     if broken := [name for name, observer in recording.items() if is_fed(observer) and not is_finite(observer)]:
-        _refuse_not_finite(prepared, map(as_input, batches), named, broken)
-    _refuse_unfed(prepared, recording)
-    for name, state in _batchnorm_state(prepared).items():
+        _refuse_not_finite(module, map(as_input, batches), named, broken)
+    _refuse_unfed(module, recording)
+    for name, state in _batchnorm_state(module).items():
         if not torch.equal(state, before[name]):
             raise RunError(f"calibration changed the statistics of BatchNorm {name}: the model is not in eval mode")
     return images

@@ -1,1 +1,11 @@
-"""The ways to quantize a model: one file each."""
+"""The ways to quantize a model, a file each, and `FLOWS`, where each is found by its name."""
+
+from __future__ import annotations
+
+from qexp.config import schema
+from qexp.quantize.flow import Flow
+from qexp.quantize.flows.dynamic import DynamicFlow
+from qexp.quantize.flows.eager import EagerFlow
+from qexp.quantize.flows.fx import FxFlow
+
+FLOWS: dict[schema.Flow, Flow] = {flow.name: flow for flow in (EagerFlow(), FxFlow(), DynamicFlow())}

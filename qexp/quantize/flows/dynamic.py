@@ -7,33 +7,50 @@ linear layer; qnnpack, whose sums are exact, keeps 8), so that nothing overflows
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.ao.quantization import QConfig as TorchQConfig
 from torch.ao.quantization import quantize_dynamic
 from torch.ao.quantization.observer import default_dynamic_quant_observer
 
-from qexp.config.schema import Overflow, QConfig
+from qexp.config import schema
+from qexp.config.schema import Overflow
 from qexp.quantize.calibration.observers import weight_observer
-from qexp.quantize.graph.copies import by_modules, each_once, sharing_copy
+from qexp.quantize.flow import Flow, Prepared, QuantizationSpec, QuantizedModel
+from qexp.quantize.graph.copies import by_modules, each_once, evaluation_copy, sharing_copy
 from qexp.quantize.torch_backend.deprecations import known_deprecations_silenced
+from qexp.quantize.torch_backend.engines import engine
 
 
-def prepare(module: nn.Module, qconfig: QConfig) -> nn.Module:
-    """A copy that carries its qconfig, ready for convert: there is nothing to observe."""
-    module = by_modules(sharing_copy(module))
-    unguarded = dataclasses.replace(qconfig, overflow=Overflow.none)
-    weight = weight_observer(unguarded, qconfig.weight.granularity)
-    carried: Any = TorchQConfig(activation=default_dynamic_quant_observer, weight=weight)
-    module.qexp_dynamic = carried
-    return module
+class DynamicFlow(Flow):
+    """torch's `quantize_dynamic`."""
 
+    name = schema.Flow.dynamic
+    traced = False
+    observes_functions = False
+    folds_batchnorm = False
 
-def convert(prepared: nn.Module) -> nn.Module:
-    """A copy with dynamically quantized linear layers; torch's engine must be set."""
-    module = sharing_copy(prepared)
-    with known_deprecations_silenced(), each_once(module):
-        return quantize_dynamic(module, {nn.Linear: prepared.qexp_dynamic}, dtype=torch.qint8, inplace=True)
+    def leaves_in_float(self, layer: nn.Module, kind: str) -> str:
+        plain = f"torch.nn.Linear alone, and this is a {type(layer).__name__}"
+        return f"flow=dynamic quantizes {plain if kind == 'linear' else 'linear layers only'}"
+
+    def fuse(self, model: nn.Module, spec: QuantizationSpec, example: Tensor) -> nn.Module:
+        """As it is: nothing is fused."""
+        return evaluation_copy(model, example)
+
+    def prepare(self, fused: nn.Module, spec: QuantizationSpec, example: Tensor) -> Prepared:
+        """A copy, ready for `convert`: there is nothing to observe."""
+        return Prepared(self, spec, fused, by_modules(sharing_copy(fused)))
+
+    def convert(self, prepared: Prepared) -> QuantizedModel:
+        """A copy with dynamically quantized linear layers."""
+        qconfig = replace(prepared.spec.qconfig, overflow=Overflow.none)
+        weight = weight_observer(qconfig, qconfig.weight.granularity)
+        linear: Any = TorchQConfig(activation=default_dynamic_quant_observer, weight=weight)
+        module = sharing_copy(prepared.module)
+        with engine(prepared.spec.engine), known_deprecations_silenced(), each_once(module):
+            quantized = quantize_dynamic(module, {nn.Linear: linear}, dtype=torch.qint8, inplace=True)
+        return QuantizedModel(prepared, quantized)

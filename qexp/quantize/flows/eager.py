@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,10 +21,13 @@ from torch.ao.quantization import prepare as torch_prepare
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from qexp.config.schema import Engine, Granularity, Observer, QConfig
+from qexp.config import schema
+from qexp.config.schema import Granularity, Observer, QConfig
 from qexp.errors import InputError, one_line
-from qexp.quantize.calibration.observers import ClampFirst, torch_qconfig
-from qexp.quantize.calibration.recorder import Recorder
+from qexp.quantize.calibration.grid import highest_activation
+from qexp.quantize.calibration.observers import ClampFirst, fix_fewer_levels, highest_observed, torch_qconfig
+from qexp.quantize.calibration.recording_observer import RecordingObserver
+from qexp.quantize.flow import Flow, Prepared, QuantizationSpec, QuantizedModel
 from qexp.quantize.graph.clamps import Interval, clamp_after
 from qexp.quantize.graph.copies import by_modules, each_once, evaluation_copy, sharing_copy
 from qexp.quantize.graph.hooks import attached
@@ -32,8 +35,10 @@ from qexp.quantize.graph.in_place import mark_writers, write_back, writes_back
 from qexp.quantize.graph.tensor_names import place, public
 from qexp.quantize.graph.tracing import UntraceableError, trace
 from qexp.quantize.torch_backend.deprecations import known_deprecations_silenced
+from qexp.quantize.torch_backend.engines import engine
 from qexp.quantize.torch_backend.float_layers import InFloat, mark_float_layers, why_float
 from qexp.quantize.torch_backend.transposed_convolutions import fold
+from qexp.quantize.torch_backend.workarounds import worked_around
 
 logger = logging.getLogger(__name__)
 
@@ -53,17 +58,80 @@ _FUSIBLE = (
 """What is fused, by exact type, the longest first: all by torch, but for transposed convolutions."""
 
 
-def fuse(module: nn.Module, fusion: bool, example: Tensor) -> nn.Module:
-    """A copy whose Conv→BN(→ReLU) chains are single modules: by the model's own fuse_model, else by tracing.
+class EagerFlow(Flow):
+    """torch's eager mode quantization."""
 
-    Raises InputError where neither is possible.
+    name = schema.Flow.eager
+    traced = False
+    observes_functions = False
+    folds_batchnorm = True
+
+    def fuse(self, model: nn.Module, spec: QuantizationSpec, example: Tensor) -> nn.Module:
+        """A copy whose Conv→BN(→ReLU) chains are single modules, where `spec.fusion` asks for that: by the model's own
+        fuse_model, else by tracing.
+
+        Raises InputError where neither is possible.
+        """
+        module = evaluation_copy(model, example)
+        if spec.fusion:
+            module = _fused(module, example)
+        mark_float_layers(module, example)
+        mark_writers(module, example[:1])
+        return module
+
+    def prepare(self, fused: nn.Module, spec: QuantizationSpec, example: Tensor) -> Prepared:
+        """A copy with torch's observers; stubs are put around a model that has none."""
+        module = by_modules(sharing_copy(fused).eval())
+        # torchvision's quantizable models bring stubs, and a second pair would quantize twice.
+        if not any(isinstance(m, QuantStub) for m in module.modules()):
+            module = QuantWrapper(module).eval()
+        wrapped: dict[nn.Module, nn.Module] = {
+            part: InFloat(part) for part in module.modules() if why_float(part, spec.engine)
+        }
+        for name, part in list(module.named_modules(remove_duplicate=False)):
+            if part in wrapped:
+                module.set_submodule(name, wrapped[part])
+        for part in set(module.modules()):
+            if writes_back(part):
+                wrapped.get(part, part).register_forward_hook(write_back)
+        clamped = _clamped(module, example) if spec.qconfig.range_after_clamp else {}
+        _choose(module, spec.qconfig, spec.observer, example)
+        _refuse_batch_first(module)
+        with engine(spec.engine), known_deprecations_silenced(), each_once(module):
+            prepared = torch_prepare(module, inplace=True)
+        _adapt(prepared, clamped)
+        fix_fewer_levels(prepared, highest_activation(spec.qconfig))
+        return Prepared(self, spec, fused, prepared)
+
+    def convert(self, prepared: Prepared) -> QuantizedModel:
+        """A copy in which each observed module is its INT8 counterpart."""
+        module, name = sharing_copy(prepared.module), prepared.spec.engine
+        with engine(name):
+            with known_deprecations_silenced(), each_once(module):
+                converted = torch_convert(module, inplace=True)
+            return QuantizedModel(prepared, worked_around(converted, highest_observed(prepared.module), name))
+
+
+_POST = "activation_post_process"
+
+
+def _adapt(prepared: nn.Module, clamped: Mapping[str, Interval]) -> None:
+    """In place, what torch's `prepare` leaves undone: attention's product with a number takes no range, and observers
+    are told what they see twice, and what a clamp leaves of a tensor.
+
+    clamped: by name, the modules whose output feeds only a clamp.
     """
-    module = evaluation_copy(module, example)
-    if fusion:
-        module = _fused(module, example)
-    mark_float_layers(module, example)
-    mark_writers(module, example[:1])
-    return module
+    for part in prepared.modules():
+        if isinstance(part, MultiheadAttention):
+            part.q_scaling_product = ByNumbers()
+        watching = getattr(part, _POST, None)
+        if isinstance(part, _FusedModule) and isinstance(watching, RecordingObserver):
+            watching.in_sequence = True
+    for name, interval in clamped.items():
+        owner = prepared.get_submodule(name)
+        target = getattr(owner, _POST, None) if name.rpartition(".")[2] != _POST else owner
+        if isinstance(target, nn.Module):
+            target.register_forward_pre_hook(ClampFirst(interval.low, interval.high))
 
 
 def _fused(module: nn.Module, example: Tensor) -> nn.Module:
@@ -166,41 +234,6 @@ def _unfused_batchnorm(graph_module: fx.GraphModule, chains: list[list[nn.Module
     return ""
 
 
-def prepare(fused: nn.Module, qconfig: QConfig, observer: Observer, engine: Engine, example: Tensor) -> nn.Module:
-    """A copy with torch's observers; stubs are put around a model that has none."""
-    module = by_modules(sharing_copy(fused).eval())
-    # torchvision's quantizable models bring stubs, and a second pair would quantize twice.
-    if not any(isinstance(m, QuantStub) for m in module.modules()):
-        module = QuantWrapper(module).eval()
-    wrapped: dict[nn.Module, nn.Module] = {part: InFloat(part) for part in module.modules() if why_float(part, engine)}
-    for name, part in list(module.named_modules(remove_duplicate=False)):
-        if part in wrapped:
-            module.set_submodule(name, wrapped[part])
-    for part in set(module.modules()):
-        if writes_back(part):
-            wrapped.get(part, part).register_forward_hook(write_back)
-    clamped = _clamped(module, example) if qconfig.range_after_clamp else {}
-    _choose(module, qconfig, observer, example)
-    _refuse_batch_first(module)
-    with known_deprecations_silenced(), each_once(module):
-        prepared = torch_prepare(module, inplace=True)
-    for part in prepared.modules():
-        if isinstance(part, MultiheadAttention):
-            part.q_scaling_product = ByNumbers()
-        watching = getattr(part, "activation_post_process", None)
-        if isinstance(part, _FusedModule) and isinstance(watching, Recorder):
-            watching.in_sequence = True
-    for name, interval in clamped.items():
-        owner = prepared.get_submodule(name)
-        target = getattr(owner, "activation_post_process", None) if name.rpartition(".")[2] != _POST else owner
-        if isinstance(target, nn.Module):
-            target.register_forward_pre_hook(ClampFirst(interval.low, interval.high))
-    return prepared
-
-
-_POST = "activation_post_process"
-
-
 def _refuse_batch_first(module: nn.Module) -> None:
     """Raise InputError for attention that torch 2.13's INT8 module computes wrongly."""
     for name, part in module.named_modules():
@@ -273,10 +306,3 @@ def _clamped(module: nn.Module, example: Tensor) -> dict[str, Interval]:
         before = found.get(name, after)
         found[name] = after.joined(before) if after is not None and before is not None else None
     return {name: interval for name, interval in found.items() if interval is not None}
-
-
-def convert(prepared: nn.Module) -> nn.Module:
-    """A converted copy; torch's engine must be set."""
-    module = sharing_copy(prepared)
-    with known_deprecations_silenced(), each_once(module):
-        return torch_convert(module, inplace=True)

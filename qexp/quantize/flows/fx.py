@@ -23,10 +23,20 @@ from torch.ao.quantization.observer import default_placeholder_observer
 from torch.ao.quantization.qconfig_mapping import QConfigMapping
 from torch.ao.quantization.quantize_fx import convert_fx, fuse_fx, prepare_fx
 
+from qexp.config import schema
 from qexp.config.schema import Engine, Granularity, Observer, QConfig
 from qexp.errors import InputError
-from qexp.quantize.calibration.observers import ClampFirst, activation_observer, observers, torch_qconfig
-from qexp.quantize.calibration.recorder import Recorder
+from qexp.quantize.calibration.grid import highest_activation
+from qexp.quantize.calibration.observers import (
+    ClampFirst,
+    activation_observer,
+    fix_fewer_levels,
+    highest_observed,
+    observers,
+    torch_qconfig,
+)
+from qexp.quantize.calibration.recording_observer import RecordingObserver
+from qexp.quantize.flow import Flow, Prepared, QuantizationSpec, QuantizedModel
 from qexp.quantize.graph.canonical import normalise
 from qexp.quantize.graph.clamps import EVERYTHING, Interval, clamp_after, clamp_of
 from qexp.quantize.graph.copies import sharing_copy
@@ -34,7 +44,9 @@ from qexp.quantize.graph.tensor_names import carry_to_converted, carry_to_prepar
 from qexp.quantize.graph.tracing import UntraceableError
 from qexp.quantize.inspection.layers import is_per_channel
 from qexp.quantize.torch_backend.deprecations import known_deprecations_silenced
+from qexp.quantize.torch_backend.engines import engine
 from qexp.quantize.torch_backend.float_layers import why_float
+from qexp.quantize.torch_backend.workarounds import worked_around
 
 _TRANSPOSED = (
     nn.ConvTranspose1d,
@@ -70,38 +82,58 @@ _KEEP_VALUES_FUNCTIONS = {
 _JOIN_VALUES = {torch.cat, torch.stack, torch.concat}
 
 
-def fuse(module: nn.Module, example: Tensor) -> nn.Module:
-    """A traced copy with every BatchNorm folded that follows a convolution; InputError where it can't be traced."""
-    try:
-        graph_module = normalise(module, example)
-    except UntraceableError as error:
-        what = f"{place(error.module, error.kind)} {error.reason}"
-        raise InputError(f"flow=fx can't trace {type(module).__name__}: its {what}") from error
-    return _named(fuse_fx(graph_module))
+class FxFlow(Flow):
+    """torch's FX graph mode quantization."""
+
+    name = schema.Flow.fx
+    traced = True
+    observes_functions = True
+    folds_batchnorm = True
+
+    def fuse(self, model: nn.Module, spec: QuantizationSpec, example: Tensor) -> nn.Module:
+        """A traced copy with every BatchNorm folded that follows a convolution; InputError where it can't be traced."""
+        try:
+            graph_module = normalise(model, example)
+        except UntraceableError as error:
+            what = f"{place(error.module, error.kind)} {error.reason}"
+            raise InputError(f"flow={self.name} can't trace {type(model).__name__}: its {what}") from error
+        return _named(fuse_fx(graph_module))
+
+    def prepare(self, fused: nn.Module, spec: QuantizationSpec, example: Tensor) -> Prepared:
+        """A copy with observers at every tensor that torch can quantize."""
+        mapping = _mapping(spec.qconfig, spec.observer)
+        for name, module in fused.named_modules():
+            if why_float(module, spec.engine):
+                mapping.set_module_name(name, None)
+        with engine(spec.engine), known_deprecations_silenced(), _without_origins():
+            prepared = prepare_fx(sharing_copy(fused).eval(), mapping, (example[:1],))
+        carry_to_prepared(cast(fx.GraphModule, fused), prepared)
+        _drop_idle_observers(prepared, example[:1])
+        _part_from_scaled(prepared)
+        if spec.qconfig.range_after_clamp:
+            _clamp_first(prepared)
+        fix_fewer_levels(prepared, highest_activation(spec.qconfig))
+        return Prepared(self, spec, fused, prepared)
+
+    def convert(self, prepared: Prepared) -> QuantizedModel:
+        """A copy in which observed modules and functions are their INT8 counterparts."""
+        observed, name = cast(fx.GraphModule, prepared.module), prepared.spec.engine
+        copied = cast(fx.GraphModule, sharing_copy(observed))
+        note_origins(copied)
+        with engine(name):
+            with known_deprecations_silenced():
+                converted = convert_fx(copied)
+            carry_to_converted(observed, converted)
+            _clamp_weights(converted, observed)
+            return QuantizedModel(prepared, worked_around(converted, highest_observed(observed), name))
 
 
 def _named(fused: fx.GraphModule) -> fx.GraphModule:
-    """The same with names for its tensors (see names.py), traced as prepare_fx will, which numbers nodes so, too."""
+    """The same with names for its tensors, traced as prepare_fx will, so that nodes have the same numbers."""
     with _without_origins():
         named = fx.GraphModule(fused, QuantizationTracer([], []).trace(fused))
     name_tensors(named)
     return named
-
-
-def prepare(fused: nn.Module, qconfig: QConfig, observer: Observer, engine: Engine, example: Tensor) -> nn.Module:
-    """A copy with observers at every tensor that torch can quantize."""
-    mapping = _mapping(qconfig, observer)
-    for name, module in fused.named_modules():
-        if why_float(module, engine):
-            mapping.set_module_name(name, None)
-    with known_deprecations_silenced(), _without_origins():
-        prepared = prepare_fx(sharing_copy(fused).eval(), mapping, (example[:1],))
-    carry_to_prepared(cast(fx.GraphModule, fused), prepared)
-    _drop_idle_observers(prepared, example[:1])
-    _part_from_scaled(prepared)
-    if qconfig.range_after_clamp:
-        _clamp_first(prepared)
-    return prepared
 
 
 class _Unobserved(fx.Interpreter):
@@ -150,7 +182,10 @@ def _part_from_scaled(prepared: fx.GraphModule) -> None:
         if clamp_of(made, modules) is not None and _is_by_a_number(source):
             made, source = source, source.all_input_nodes[0]  # one INT8 kernel for both
         if _is_by_a_number(made) and watching.get(str(source.target)) is observer:
-            parted[node] = observer, observer.another() if isinstance(observer, Recorder) else copy.deepcopy(observer)
+            parted[node] = (
+                observer,
+                observer.another() if isinstance(observer, RecordingObserver) else copy.deepcopy(observer),
+            )
         elif source in parted and parted[source][0] is observer:
             parted[node] = parted[source]
     for node, (_, own) in parted.items():
@@ -186,17 +221,6 @@ def _mapping(qconfig: QConfig, observer: Observer) -> QConfigMapping:
         unweighted = TorchQConfig(activation_observer(qconfig, observer), default_placeholder_observer)
         mapping.set_object_type(norm, unweighted)
     return mapping
-
-
-def convert(prepared: nn.Module) -> nn.Module:
-    """A converted copy; torch's engine must be set."""
-    copied = cast(fx.GraphModule, sharing_copy(prepared))
-    note_origins(copied)
-    with known_deprecations_silenced():
-        converted = convert_fx(copied)
-    carry_to_converted(cast(fx.GraphModule, prepared), converted)
-    _clamp_weights(converted, prepared)
-    return converted
 
 
 def _clamp_weights(converted: fx.GraphModule, prepared: nn.Module) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.ao.nn.intrinsic.modules.fused import _FusedModule
 
-from qexp.config.schema import Flow
+from qexp.quantize.flow import Flow
 from qexp.quantize.graph.hooks import attached
 from qexp.quantize.inspection.float_checks import TOLERANCE, cause, difference, drawn
 
@@ -44,14 +44,14 @@ def _advice(float_module: nn.Module, fused: nn.Module, flow: Flow, image: Tensor
     calls = Counter[str]()
     _run(float_module, image, lambda name, output: calls.update([name]))
     gone = [name for name, m in fused.named_modules() if isinstance(m, nn.Identity) and calls[name] > 1]
-    if flow is Flow.eager and gone:
+    if flow.fuses_on_request and gone:
         return (
             f"the module {gone[0]} is called {calls[gone[0]]} times, and is fused into the layer before one of these "
             "calls; give each call a module of its own"
         )
     if draws := drawn(float_module, image):  # so seldom that it was not seen before
         return draws
-    if flow is Flow.eager:
+    if flow.fuses_on_request:
         return "only modules that always run one after the other may be fused"
     return "tracing follows one call of forward, and what that decides anew in each call is lost"
 

@@ -32,9 +32,10 @@ from torch.ao.nn.quantized import FloatFunctional, QFunctional
 from torch.ao.quantization import DeQuantStub, QuantStub, QuantWrapper
 from torch.fx.node import map_aggregate
 
-from qexp.config.schema import Engine, Flow, Scheme
+from qexp.config.schema import Engine, Scheme
 from qexp.errors import RunError
 from qexp.quantize.calibration.grid import HIGHEST
+from qexp.quantize.flow import QuantizedModel
 from qexp.quantize.graph.tensor_names import hands_on, public, tensor_of, took_relu
 from qexp.quantize.graph.tracing import standard_type
 from qexp.quantize.inspection.layers import is_per_channel, weight_scales
@@ -103,45 +104,31 @@ _ALLOWED_FP32 = 1.0
 _ALLOWED_MANY = 16.0
 
 
-def check_layers(
-    fused: nn.Module,
-    int8: nn.Module,
-    flow: Flow,
-    engine: Engine,
-    images: Tensor,
-    qparams: Mapping[str, QParams] | None = None,
-) -> None:
+def check_layers(model: QuantizedModel, images: Tensor) -> None:
     """Raise RunError, in a sentence that names the layer, where one computes another function than its float twin.
 
-    Arguments as of `layer_deviations`. The first such layer is named, in the order of execution.
+    images: float32 [n, 3, H, W], a few. The first such layer is named, in the order of execution.
     """
-    for found in layer_deviations(fused, int8, flow, engine, images, qparams):
+    for found in layer_deviations(model, images):
         if found.fault:
             raise RunError(
-                f"the INT8 model of flow={flow.value} and engine={engine.value} computes something else than the float "
-                f"model: {found.name} ({found.computes}) {found.fault}."
+                f"the INT8 model of flow={model.flow.name} and engine={model.engine} computes something else than the "
+                f"float model: {found.name} ({found.computes}) {found.fault}."
             )
 
 
-def layer_deviations(
-    fused: nn.Module,
-    int8: nn.Module,
-    flow: Flow,
-    engine: Engine,
-    images: Tensor,
-    qparams: Mapping[str, QParams] | None = None,
-) -> tuple[Deviation, ...]:
+def layer_deviations(model: QuantizedModel, images: Tensor) -> tuple[Deviation, ...]:
     """How far each layer and operation of the INT8 model is from its float twin, in the order of execution.
 
-    fused: as from `quantize.fuse`; int8: converted from it by the same flow for `engine`; images: float32 [n, 3, H, W],
-    a few; qparams: as `quantize.read_qparams` gives them of the prepared model. Both models are left as they were.
+    images: float32 [n, 3, H, W], a few. The model and the float one are left as they were.
     """
+    fused, int8, engine = model.fused, model.module, model.engine
     models: _Graphs | _Modules = _Graphs(fused, int8) if isinstance(int8, fx.GraphModule) else _Modules(fused, int8)
     images = images.contiguous(memory_format=torch.channels_last)
     with torch_engine(engine), torch.no_grad():
         given, calls = models.run_int8(images.clone())
         clips = isinstance(models, _Graphs)
-        shadow = _Shadow(calls, qparams or {}, engine, highest_code(int8), models.allowed_read, clips)
+        shadow = _Shadow(calls, model.qparams, engine, highest_code(int8), models.allowed_read, clips)
         answer = models.run_float(images.clone(), shadow)
         shadow.compare_answers(answer, given)
     return tuple(shadow.found.values())

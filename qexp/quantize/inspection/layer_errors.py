@@ -6,7 +6,7 @@ number of images.
 
 What is compared: the layers of the converted model whose output is quantized with a scale of its own. Convolutions,
 linear layers, BatchNorms and additions always are; ReLU, max-pooling, flatten and whatever else hands on its input's
-scale is not. They find their float twins by the names of tensors (see names.py).
+scale is not. They find their float twins by the names of tensors (see tensor_names.py).
 
 A tensor that feeds nothing but a clamp (ReLU, ReLU6, Hardtanh; found by tracing) is compared as the clamp leaves it, on
 both sides: what the clamp takes away is no loss, and `qconfig.range_after_clamp` lets the grid end there.
@@ -27,12 +27,11 @@ from torch.ao.nn.quantized import FloatFunctional, QFunctional
 from torch.ao.quantization import QuantWrapper
 from torch.fx.node import map_aggregate
 
-from qexp.config.schema import Engine, Flow
+from qexp.quantize.flow import QuantizedModel
 from qexp.quantize.graph.clamps import Interval, clamp_after
 from qexp.quantize.graph.hooks import attached
 from qexp.quantize.graph.tensor_names import public, tensor_of, took_relu
 from qexp.quantize.graph.tracing import UntraceableError, standard_type, trace
-from qexp.quantize.inspection.layers import layers
 from qexp.quantize.torch_backend.engines import engine as torch_engine
 from qexp.quantize.torch_backend.ignored_quant_max import clamped, highest_code
 from qexp.quantize.torch_backend.onednn_strided_pointwise import AfterStride
@@ -41,28 +40,23 @@ from qexp.statistics import decibels
 from qexp.system import lock
 
 
-def layer_fidelity(
-    fused: nn.Module,
-    int8: nn.Module,
-    flow: Flow,
-    engine: Engine,
-    batches: Iterable[Tensor],
-) -> tuple[Fidelity, ...]:
+def layer_fidelity(model: QuantizedModel, batches: Iterable[Tensor]) -> tuple[Fidelity, ...]:
     """The fidelity of every layer that has a scale of its own, in the order of execution.
 
-    fused: as from `quantize.fuse`; int8: converted from it by the same flow; batches: float32 [n, 3, H, W]. A layer
-    that is called more than once is one row over all its calls in the eager flow, where these share one grid, and a row
-    for each in fx. How images are cut into batches moves the numbers by a few hundredths of a dB at most: FP32
-    convolutions differ in the last bit then, and so does what is rounded from them.
-    flow=dynamic keeps no scales: nothing is returned. Raises ValueError where there are no images.
+    batches: float32 [n, 3, H, W]. A layer that is called more than once is one row over all its calls in the eager
+    flow, where these share one grid, and a row for each in fx. How images are cut into batches moves the numbers by a
+    few hundredths of a dB at most: FP32 convolutions differ in the last bit then, and so does what is rounded from
+    them. A flow that doesn't calibrate keeps no scales: nothing is returned. Raises ValueError where there are no
+    images.
     """
-    if flow is Flow.dynamic:
+    if not model.flow.calibrates:
         return ()
-    kinds = {layer.name: layer.kind for layer in layers(int8, flow, engine)}
+    fused, int8 = model.fused, model.module
+    kinds = {layer.name: layer.kind for layer in model.layers}
     flow_models = _Graphs(fused, int8) if isinstance(int8, fx.GraphModule) else _Modules(fused, int8)
     sums: dict[str, _Sums] = {}
     images, highest = 0, highest_code(int8)
-    with torch_engine(engine), torch.inference_mode():
+    with torch_engine(model.engine), torch.inference_mode():
         for part in _parts(batches):
             with lock.computing():
                 clamps = flow_models.clamps(part)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,11 +15,14 @@ from torch.ao.nn.intrinsic.modules.fused import _FusedModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from qexp.config.schema import Engine, Flow
+from qexp.config.schema import Engine
 from qexp.quantize.calibration.observers import observers, to_qparams
 from qexp.quantize.graph.tensor_names import public, tensor_names, tensor_of
 from qexp.quantize.torch_backend.float_layers import why_float
 from qexp.records import Layer, QParams
+
+if TYPE_CHECKING:
+    from qexp.quantize.flow import Flow
 
 _INT8_CONV = (nnq.Conv1d, nnq.Conv2d, nnq.Conv3d, nnq.ConvTranspose1d, nnq.ConvTranspose2d, nnq.ConvTranspose3d)
 _INT8_NORM = (nnq.BatchNorm2d, nnq.BatchNorm3d)
@@ -55,7 +58,7 @@ def layers(converted: nn.Module, flow: Flow, engine: Engine) -> tuple[Layer, ...
             else:
                 found.append(Layer(layer, kind, False, reason=_why_float(module, kind, whole, flow, engine)))
     if isinstance(converted, fx.GraphModule):
-        found.extend(_functional_layers(converted.graph, engine))
+        found.extend(_functional_layers(converted.graph, flow, engine))
     return tuple(found)
 
 
@@ -107,23 +110,22 @@ def _why_float(module: nn.Module, kind: str, whole: nn.Module | None, flow: Flow
         return "never runs in evaluation"
     kept_whole = whole if whole is not None else module if isinstance(module, nn.MultiheadAttention) else None
     if kept_whole is not None:
-        return f"part of a {type(kept_whole).__name__}, which flow={flow.value} leaves in FP32 as a whole"
-    if flow is Flow.dynamic:
-        plain = f"torch.nn.Linear alone, and this is a {type(module).__name__}"
-        return f"flow=dynamic quantizes {plain if kind == 'linear' else 'linear layers only'}"
+        return f"part of a {type(kept_whole).__name__}, which flow={flow.name} leaves in FP32 as a whole"
+    if reason := flow.leaves_in_float(module, kind):
+        return reason
     if reason := why_float(module, engine):
         return reason
     if ".reference." in type(module).__module__:
-        return f"flow={flow.value} found no INT8 kernel for it here: it runs in FP32 on values that were INT8"
-    return f"flow={flow.value} has no INT8 module for {type(module).__name__}"
+        return f"flow={flow.name} found no INT8 kernel for it here: it runs in FP32 on values that were INT8"
+    return f"flow={flow.name} has no INT8 module for {type(module).__name__}"
 
 
-def _functional_layers(graph: fx.Graph, engine: Engine) -> Iterator[Layer]:
+def _functional_layers(graph: fx.Graph, flow: Flow, engine: Engine) -> Iterator[Layer]:
     for node in graph.nodes:
         if node.op != "call_function":
             continue
         if node.target in _FUNCTIONS:
-            yield Layer(tensor_of(node), _FUNCTIONS[node.target], False, reason=_why_function_is_float(node))
+            yield Layer(tensor_of(node), _FUNCTIONS[node.target], False, reason=_why_function_is_float(node, flow))
         elif getattr(node.target, "__module__", "") == "torch._ops.quantized" or "quantized." in str(node.target):
             operation = str(node.target).removeprefix("quantized.")
             kinds = ("conv_transpose", "conv", "linear", "batch_norm")
@@ -134,11 +136,11 @@ def _functional_layers(graph: fx.Graph, engine: Engine) -> Iterator[Layer]:
                 yield Layer(tensor_of(node), kind, True, kernel=f"{engine.value} {kind}")
 
 
-def _why_function_is_float(node: fx.Node) -> str:
+def _why_function_is_float(node: fx.Node, flow: Flow) -> str:
     weights = [n for n in node.all_input_nodes[1:] if n.op != "get_attr"]
     if weights:
         return "its weights are computed by the model, not constant"
-    return f"flow=fx has no INT8 kernel for {getattr(node.target, '__name__', node.target)}"
+    return f"flow={flow.name} has no INT8 kernel for {getattr(node.target, '__name__', node.target)}"
 
 
 def read_qparams(module: nn.Module) -> dict[str, QParams]:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from qexp.config.schema import Flow
 from qexp.errors import InputError, first_line
+from qexp.quantize.flow import Flow
 from qexp.quantize.graph.tensor_names import place, running
 from qexp.quantize.inspection.operators import DispatchMode
 
@@ -70,7 +70,7 @@ def run_or_refuse(converted: nn.Module, flow: Flow, example: Tensor) -> None:
     watched = _Watched(flow)
     with running(converted) as modules:
         try:
-            if flow is not Flow.dynamic:
+            if flow.calibrates:
                 # In inference mode torch hides what a function is made of.
                 with torch.no_grad(), watched:
                     converted(example)
@@ -80,10 +80,10 @@ def run_or_refuse(converted: nn.Module, flow: Flow, example: Tensor) -> None:
         except (RuntimeError, NotImplementedError, TypeError, AssertionError) as error:
             where = place(*modules[-1])
             if isinstance(error, _Refused):
-                sentence = f"flow={flow.value} can't quantize this model: {where} {error}{watched.advice}"
+                sentence = f"flow={flow.name} can't quantize this model: {where} {error}{watched.advice}"
                 raise InputError(sentence) from error
             raise InputError(
-                f"flow={flow.value} can't run this model: {where} does something that INT8 tensors don't take "
+                f"flow={flow.name} can't run this model: {where} does something that INT8 tensors don't take "
                 f"({watched.failed_in or first_line(error, 400).partition('. This could be')[0]}){watched.advice}"
             ) from error
 
@@ -115,8 +115,8 @@ class _Watched(DispatchMode):
                 if _BUG in str(error):
                     self.failed_in = name
                 raise
-        # FX has a range for every tensor that it quantizes, and one for all that are put together.
-        unobserved = self._flow is Flow.eager and not _keeps_the_range(name, args, inputs)
+        # Where functions are observed, what is put together has one range for all.
+        unobserved = not self._flow.observes_functions and not _keeps_the_range(name, args, inputs)
         if unobserved and name in _JOIN:  # torch would warn of it in its own words
             self._refuse(name, args)
         expected = _in_float(func, args, kwargs)
@@ -141,7 +141,7 @@ class _Watched(DispatchMode):
 
     def _advice(self, name: str, args: tuple[Any, ...]) -> str:
         method = _INSTEAD.get(name.removesuffix("_"))
-        if method is None or self._flow is not Flow.eager:
+        if method is None or self._flow.observes_functions:
             return ""
         if method in ("add", "mul") and isinstance(args[1], int | float):
             method += "_scalar"

@@ -133,10 +133,10 @@ def overflowing_kinds(
 ) -> frozenset[str]:
     """The kinds of layer (of KINDS) whose 16-bit sums can overflow with full grids on the CPU that `target` means.
 
-    flow=dynamic has none: torch's dynamic linear gives the activations 7 bits itself. A CPU with VNNI may have some:
-    FBGEMM's depthwise kernels add up in 16 bits everywhere.
+    A flow in which the guard has no effect has none: torch's dynamic linear reduces activations to 7 bits itself. A CPU
+    with VNNI may have some: FBGEMM's depthwise kernels add up in 16 bits everywhere.
     """
-    if flow is Flow.dynamic or target is Target.vnni:
+    if "qconfig.overflow" in flow.ignores or target is Target.vnni:
         return frozenset()
     if target is Target.avx2:
         return KINDS if name in _SATURATES_ON_AVX2 else frozenset()

@@ -65,7 +65,7 @@ class _Reader:
     noise: dict[Side | None, float]
 
 
-def narrow(
+def narrow_layers(
     prepared: nn.Module, risky: Collection[str], qconfig: QConfig, example: Tensor
 ) -> tuple[nn.Module, tuple[Narrowed, ...]]:
     """A copy of a calibrated model in which the layers `risky` have 7 bits on one side, and which side that is.

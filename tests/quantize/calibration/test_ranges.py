@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.ao.quantization import MinMaxObserver
 
 from qexp import quantize
-from qexp.config.schema import ActivationObserver, Engine, Flow, Granularity, Observer, Scheme
+from qexp.config.schema import ActivationObserver, Flow, Granularity, Observer, Scheme
+from qexp.quantize import FLOWS
 from qexp.quantize.calibration.grid import Grid, Side, grid
 from qexp.quantize.calibration.histogram import statistics
 from qexp.quantize.calibration.observers import activation_observer, weight_observer
@@ -25,7 +26,7 @@ from qexp.quantize.calibration.ranges import (
     solver,
 )
 from qexp.quantize.calibration.tensor_statistics import merge
-from tests.helpers.quantizable import MINMAX, RECORDED, Chain, images, settings, trained
+from tests.helpers.quantizable import MINMAX, RECORDED, Chain, images, settings, spec, trained
 
 SYMMETRIC, ASYMMETRIC = Scheme.symmetric, Scheme.asymmetric
 EIGHT = Grid(0, 255)
@@ -324,10 +325,10 @@ def test_weights_that_are_executed_have_the_scales_of_mse(flow: Flow, granularit
     scales = {}
     for name in ("minmax", "mse"):
         qconfig = settings(str(granularity), weight_bits=4, weight_observer=name)
-        prepared = quantize.prepare(quantize.fuse(net, flow, True, example), flow, qconfig, MINMAX, Engine.x86, example)
+        prepared = FLOWS[flow].prepare(FLOWS[flow].fuse(net, spec(), example), spec(qconfig), example)
         calibrate(prepared, [example])
-        asked = quantize.read_qparams(prepared)
-        converted = quantize.convert(prepared, flow, Engine.x86)
+        asked = quantize.read_qparams(prepared.module)
+        converted = FLOWS[flow].convert(prepared).module
         executed = quantize.read_qparams(converted)
         weights = [key for key in asked if key.endswith(".weight")]
         assert len(weights) == 4

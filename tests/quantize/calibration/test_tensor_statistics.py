@@ -16,13 +16,15 @@ from qexp.config.schema import Engine, Flow, Observer, QConfig
 from qexp.errors import RunError
 from qexp.latency import protocol
 from qexp.models import architectures
+from qexp.quantize import FLOWS, Prepared
 from qexp.quantize.calibration import cached, histogram
 from qexp.quantize.calibration.histogram import Seen, statistics
 from qexp.quantize.calibration.observers import activation_observer, observers
 from qexp.quantize.calibration.passes import calibrate
 from qexp.quantize.calibration.recorder import Recorder
+from qexp.quantize.calibration.recording_observer import RecordingObserver
 from qexp.quantize.calibration.tensor_statistics import SHIFT, TensorStats, merge
-from tests.helpers.quantizable import MINMAX, RECORDED, Chain, Plain, images, settings, trained
+from tests.helpers.quantizable import MINMAX, RECORDED, Chain, Plain, images, settings, spec, trained
 
 MOVING = RECORDED["moving_average"]
 
@@ -89,7 +91,7 @@ def test_the_fold_of_the_parts_is_the_whole(kind: str, cuts: list[int]) -> None:
     parts = [statistics(part) for part in torch.tensor_split(values(kind), cuts)]
     recorder = Recorder(MINMAX)
     for part in torch.tensor_split(values(kind), cuts):
-        recorder(part)
+        recorder.add(part)
     forwards, backwards = parts[0], parts[-1]
     for part in parts[1:]:
         forwards = merge(forwards, part)
@@ -125,8 +127,8 @@ def test_a_layer_whose_output_is_not_finite_is_named(observer: str, bad: float) 
     net = trained(Chain())
     with torch.no_grad():
         net.features[6].weight[3] = bad
-    prepared = quantize.prepare(
-        quantize.fuse(net, Flow.fx, True, images()), Flow.fx, settings(), RECORDED[observer], Engine.x86, images()
+    prepared = FLOWS[Flow.fx].prepare(
+        FLOWS[Flow.fx].fuse(net, spec(), images()), spec(observer=RECORDED[observer]), images()
     )
     with pytest.raises(RunError, match=r"features\.6 holds NaN or infinity"):
         calibrate(prepared, [images()])
@@ -137,8 +139,8 @@ def test_a_layer_is_named_though_later_images_are_fine_there(observer: str) -> N
     net = trained(Chain())
     with torch.no_grad():
         net.features[0].weight *= 1e20
-    prepared = quantize.prepare(
-        quantize.fuse(net, Flow.fx, True, images()), Flow.fx, settings(), RECORDED[observer], Engine.x86, images()
+    prepared = FLOWS[Flow.fx].prepare(
+        FLOWS[Flow.fx].fuse(net, spec(), images()), spec(observer=RECORDED[observer]), images()
     )
     with pytest.raises(RunError, match=r"features\.0 holds NaN or infinity"):
         calibrate(prepared, [images() * 1e20, images() * 1e-20])
@@ -167,11 +169,11 @@ def test_minmax_and_moving_average_are_torchs_bit_for_bit(kind: str, bits: int, 
 
 
 def test_an_answer_follows_what_was_seen_since() -> None:
-    recorder = Recorder(MINMAX)
-    recorder(torch.tensor([0.0, 1.0]))
-    first = recorder.calculate_qparams()[0]
-    recorder(torch.tensor([0.0, 2.0]))
-    assert torch.equal(recorder.calculate_qparams()[0], 2 * first)
+    observer = RecordingObserver(MINMAX)
+    observer(torch.tensor([0.0, 1.0]))
+    first = observer.calculate_qparams()[0]
+    observer(torch.tensor([0.0, 2.0]))
+    assert torch.equal(observer.calculate_qparams()[0], 2 * first)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
@@ -181,7 +183,7 @@ def test_tensors_may_be_changed_as_soon_as_they_were_recorded(sizes: list[int], 
     recorder = Recorder(MINMAX)
     with protocol.threads(threads), torch.inference_mode():
         for part in parts:
-            recorder(changing := part.clone())
+            recorder.add(changing := part.clone())
             changing.zero_()
     stats, exact = recorder.stats, torch.cat(parts)
     assert stats is not None
@@ -225,9 +227,9 @@ class InPlace(nn.Module):
         return self.fc(self.relu(self.conv(x)).mean((2, 3)))
 
 
-def calibrated(net: nn.Module, flow: Flow, qconfig: QConfig, observer: Observer, fusion: bool = True) -> nn.Module:
-    fused = quantize.fuse(net, flow, fusion, images())
-    prepared = quantize.prepare(fused, flow, qconfig, observer, Engine.x86, images())
+def calibrated(net: nn.Module, flow: Flow, qconfig: QConfig, observer: Observer, fusion: bool = True) -> Prepared:
+    fused = FLOWS[flow].fuse(net, spec(fusion=fusion), images())
+    prepared = FLOWS[flow].prepare(fused, spec(qconfig, observer), images())
     calibrate(prepared, images(24).split(8))
     return prepared
 
@@ -235,10 +237,10 @@ def calibrated(net: nn.Module, flow: Flow, qconfig: QConfig, observer: Observer,
 def test_values_before_an_operation_in_place_are_recorded() -> None:
     qconfig = settings(range_after_clamp=False)
     prepared = calibrated(trained(InPlace()), Flow.eager, qconfig, MINMAX, fusion=False)
-    recorder = prepared.get_submodule("module.conv.activation_post_process")
-    assert isinstance(recorder, Recorder)
-    assert recorder.stats is not None
-    assert (recorder.stats.keys < 0).any()
+    observer = prepared.module.get_submodule("module.conv.activation_post_process")
+    assert isinstance(observer, RecordingObserver)
+    assert observer.recorder.stats is not None
+    assert (observer.recorder.stats.keys < 0).any()
 
 
 @pytest.mark.parametrize("observer", list(RECORDED))
@@ -246,8 +248,8 @@ def test_values_before_an_operation_in_place_are_recorded() -> None:
 def test_a_model_is_quantized_with_every_observer(flow: Flow, observer: str) -> None:
     net = trained(Chain())
     prepared = calibrated(net, flow, settings(), RECORDED[observer])
-    converted = quantize.convert(prepared, flow, Engine.x86)
-    assert all(layer.int8 for layer in quantize.layers(converted, flow, Engine.x86))
+    converted = FLOWS[flow].convert(prepared).module
+    assert all(layer.int8 for layer in quantize.layers(converted, FLOWS[flow], Engine.x86))
     with quantize.engine(Engine.x86), torch.inference_mode():
         error = (converted(images()) - net(images())).norm() / net(images()).norm()
     assert 0 < error < 0.2
@@ -255,8 +257,8 @@ def test_a_model_is_quantized_with_every_observer(flow: Flow, observer: str) -> 
 
 @pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
 def test_statistics_are_those_of_the_activations_after_the_clamp(flow: Flow) -> None:
-    recorders = observers(calibrated(trained(Chain(nn.ReLU6)), flow, settings(), MINMAX)).values()
-    clamped = [recorder.stats for recorder in recorders if recorder._forward_pre_hooks]
+    prepared = calibrated(trained(Chain(nn.ReLU6)), flow, settings(), MINMAX)
+    clamped = [one.recorder.stats for one in observers(prepared.module).values() if one._forward_pre_hooks]
     assert clamped
     assert all(stats.low == 0 and stats.high <= 6 and (stats.keys >= 0).all() for stats in clamped)
 
@@ -278,21 +280,22 @@ class Passes:
 
     def run(
         self, batches: list[np.ndarray], observer: Observer = MINMAX, qconfig: QConfig | None = None, on: str = "a"
-    ) -> nn.Module:
+    ) -> Prepared:
         example = images(2)
-        fused = quantize.fuse(self.net, Flow.fx, True, example)
-        prepared = quantize.prepare(fused, Flow.fx, qconfig or settings(), observer, Engine.x86, example)
+        fused = FLOWS[Flow.fx].fuse(self.net, spec(), example)
+        prepared = FLOWS[Flow.fx].prepare(fused, spec(qconfig or settings(), observer), example)
 
         def count(module: nn.Module, inputs: tuple[Tensor]) -> None:
             self.images += len(inputs[0])
 
-        prepared.register_forward_pre_hook(count)
+        prepared.module.register_forward_pre_hook(count)
         cached.calibrate_once(prepared, batches, lambda batch: torch.from_numpy(batch) / 255, self.folder, on)
         return prepared
 
 
-def seen(prepared: nn.Module) -> list[TensorStats]:
-    return [o.stats for o in observers(prepared).values() if isinstance(o, Recorder) and o.stats is not None]
+def seen(prepared: Prepared) -> list[TensorStats]:
+    recorders = [o.recorder for o in observers(prepared.module).values() if isinstance(o, RecordingObserver)]
+    return [recorder.stats for recorder in recorders if recorder.stats is not None]
 
 
 def test_three_observers_on_the_same_images_make_one_pass(tmp_path: Path) -> None:
@@ -315,7 +318,7 @@ def test_a_longer_run_resumes_from_the_longest_kept_beginning(tmp_path: Path) ->
     assert passes.images == (32 + 8) * 4
     whole = Passes(tmp_path / "other").run(batches, MOVING)
     assert all(same(*pair) for pair in zip(seen(resumed), seen(whole), strict=True))
-    first, second = quantize.read_qparams(resumed), quantize.read_qparams(whole)
+    first, second = quantize.read_qparams(resumed.module), quantize.read_qparams(whole.module)
     assert first.keys() == second.keys()
     for name, expected in second.items():
         assert np.array_equal(first[name].scale, expected.scale)
@@ -357,17 +360,17 @@ def test_what_is_packed_comes_back() -> None:
 def test_what_a_fused_module_of_torchs_gives_is_counted_once_and_is_two_batches_to_a_moving_average() -> None:
     net, batches = trained(architectures.tiny()), images(16).split(8)
     qconfig = settings()
-    fused = quantize.fuse(net, Flow.eager, True, batches[0])
-    prepared = quantize.prepare(fused, Flow.eager, qconfig, MINMAX, Engine.x86, batches[0])
+    fused = FLOWS[Flow.eager].fuse(net, spec(), batches[0])
+    prepared = FLOWS[Flow.eager].prepare(fused, spec(qconfig), batches[0])
     given: dict[str, list[Tensor]] = {}
-    twice = {name for name, module in prepared.named_modules() if isinstance(module, nn.Sequential) and name}
-    for name, module in prepared.named_modules():
+    twice = {name for name, module in prepared.module.named_modules() if isinstance(module, nn.Sequential) and name}
+    for name, module in prepared.module.named_modules():
         module.register_forward_hook(lambda m, i, output, name=name: given.setdefault(name, []).append(output.clone()))
     quantize.calibrate(prepared, batches)
     seen = {
-        name: part.activation_post_process.stats
-        for name, part in prepared.named_modules()
-        if isinstance(getattr(part, "activation_post_process", None), Recorder)
+        name: part.activation_post_process.recorder.stats
+        for name, part in prepared.module.named_modules()
+        if isinstance(getattr(part, "activation_post_process", None), RecordingObserver)
     }
     assert twice & set(seen)
     for name, stats in seen.items():

@@ -14,9 +14,10 @@ from torch.nn.utils import parametrizations
 from qexp import quantize
 from qexp.config.schema import Engine, Flow
 from qexp.errors import InputError
+from qexp.quantize import FLOWS, Prepared
 from qexp.quantize.graph.tracing import trace
 from qexp.system.torchvision_import import torchvision
-from tests.helpers.quantizable import MINMAX, Chain, Plain, images, relative_error, settings, trained
+from tests.helpers.quantizable import Chain, Plain, images, relative_error, settings, spec, trained
 
 TWO = images(2)
 
@@ -93,10 +94,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def through(net: nn.Module, range_after_clamp: bool = True, engine: Engine = Engine.x86) -> tuple[nn.Module, nn.Module]:
-    fused = quantize.fuse(net, Flow.fx, True, TWO)
+def through(net: nn.Module, range_after_clamp: bool = True, engine: Engine = Engine.x86) -> tuple[nn.Module, Prepared]:
+    fused = FLOWS[Flow.fx].fuse(net, spec(), TWO)
     qconfig = settings(overflow="activations", range_after_clamp=range_after_clamp)
-    prepared = quantize.prepare(fused, Flow.fx, qconfig, MINMAX, engine, TWO)
+    prepared = FLOWS[Flow.fx].prepare(fused, spec(qconfig, engine=engine), TWO)
     quantize.calibrate(prepared, [images(16, seed=3)])
     return fused, prepared
 
@@ -108,8 +109,8 @@ def test_batchnorm_is_folded_whatever_the_class(name: str) -> None:
     fused, prepared = through(net)
     assert quantize.fusion_difference(net, fused, images(8, seed=4)) < 1e-5
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fused.modules())
-    converted = quantize.convert(prepared, Flow.fx, Engine.x86)
-    layers = quantize.layers(converted, Flow.fx, Engine.x86)
+    converted = FLOWS[Flow.fx].convert(prepared).module
+    layers = quantize.layers(converted, FLOWS[Flow.fx], Engine.x86)
     # From 3 to 8 channels torch's kernel is wrong: see quantize/transposed.py.
     first = ("conv_transpose", False) if "transposed" in name else ("conv", True)
     assert [(layer.kind, layer.int8) for layer in layers] == [first, ("pointwise", True), ("linear", True)]
@@ -119,16 +120,16 @@ def test_batchnorm_is_folded_whatever_the_class(name: str) -> None:
 
 
 def test_symmetric_padding_moves_inside_the_convolution_and_asymmetric_stays() -> None:
-    symmetric = quantize.fuse(trained(MODELS["padding by a child"]()), Flow.fx, True, TWO)
+    symmetric = FLOWS[Flow.fx].fuse(trained(MODELS["padding by a child"]()), spec(), TWO)
     assert not any(node.target is F.pad for node in symmetric.graph.nodes)
     assert symmetric.get_submodule("0")[0].padding == (1, 1)
-    asymmetric = quantize.fuse(trained(MODELS["padding computed from the shape"]()), Flow.fx, True, TWO)
+    asymmetric = FLOWS[Flow.fx].fuse(trained(MODELS["padding computed from the shape"]()), spec(), TWO)
     assert [node.args[1] for node in asymmetric.graph.nodes if node.target is F.pad] == [[0, 1, 0, 1]]
 
 
 def test_layers_keep_the_names_that_the_user_gave_them() -> None:
     _, prepared = through(trained(MODELS["padding by a child"]()))
-    layers = quantize.layers(quantize.convert(prepared, Flow.fx, Engine.x86), Flow.fx, Engine.x86)
+    layers = quantize.layers(FLOWS[Flow.fx].convert(prepared).module, FLOWS[Flow.fx], Engine.x86)
     assert [layer.name for layer in layers] == ["0", "3", "6"]
     assert layers[0].kernel == "x86 conv"
 
@@ -152,14 +153,14 @@ def test_modules_that_are_called_twice_are_fused_at_each_call() -> None:
     net = trained(Shared())
     fused, prepared = through(net)
     assert quantize.fusion_difference(net, fused, images(8, seed=4)) < 1e-5
-    layers = quantize.layers(quantize.convert(prepared, Flow.fx, Engine.x86), Flow.fx, Engine.x86)
+    layers = quantize.layers(FLOWS[Flow.fx].convert(prepared).module, FLOWS[Flow.fx], Engine.x86)
     assert [layer.kind for layer in layers].count("conv") == 3
     assert all(layer.int8 and layer.kind != "batchnorm" for layer in layers)
 
 
-def range_of(prepared: nn.Module, name: str) -> tuple[float, float]:
+def range_of(prepared: Prepared, name: str) -> tuple[float, float]:
     """The range that was mapped onto a grid of 7 bits."""
-    q = quantize.read_qparams(prepared)[name]
+    q = quantize.read_qparams(prepared.module)[name]
     low, high = (code - int(q.zero_point[0]) for code in (0, 127))
     return low * float(q.scale[0]), high * float(q.scale[0])
 
@@ -215,7 +216,7 @@ def test_range_after_clamp_changes_nothing_where_conv_and_relu_are_fused() -> No
     for after in (True, False):
         _, prepared = through(net, range_after_clamp=after)
         with quantize.engine(Engine.x86), torch.inference_mode():
-            answers.append(quantize.convert(prepared, Flow.fx, Engine.x86)(images(4)))
+            answers.append(FLOWS[Flow.fx].convert(prepared).module(images(4)))
     assert torch.equal(*answers)
 
 
@@ -224,9 +225,9 @@ def test_prelu_stays_in_fp32_since_torchs_int8_one_is_wrong() -> None:
     _, prepared = through(net)
     with quantize.engine(Engine.x86), torch.inference_mode():
         batch = images(8, seed=5)
-        converted = quantize.convert(prepared, Flow.fx, Engine.x86)
+        converted = FLOWS[Flow.fx].convert(prepared).module
         assert relative_error(converted(batch), net(batch)) < 0.1
-    assert all(layer.int8 for layer in quantize.layers(converted, Flow.fx, Engine.x86))
+    assert all(layer.int8 for layer in quantize.layers(converted, FLOWS[Flow.fx], Engine.x86))
 
 
 class Branching(Plain):
@@ -248,9 +249,9 @@ class Nested(nn.Module):
 def test_a_graph_that_cannot_be_traced_is_refused_with_the_module_and_the_flow_that_works() -> None:
     net = trained(Nested())
     with pytest.raises(InputError, match=r"flow=fx can't trace Nested: its module body \(Branching\) decides by"):
-        quantize.fuse(net, Flow.fx, True, TWO)
+        FLOWS[Flow.fx].fuse(net, spec(), TWO)
     with pytest.raises(InputError, match=r"works with flow=dynamic\.$") as refusal:
-        quantize.dry_run(net, Flow.fx, True, settings(), MINMAX, Engine.x86, TWO)
+        quantize.dry_run(net, FLOWS[Flow.fx], spec(), TWO)
     assert "\n" not in str(refusal.value)
 
 
@@ -272,8 +273,8 @@ def test_batch_size_stays_free_where_a_model_reads_its_shape() -> None:
 def test_every_engine_takes_the_flow(engine: Engine) -> None:
     net = trained(Plain())
     _, prepared = through(net, engine=engine)
-    converted = quantize.convert(prepared, Flow.fx, engine)
-    layers = quantize.layers(converted, Flow.fx, engine)
+    converted = FLOWS[Flow.fx].convert(prepared).module
+    layers = quantize.layers(converted, FLOWS[Flow.fx], engine)
     assert [layer.kind for layer in layers] == ["conv", "depthwise", "pointwise", "linear"]
     assert all(layer.int8 for layer in layers)
     with quantize.engine(engine), torch.inference_mode():
@@ -295,11 +296,11 @@ def test_every_engine_takes_the_flow(engine: Engine) -> None:
 def test_torchvision_models_unmodified_run_wholly_in_int8(name: str, count: int) -> None:
     net = trained(getattr(torchvision.models, name)(weights=None))
     example = images(2, size=64)
-    fused = quantize.fuse(net, Flow.fx, True, example)
+    fused = FLOWS[Flow.fx].fuse(net, spec(), example)
     assert quantize.fusion_difference(net, fused, example) < 1e-4
-    prepared = quantize.prepare(fused, Flow.fx, settings(overflow="activations"), MINMAX, Engine.x86, example)
+    prepared = FLOWS[Flow.fx].prepare(fused, spec(settings(overflow="activations")), example)
     quantize.calibrate(prepared, [example])
-    layers = quantize.layers(quantize.convert(prepared, Flow.fx, Engine.x86), Flow.fx, Engine.x86)
+    layers = quantize.layers(FLOWS[Flow.fx].convert(prepared).module, FLOWS[Flow.fx], Engine.x86)
     assert len(layers) == count
     assert all(layer.int8 and layer.kind != "batchnorm" for layer in layers)
 
@@ -363,10 +364,10 @@ class Computed1d(Computed):
 @pytest.mark.parametrize("kind", [Indices, Selected, Computed, Computed1d])
 def test_what_has_no_grid_stays_as_it_is_between_int8_layers(kind: type[nn.Module]) -> None:
     net = trained(kind())
-    quantize.dry_run(net, Flow.fx, True, settings(overflow="activations"), MINMAX, Engine.x86, TWO)
+    quantize.dry_run(net, FLOWS[Flow.fx], spec(settings(overflow="activations")), TWO)
     _, prepared = through(net)
-    converted = quantize.convert(prepared, Flow.fx, Engine.x86)
-    assert sum(layer.int8 for layer in quantize.layers(converted, Flow.fx, Engine.x86)) >= 2
+    converted = FLOWS[Flow.fx].convert(prepared).module
+    assert sum(layer.int8 for layer in quantize.layers(converted, FLOWS[Flow.fx], Engine.x86)) >= 2
     with quantize.engine(Engine.x86), torch.inference_mode():
         batch = images(5, seed=5)
         assert relative_error(converted(batch), net(batch)) < 0.1

@@ -13,8 +13,9 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, 
 from qexp import quantize
 from qexp.config.schema import Engine, Flow
 from qexp.models import float_model
+from qexp.quantize import FLOWS
 from qexp.quantize.graph.copies import each_once, evaluation_copy
-from tests.helpers.quantizable import MINMAX, images, relative_error, settings, trained
+from tests.helpers.quantizable import images, relative_error, settings, spec, trained
 
 TWO = images(2)
 SETTINGS = settings()
@@ -23,13 +24,13 @@ SAVED = images(8, seed=4)
 
 def converted(net: nn.Module, flow: Flow) -> nn.Module:
     """With exact sums on every CPU: qnnpack's."""
-    quantize.dry_run(net, flow, True, SETTINGS, MINMAX, Engine.qnnpack, TWO)
-    fused = quantize.fuse(net, flow, True, TWO)
+    quantize.dry_run(net, FLOWS[flow], spec(SETTINGS, engine=Engine.qnnpack), TWO)
+    fused = FLOWS[flow].fuse(net, spec(), TWO)
     assert quantize.fusion_difference(net, fused, SAVED) < 1e-5
-    prepared = quantize.prepare(fused, flow, SETTINGS, MINMAX, Engine.qnnpack, TWO)
+    prepared = FLOWS[flow].prepare(fused, spec(SETTINGS, engine=Engine.qnnpack), TWO)
     if flow is not Flow.dynamic:
         quantize.calibrate(prepared, images(16, seed=3).split(8))
-    return quantize.convert(prepared, flow, Engine.qnnpack)
+    return FLOWS[flow].convert(prepared).module
 
 
 def error(int8: nn.Module, net: nn.Module) -> float:
@@ -38,7 +39,7 @@ def error(int8: nn.Module, net: nn.Module) -> float:
 
 
 def int8_layers(int8: nn.Module, flow: Flow) -> list[str]:
-    layers = quantize.layers(int8, flow, Engine.qnnpack)
+    layers = quantize.layers(int8, FLOWS[flow], Engine.qnnpack)
     assert flow is Flow.dynamic or all(layer.int8 for layer in layers)
     return [layer.name for layer in layers if layer.int8]
 
@@ -184,9 +185,9 @@ def test_a_model_s_own_way_to_save_and_load_does_not_reach_the_int8_model() -> N
     net = trained(chain())
     net.register_state_dict_post_hook(lambda module, state, prefix, metadata: state.pop(f"{prefix}0.weight"))
     net.register_load_state_dict_pre_hook(lambda module, state, prefix, *rest: state.update(surplus=torch.ones(1)))
-    fused = quantize.fuse(net, Flow.eager, True, TWO)
+    fused = FLOWS[Flow.eager].fuse(net, spec(), TWO)
     int8 = converted(net, Flow.eager)
-    skeleton = quantize.skeleton(fused, Flow.eager, SETTINGS, Engine.qnnpack, TWO)
+    skeleton = quantize.skeleton(fused, FLOWS[Flow.eager], spec(SETTINGS, engine=Engine.qnnpack), TWO)
     with quantize.engine(Engine.qnnpack), torch.inference_mode():
         skeleton.load_state_dict(int8.state_dict(), assign=True)
         assert torch.equal(skeleton(SAVED), int8(SAVED))
@@ -255,8 +256,8 @@ def test_a_module_of_several_names_is_one_layer_in_int8(kind: type[nn.Module], f
 @pytest.mark.parametrize("kind", [TwoNames, SharedLeaves])
 def test_a_module_of_several_names_is_observed_once_at_each_call(kind: type[nn.Module]) -> None:
     net = trained(kind())
-    prepared = quantize.prepare(
-        quantize.fuse(net, Flow.eager, True, TWO), Flow.eager, SETTINGS, MINMAX, Engine.qnnpack, TWO
+    prepared = FLOWS[Flow.eager].prepare(
+        FLOWS[Flow.eager].fuse(net, spec(), TWO), spec(SETTINGS, engine=Engine.qnnpack), TWO
     )
     quantize.calibrate(prepared, [SAVED])
     seen: list[Tensor] = []
@@ -264,12 +265,12 @@ def test_a_module_of_several_names_is_observed_once_at_each_call(kind: type[nn.M
     with shared.register_forward_hook(lambda module, inputs, output: seen.append(output.clone())):
         net(SAVED)
     name = "a.0" if isinstance(net, TwoNames) else "conv"
-    qparams = quantize.read_qparams(prepared)
+    qparams = quantize.read_qparams(prepared.module)
     assert name in qparams
     assert not any(other.startswith(("b.", "two", "three", "head")) for other in qparams)
     expected = max(float(output.max()) for output in seen) / 255
     assert float(qparams[name].scale[0]) == pytest.approx(expected, rel=1e-4)
-    converted = quantize.convert(prepared, Flow.eager, Engine.qnnpack)
+    converted = FLOWS[Flow.eager].convert(prepared).module
     assert set(quantize.read_qparams(converted)) == set(qparams)
 
 

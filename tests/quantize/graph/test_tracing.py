@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from qexp import quantize
 from qexp.config.schema import Engine, Flow
 from qexp.errors import InputError
+from qexp.quantize import FLOWS
 from qexp.quantize.graph.tracing import UntraceableError, trace
-from tests.helpers.quantizable import MINMAX, Plain, images, relative_error, settings, trained
+from tests.helpers.quantizable import Plain, images, relative_error, settings, spec, trained
 
 TWO = images(2)
 
@@ -148,13 +149,13 @@ def test_such_a_model_goes_through_fx_and_stays_close(ask: Callable[[Tensor], Te
             return self.fc(F.relu(self.bn1(self.conv1(ask(x)))).mean((2, 3)))
 
     net = trained(Asks())
-    quantize.dry_run(net, Flow.fx, True, settings(), MINMAX, Engine.x86, TWO)
-    prepared = quantize.prepare(
-        quantize.fuse(net, Flow.fx, True, TWO), Flow.fx, settings(overflow="activations"), MINMAX, Engine.x86, TWO
+    quantize.dry_run(net, FLOWS[Flow.fx], spec(), TWO)
+    prepared = FLOWS[Flow.fx].prepare(
+        FLOWS[Flow.fx].fuse(net, spec(), TWO), spec(settings(overflow="activations")), TWO
     )
     quantize.calibrate(prepared, [images(16, seed=3)])
-    converted = quantize.convert(prepared, Flow.fx, Engine.x86)
-    assert all(layer.int8 for layer in quantize.layers(converted, Flow.fx, Engine.x86))
+    converted = FLOWS[Flow.fx].convert(prepared).module
+    assert all(layer.int8 for layer in quantize.layers(converted, FLOWS[Flow.fx], Engine.x86))
     with quantize.engine(Engine.x86), torch.inference_mode():
         assert relative_error(converted(images(8, seed=4)), net(images(8, seed=4))) < 0.2
 
@@ -174,7 +175,7 @@ def test_other_arguments_have_their_defaults() -> None:
     assert torch.equal(graph(TWO), net(TWO))
     assert [node.target for node in graph.graph.nodes if node.op == "placeholder"] == ["x"]
     for flow in (Flow.eager, Flow.fx):
-        quantize.dry_run(net, flow, True, settings(), MINMAX, Engine.x86, TWO)
+        quantize.dry_run(net, FLOWS[flow], spec(), TWO)
 
 
 def test_a_forward_of_any_arguments_is_taken() -> None:
@@ -280,7 +281,7 @@ def test_squeeze_keeps_the_dimension_of_the_images(squeeze: Callable[[Tensor], T
     assert torch.equal(graph(TWO), net(TWO))
     assert graph(TWO[:1]).shape == (1, 10)
     assert torch.allclose(graph(TWO[:1]), net(TWO)[:1], atol=1e-5)
-    quantize.dry_run(net, Flow.fx, True, settings(), MINMAX, Engine.x86, TWO)
+    quantize.dry_run(net, FLOWS[Flow.fx], spec(), TWO)
 
 
 @SPELLINGS
@@ -295,7 +296,7 @@ def test_a_squeeze_that_int8_does_not_take_is_named(squeeze: Callable[[Tensor], 
         r"write flatten\(1\); this model works with flow=fx\.$"
     )
     with pytest.raises(InputError, match=said):
-        quantize.dry_run(trained(Named(squeeze)), flow, True, settings(), MINMAX, Engine.qnnpack, TWO)
+        quantize.dry_run(trained(Named(squeeze)), FLOWS[flow], spec(engine=Engine.qnnpack), TWO)
 
 
 def test_a_float_model_that_fails_for_one_image_by_its_squeeze_is_told_so() -> None:
@@ -304,7 +305,7 @@ def test_a_float_model_that_fails_for_one_image_by_its_squeeze_is_told_so() -> N
             return F.log_softmax(self.fc(F.adaptive_avg_pool2d(self.conv1(x), 1).squeeze()), 1)
 
     with pytest.raises(InputError, match=r"can't take one image alone: squeeze\(\) in its own forward \(Fails\)"):
-        quantize.dry_run(trained(Fails()), Flow.eager, True, settings(), MINMAX, Engine.qnnpack, TWO)
+        quantize.dry_run(trained(Fails()), FLOWS[Flow.eager], spec(engine=Engine.qnnpack), TWO)
 
 
 @pytest.mark.parametrize("flow", Flow)
@@ -313,4 +314,4 @@ def test_a_squeeze_of_the_logits_harms_nothing(flow: Flow) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.fc(F.adaptive_avg_pool2d(self.conv1(x), 1).flatten(1)).squeeze()
 
-    quantize.dry_run(trained(Last()), flow, True, settings(), MINMAX, Engine.qnnpack, TWO)
+    quantize.dry_run(trained(Last()), FLOWS[flow], spec(engine=Engine.qnnpack), TWO)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qexp import quantize
-from qexp.config.schema import Engine, Flow
+from qexp.config.schema import Flow
 from qexp.errors import InputError
 from qexp.models import float_model
-from tests.helpers.quantizable import MINMAX, images, settings, trained
+from qexp.quantize import FLOWS
+from tests.helpers.quantizable import images, spec, trained
 
 ONE = images(1)
 
@@ -62,7 +63,7 @@ def with_head(forward: Callable[[nn.Module, Tensor], Tensor]) -> nn.Module:
 def refusal(net: nn.Module, flow: Flow, fusion: bool = True, image: Tensor = ONE) -> str:
     """What a dry run says of it; empty where the model is taken."""
     try:
-        quantize.dry_run(net, flow, fusion, settings(), MINMAX, Engine.x86, image, "the image cat.png")
+        quantize.dry_run(net, FLOWS[flow], spec(fusion=fusion), image, "the image cat.png")
     except InputError as error:
         sentence = str(error)
         assert "\n" not in sentence
@@ -155,7 +156,7 @@ def test_hooks_of_the_model_itself_are_refused_and_those_of_modules_within_are_t
     net = trained(Net())
     net.head.register_forward_hook(lambda m, inputs, output: output * 2 + 1)
     assert refusal(net, Flow.fx) == ""
-    fused = quantize.fuse(net, Flow.fx, True, ONE)
+    fused = FLOWS[Flow.fx].fuse(net, spec(), ONE)
     torch.testing.assert_close(fused(ONE), net(ONE))
     net.register_forward_pre_hook(lambda m, inputs: (inputs[0] * 2,))
     assert refusal(net, Flow.fx).startswith("the model itself (Net) has a hook that changes what the model computes")
@@ -212,7 +213,7 @@ def test_a_module_that_fusing_lost_is_named_before_any_work_with_what_works() ->
 
     net = trained(Twice())
     with pytest.raises(InputError, match=r"module relu1 is called 2 times, .* works with fusion=false or with flow=fx"):
-        quantize.dry_run(net, Flow.eager, True, settings(), MINMAX, Engine.x86, ONE)
+        quantize.dry_run(net, FLOWS[Flow.eager], spec(), ONE)
     assert refusal(net, Flow.fx) == refusal(net, Flow.eager, fusion=False) == ""
 
 
@@ -239,18 +240,18 @@ class Deep(nn.Module):
 def test_with_the_statistics_of_a_few_images_a_fault_shows_in_the_logits_of_an_untrained_model() -> None:
     net = Deep().eval()
     few = images(4, seed=5)
-    assert quantize.fusion_difference(net, quantize.fuse(net, Flow.eager, True, ONE), ONE) < 1e-3  # it fades
+    assert quantize.fusion_difference(net, FLOWS[Flow.eager].fuse(net, spec(), ONE), ONE) < 1e-3  # it fades
     float_model.with_statistics(net, few)
     assert not any(m.training for m in net.modules())
     x = net.convs[0](few)
     expected = 0.97 * x.mean((0, 2, 3)), 0.03 + 0.97 * x.var((0, 2, 3))
     torch.testing.assert_close((net.norms[0].running_mean, net.norms[0].running_var), expected)
-    assert quantize.fusion_difference(net, quantize.fuse(net, Flow.eager, True, ONE), ONE) > 0.03
+    assert quantize.fusion_difference(net, FLOWS[Flow.eager].fuse(net, spec(), ONE), ONE) > 0.03
 
 
 def test_fx_does_not_advise_itself() -> None:
     net, other = trained(Net()), trained(Net(), seed=1)
-    said = quantize.explained(net, quantize.fuse(other, Flow.fx, True, ONE), Flow.fx, images(4))
+    said = quantize.explained(net, FLOWS[Flow.fx].fuse(other, spec(), ONE), FLOWS[Flow.fx], images(4))
     assert "tracing follows one call of forward" in said
     assert "flow=" not in said
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,11 @@ from qexp.config.schema import Config, Engine, Flow
 from qexp.errors import InputError, RunError
 from qexp.models import architectures
 from qexp.pipeline import run
+from qexp.quantize import FLOWS, Prepared, QuantizedModel
+from qexp.quantize.flows.fx import FxFlow
 from qexp.quantize.inspection.layer_check import Deviation, check_layers, layer_deviations
 from qexp.quantize.saturation import kernels
-from qexp.records import QParams
-from tests.helpers.quantizable import MINMAX, Again, Chain, Squeezed, Twice, images, settings, trained
+from tests.helpers.quantizable import Again, Chain, Squeezed, Twice, assembled, images, settings, spec, trained
 
 BOTH = [Flow.eager, Flow.fx]
 
@@ -35,16 +35,20 @@ class Case:
     int8: nn.Module
     flow: Flow
     engine: Engine
-    qparams: dict[str, QParams] = field(default_factory=dict)
+    prepared: nn.Module | None = None
+
+    @property
+    def model(self) -> QuantizedModel:
+        return assembled(self.fused, self.int8, self.flow, self.engine, self.prepared)
 
     def deviations(self) -> dict[str, Deviation]:
-        found = layer_deviations(self.fused, self.int8, self.flow, self.engine, images(3, seed=9), self.qparams)
+        found = layer_deviations(self.model, images(3, seed=9))
         return {one.name: one for one in found}
 
     def fault(self) -> str:
         """What the check says of it; empty where it passes."""
         try:
-            check_layers(self.fused, self.int8, self.flow, self.engine, images(3, seed=9), self.qparams)
+            check_layers(self.model, images(3, seed=9))
         except RunError as error:
             return str(error)
         return ""
@@ -53,13 +57,12 @@ class Case:
 def case(net: nn.Module, flow: Flow, engine: Engine = Engine.qnnpack, fusion: bool = True, **wanted: Any) -> Case:
     """Converted; 7-bit weights where nothing else is asked for, so that no 16-bit sum saturates."""
     few = images(4, seed=3)
-    fused = quantize.fuse(trained(net), flow, fusion, few)
+    fused = FLOWS[flow].fuse(trained(net), spec(fusion=fusion), few)
     qconfig = settings(**{"weight_bits": 7, **wanted})
-    prepared = quantize.prepare(fused, flow, qconfig, MINMAX, engine, few)
+    prepared = FLOWS[flow].prepare(fused, spec(qconfig, engine=engine), few)
     if flow is not Flow.dynamic:
         quantize.calibrate(prepared, [few])
-    qparams = quantize.read_qparams(prepared)
-    return Case(fused, quantize.convert(prepared, flow, engine), flow, engine, qparams)
+    return Case(fused, FLOWS[flow].convert(prepared).module, flow, engine, prepared.module)
 
 
 class Joined(nn.Module):
@@ -103,7 +106,7 @@ def test_a_right_model_passes_and_no_layer_is_off_by_more_than_rounding(
         one = case(net, flow, engine, **wanted)
         assert one.fault() == ""
         found = one.deviations()
-        assert {layer.name for layer in quantize.layers(one.int8, flow, engine) if layer.int8} <= set(found)
+        assert {layer.name for layer in quantize.layers(one.int8, FLOWS[flow], engine) if layer.int8} <= set(found)
         if flow is not Flow.dynamic:
             # The biases of qnnpack are whole numbers of its sums; all else is rounded once.
             assert max(row.output for row in found.values()) < (1 if engine is Engine.qnnpack else 0.501)
@@ -270,9 +273,9 @@ def test_codes_of_two_grids_that_are_put_together_are_found() -> None:
     net = trained(Bare())
     net.right.weight.mul_(4)
     # As if eager mode didn't refuse it.
-    prepared = quantize.prepare(copy.deepcopy(net), Flow.eager, settings(weight_bits=7), MINMAX, Engine.qnnpack, few)
+    prepared = FLOWS[Flow.eager].prepare(copy.deepcopy(net), spec(settings(weight_bits=7), engine=Engine.qnnpack), few)
     quantize.calibrate(prepared, [few])
-    one = Case(net, quantize.convert(prepared, Flow.eager, Engine.qnnpack), Flow.eager, Engine.qnnpack)
+    one = Case(net, FLOWS[Flow.eager].convert(prepared).module, Flow.eager, Engine.qnnpack)
     assert " act (Hardswish) reads" in one.fault()
 
 
@@ -282,11 +285,9 @@ def test_an_int8_kernel_that_computes_another_function_is_found() -> None:
     norm.running_mean, norm.running_var = torch.full((8,), 0.7), torch.full((8,), 3.0)
     float_model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), norm, nn.Conv2d(8, 8, 1)).eval()
     few = images(4, seed=3)
-    prepared = quantize.prepare(
-        copy.deepcopy(float_model), Flow.eager, settings(weight_bits=7), MINMAX, Engine.x86, few
-    )
+    prepared = FLOWS[Flow.eager].prepare(copy.deepcopy(float_model), spec(settings(weight_bits=7)), few)
     quantize.calibrate(prepared, [few])
-    int8 = quantize.convert(prepared, Flow.eager, Engine.x86)
+    int8 = FLOWS[Flow.eager].convert(prepared).module
     wrong = Case(float_model, int8, Flow.eager, Engine.x86)
     int8.module[1] = nnq.InstanceNorm2d(8, norm.weight, norm.bias, 0.03, 128)  # type: ignore[index, operator]
     assert " 1 (InstanceNorm2d) gives" in wrong.fault()
@@ -301,10 +302,10 @@ def test_saturation_is_counted_apart() -> None:
         net[2].weight.fill_(1.0)  # type: ignore[union-attr, operator]
         net[0].bias.fill_(50.0)  # type: ignore[union-attr, operator]
     few = images(4, seed=3)
-    fused = quantize.fuse(net, Flow.fx, True, few)
-    prepared = quantize.prepare(fused, Flow.fx, settings(granularity="per_tensor"), MINMAX, Engine.fbgemm, few)
+    fused = FLOWS[Flow.fx].fuse(net, spec(), few)
+    prepared = FLOWS[Flow.fx].prepare(fused, spec(settings(granularity="per_tensor"), engine=Engine.fbgemm), few)
     quantize.calibrate(prepared, [few])
-    one = Case(fused, quantize.convert(prepared, Flow.fx, Engine.fbgemm), Flow.fx, Engine.fbgemm)
+    one = Case(fused, FLOWS[Flow.fx].convert(prepared).module, Flow.fx, Engine.fbgemm)
     assert one.fault() == ""
     saturates = "depthwise" in kernels.probe().saturating_kinds(Engine.fbgemm)
     assert (one.deviations()["2"].saturated > 0) == saturates
@@ -313,34 +314,32 @@ def test_saturation_is_counted_apart() -> None:
 # ------------------------------------------------------------------------------------------------ where it is asked
 
 
-def spoiled(convert: Callable[..., nn.Module], name: str, *arguments: Any) -> nn.Module:
-    """A converted model, one of whose layers gives half of what it should."""
-    prepared, flow, engine = arguments
-    converted = convert(prepared, flow, engine)
-    converted.get_submodule(name).register_forward_hook(
-        lambda module, inputs, output: torch.quantize_per_tensor(
-            output.dequantize() / 2, output.q_scale(), output.q_zero_point(), torch.quint8
+def spoil(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """From now on a layer of what flow=fx converts gives half of what it should."""
+    convert = FxFlow.convert
+
+    def spoiled(flow: FxFlow, prepared: Prepared) -> QuantizedModel:
+        converted = convert(flow, prepared)
+        converted.module.get_submodule(name).register_forward_hook(
+            lambda module, inputs, output: torch.quantize_per_tensor(
+                output.dequantize() / 2, output.q_scale(), output.q_zero_point(), torch.quint8
+            )
         )
-    )
-    return converted
+        return converted
+
+    monkeypatch.setattr(FxFlow, "convert", spoiled)
 
 
 def test_a_flow_that_changes_a_model_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    convert = quantize.convert
-
-    def by_flow(prepared: nn.Module, flow: Flow, engine: Engine) -> nn.Module:
-        arguments = (prepared, flow, engine)
-        return spoiled(convert, "blocks.0.conv2", *arguments) if flow is Flow.fx else convert(*arguments)
-
-    monkeypatch.setattr(quantize, "convert", by_flow)
+    spoil(monkeypatch, "blocks.0.conv2")
     with pytest.raises(InputError, match=r"blocks\.0\.conv2 \(Conv2d\) gives.*this model works with flow=eager or"):
-        quantize.dry_run(trained(architectures.tiny()), Flow.fx, True, settings(), MINMAX, Engine.qnnpack, images(1))
+        quantize.dry_run(trained(architectures.tiny()), FLOWS[Flow.fx], spec(engine=Engine.qnnpack), images(1))
 
 
 def test_a_run_whose_int8_model_is_another_function_fails(
     composed: Callable[..., Config], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantize, "convert", functools.partial(spoiled, quantize.convert, "blocks.1.conv1"))
+    spoil(monkeypatch, "blocks.1.conv1")
     config = composed("model=tiny", "flow=fx", "engine=qnnpack", "latency=off", f"model.checkpoint={checkpoint}")
     with pytest.raises(RunError, match=r"blocks\.1\.conv1 \(ConvReLU2d\) gives"):
         run.run_job(config, tmp_path)

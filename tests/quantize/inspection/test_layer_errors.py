@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from qexp import quantize
 from qexp.config.schema import Engine, Flow
 from qexp.models import architectures
+from qexp.quantize import FLOWS
 from qexp.quantize.inspection import layer_errors
 from qexp.quantize.inspection.layer_errors import layer_fidelity
 from qexp.records import Fidelity, QParams
-from tests.helpers.quantizable import MINMAX, Again, Chain, Plain, Squeezed, Twice, images, settings, trained
+from tests.helpers.quantizable import Again, Chain, Plain, Squeezed, Twice, assembled, images, settings, spec, trained
 
 TWO = images(2)
 BOTH = [Flow.eager, Flow.fx]
@@ -33,13 +34,13 @@ class Case:
     engine: Engine
 
     def rows(self, batches: Iterable[Tensor]) -> tuple[Fidelity, ...]:
-        return layer_fidelity(self.fused, self.int8, self.flow, self.engine, batches)
+        return layer_fidelity(assembled(self.fused, self.int8, self.flow, self.engine), batches)
 
     def by_name(self, batches: Iterable[Tensor]) -> dict[str, Fidelity]:
         return {row.name: row for row in self.rows(batches)}
 
     def int8_layers(self) -> list[str]:
-        return [layer.name for layer in quantize.layers(self.int8, self.flow, self.engine) if layer.int8]
+        return [layer.name for layer in quantize.layers(self.int8, FLOWS[self.flow], self.engine) if layer.int8]
 
 
 def case(
@@ -51,12 +52,12 @@ def case(
     **wanted: Any,
 ) -> Case:
     """A converted model whose 16-bit sums can't saturate, calibrated on images of this amplitude."""
-    fused = quantize.fuse(trained(net), flow, fusion, TWO)
+    fused = FLOWS[flow].fuse(trained(net), spec(fusion=fusion), TWO)
     qconfig = settings(**{"overflow": "activations", **wanted})
-    prepared = quantize.prepare(fused, flow, qconfig, MINMAX, engine, TWO)
+    prepared = FLOWS[flow].prepare(fused, spec(qconfig, engine=engine), TWO)
     quantize.calibrate(prepared, [images(8, seed=3) * amplitude])
-    qparams = quantize.read_qparams(prepared)
-    return Case(fused, quantize.convert(prepared, flow, engine), qparams, flow, engine)
+    qparams = quantize.read_qparams(prepared.module)
+    return Case(fused, FLOWS[flow].convert(prepared).module, qparams, flow, engine)
 
 
 def decibels(expected: np.ndarray, actual: np.ndarray) -> float:
@@ -214,7 +215,7 @@ NETS = [
 def test_no_int8_layer_is_left_out(net: type[nn.Module], flow: Flow, fusion: bool) -> None:
     one = case(net(), flow, fusion)
     rows = one.by_name([images(3, seed=4)])
-    layers = {layer.name: layer.kind for layer in quantize.layers(one.int8, flow, one.engine) if layer.int8}
+    layers = {layer.name: layer.kind for layer in quantize.layers(one.int8, FLOWS[flow], one.engine) if layer.int8}
     assert layers.items() <= {name: row.kind for name, row in rows.items()}.items()
     assert len(rows) == len(one.rows([images(3, seed=4)]))
     # Whatever it is called, it is called so in the QParams.
@@ -262,12 +263,12 @@ def test_a_layer_that_is_called_twice_is_one_row_over_both_calls() -> None:
 def test_what_a_clamp_takes_away_is_no_loss(flow: Flow, range_after_clamp: bool) -> None:
     net = trained(Chain(nn.ReLU6))
     net.features[1].weight.mul_(20)  # far beyond 6 on both sides
-    fused = quantize.fuse(net, flow, True, TWO)
-    prepared = quantize.prepare(
-        fused, flow, settings(overflow="activations", range_after_clamp=range_after_clamp), MINMAX, Engine.x86, TWO
+    fused = FLOWS[flow].fuse(net, spec(), TWO)
+    prepared = FLOWS[flow].prepare(
+        fused, spec(settings(overflow="activations", range_after_clamp=range_after_clamp)), TWO
     )
     quantize.calibrate(prepared, [images(8, seed=3)])
-    qparams, int8 = quantize.read_qparams(prepared), quantize.convert(prepared, flow, Engine.x86)
+    qparams, int8 = quantize.read_qparams(prepared.module), FLOWS[flow].convert(prepared).module
     rows = Case(fused, int8, qparams, flow, Engine.x86).by_name([images(8, seed=4)])
     assert rows["features.0"].clipped < 1e-3
     # With the values below 0 and above 6 in it, a grid that ends there would have 1 dB.
@@ -306,7 +307,7 @@ def test_no_images_is_an_error_and_the_dynamic_flow_has_no_scales() -> None:
     tiny = case(architectures.tiny(), Flow.eager)
     with pytest.raises(ValueError, match="at least one image"):
         tiny.rows([])
-    assert layer_fidelity(tiny.fused, tiny.int8, Flow.dynamic, Engine.x86, [TWO]) == ()
+    assert layer_fidelity(assembled(tiny.fused, tiny.int8, Flow.dynamic), [TWO]) == ()
 
 
 def test_each_call_of_a_module_is_a_tensor_of_its_own_in_fx() -> None:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from qexp import quantize
 from qexp.config.schema import Engine, Flow
 from qexp.errors import InputError
+from qexp.quantize import FLOWS
 from qexp.quantize.graph.tensor_names import public
 from qexp.quantize.inspection.operators import DispatchMode
 from qexp.records import Layer
-from tests.helpers.quantizable import MINMAX, images, relative_error, settings, trained
+from tests.helpers.quantizable import images, relative_error, settings, spec, trained
 
 TWO = images(2)
 SETTINGS = settings()
@@ -62,20 +63,20 @@ def encoder() -> nn.Module:
 
 def taken(net: nn.Module, flow: Flow) -> tuple[dict[str, Layer], float]:
     """As `converted`, of a model that a dry run takes."""
-    quantize.dry_run(net, flow, True, SETTINGS, MINMAX, Engine.qnnpack, TWO)
+    quantize.dry_run(net, FLOWS[flow], spec(SETTINGS, engine=Engine.qnnpack), TWO)
     return converted(net, flow)
 
 
 def converted(net: nn.Module, flow: Flow) -> tuple[dict[str, Layer], float]:
     """The layers of the INT8 model by name, and the error of its answers; sums are exact on every CPU."""
     engine = Engine.qnnpack
-    prepared = quantize.prepare(quantize.fuse(net, flow, True, TWO), flow, SETTINGS, MINMAX, engine, TWO)
+    prepared = FLOWS[flow].prepare(FLOWS[flow].fuse(net, spec(), TWO), spec(SETTINGS, engine=engine), TWO)
     if flow is not Flow.dynamic:
         quantize.calibrate(prepared, [images(8, seed=3)])
-    model = quantize.convert(prepared, flow, engine)
+    model = FLOWS[flow].convert(prepared).module
     with quantize.engine(engine), torch.inference_mode():
         error = relative_error(model(images(8, seed=4)), net(images(8, seed=4)))
-    return {layer.name: layer for layer in quantize.layers(model, flow, engine)}, error
+    return {layer.name: layer for layer in quantize.layers(model, FLOWS[flow], engine)}, error
 
 
 def int8(layers: dict[str, Layer]) -> set[str]:
@@ -317,13 +318,13 @@ def test_a_layer_is_said_to_be_int8_just_where_its_operator_is(kind: str, flow: 
     by_qnnpack = engine is Engine.qnnpack and flow is not Flow.dynamic and kind in REFUSED_BY_QNNPACK
     if by_qnnpack or (flow is Flow.eager and kind in REFUSED_BY_EAGER):
         with pytest.raises(InputError):
-            quantize.dry_run(net, flow, True, SETTINGS, MINMAX, engine, TWO)
+            quantize.dry_run(net, FLOWS[flow], spec(SETTINGS, engine=engine), TWO)
         return
-    prepared = quantize.prepare(quantize.fuse(net, flow, True, TWO), flow, SETTINGS, MINMAX, engine, TWO)
+    prepared = FLOWS[flow].prepare(FLOWS[flow].fuse(net, spec(), TWO), spec(SETTINGS, engine=engine), TWO)
     if flow is not Flow.dynamic:
         quantize.calibrate(prepared, [TWO])
-    model = quantize.convert(prepared, flow, engine)
-    rows = {layer.name: layer for layer in quantize.layers(model, flow, engine)}
+    model = FLOWS[flow].convert(prepared).module
+    rows = {layer.name: layer for layer in quantize.layers(model, FLOWS[flow], engine)}
     with quantize.engine(engine), torch.no_grad(), Executed(model, set(rows)) as executed:
         model(TWO)
     # What attention does between its projections has no weights, and the projections of a whole call no modules.

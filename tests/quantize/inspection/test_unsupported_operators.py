@@ -14,8 +14,9 @@ from torch.ao.nn.quantized import FloatFunctional
 from qexp import quantize
 from qexp.config.schema import Engine, Flow
 from qexp.errors import InputError
+from qexp.quantize import FLOWS
 from qexp.quantize.inspection.unsupported_operators import run_or_refuse
-from tests.helpers.quantizable import MINMAX, images, relative_error, settings, trained
+from tests.helpers.quantizable import images, relative_error, settings, spec, trained
 
 TWO = images(2)
 SETTINGS = settings()
@@ -52,14 +53,14 @@ def net_of(function: Two) -> nn.Module:
 
 
 def dry_run(net: nn.Module, flow: Flow = Flow.eager, engine: Engine = Engine.x86) -> None:
-    quantize.dry_run(net, flow, True, SETTINGS, MINMAX, engine, TWO)
+    quantize.dry_run(net, FLOWS[flow], spec(SETTINGS, engine=engine), TWO)
 
 
 def error(net: nn.Module, flow: Flow = Flow.eager, engine: Engine = Engine.qnnpack) -> float:
     """Of the INT8 model's answers; qnnpack's sums are exact on every CPU."""
-    prepared = quantize.prepare(quantize.fuse(net, flow, True, TWO), flow, SETTINGS, MINMAX, engine, TWO)
+    prepared = FLOWS[flow].prepare(FLOWS[flow].fuse(net, spec(), TWO), spec(SETTINGS, engine=engine), TWO)
     quantize.calibrate(prepared, [images(8, seed=3)])
-    converted = quantize.convert(prepared, flow, engine)
+    converted = FLOWS[flow].convert(prepared).module
     with quantize.engine(engine), torch.inference_mode():
         return relative_error(converted(images(8, seed=4)), net(images(8, seed=4)))
 
@@ -270,11 +271,11 @@ def test_torch_s_own_warning_of_a_joint_is_not_shown() -> None:
 
 def test_the_innermost_module_is_named_and_hooks_are_taken_off() -> None:
     net = net_of(lambda x, y: torch.cat([x, y], 1))
-    prepared = quantize.prepare(net, Flow.eager, SETTINGS, MINMAX, Engine.x86, TWO)
+    prepared = FLOWS[Flow.eager].prepare(net, spec(SETTINGS), TWO)
     quantize.calibrate(prepared, [TWO])
-    converted = quantize.convert(prepared, Flow.eager, Engine.x86)
+    converted = FLOWS[Flow.eager].convert(prepared).module
     with quantize.engine(Engine.x86), pytest.raises(InputError, match=r"module block \(Block\)"):
-        run_or_refuse(converted, Flow.eager, TWO)
+        run_or_refuse(converted, FLOWS[Flow.eager], TWO)
     assert not any(part._forward_pre_hooks or part._forward_hooks for part in converted.modules())
 
 

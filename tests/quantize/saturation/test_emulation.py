@@ -13,10 +13,11 @@ from qexp import quantize
 from qexp.config.schema import Engine, Flow
 from qexp.errors import InputError
 from qexp.models import architectures
+from qexp.quantize import FLOWS
 from qexp.quantize.saturation import emulation, kernels
 from qexp.quantize.saturation.kernels import probe
 from qexp.quantize.torch_backend.qnnpack_biases import fit_biases
-from tests.helpers.quantizable import MINMAX, Chain, images, relative_error, settings, trained
+from tests.helpers.quantizable import Chain, images, relative_error, settings, spec, trained
 
 ENGINES = [e for e in (Engine.x86, Engine.fbgemm, Engine.onednn) if e in quantize.supported()]
 # x86 is FBGEMM too, wherever there is no VNNI.
@@ -339,10 +340,10 @@ def test_channels_without_weights_keep_their_bias(shape: str, per_channel: bool)
 def converted(flow: Flow, engine: Engine) -> tuple[nn.Module, nn.Module, Tensor]:
     """A small residual network for this engine and for qnnpack, and images."""
     some = images(4)
-    fused = quantize.fuse(trained(architectures.tiny(10)), flow, True, some)
-    prepared = quantize.prepare(fused, flow, settings(), MINMAX, engine, some)
+    fused = FLOWS[flow].fuse(trained(architectures.tiny(10)), spec(), some)
+    prepared = FLOWS[flow].prepare(fused, spec(engine=engine), some)
     quantize.calibrate(prepared, [some])
-    return quantize.convert(prepared, flow, engine), quantize.exact(prepared, flow), some
+    return FLOWS[flow].convert(prepared).module, quantize.exact(prepared), some
 
 
 @pytest.mark.parametrize("clamp", [nn.ReLU, nn.ReLU6, nn.Hardtanh])
@@ -350,12 +351,11 @@ def converted(flow: Flow, engine: Engine) -> tuple[nn.Module, nn.Module, Tensor]
 def test_where_nothing_saturates_exact_sums_change_nothing(engine: Engine, clamp: type[nn.Module]) -> None:
     """With 7-bit activations; whatever layers are between those that add up."""
     some = images(4)
-    fused = quantize.fuse(trained(Chain(clamp)), Flow.fx, True, some)
-    prepared = quantize.prepare(fused, Flow.fx, settings(activation_bits=7), MINMAX, engine, some)
+    fused = FLOWS[Flow.fx].fuse(trained(Chain(clamp)), spec(), some)
+    prepared = FLOWS[Flow.fx].prepare(fused, spec(settings(activation_bits=7), engine=engine), some)
     quantize.calibrate(prepared, [some])
     expected, actual = (
-        executed(model, engine, some)
-        for model in (quantize.convert(prepared, Flow.fx, engine), quantize.exact(prepared, Flow.fx))
+        executed(model, engine, some) for model in (FLOWS[Flow.fx].convert(prepared).module, quantize.exact(prepared))
     )
     assert relative_error(actual, expected) < 0.02
 

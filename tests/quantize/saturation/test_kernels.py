@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from qexp import quantize
 from qexp.config.schema import Engine, Flow, Overflow, QConfig, Scheme, Target
+from qexp.quantize import FLOWS
 from qexp.quantize.saturation.kernels import KINDS, KernelSignature, Probe, overflowing_kinds, probe, resolve_overflow
-from tests.helpers.quantizable import MINMAX, settings
+from tests.helpers.quantizable import settings, spec
 
 ENGINES = [e for e in Engine if e in quantize.supported()]
 EXACT = KernelSignature("exact", tuple(Probe(e, s, "conv", 200) for e in Engine for s in Scheme))
@@ -20,12 +21,13 @@ SATURATED = KernelSignature("saturated", tuple(Probe(e, s, "conv", 101) for e in
 
 
 def quantized(net: nn.Module, qconfig: QConfig, engine: Engine, images: Tensor, flow: Flow = Flow.eager) -> nn.Module:
-    fused = quantize.fuse(net.eval(), flow, True, images)
-    prepared = quantize.prepare(fused, flow, qconfig, MINMAX, engine, images)
+    fused = FLOWS[flow].fuse(net.eval(), spec(), images)
+    prepared = FLOWS[flow].prepare(fused, spec(qconfig, engine=engine), images)
     quantize.calibrate(prepared, [images])
+    model = FLOWS[flow].convert(prepared)
     if qconfig.overflow is Overflow.layers:
-        prepared, _ = quantize.narrow(prepared, flow, qconfig, engine, Target.native, images)
-    return quantize.convert(prepared, flow, engine)
+        model, _ = quantize.narrow(model, Target.native, images)
+    return model.module
 
 
 def run(net: nn.Module, engine: Engine, images: Tensor) -> Tensor:
@@ -187,8 +189,8 @@ def test_dynamic_flow_needs_no_guard_since_torch_gives_its_activations_7_bits() 
     nn.init.ones_(linear.weight)
     images = torch.ones(1, 64)
     for engine in ENGINES:
-        prepared = quantize.prepare(nn.Sequential(linear), Flow.dynamic, settings(), MINMAX, engine, images)
-        output = run(quantize.convert(prepared, Flow.dynamic, engine), engine, images)
+        prepared = FLOWS[Flow.dynamic].prepare(nn.Sequential(linear), spec(engine=engine), images)
+        output = run(FLOWS[Flow.dynamic].convert(prepared).module, engine, images)
         assert np.allclose(output, 64, rtol=0.01), engine
 
 

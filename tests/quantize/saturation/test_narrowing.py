@@ -12,9 +12,10 @@ from torch.ao.quantization.observer import UniformQuantizationObserverBase
 
 from qexp import quantize
 from qexp.config.schema import ActivationObserver, Engine, Flow, Observer, Overflow, QConfig, Target
+from qexp.quantize import FLOWS, Prepared
 from qexp.quantize.calibration.grid import Side
 from qexp.quantize.saturation import emulation, narrowing
-from tests.helpers.quantizable import MINMAX, Chain, Plain, images, settings, trained
+from tests.helpers.quantizable import MINMAX, Chain, Plain, images, settings, spec, trained
 
 EXAMPLE = images(8)
 OBSERVERS = {
@@ -28,9 +29,9 @@ OBSERVERS = {
 
 def calibrated(
     net: nn.Module, flow: Flow, qconfig: QConfig, observer: Observer = MINMAX, fusion: bool = True
-) -> nn.Module:
-    fused = quantize.fuse(net, flow, fusion, EXAMPLE)
-    prepared = quantize.prepare(fused, flow, qconfig, observer, Engine.x86, EXAMPLE)
+) -> Prepared:
+    fused = FLOWS[flow].fuse(net, spec(fusion=fusion), EXAMPLE)
+    prepared = FLOWS[flow].prepare(fused, spec(qconfig, observer), EXAMPLE)
     quantize.calibrate(prepared, [EXAMPLE])
     return prepared
 
@@ -53,12 +54,12 @@ def test_narrowed_tensors_are_those_of_an_observer_made_with_that_grid(flow: Flo
     layers = settings(activation_scheme=scheme, overflow="layers")
     prepared = calibrated(trained(Chain()), flow, layers, OBSERVERS[observer])
     expected = quantize.read_qparams(
-        calibrated(trained(Chain()), flow, replace(layers, overflow=Overflow.activations), OBSERVERS[observer])
+        calibrated(trained(Chain()), flow, replace(layers, overflow=Overflow.activations), OBSERVERS[observer]).module
     )
-    for module in list(prepared.modules()):
+    for module in list(prepared.module.modules()):
         if isinstance(module, UniformQuantizationObserverBase):
             narrowing._narrow_activations(module, layers)
-    actual = quantize.read_qparams(prepared)
+    actual = quantize.read_qparams(prepared.module)
     for name in (name for name in expected if not name.endswith(".weight")):
         assert actual[name].scale == expected[name].scale
         assert actual[name].zero_point == expected[name].zero_point
@@ -70,33 +71,34 @@ def test_narrowed_tensors_are_those_of_an_observer_made_with_that_grid(flow: Flo
 def test_only_layers_that_saturate_are_narrowed(flow: Flow) -> None:
     qconfig = settings(overflow="layers")
     prepared = calibrated(saturating(Chain(), "features.0"), flow, qconfig)
-    narrowed, found = quantize.narrow(prepared, flow, qconfig, Engine.x86, Target.avx2, EXAMPLE)
+    unguarded = FLOWS[flow].convert(prepared)
+    guarded, found = quantize.narrow(unguarded, Target.avx2, EXAMPLE)
     names = [one.name for one in found]
     assert "features.0" in names
-    plain = quantize.read_qparams(prepared)
-    for name, after in quantize.read_qparams(narrowed).items():
+    plain = quantize.read_qparams(prepared.module)
+    for name, after in guarded.qparams.items():
         sides = {one.name: one.side for one in found}
         if name.endswith(".weight"):
             assert (after.qmax < plain[name].qmax) == (sides.get(name.removesuffix(".weight")) is Side.weights)
-    converted = quantize.convert(narrowed, flow, Engine.x86)
-    exact = quantize.exact(narrowed, flow)
-    emulated = emulation.with_emulated_sums(converted, Engine.x86)
+    exact = quantize.exact(guarded.prepared)
+    emulated = emulation.with_emulated_sums(guarded.module, Engine.x86)
     rows = emulation.layer_by_layer(emulated, exact, [EXAMPLE], Engine.x86)
     assert not any(row.saturates for row in rows)
     # And without the guard it does.
-    unguarded = quantize.convert(prepared, flow, Engine.x86)
-    emulated = emulation.with_emulated_sums(unguarded, Engine.x86)
-    before = emulation.layer_by_layer(emulated, quantize.exact(prepared, flow), [EXAMPLE], Engine.x86)
+    emulated = emulation.with_emulated_sums(unguarded.module, Engine.x86)
+    before = emulation.layer_by_layer(emulated, quantize.exact(prepared), [EXAMPLE], Engine.x86)
     assert [row.name for row in before if row.saturates] == names
 
 
 def test_nothing_is_narrowed_where_nothing_saturates() -> None:
     qconfig = settings(overflow="layers", weight_bits=7)
     prepared = calibrated(trained(Chain()), Flow.fx, qconfig)
-    same, found = quantize.narrow(prepared, Flow.fx, qconfig, Engine.x86, Target.avx2, EXAMPLE)
+    model = FLOWS[Flow.fx].convert(prepared)
+    same, found = quantize.narrow(model, Target.avx2, EXAMPLE)
     assert found == ()
-    assert same is prepared
-    assert quantize.narrow(prepared, Flow.fx, qconfig, Engine.qnnpack, Target.avx2, EXAMPLE)[1] == ()
+    assert same is model
+    other = FLOWS[Flow.fx].convert(replace(prepared, spec=replace(prepared.spec, engine=Engine.qnnpack)))
+    assert quantize.narrow(other, Target.avx2, EXAMPLE)[1] == ()
 
 
 def rounded(values: np.ndarray, scale: np.float32, zero_point: int, low: int, high: int) -> np.ndarray:
@@ -111,7 +113,7 @@ def test_the_noise_of_either_side_is_that_of_numpy_and_the_smaller_one_decides(f
     qconfig = settings("per_tensor", overflow="layers")
     net = trained(nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10)), seed)
     prepared = calibrated(net, flow, qconfig)
-    _, (found,) = narrowing.narrow(prepared, ["1"], qconfig, EXAMPLE)
+    _, (found,) = narrowing.narrow_layers(prepared.module, ["1"], qconfig, EXAMPLE)
 
     x = EXAMPLE.flatten(1).numpy()
     weight = net[1].weight.detach().numpy()  # type: ignore[union-attr, operator]
@@ -148,23 +150,23 @@ class Fork(nn.Module):
 def test_a_tensor_is_narrowed_for_all_its_readers_or_for_none() -> None:
     qconfig = settings("per_tensor", overflow="layers")
     prepared = calibrated(trained(Fork()), Flow.fx, qconfig)
-    readers = {r.name: r for r in narrowing._readers(prepared, ["left", "right"], qconfig, EXAMPLE)}
+    readers = {r.name: r for r in narrowing._readers(prepared.module, ["left", "right"], qconfig, EXAMPLE)}
     assert readers["left"].observer is readers["right"].observer is not None
-    narrowed, (left, right) = narrowing.narrow(prepared, ["left", "right"], qconfig, EXAMPLE)
+    narrowed, (left, right) = narrowing.narrow_layers(prepared.module, ["left", "right"], qconfig, EXAMPLE)
     by_weights = left.noise_weights + right.noise_weights
     by_activations = left.noise_activations + right.noise_activations
     assert left.side is right.side is (Side.activations if by_activations < by_weights else Side.weights)
     # With one reader at risk, the other one's noise still counts against narrowing the tensor.
-    _, (alone,) = narrowing.narrow(prepared, ["left"], qconfig, EXAMPLE)
+    _, (alone,) = narrowing.narrow_layers(prepared.module, ["left"], qconfig, EXAMPLE)
     kept = readers["right"].noise[None]
     assert alone.side is (Side.activations if by_activations < left.noise_weights + kept else Side.weights)
-    assert quantize.read_qparams(narrowed).keys() == quantize.read_qparams(prepared).keys()
+    assert quantize.read_qparams(narrowed).keys() == quantize.read_qparams(prepared.module).keys()
 
 
 def test_the_statistics_stay_those_of_calibration() -> None:
     qconfig = settings(overflow="layers")
     prepared = calibrated(trained(Plain()), Flow.fx, qconfig)
-    before = quantize.read_qparams(prepared)
-    narrowing.narrow(prepared, ["conv1"], qconfig, EXAMPLE * 100)
-    after = quantize.read_qparams(prepared)
+    before = quantize.read_qparams(prepared.module)
+    narrowing.narrow_layers(prepared.module, ["conv1"], qconfig, EXAMPLE * 100)
+    after = quantize.read_qparams(prepared.module)
     assert all(before[name].scale.tolist() == after[name].scale.tolist() for name in before)

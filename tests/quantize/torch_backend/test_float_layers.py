@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from qexp import quantize
 from qexp.config.schema import Engine, Flow
+from qexp.quantize import FLOWS
 from qexp.quantize.inspection.layer_check import check_layers
 from qexp.quantize.torch_backend.float_layers import norm_is_random
-from tests.helpers.quantizable import MINMAX, images, relative_error, settings, trained
+from tests.helpers.quantizable import assembled, images, relative_error, settings, spec, trained
 
 TWO = images(2)
 BOTH = [Flow.eager, Flow.fx]
@@ -71,13 +72,13 @@ def made(net: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def through(net: nn.Module, flow: Flow, engine: Engine = Engine.x86) -> tuple[nn.Module, nn.Module]:
-    quantize.dry_run(net, flow, True, settings(), MINMAX, engine, TWO)
-    fused = quantize.fuse(net, flow, True, TWO)
+    quantize.dry_run(net, FLOWS[flow], spec(engine=engine), TWO)
+    fused = FLOWS[flow].fuse(net, spec(), TWO)
     assert quantize.fusion_difference(net, fused, images(8, seed=4)) < 1e-5
-    prepared = quantize.prepare(fused, flow, settings(overflow="activations"), MINMAX, engine, TWO)
+    prepared = FLOWS[flow].prepare(fused, spec(settings(overflow="activations"), engine=engine), TWO)
     quantize.calibrate(prepared, [images(16, seed=3)])
-    converted = quantize.convert(prepared, flow, engine)
-    check_layers(fused, converted, flow, engine, images(4, seed=6))
+    converted = FLOWS[flow].convert(prepared).module
+    check_layers(assembled(fused, converted, flow, engine), images(4, seed=6))
     return fused, converted
 
 
@@ -95,7 +96,11 @@ def test_an_instance_norm_with_running_statistics_is_a_batchnorm(flow: Flow, aff
     net = made(Around(nn.InstanceNorm2d(8, affine=affine, track_running_stats=True)))
     fused, converted = through(net, flow)
     assert not any("Norm" in type(part).__name__ for part in fused.modules())
-    assert [layer.kind for layer in quantize.layers(converted, flow, Engine.x86)] == ["conv", "pointwise", "linear"]
+    assert [layer.kind for layer in quantize.layers(converted, FLOWS[flow], Engine.x86)] == [
+        "conv",
+        "pointwise",
+        "linear",
+    ]
     assert error(net, converted) < 0.1
     twin = made(Around(nn.BatchNorm2d(8, affine=affine)))
     twin.load_state_dict(net.state_dict(), strict=False)  # a BatchNorm counts batches besides
@@ -195,7 +200,7 @@ LAYERS: list[Callable[[], nn.Module]] = [
 def test_layers_that_int8_lacks_stay_in_fp32_between_int8_layers(make: Callable[[], nn.Module], flow: Flow) -> None:
     net = made(Around(make()))
     _, converted = through(net, flow)
-    assert all(layer.int8 for layer in quantize.layers(converted, flow, Engine.x86))
+    assert all(layer.int8 for layer in quantize.layers(converted, FLOWS[flow], Engine.x86))
     assert error(net, converted) < 0.15
 
 
@@ -270,7 +275,7 @@ def test_a_layer_after_an_early_reshape_is_in_int8_and_can_be_traced(spelling: s
 
     net = made(Early()).requires_grad_(True)
     fused, converted = through(net, Flow.fx)
-    assert [layer.int8 for layer in quantize.layers(converted, Flow.fx, Engine.x86)] == [True, True]
+    assert [layer.int8 for layer in quantize.layers(converted, FLOWS[Flow.fx], Engine.x86)] == [True, True]
     for one in (fused, converted):
         assert not any(parameter.requires_grad for parameter in one.parameters())
         with quantize.engine(Engine.x86):

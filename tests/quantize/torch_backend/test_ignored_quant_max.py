@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from qexp import quantize
 from qexp.config.schema import Engine, Flow, Observer, Runtime
 from qexp.errors import InputError, RunError
 from qexp.models import architectures
+from qexp.quantize import FLOWS, Prepared
 from qexp.quantize.inspection.layer_check import check_layers
 from qexp.quantize.inspection.layer_errors import layer_fidelity
 from qexp.quantize.inspection.operators import beyond, executed
@@ -26,11 +28,11 @@ from qexp.quantize.saturation import emulation
 from qexp.quantize.torch_backend.deprecations import known_deprecations_silenced
 from qexp.quantize.torch_backend.ignored_quant_max import clamped, highest_code
 from qexp.runtimes import RUNTIMES
-from tests.helpers.quantizable import MINMAX, RECORDED, Plain, images, settings, trained
+from tests.helpers.quantizable import MINMAX, RECORDED, Plain, assembled, images, settings, spec, trained
 
 EAGER = RUNTIMES[Runtime.eager]
 TORCHSCRIPT = RUNTIMES[Runtime.torchscript]
-FLOWS = [Flow.eager, Flow.fx]
+BOTH = [Flow.eager, Flow.fx]
 BITS = range(2, 8)
 SEEN = images(8, seed=3)
 WIDER = images(8, seed=4) * 3  # beyond what calibration saw
@@ -79,15 +81,17 @@ class Odd(nn.Module):
         return logits
 
 
-def prepared(net: nn.Module, flow: Flow, observer: Observer = MINMAX, **wanted: object) -> nn.Module:
-    fused = quantize.fuse(net, flow, True, SEEN)
-    made = quantize.prepare(fused, flow, settings(**wanted), observer, Engine.x86, SEEN)  # type: ignore[arg-type]
+def prepared(
+    net: nn.Module, flow: Flow, observer: Observer = MINMAX, engine: Engine = Engine.x86, **wanted: Any
+) -> Prepared:
+    fused = FLOWS[flow].fuse(net, spec(), SEEN)
+    made = FLOWS[flow].prepare(fused, spec(settings(**wanted), observer, engine), SEEN)
     quantize.calibrate(made, [SEEN])
     return made
 
 
-def converted(net: nn.Module, flow: Flow, bits: int, engine: Engine = Engine.x86, **wanted: object) -> nn.Module:
-    return quantize.convert(prepared(net, flow, activation_bits=bits, **wanted), flow, engine)  # type: ignore[arg-type]
+def converted(net: nn.Module, flow: Flow, bits: int, engine: Engine = Engine.x86, **wanted: Any) -> nn.Module:
+    return FLOWS[flow].convert(prepared(net, flow, engine=engine, activation_bits=bits, **wanted)).module
 
 
 def run(model: Callable[[Tensor], Tensor], batch: Tensor, engine: Engine = Engine.x86) -> Tensor:
@@ -128,7 +132,7 @@ def largest_codes(model: nn.Module, batch: Tensor, engine: Engine = Engine.x86) 
 
 
 NETS: dict[str, tuple[Callable[[], nn.Module], list[Flow]]] = {
-    "gated": (Gated, FLOWS), "tiny": (architectures.tiny, FLOWS), "plain": (Plain, [Flow.fx]), "odd": (Odd, [Flow.fx]),
+    "gated": (Gated, BOTH), "tiny": (architectures.tiny, BOTH), "plain": (Plain, [Flow.fx]), "odd": (Odd, [Flow.fx]),
 }  # fmt: skip
 CASES = [(name, flow) for name, (_, flows) in NETS.items() for flow in flows]
 
@@ -142,11 +146,11 @@ def test_no_tensor_has_a_code_beyond_the_bits_asked_for(name: str, flow: Flow, b
     assert max(codes.values()) == 2**bits - 1 == highest_code(model)
     assert len(codes) > 6
     assert beyond(model, Engine.x86, WIDER, 2**bits - 1) == ""
-    check_layers(quantize.fuse(net, flow, True, SEEN), model, flow, Engine.x86, WIDER)
+    check_layers(assembled(FLOWS[flow].fuse(net, spec(), SEEN), model, flow), WIDER)
 
 
 @pytest.mark.parametrize("engine", [Engine.qnnpack, Engine.onednn])
-@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("flow", BOTH)
 def test_the_ends_hold_on_every_engine(flow: Flow, engine: Engine) -> None:
     model = converted(trained(Gated()), flow, 4, engine)
     assert max(largest_codes(model, WIDER, engine).values()) == 15
@@ -182,7 +186,7 @@ def gated(net: Gated, x: Tensor, weight: Callable[[Tensor], Tensor], grid: Calla
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("flow", BOTH)
 def test_logits_are_those_of_a_fake_quantized_float_network(flow: Flow, bits: int) -> None:
     net = trained(Gated())
     ranges: dict[str, tuple[float, float]] = {}
@@ -216,7 +220,7 @@ def test_a_sum_with_a_number_has_the_bits_asked_for(bits: int) -> None:
 
     net, top = trained(Shifted()), 2**bits - 1
     model = converted(net, Flow.fx, bits)
-    q = quantize.read_qparams(prepared(net, Flow.fx, activation_bits=bits))
+    q = quantize.read_qparams(prepared(net, Flow.fx, activation_bits=bits).module)
     values = run(model, WIDER)
     conv = net.conv(SEEN)  # type: ignore[operator]
     low, high = min(float(conv.min()), 0.0), max(float(conv.max()), 0.0)
@@ -233,13 +237,14 @@ def test_a_sum_with_a_number_has_the_bits_asked_for(bits: int) -> None:
 # ------------------------------------------------------------------------------------------------ 8 bits, and files
 
 
-@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("flow", BOTH)
 def test_with_8_bits_it_is_the_model_that_torch_converts(flow: Flow) -> None:
     net = trained(architectures.tiny())
-    made, engine = prepared(net, flow), Engine.fbgemm
+    engine = Engine.fbgemm
+    made = prepared(net, flow, engine=engine).module
     with quantize.engine(engine), known_deprecations_silenced():
         by_torch = torch_convert(made) if flow is Flow.eager else convert_fx(made)  # type: ignore[arg-type]
-    ours = quantize.convert(prepared(net, flow), flow, engine)
+    ours = FLOWS[flow].convert(prepared(net, flow, engine=engine)).module
     assert torch.equal(run(ours, WIDER, engine), run(by_torch, WIDER, engine))
     assert executed(ours, engine, SEEN) == executed(by_torch, engine, SEEN)
     assert highest_code(ours) == 255
@@ -252,8 +257,8 @@ def test_what_is_saved_gives_the_same_logits(name: str, flow: Flow, engine: Engi
     net = trained(NETS[name][0]())
     model = converted(net, flow, 4, engine)
     expected = run(model, WIDER, engine)
-    fused = quantize.fuse(net, flow, True, SEEN)
-    blank = quantize.skeleton(fused, flow, settings(activation_bits=4), engine, SEEN)
+    fused = FLOWS[flow].fuse(net, spec(), SEEN)
+    blank = quantize.skeleton(fused, FLOWS[flow], spec(settings(activation_bits=4), engine=engine), SEEN)
     with quantize.engine(engine), warnings.catch_warnings():
         # A reader of a run's output can't act on what tracing says.
         warnings.simplefilter("error")
@@ -271,7 +276,7 @@ def test_what_is_saved_gives_the_same_logits(name: str, flow: Flow, engine: Engi
 def test_scales_that_torch_leaves_out_are_saved(kind: nn.Module) -> None:
     net = trained(nn.Sequential(nn.Conv2d(3, 3, 3), kind, nn.Flatten(), nn.Linear(3 * 14 * 14, 10)))
     model = converted(net, Flow.fx, 8)
-    blank = quantize.skeleton(quantize.fuse(net, Flow.fx, True, SEEN), Flow.fx, settings(), Engine.x86, SEEN)
+    blank = quantize.skeleton(FLOWS[Flow.fx].fuse(net, spec(), SEEN), FLOWS[Flow.fx], spec(), SEEN)
     blank.load_state_dict(model.state_dict(), assign=True)
     assert torch.equal(run(blank, WIDER), run(model, WIDER))
 
@@ -289,11 +294,11 @@ def test_clamping_keeps_the_memory_format_on_every_engine() -> None:
                 assert answer.stride() == made.stride()
 
 
-@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("flow", BOTH)
 def test_a_clamp_is_executed_and_its_end_depends_on_no_range(flow: Flow) -> None:
     net, on = trained(architectures.tiny()), (Engine.x86, SEEN[:1])
     by_range = {
-        executed(quantize.convert(prepared(net, flow, RECORDED[observer], activation_bits=4), flow, Engine.x86), *on)
+        executed(FLOWS[flow].convert(prepared(net, flow, RECORDED[observer], activation_bits=4)).module, *on)
         for observer in ("minmax", "mse")
     }
     assert len(by_range) == 1
@@ -303,15 +308,15 @@ def test_a_clamp_is_executed_and_its_end_depends_on_no_range(flow: Flow) -> None
 # ------------------------------------------------------------------------------------------------ who else must agree
 
 
-@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("flow", BOTH)
 def test_parameters_and_clipping_are_those_of_what_is_executed(flow: Flow) -> None:
     net = trained(Gated())
     made = prepared(net, flow, RECORDED["percentile"], activation_bits=5)
-    q = quantize.read_qparams(made)
+    q = quantize.read_qparams(made.module)
     assert {(one.qmin, one.qmax) for name, one in q.items() if not name.endswith("weight")} == {(0, 31)}
-    model = quantize.convert(made, flow, Engine.x86)
-    fused = quantize.fuse(net, flow, True, SEEN)
-    rows = {row.name: row for row in layer_fidelity(fused, model, flow, Engine.x86, [WIDER])}
+    model = FLOWS[flow].convert(made).module
+    fused = FLOWS[flow].fuse(net, spec(), SEEN)
+    rows = {row.name: row for row in layer_fidelity(assembled(fused, model, flow), [WIDER])}
     values = net.conv1(WIDER).relu()  # type: ignore[operator]
     end = (32 - int(q["conv1"].zero_point[0])) * float(q["conv1"].scale[0])
     assert rows["conv1"].clipped == pytest.approx(float((values > end).float().mean()), abs=1e-4)
@@ -329,13 +334,13 @@ def _ends(q: quantize.QParams) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("engine", [Engine.x86, Engine.onednn])
-@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("flow", BOTH)
 def test_exact_and_emulated_sums_see_the_codes_that_are_executed(flow: Flow, engine: Engine) -> None:
     net = trained(Gated())
-    made = prepared(net, flow, activation_bits=6)
-    model = quantize.convert(made, flow, engine)
+    made = prepared(net, flow, engine=engine, activation_bits=6)
+    model = FLOWS[flow].convert(made).module
     emulated = emulation.with_emulated_sums(model, engine)
-    for other in (emulated, quantize.exact(made, flow)):
+    for other in (emulated, quantize.exact(made)):
         assert max(largest_codes(other, WIDER, engine).values()) == 63
         rows = emulation.layer_by_layer(model, other, [WIDER], engine)
         assert len(rows) == 4
@@ -346,7 +351,7 @@ def test_exact_and_emulated_sums_see_the_codes_that_are_executed(flow: Flow, eng
 
 
 @pytest.mark.parametrize("observer", ["minmax", "mse"])
-@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("flow", BOTH)
 @pytest.mark.parametrize("bits", [2, 4, 7])
 def test_weights_end_where_their_grid_does(flow: Flow, observer: str, bits: int) -> None:
     model = converted(trained(Gated()), flow, 8, weight_bits=bits, weight_observer=observer)
@@ -356,7 +361,7 @@ def test_weights_end_where_their_grid_does(flow: Flow, observer: str, bits: int)
         assert codes.max() == 2 ** (bits - 1) - 1, name
 
 
-@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("flow", BOTH)
 def test_a_layer_that_ends_before_its_bits_do_is_found(flow: Flow) -> None:
     net = trained(Gated())
     model = converted(net, flow, 8, overflow="weights")
@@ -364,7 +369,7 @@ def test_a_layer_that_ends_before_its_bits_do_is_found(flow: Flow) -> None:
     forward = layer.forward
     vars(layer)["forward"] = lambda given: clamped(forward(given), 127)
     with pytest.raises(RunError, match="conv1"):
-        check_layers(quantize.fuse(net, flow, True, SEEN), model, flow, Engine.x86, WIDER)
+        check_layers(assembled(FLOWS[flow].fuse(net, spec(), SEEN), model, flow), WIDER)
 
 
 class Functional(nn.Module):
@@ -381,7 +386,7 @@ class Functional(nn.Module):
 
 def test_an_operation_whose_bits_the_eager_flow_cannot_choose_is_refused() -> None:
     def tried(flow: Flow, bits: int) -> None:
-        quantize.dry_run(Functional(), flow, True, settings(activation_bits=bits), MINMAX, Engine.x86, SEEN)
+        quantize.dry_run(Functional(), FLOWS[flow], spec(settings(activation_bits=bits)), SEEN)
 
     with pytest.raises(InputError, match=r"keep what sigmoid gives within qconfig.activation.bits=4.*flow=fx"):
         tried(Flow.eager, 4)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from qexp import quantize
 from qexp.config.schema import ActivationObserver, Engine, Flow, Observer
+from qexp.quantize import FLOWS
 from qexp.quantize.torch_backend.transposed_convolutions import why_float
-from tests.helpers.quantizable import settings, trained
+from tests.helpers.quantizable import settings, spec, trained
 
 # in, out, kernel, stride, padding, output_padding, groups
 SHAPES = [
@@ -57,14 +58,14 @@ def sqnr_db(net: nn.Module, flow: Flow, engine: Engine) -> tuple[float, tuple[An
     images = torch.rand(8, 3, 6, 5)
     # 7 bits of weights: nothing saturates on any machine.
     qconfig, observer = settings(weight_bits=7), Observer(ActivationObserver.minmax)
-    prepared = quantize.prepare(quantize.fuse(net, flow, True, images), flow, qconfig, observer, engine, images)
+    prepared = FLOWS[flow].prepare(FLOWS[flow].fuse(net, spec(), images), spec(qconfig, observer, engine), images)
     quantize.calibrate(prepared, [images])
-    int8 = quantize.convert(prepared, flow, engine)
+    int8 = FLOWS[flow].convert(prepared).module
     expected = net.double()(images.double())
     with quantize.engine(engine), torch.inference_mode():
         # Wrong kernels are wrong at random: the worst of some calls counts.
         noise = max(float((int8(images) - expected).square().sum()) for _ in range(3))
-    return 10 * float(torch.log10(expected.square().sum() / noise)), quantize.layers(int8, flow, engine)
+    return 10 * float(torch.log10(expected.square().sum() / noise)), quantize.layers(int8, FLOWS[flow], engine)
 
 
 @pytest.mark.parametrize(
@@ -96,11 +97,11 @@ def test_a_model_with_a_layer_in_float_is_saved_and_read_back(tmp_path: Any) -> 
     torch.manual_seed(0)
     net, images = trained(Decoder(False, *SHAPES[1])), torch.rand(4, 3, 6, 5)
     qconfig, observer = settings(weight_bits=7), Observer(ActivationObserver.minmax)
-    fused = quantize.fuse(net, Flow.eager, True, images)
-    prepared = quantize.prepare(fused, Flow.eager, qconfig, observer, Engine.x86, images)
+    fused = FLOWS[Flow.eager].fuse(net, spec(), images)
+    prepared = FLOWS[Flow.eager].prepare(fused, spec(qconfig, observer), images)
     quantize.calibrate(prepared, [images])
-    int8 = quantize.convert(prepared, Flow.eager, Engine.x86)
-    skeleton = quantize.skeleton(fused, Flow.eager, qconfig, Engine.x86, images)
+    int8 = FLOWS[Flow.eager].convert(prepared).module
+    skeleton = quantize.skeleton(fused, FLOWS[Flow.eager], spec(qconfig), images)
     with quantize.engine(Engine.x86), torch.inference_mode():
         skeleton.load_state_dict(int8.state_dict(), assign=True)
         assert torch.equal(skeleton(images), int8(images))

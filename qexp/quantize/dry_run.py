@@ -1,0 +1,111 @@
+"""A model taken through a whole flow before any work, so that what can't work is known, and what would."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from qexp.errors import InputError, NotFinite, QexpError, first_line, one_line
+from qexp.quantize.calibration.grid import HIGHEST
+from qexp.quantize.calibration.passes import calibrate
+from qexp.quantize.flow import Flow, QuantizationSpec
+from qexp.quantize.flows import FLOWS
+from qexp.quantize.inspection import float_checks
+from qexp.quantize.inspection.float_checks import TOLERANCE_UNTRAINED, difference
+from qexp.quantize.inspection.fusion_check import explained
+from qexp.quantize.inspection.layer_check import check_layers
+from qexp.quantize.inspection.operators import beyond
+from qexp.quantize.inspection.unsupported_operators import run_or_refuse
+from qexp.quantize.torch_backend.deprecations import unprinted
+from qexp.quantize.torch_backend.engines import engine, supported
+from qexp.quantize.torch_backend.ignored_quant_max import highest_code
+
+logger = logging.getLogger(__name__)
+
+
+def dry_run(model: nn.Module, flow: Flow, spec: QuantizationSpec, example: Tensor, image: str = "the example") -> None:
+    """Take a float model through the whole flow. What it gives is not kept.
+
+    example: float32 [n, 3, H, W], n ≥ 1; image: the name of the first, for a sentence. Raises InputError that names the
+    module where it fails and what would work.
+    """
+    one = example[:1]
+    logits = float_checks.checked(model, one, image)
+    try:
+        with unprinted():
+            _through(model, flow, spec, one, image, logits)
+    except NotFinite as error:
+        raise InputError(str(error)) from error
+    except Exception as error:
+        # What torch raises on a model that it can't quantize is of many classes.
+        sentence = float_checks.cause(model, one)
+        sentence = sentence or (str(error) if isinstance(error, QexpError) else _of_torch(error, model, flow, one))
+        working = [
+            change
+            for change, other, changed in _alternatives(flow, spec)
+            if _takes(model, other, changed, one, image, logits)
+        ]
+        advice = f"this model works with {' or with '.join(working)}" if working else "no flow takes this model"
+        raise InputError(f"{sentence.rstrip('.')}; {advice}.") from error
+
+
+def _through(model: nn.Module, flow: Flow, spec: QuantizationSpec, one: Tensor, image: str, logits: Tensor) -> None:
+    """Raise any error where the flow doesn't take the model. one: the image; logits: the float model's for it."""
+    if flow.traced and (reason := float_checks.hooked(model, one)):
+        raise InputError(reason)
+    fused = flow.fuse(model, spec, one)
+    with torch.inference_mode():
+        same = difference(logits, fused(one)) <= TOLERANCE_UNTRAINED
+    if not same:
+        raise InputError(explained(model, fused, flow, one))
+    prepared = flow.prepare(fused, spec, one)
+    if flow.calibrates:
+        calibrate(prepared, [one], lambda number: image)
+    quantized = flow.convert(prepared)
+    with engine(spec.engine):
+        # Two images: with one, a batch that is taken for channels goes unnoticed.
+        run_or_refuse(quantized.module, flow, torch.cat([one, one]))
+    highest = highest_code(quantized.module)
+    if highest < HIGHEST and (operator := beyond(quantized.module, spec.engine, one, highest)):
+        raise InputError(
+            f"flow={flow.name} can't keep what {operator} gives within qconfig.activation.bits="
+            f"{spec.qconfig.activation.bits}, for torch's kernel knows 8 alone: call it as a module of torch.nn, or "
+            "use qconfig.activation.bits=8"
+        )
+    if not any(layer.int8 for layer in quantized.layers):
+        raise InputError(f"flow={flow.name} finds no layer in {type(model).__name__} that it could quantize")
+    check_layers(quantized, one)
+
+
+def _alternatives(flow: Flow, spec: QuantizationSpec) -> Iterator[tuple[str, Flow, QuantizationSpec]]:
+    """What else a model might work with: the change in words, the flow and the settings."""
+    for name in supported()[:1]:
+        if name is not spec.engine:
+            yield f"engine={name}", flow, replace(spec, engine=name)
+    for other in FLOWS.values():
+        for fusion in (True, False) if other.fuses_on_request else (True,):
+            if other is flow and (fusion == spec.fusion or not flow.fuses_on_request):
+                continue
+            change = [] if other is flow and not fusion else [f"flow={other.name}"]
+            yield " ".join([*change, *([] if fusion else ["fusion=false"])]), other, replace(spec, fusion=fusion)
+
+
+def _takes(model: nn.Module, flow: Flow, spec: QuantizationSpec, one: Tensor, image: str, logits: Tensor) -> bool:
+    try:
+        with unprinted():
+            _through(model, flow, spec, one, image, logits)
+    except Exception as error:  # whatever stops it, it is not to be recommended
+        logger.debug(
+            "flow=%s engine=%s does not take the model either: %s", flow.name, spec.engine.value, one_line(error)
+        )
+        return False
+    return True
+
+
+def _of_torch(error: Exception, model: nn.Module, flow: Flow, image: Tensor) -> str:
+    reason = float_checks.squeezed(model, image) or first_line(error)
+    return f"flow={flow.name} can't quantize {type(model).__name__}: {reason}"

@@ -1,0 +1,54 @@
+"""The guard `overflow=layers` on a converted model, and the model with exact sums that it is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from qexp.config.schema import Engine, Target
+from qexp.quantize.flow import Prepared, QuantizedModel
+from qexp.quantize.saturation import emulation, kernels
+from qexp.quantize.saturation.narrowing import Narrowed, narrow_layers
+from qexp.quantize.torch_backend.qnnpack_biases import fit_biases
+
+# Enough to tell which of two grids is the coarser for a layer.
+NOISE_IMAGES = 16
+
+
+def narrow(model: QuantizedModel, target: Target, images: Tensor) -> tuple[QuantizedModel, tuple[Narrowed, ...]]:
+    """A model with 7 bits on one side of every layer whose 16-bit sums saturate on `images`, with this machine's
+    kernels; or, where these are exact and `target` is a CPU without VNNI, with emulated ones.
+
+    images: float32 [n, 3, H, W], some of the calibration images. Returns the model itself where nothing saturates, else
+    another one, and what was narrowed.
+    """
+    qconfig, engine, flow, signature = model.qconfig, model.engine, model.flow.name, kernels.probe()
+    kinds = kernels.overflowing_kinds(qconfig, engine, flow, Target.native, signature)
+    emulate = target is Target.avx2 and not signature.dense_saturates(engine, qconfig.weight.scheme)
+    if emulate:
+        kinds |= kernels.overflowing_kinds(qconfig, engine, flow, target, signature)
+    if not emulation.at_risk(model.module, engine, kinds):
+        return model, ()
+    if emulate:
+        emulated = emulation.with_emulated_sums(model.module, engine)
+        rows = emulation.layer_by_layer(emulated, model.module, [images], engine)
+    else:
+        rows = emulation.layer_by_layer(model.module, exact(model.prepared), [images], engine)
+    risky = [row.name for row in rows if row.saturates]
+    if not risky:
+        return model, ()
+    module, narrowed = narrow_layers(model.prepared.module, risky, qconfig, images[:NOISE_IMAGES])
+    return model.flow.convert(replace(model.prepared, module=module)), narrowed
+
+
+def exact(prepared: Prepared) -> nn.Module:
+    """A converted copy whose convolutions and linear layers are qnnpack's, with exact sums, on every engine.
+
+    To be run under the engine that it is compared with: all else is then the same. (Under qnnpack torch 2.13 clamps
+    tensors in channels-last as if they weren't, so that after a ReLU6 nothing is right.)
+    """
+    for_qnnpack = replace(prepared, spec=replace(prepared.spec, engine=Engine.qnnpack))
+    converted = prepared.flow.convert(for_qnnpack).module
+    fit_biases(converted)
+    return converted
