@@ -27,6 +27,7 @@ from qexp.quantize.inspection.operators import beyond, executed
 from qexp.quantize.saturation import emulation
 from qexp.quantize.torch_backend.deprecations import known_deprecations_silenced
 from qexp.quantize.torch_backend.ignored_quant_max import clamped, highest_code
+from qexp.records import QParams
 from qexp.runtimes import RUNTIMES
 from tests.helpers.quantizable import MINMAX, RECORDED, Plain, assembled, images, settings, spec, trained
 
@@ -328,7 +329,7 @@ def test_parameters_and_clipping_are_those_of_what_is_executed(flow: Flow) -> No
     assert rows["conv1"].own_sqnr_db == pytest.approx(float(error), abs=0.05)
 
 
-def _ends(q: quantize.QParams) -> tuple[float, float]:
+def _ends(q: QParams) -> tuple[float, float]:
     scale, zero_point = float(q.scale[0]), int(q.zero_point[0])
     return (q.qmin - zero_point) * scale, (q.qmax - zero_point) * scale
 
