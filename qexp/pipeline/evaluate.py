@@ -11,7 +11,6 @@ from qexp import quantize
 from qexp.accuracy import predictions
 from qexp.config.schema import (
     Config,
-    Flow,
     cache_folder,
 )
 from qexp.data.splits import Data
@@ -33,7 +32,7 @@ def predicted(config: Config, data: Data, saved: Saved) -> dict[Variant, Predict
     """
     few = np.arange(min(len(data.test), AGREEMENT_IMAGES))
     # Where activations are quantized as they come, an image's logits depend on the others of its batch.
-    shuffled = config.flow is not Flow.dynamic
+    shuffled = quantize.FLOWS[config.flow].calibrates
 
     def title(precision: Precision) -> str:
         return f"evaluating {precision.upper()}"

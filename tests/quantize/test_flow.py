@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantizable import Chain, Plain, images, settings, spec, trained
 from torch import nn
 
 import qexp
@@ -18,6 +17,7 @@ from qexp.config.schema import Engine, Flow, Overflow, Target
 from qexp.models import architectures
 from qexp.quantize import FLOWS, QuantizedModel
 from qexp.runtimes.eager import Eager
+from tests.helpers.quantizable import Chain, Plain, images, settings, spec, trained
 
 PACKAGE = Path(qexp.__file__).parent
 TWO = images(2)
