@@ -75,10 +75,6 @@ class KernelSignature:
         """Whether ordinary convolutions saturate, as they do on a CPU without VNNI."""
         return "conv" in self.saturating_kinds(name, weight_scheme)
 
-    def saturates(self, name: Engine, weight_scheme: Scheme = Scheme.symmetric) -> bool:
-        """Whether any kind of layer saturates; x86 picks other kernels for asymmetric weights."""
-        return bool(self.saturating_kinds(name, weight_scheme))
-
 
 @cache
 def probe() -> KernelSignature:

@@ -124,8 +124,8 @@ def test_half_the_range_is_exact_in_every_engine(engine: Engine, kind: str, guar
 
 def test_probe_finds_qnnpack_exact_and_is_repeatable() -> None:
     signature = probe()
-    assert not signature.saturates(Engine.qnnpack)
-    assert not signature.saturates(Engine.qnnpack, Scheme.asymmetric)
+    assert not signature.saturating_kinds(Engine.qnnpack)
+    assert not signature.saturating_kinds(Engine.qnnpack, Scheme.asymmetric)
     assert probe.__wrapped__() == signature
     assert len(signature.id) == 12
     assert int(signature.id, 16) >= 0
