@@ -7,9 +7,12 @@ STAMP := $(VENV)/.installed
 ARGS ?= qconfig=per_channel calib.batches=32 -m
 PORT ?= 5000
 BENCH ?=
+WORKERS ?= 2
+PARALLEL = --numprocesses $(WORKERS) --dist loadfile
+COVERAGE ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run ui test test-slow test-all lint bench clean clean-cache
+.PHONY: help setup run ui test test-fast test-slow test-all lint bench clean clean-cache
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,8 +34,11 @@ ui: $(STAMP) ## open the MLflow UI on what is in outputs/, at PORT=5000
 	@echo "Runs at http://127.0.0.1:$(PORT)  (Ctrl-C ends it)"
 	@$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/outputs/mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1
 
-test: $(STAMP) ## run the tests that are not marked slow, with coverage
-	@$(BIN)/python -m pytest -q -m "not slow" --cov --cov-report=term
+test-fast: $(STAMP) ## run the quick ones of them, in about a minute: for while one writes code
+	@$(BIN)/python -m pytest -q -m "not slow and not long" $(PARALLEL)
+
+test: $(STAMP) ## run the tests that are not marked slow, in WORKERS=2 processes
+	@$(BIN)/python -m pytest -q -m "not slow" $(PARALLEL) $(COVERAGE)
 
 test-slow: $(STAMP) ## run the tests that are marked slow
 	@$(BIN)/python -m pytest -q -m slow

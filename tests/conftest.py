@@ -9,12 +9,43 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hydra import compose, initialize_config_dir
 
 from qexp.config import conversion, schema
 from qexp.config.composition import CONF
 from tests.helpers import ROOT
 from tests.helpers.stores import empty, server  # noqa: F401
+
+IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+
+
+# By the place in tests/; each takes seconds, by the durations of a whole run.
+LONG = (
+    "accuracy/", "config/test_code_digest.py", "config/test_composition.py", "config/test_validation.py",
+    "latency/", "launch/test_concurrent.py", "launch/test_jobs.py", "launch/test_resume.py",
+    "models/test_float_model.py", "models/test_inference.py", "models/test_training.py", "pipeline/test_cache_keys.py",
+    "pipeline/test_run.py", "quantize/calibration/test_ranges.py", "quantize/inspection/test_layer_check.py",
+    "quantize/saturation/test_emulation.py", "quantize/test_networks.py", "quantize/test_parity.py",
+    "quantize/test_shipped_models.py", "quantize/torch_backend/test_ignored_quant_max.py",
+    "quantize/torch_backend/test_transposed_convolutions.py", "runtimes/", "test_benchmarks.py", "test_main.py",
+    "tracking/",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the long ones."""
+    for item in items:
+        if item.path.relative_to(ROOT / "tests").as_posix().startswith(LONG):
+            item.add_marker(pytest.mark.long)
+
+
+def pytest_configure() -> None:
+    """One thread for each of the workers that share the processors; runs have the threads that their settings say."""
+    if IN_WORKER:
+        import torch
+
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -55,13 +86,20 @@ def qexp(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained `tiny`, so that no test trains one again."""
+    """A trained `tiny`, so that no test trains one again, in whatever worker it runs."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if IN_WORKER else base) / "float"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "lock"):
+        return folder / "tiny.pt" if (folder / "tiny.pt").exists() else _trained(folder)
+
+
+def _trained(folder: Path) -> Path:
     import torch
 
     from qexp.data.splits import load_data
     from qexp.models import float_model
 
-    folder = tmp_path_factory.mktemp("float")
     overrides = ["model=tiny", "train=fast", "train.epochs=6", "train.lr=0.05", f"outputs={folder}"]
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         config = conversion.from_hydra(compose("config", overrides), str(folder))

@@ -44,6 +44,7 @@ def job(composed: Composed, checkpoint: Path, tmp_path: Path) -> Job:
     return run
 
 
+@pytest.mark.slow
 def test_two_processes_time_what_was_saved(job: Job, tmp_path: Path) -> None:
     sizes = ("latency.batch_sizes=[1,4]", "saturation.exact_images=0")
     config, result = job(*sizes)

@@ -85,6 +85,7 @@ def test_a_flip_mirrors_about_half_of_the_images() -> None:
     assert 160 < sum(mirrored) < 240
 
 
+@pytest.mark.slow
 def test_training_learns_and_is_the_same_twice_and_leaves_globals_alone(
     digits: Data, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -369,6 +369,7 @@ def test_batches_side_by_side_give_the_same_logits_in_the_same_order(
     assert all(a is b for a, b in zip(net.parameters(), copied.module.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_dynamic_layers_of_onednn_answer_batches_side_by_side_with_ranges_of_their_own(tmp_path: Path) -> None:
     torch.manual_seed(0)
     # Enough work before the layer that two threads reach it at all sorts of moments.

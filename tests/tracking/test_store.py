@@ -582,6 +582,7 @@ def test_a_moved_outputs_folder_keeps_its_artifacts(empty: Path, tmp_path: Path)
     assert not old.exists()
 
 
+@pytest.mark.slow
 def test_making_the_tables_says_nothing_and_leaves_nothing_behind(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from tests.helpers.stores import begin, settings;"
