@@ -22,7 +22,7 @@ from benchmarks.speed import composed
 from benchmarks.study import ROOT, listed, steps
 from qexp.config.schema import Config
 from qexp.launch import jobs
-from qexp.pipeline.run import run_job
+from qexp.system.steps import OTHER
 
 RUNS = sized(500, 8)
 EDGE = sized(50, 3)  # runs at the start, after the first few, and at the end, that are compared
@@ -31,7 +31,7 @@ HYDRAS = sized(50, 4)
 ALONE = sized(10, 1)
 SMALLEST = ("model=tiny", "train=fast", "latency=off", "per_layer.images=0", "saturation.exact_images=0", "calib=small")
 # What of a run isn't the model's: images looked up, files written.
-RECORDS = ("load_data", "written", "layers_written", "the rest")
+RECORDS = ("load data", "result", OTHER)
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,7 @@ def in_processes_of_their_own(configs: list[Config], folder: Path) -> list[dict[
     jobs.start_server()
     forked = multiprocessing.get_context("forkserver")
     with ProcessPoolExecutor(1, forked, max_tasks_per_child=1) as executor:
-        return [executor.submit(alone, config, folder).result() for config in configs]
-
-
-def alone(config: Config, folder: Path) -> dict[str, float]:
-    """Seconds by step of one job in this process."""
-    return steps(lambda: run_job(config, folder))
+        return [executor.submit(steps, config, folder).result() for config in configs]
 
 
 def each(ended: list[Ended]) -> float:

@@ -17,11 +17,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -31,14 +29,12 @@ from tqdm import tqdm
 from benchmarks.size import sized
 from benchmarks.speed import composed, seconds
 from qexp import quantize
-from qexp.accuracy import target_cpu
 from qexp.config import conversion
+from qexp.config.schema import Config
 from qexp.data.splits import load_data
 from qexp.latency import protocol
 from qexp.models import float_model, inference
-from qexp.pipeline import prepare, run, run_files
 from qexp.pipeline.run import run_job
-from qexp.quantize.flows.eager import EagerFlow
 from qexp.runtimes import saved_models
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,26 +47,6 @@ SCRIPT_OBSERVERS = ("minmax", "moving_average")
 # Of the settings every fifth is given to the script: each value of each comes up.
 SCRIPT_STRIDE = sized(5, 1)
 BARE_PASSES = 2
-# What a run does, in its order.
-STEPS = (
-    (run, "load_data"),
-    (float_model, "float_model"),
-    (EagerFlow, "fuse"),
-    (run, "checked_fusion"),
-    (EagerFlow, "prepare"),
-    (run, "calibrated"),
-    (EagerFlow, "convert"),
-    (quantize, "blank_copy"),
-    (saved_models, "write"),
-    (saved_models, "read"),
-    (run, "predicted"),
-    (run, "per_layer"),
-    (target_cpu, "answer"),
-    (prepare, "timing_key"),
-    (run, "timed"),
-    (run_files, "written"),
-    (run_files, "layers_written"),
-)
 
 
 @dataclass(frozen=True)
@@ -234,7 +210,7 @@ def one_more(outputs: str, *fixed: str) -> dict[str, float]:
     folder = Path(outputs) / "one_more"
     folder.mkdir(parents=True)
     run_job(jobs[0], folder)
-    return steps(lambda: run_job(jobs[1], folder))
+    return steps(jobs[1], folder)
 
 
 def bare_passes(outputs: Path, fixed: tuple[str, ...]) -> dict[str, Callable[[], None]]:
@@ -263,30 +239,11 @@ def bare_pass(outputs: Path, run: str, *settings: str) -> Callable[[], None]:
     return whole
 
 
-def steps(run: Callable[[], object]) -> dict[str, float]:
-    """Seconds that each of STEPS takes in `run`, by name; one that is a part of another counts as that other."""
-    took: dict[str, float] = {}
-    inside = False
-
-    def watched(name: str, step: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal inside
-            if inside:
-                return step(*args, **kwargs)
-            inside, started = True, time.perf_counter()
-            try:
-                return step(*args, **kwargs)
-            finally:
-                inside = False
-                took[name] = took.get(name, 0) + time.perf_counter() - started
-
-        return call
-
-    with ExitStack() as stack:
-        for owner, name in STEPS:
-            stack.enter_context(patch.object(owner, name, watched(name, getattr(owner, name))))
-        whole = seconds(run)
-    return {**took, "the rest": whole - sum(took.values())}
+def steps(config: Config, folder: Path) -> dict[str, float]:
+    """Seconds that each step of a run takes, by name. folder: for its files."""
+    run_job(config, folder)
+    noted: dict[str, float] = json.loads((folder / "steps.json").read_text())
+    return noted
 
 
 def agreement(pairs: Mapping[Setting, tuple[Found, Mapping[str, Any]]]) -> None:

@@ -24,6 +24,7 @@ from qexp.models import inference
 from qexp.quantize.saturation import emulation, kernels
 from qexp.records import AccuracySource, Predictions, Saturation
 from qexp.system import cache
+from qexp.system.steps import step
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class Answer:
         return tuple(layer.name for layer in self.layers if layer.saturates)
 
 
+@step("target")
 def answer(config: Config, data: Data, int8: quantize.QuantizedModel, executed: Predictions, content: str) -> Answer:
     """Answer for `config.target`, by the cheapest means that can.
 

@@ -34,6 +34,7 @@ from qexp.data import builtin
 from qexp.data import preprocessing as images
 from qexp.errors import InputError, QexpError, one_line
 from qexp.system import cache, lock
+from qexp.system.steps import step
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +183,7 @@ class Data:
     digest: str
 
 
+@step("load data")
 def load_data(dataset: Mapping[str, Any], cache: Path | None, sweep: str = "") -> Data:
     """The data set that `dataset` (plain values, as in Config.dataset) describes; decoded images are cached in `cache`
     (None: in memory).

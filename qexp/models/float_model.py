@@ -37,6 +37,7 @@ from qexp.models.wrappers import unwrapped
 from qexp.system import lock
 from qexp.system.cache import digest_of
 from qexp.system.download import download
+from qexp.system.steps import step
 from qexp.system.torchvision_import import torchvision
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class FloatModel:
     source: str
 
 
+@step("float model")
 def float_model(
     model: Mapping[str, Any], settings: schema.Train, data: Data, seed: int, checkpoints: Path, threads: int
 ) -> FloatModel:

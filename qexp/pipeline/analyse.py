@@ -28,6 +28,7 @@ from qexp.quantize.inspection.layer_errors import at_a_time
 from qexp.quantize.saturation import kernels
 from qexp.quantize.torch_backend.slow_depthwise import without_fast_kernel
 from qexp.records import Fidelity, Precision, Predictions, Result, Variant
+from qexp.system.steps import step
 
 
 def resolved_params(qconfig: QConfig, config: Config, narrowed: tuple[quantize.Narrowed, ...] = ()) -> dict[str, str]:
@@ -57,6 +58,7 @@ def slow_kernels(config: Config, int8: nn.Module) -> tuple[str, ...]:
     return without_fast_kernel(int8, config.engine, vnni)
 
 
+@step("errors of layers")
 def per_layer(config: Config, int8: quantize.QuantizedModel, data: Data) -> tuple[Fidelity, ...]:
     """The errors of each layer of the INT8 model against FP32, on evaluation images."""
     chosen = target_cpu.spread(len(data.test), config.per_layer.images)
@@ -87,6 +89,7 @@ class Measured:
     answer: target_cpu.Answer
 
 
+@step("result")
 def result(
     config: Config,
     data: Data,

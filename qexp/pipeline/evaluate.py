@@ -20,8 +20,10 @@ from qexp.pipeline.prepare import AGREEMENT_IMAGES, Saved
 from qexp.records import Precision, Predictions, Variant
 from qexp.runtimes.base import agree
 from qexp.system import cache
+from qexp.system.steps import step
 
 
+@step("evaluate")
 def predicted(config: Config, data: Data, saved: Saved) -> dict[Variant, Predictions]:
     """Predictions on all evaluation images, of FP32 in the first of its runtimes, of INT8 in each.
 

@@ -18,10 +18,12 @@ from qexp.pipeline.prepare import Saved, images_of
 from qexp.records import Precision, Predictions, Variant
 from qexp.runtimes.eager import with_cuda
 from qexp.system import lock
+from qexp.system.steps import step
 
 LATENCY_IMAGES = 64
 
 
+@step("time")
 def timed(
     config: Config, data: Data, saved: Saved, predictions: Mapping[Variant, Predictions], folder: Path
 ) -> tuple[list[protocol.Timing], str]:

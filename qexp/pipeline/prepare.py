@@ -35,6 +35,7 @@ from qexp.records import Artifact, Layer, Precision, Variant
 from qexp.runtimes import RUNTIMES, saved_models
 from qexp.runtimes.base import Loaded
 from qexp.system import cache
+from qexp.system.steps import step
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ def spec_of(config: Config) -> quantize.QuantizationSpec:
     return quantize.QuantizationSpec(resolved(config), config.observer, config.engine, config.fusion)
 
 
+@step("check fusion")
 def checked_fusion(config: Config, data: Data, fp32: float_model.FloatModel, fused: nn.Module, few: Tensor) -> float:
     """How far the fused model is from the float model, as a share of the largest logit.
 
@@ -97,6 +99,7 @@ class Calibration:
         return len(self.pixels)
 
 
+@step("calibrate")
 def calibrated(prepared: quantize.Prepared, config: Config, data: Data, float_digest: str) -> Calibration:
     """Feed the observers with the drawn training images; what they see is cached, for all but torch's own histogram."""
     if not prepared.flow.calibrates:
@@ -127,6 +130,7 @@ def calibrated(prepared: quantize.Prepared, config: Config, data: Data, float_di
     return Calibration(pixels, time.perf_counter() - started, digest_of(pixels))
 
 
+@step("guard")
 def guarded(
     int8: quantize.QuantizedModel, config: Config, data: Data, calibration: Calibration
 ) -> tuple[quantize.QuantizedModel, tuple[quantize.Narrowed, ...]]:
@@ -171,6 +175,7 @@ def why_guarded(
     return f"qconfig.overflow=auto is {overflow}: {why}"
 
 
+@step("check layers")
 def check_int8(
     config: Config, int8: quantize.QuantizedModel, narrowed: tuple[quantize.Narrowed, ...], few: Tensor
 ) -> None:
@@ -249,6 +254,7 @@ def timing_key(config: Config, data: Data, float_digest: str, int8: nn.Module) -
     return shared_timings.timing_key(config, data, float_digest, int8, images_of(data, data.test.pixels(np.arange(1))))
 
 
+@step("save")
 def save(
     config: Config,
     data: Data,

@@ -20,6 +20,7 @@ from qexp.pipeline.prepare import calibrated, check_int8, checked_fusion, first_
 from qexp.pipeline.stages import job_settings
 from qexp.quantize import FLOWS
 from qexp.records import Precision, Result
+from qexp.system.steps import noted
 
 
 def run_job(config: Config, folder: Path) -> Result:
@@ -29,7 +30,7 @@ def run_job(config: Config, folder: Path) -> Result:
     quantized, a layer of the INT8 model computes another function than in the float model, what was saved gives other
     logits than what was evaluated.
     """
-    with job_settings(config):
+    with noted(folder / "steps.json"), job_settings(config):
         code = run_files.tags(config)  # as it is now, not when the job ends
         data = load_data(config.dataset, cache_folder(config), config.sweep or "")
         fp32 = float_model.float_model(
@@ -54,7 +55,8 @@ def run_job(config: Config, folder: Path) -> Result:
         with protocol.threads(1 if config.sweep else config.compute.threads):
             fidelity = per_layer(config, int8, data)
             answer = target_cpu.answer(config, data, int8, predictions[headline], saved.executed(Precision.int8))
-    measured = Measured(
-        difference, calibration, int8, narrowed, saved, predictions, headline, timings, latency_from, fidelity, answer
-    )
-    return result(config, data, fp32, measured, code, folder)
+        measured = Measured(
+            difference, calibration, int8, narrowed, saved, predictions, headline, timings, latency_from, fidelity,
+            answer,
+        )  # fmt: skip
+        return result(config, data, fp32, measured, code, folder)

@@ -15,6 +15,7 @@ from qexp.config import schema
 from qexp.config.schema import Engine, Observer, QConfig
 from qexp.quantize.inspection.layers import layers, read_qparams
 from qexp.records import Layer, QParams
+from qexp.system.steps import step
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,11 @@ class Flow(ABC):
     traced: bool
     observes_functions: bool
     folds_batchnorm: bool
+
+    def __init_subclass__(cls) -> None:
+        for name in ("fuse", "prepare", "convert"):  # how long they take is noted
+            if name in vars(cls):
+                setattr(cls, name, step(name)(vars(cls)[name]))
 
     @property
     def ignores(self) -> frozenset[str]:
