@@ -29,6 +29,7 @@ from qexp.errors import RunError
 from qexp.latency import shared_timings
 from qexp.models import float_model, inference
 from qexp.pipeline import cache_keys, run_files
+from qexp.pipeline.stages import small_steps
 from qexp.quantize.inspection.layer_check import FEW
 from qexp.quantize.saturation import kernels
 from qexp.records import Artifact, Layer, Precision, Variant
@@ -130,6 +131,12 @@ def calibrated(prepared: quantize.Prepared, config: Config, data: Data, float_di
     return Calibration(pixels, time.perf_counter() - started, digest_of(pixels))
 
 
+@small_steps()
+def converted(prepared: quantize.Prepared) -> quantize.QuantizedModel:
+    """The INT8 model of a calibrated one."""
+    return prepared.flow.convert(prepared)
+
+
 @step("guard")
 def guarded(
     int8: quantize.QuantizedModel, config: Config, data: Data, calibration: Calibration
@@ -176,6 +183,7 @@ def why_guarded(
 
 
 @step("check layers")
+@small_steps()
 def check_int8(
     config: Config, int8: quantize.QuantizedModel, narrowed: tuple[quantize.Narrowed, ...], few: Tensor
 ) -> None:
@@ -255,6 +263,7 @@ def timing_key(config: Config, data: Data, float_digest: str, int8: nn.Module) -
 
 
 @step("save")
+@small_steps()
 def save(
     config: Config,
     data: Data,

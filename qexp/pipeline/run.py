@@ -10,14 +10,22 @@ from pathlib import Path
 from qexp.accuracy import target_cpu
 from qexp.config.schema import Config, cache_folder
 from qexp.data.splits import load_data
-from qexp.latency import protocol
 from qexp.models import float_model
 from qexp.pipeline import metrics, run_files
 from qexp.pipeline.analyse import Measured, per_layer, result
 from qexp.pipeline.evaluate import predicted
 from qexp.pipeline.measure import timed
-from qexp.pipeline.prepare import calibrated, check_int8, checked_fusion, first_images, guarded, save, spec_of
-from qexp.pipeline.stages import job_settings
+from qexp.pipeline.prepare import (
+    calibrated,
+    check_int8,
+    checked_fusion,
+    converted,
+    first_images,
+    guarded,
+    save,
+    spec_of,
+)
+from qexp.pipeline.stages import analysing, job_settings
 from qexp.quantize import FLOWS
 from qexp.records import Precision, Result
 from qexp.system.steps import noted
@@ -41,18 +49,13 @@ def run_job(config: Config, folder: Path) -> Result:
         difference = checked_fusion(config, data, fp32, fused, few)
         prepared = flow.prepare(fused, spec, few[:2])
         calibration = calibrated(prepared, config, data, fp32.digest)
-        # Around small steps torch's other threads wait for work by spinning, which takes time from the job beside.
-        with protocol.threads(1):
-            int8 = flow.convert(prepared)
-        int8, narrowed = guarded(int8, config, data, calibration)
-        with protocol.threads(1):
-            check_int8(config, int8, narrowed, few)
-            saved = save(config, data, fp32, int8, folder)
+        int8, narrowed = guarded(converted(prepared), config, data, calibration)
+        check_int8(config, int8, narrowed, few)
+        saved = save(config, data, fp32, int8, folder)
         predictions = predicted(config, data, saved)
         timings, latency_from = timed(config, data, saved, predictions, folder)
         headline = metrics.headline_variant(config, saved.first(Precision.int8), timings)
-        # In a sweep another job evaluates meanwhile.
-        with protocol.threads(1 if config.sweep else config.compute.threads):
+        with analysing(config):
             fidelity = per_layer(config, int8, data)
             answer = target_cpu.answer(config, data, int8, predictions[headline], saved.executed(Precision.int8))
         measured = Measured(

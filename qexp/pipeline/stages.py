@@ -1,15 +1,25 @@
-"""What holds for all of a job: its settings of torch and of the cache, and its share of the machine."""
+"""What holds for all of a job, its settings of torch and of the cache and its share of the machine, and the threads of
+its stages."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import torch
 
 from qexp.config.schema import Config
 from qexp.latency import protocol
 from qexp.system import cache, lock
+
+# Around small steps torch's other threads wait for work by spinning, which takes time from the job beside.
+small_steps = partial(protocol.threads, 1)
+
+
+def analysing(config: Config) -> AbstractContextManager[None]:
+    """The threads with which a run is analysed: in a sweep another job evaluates meanwhile."""
+    return protocol.threads(1 if config.sweep else config.compute.threads)
 
 
 @contextmanager
