@@ -32,7 +32,7 @@ from qexp.config.schema import (
 )
 from qexp.errors import InputError
 from qexp.models import float_model
-from qexp.quantize.inspection.layer_check import FEW, Deviation, layer_deviations
+from qexp.quantize.inspection.layer_equivalence import FEW, Deviation, layer_deviations
 
 BITS = sized((8, 7, 6, 5, 4, 3, 2), (8,))
 MODELS = sized("*", "tiny")

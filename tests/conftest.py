@@ -25,7 +25,7 @@ LONG = (
     "accuracy/", "config/test_code_digest.py", "config/test_composition.py", "config/test_validation.py",
     "latency/", "launch/test_concurrent.py", "launch/test_jobs.py", "launch/test_resume.py",
     "models/test_float_model.py", "models/test_inference.py", "models/test_training.py", "pipeline/test_cache_keys.py",
-    "pipeline/test_run.py", "quantize/calibration/test_ranges.py", "quantize/inspection/test_layer_check.py",
+    "pipeline/test_run.py", "quantize/calibration/test_ranges.py", "quantize/inspection/test_layer_equivalence.py",
     "quantize/saturation/test_emulation.py", "quantize/test_networks.py", "quantize/test_parity.py",
     "quantize/test_shipped_models.py", "quantize/torch_backend/test_ignored_quant_max.py",
     "quantize/torch_backend/test_transposed_convolutions.py", "runtimes/", "test_benchmarks.py", "test_main.py",

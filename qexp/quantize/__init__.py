@@ -24,14 +24,14 @@ from qexp.quantize.dry_run import dry_run
 from qexp.quantize.flow import Flow, Prepared, QuantizationSpec, QuantizedModel
 from qexp.quantize.flows import FLOWS
 from qexp.quantize.graph.copies import evaluation_copy, sharing_copy
-from qexp.quantize.inspection.float_checks import TOLERANCE, difference
+from qexp.quantize.inspection.executed_operators import executed
+from qexp.quantize.inspection.float_model_checks import TOLERANCE, difference
 from qexp.quantize.inspection.fusion_check import blame, explained, fusion_difference
-from qexp.quantize.inspection.layer_check import check_layers
+from qexp.quantize.inspection.layer_equivalence import check_layers
 from qexp.quantize.inspection.layer_errors import layer_fidelity
 from qexp.quantize.inspection.layers import layers, read_qparams
-from qexp.quantize.inspection.operators import executed
 from qexp.quantize.saturation.guard import exact, narrow
-from qexp.quantize.saturation.narrowing import Narrowed
+from qexp.quantize.saturation.reduced_range import Narrowed
 from qexp.quantize.skeletons import blank_copy, skeleton
 from qexp.quantize.torch_backend.deprecations import say_once_silently
 from qexp.quantize.torch_backend.engines import engine, require, supported

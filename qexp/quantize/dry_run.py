@@ -14,12 +14,12 @@ from qexp.quantize.calibration.grid import HIGHEST
 from qexp.quantize.calibration.passes import calibrate
 from qexp.quantize.flow import Flow, QuantizationSpec
 from qexp.quantize.flows import FLOWS
-from qexp.quantize.inspection import float_checks
-from qexp.quantize.inspection.float_checks import TOLERANCE_UNTRAINED, difference
+from qexp.quantize.inspection import float_model_checks
+from qexp.quantize.inspection.executed_operators import beyond
+from qexp.quantize.inspection.float_model_checks import TOLERANCE_UNTRAINED, difference
 from qexp.quantize.inspection.fusion_check import explained
-from qexp.quantize.inspection.layer_check import check_layers
-from qexp.quantize.inspection.operators import beyond
-from qexp.quantize.inspection.unsupported_operators import run_or_refuse
+from qexp.quantize.inspection.layer_equivalence import check_layers
+from qexp.quantize.inspection.untrusted_operators import run_or_refuse
 from qexp.quantize.torch_backend.deprecations import unprinted
 from qexp.quantize.torch_backend.engines import engine, supported
 from qexp.quantize.torch_backend.ignored_quant_max import highest_code
@@ -34,7 +34,7 @@ def dry_run(model: nn.Module, flow: Flow, spec: QuantizationSpec, example: Tenso
     module where it fails and what would work.
     """
     one = example[:1]
-    logits = float_checks.checked(model, one, image)
+    logits = float_model_checks.checked(model, one, image)
     try:
         with unprinted():
             _through(model, flow, spec, one, image, logits)
@@ -42,7 +42,7 @@ def dry_run(model: nn.Module, flow: Flow, spec: QuantizationSpec, example: Tenso
         raise InputError(str(error)) from error
     except Exception as error:
         # What torch raises on a model that it can't quantize is of many classes.
-        sentence = float_checks.cause(model, one)
+        sentence = float_model_checks.cause(model, one)
         sentence = sentence or (str(error) if isinstance(error, QexpError) else _of_torch(error, model, flow, one))
         working = [
             change
@@ -55,7 +55,7 @@ def dry_run(model: nn.Module, flow: Flow, spec: QuantizationSpec, example: Tenso
 
 def _through(model: nn.Module, flow: Flow, spec: QuantizationSpec, one: Tensor, image: str, logits: Tensor) -> None:
     """Raise any error where the flow doesn't take the model. one: the image; logits: the float model's for it."""
-    if flow.traced and (reason := float_checks.hooked(model, one)):
+    if flow.traced and (reason := float_model_checks.hooked(model, one)):
         raise InputError(reason)
     fused = flow.fuse(model, spec, one)
     with torch.inference_mode():
@@ -107,5 +107,5 @@ def _takes(model: nn.Module, flow: Flow, spec: QuantizationSpec, one: Tensor, im
 
 
 def _of_torch(error: Exception, model: nn.Module, flow: Flow, image: Tensor) -> str:
-    reason = float_checks.squeezed(model, image) or first_line(error)
+    reason = float_model_checks.squeezed(model, image) or first_line(error)
     return f"flow={flow.name} can't quantize {type(model).__name__}: {reason}"

@@ -15,7 +15,7 @@ from qexp import quantize
 from qexp.config.schema import Engine, Flow
 from qexp.errors import InputError
 from qexp.quantize import FLOWS
-from qexp.quantize.inspection.layer_check import FEW, check_layers
+from qexp.quantize.inspection.layer_equivalence import FEW, check_layers
 from tests.helpers.fake_quantized import FakeQuantized
 from tests.helpers.networks import CLASSES, NETWORKS, built, images
 from tests.helpers.quantizable import assembled, settings, spec

@@ -19,9 +19,9 @@ from torch.ao.quantization.observer import (
 
 from qexp.config.schema import ActivationObserver, Granularity, Observer, QConfig, Scheme, WeightObserver
 from qexp.quantize.calibration.grid import HIGHEST, Grid, Side, grid, highest_activation
-from qexp.quantize.calibration.histogram import statistics
 from qexp.quantize.calibration.ranges import range_mse, range_mse_rows
 from qexp.quantize.calibration.recording_observer import RecordingObserver, destination
+from qexp.quantize.calibration.statistics_collector import statistics
 from qexp.records import QParams
 
 _TENSOR_SCHEME = {Scheme.symmetric: torch.per_tensor_symmetric, Scheme.asymmetric: torch.per_tensor_affine}

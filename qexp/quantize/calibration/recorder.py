@@ -12,8 +12,8 @@ from torch import Tensor
 
 from qexp.config.schema import Observer, Scheme
 from qexp.quantize.calibration.grid import Grid
-from qexp.quantize.calibration.histogram import Seen
 from qexp.quantize.calibration.ranges import solver
+from qexp.quantize.calibration.statistics_collector import Seen
 from qexp.quantize.calibration.tensor_statistics import TensorStats, merge
 
 

@@ -24,7 +24,7 @@ from qexp.quantize.graph.copies import evaluation_copy, number_padding
 from qexp.quantize.graph.in_place import memory, shared_writers
 from qexp.quantize.graph.tracing import standard_type, trace
 from qexp.quantize.torch_backend.float_layers import norm_is_random
-from qexp.quantize.torch_backend.onednn_strided_pointwise import strides_are_ambiguous
+from qexp.quantize.torch_backend.stride_bugs import strides_are_ambiguous
 from qexp.quantize.torch_backend.transposed_convolutions import fold
 
 _NOTHING_IN_EVALUATION = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout)

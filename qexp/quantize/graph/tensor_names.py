@@ -18,7 +18,7 @@ from qexp.quantize.graph.clamps import RELU, clamp_of
 from qexp.quantize.graph.hooks import attached
 from qexp.quantize.torch_backend.float_layers import InFloat
 from qexp.quantize.torch_backend.ignored_quant_max import torch_function
-from qexp.quantize.torch_backend.onednn_strided_pointwise import AfterStride
+from qexp.quantize.torch_backend.stride_bugs import AfterStride
 
 _POST = "activation_post_process"
 _TENSOR = "tensor"

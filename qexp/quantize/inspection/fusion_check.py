@@ -12,7 +12,7 @@ from torch.ao.nn.intrinsic.modules.fused import _FusedModule
 
 from qexp.quantize.flow import Flow
 from qexp.quantize.graph.hooks import attached
-from qexp.quantize.inspection.float_checks import TOLERANCE, cause, difference, drawn
+from qexp.quantize.inspection.float_model_checks import TOLERANCE, cause, difference, drawn
 
 
 def fusion_difference(float_module: nn.Module, fused: nn.Module, batch: Tensor) -> float:

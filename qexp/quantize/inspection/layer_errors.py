@@ -34,7 +34,7 @@ from qexp.quantize.graph.tensor_names import public, tensor_of, took_relu
 from qexp.quantize.graph.tracing import UntraceableError, standard_type, trace
 from qexp.quantize.torch_backend.engines import engine as torch_engine
 from qexp.quantize.torch_backend.ignored_quant_max import clamped, highest_code
-from qexp.quantize.torch_backend.onednn_strided_pointwise import AfterStride
+from qexp.quantize.torch_backend.stride_bugs import AfterStride
 from qexp.records import Fidelity
 from qexp.statistics import decibels
 from qexp.system import lock

@@ -27,7 +27,7 @@ from qexp.quantize.graph.tensor_names import public
 from qexp.quantize.inspection.layers import conv_kind, is_per_channel, weight_scales
 from qexp.quantize.torch_backend.engines import engine
 from qexp.quantize.torch_backend.ignored_quant_max import highest_code, is_held, torch_class
-from qexp.quantize.torch_backend.onednn_strided_pointwise import AfterStride
+from qexp.quantize.torch_backend.stride_bugs import AfterStride
 
 _INT16 = torch.iinfo(torch.int16)
 _CHUNK = 1 << 19

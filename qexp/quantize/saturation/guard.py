@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from qexp.config.schema import Engine, Target
 from qexp.quantize.flow import Prepared, QuantizedModel
 from qexp.quantize.saturation import emulation, kernels
-from qexp.quantize.saturation.narrowing import Narrowed, narrow_layers
+from qexp.quantize.saturation.reduced_range import Narrowed, narrow_layers
 from qexp.quantize.torch_backend.qnnpack_biases import fit_biases
 
 # Enough to tell which of two grids is the coarser for a layer.

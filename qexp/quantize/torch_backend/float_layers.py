@@ -26,7 +26,7 @@ from qexp.config.schema import Engine
 from qexp.quantize.graph.hooks import attached
 from qexp.quantize.graph.tracing import standard_type
 from qexp.quantize.torch_backend import transposed_convolutions
-from qexp.quantize.torch_backend.onednn_strided_pointwise import contiguous_strides, strides_are_ambiguous
+from qexp.quantize.torch_backend.stride_bugs import contiguous_strides, strides_are_ambiguous
 
 _VALUES_IN_A_GROUP = 64
 RANDOM_NORM = f"torch's INT8 kernel answers at random where a group has fewer than {_VALUES_IN_A_GROUP} values"

@@ -7,7 +7,7 @@ from torch import nn
 from qexp.config.schema import Engine
 from qexp.quantize.torch_backend.ignored_quant_max import hold
 from qexp.quantize.torch_backend.missing_state import scales_in_state
-from qexp.quantize.torch_backend.onednn_strided_pointwise import contiguous_clamps, without_strides
+from qexp.quantize.torch_backend.stride_bugs import contiguous_clamps, without_strides
 
 
 def worked_around(converted: nn.Module, highest: int, engine: Engine) -> nn.Module:

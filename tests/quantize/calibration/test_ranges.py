@@ -13,7 +13,6 @@ from qexp import quantize
 from qexp.config.schema import ActivationObserver, Flow, Granularity, Observer, Scheme
 from qexp.quantize import FLOWS
 from qexp.quantize.calibration.grid import Grid, Side, grid
-from qexp.quantize.calibration.histogram import statistics
 from qexp.quantize.calibration.observers import activation_observer, weight_observer
 from qexp.quantize.calibration.passes import calibrate
 from qexp.quantize.calibration.ranges import (
@@ -25,6 +24,7 @@ from qexp.quantize.calibration.ranges import (
     range_percentile,
     solver,
 )
+from qexp.quantize.calibration.statistics_collector import statistics
 from qexp.quantize.calibration.tensor_statistics import merge
 from tests.helpers.quantizable import MINMAX, RECORDED, Chain, images, settings, spec, trained
 

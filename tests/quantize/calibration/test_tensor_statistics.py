@@ -17,12 +17,12 @@ from qexp.errors import RunError
 from qexp.latency import protocol
 from qexp.models import architectures
 from qexp.quantize import FLOWS, Prepared
-from qexp.quantize.calibration import cached, histogram
-from qexp.quantize.calibration.histogram import Seen, statistics
+from qexp.quantize.calibration import cached, statistics_collector
 from qexp.quantize.calibration.observers import activation_observer, observers
 from qexp.quantize.calibration.passes import calibrate
 from qexp.quantize.calibration.recorder import Recorder
 from qexp.quantize.calibration.recording_observer import RecordingObserver
+from qexp.quantize.calibration.statistics_collector import Seen, statistics
 from qexp.quantize.calibration.tensor_statistics import SHIFT, TensorStats, merge
 from tests.helpers.quantizable import MINMAX, RECORDED, Chain, Plain, images, settings, spec, trained
 
@@ -204,7 +204,7 @@ def test_what_waits_to_be_counted_does_not_grow_with_the_images(size: int, most:
 
 
 def test_counters_never_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(histogram, "_FULL", 3)
+    monkeypatch.setattr(statistics_collector, "_FULL", 3)
     seen, part = Seen(), values("after a ReLU", 200_000)
     for _ in range(8):
         seen.add(part)

@@ -16,7 +16,7 @@ from qexp.config.schema import Engine, Flow
 from qexp.errors import InputError
 from qexp.quantize import FLOWS
 from qexp.quantize.graph.tensor_names import public
-from qexp.quantize.inspection.operators import DispatchMode
+from qexp.quantize.inspection.executed_operators import DispatchMode
 from qexp.records import Layer
 from tests.helpers.quantizable import images, relative_error, settings, spec, trained
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qexp import quantize
 from qexp.config.schema import Engine, Flow
 from qexp.quantize import FLOWS
-from qexp.quantize.inspection.layer_check import check_layers
+from qexp.quantize.inspection.layer_equivalence import check_layers
 from qexp.quantize.torch_backend.float_layers import norm_is_random
 from tests.helpers.quantizable import assembled, images, relative_error, settings, spec, trained
 

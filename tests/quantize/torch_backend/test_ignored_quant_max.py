@@ -21,9 +21,9 @@ from qexp.config.schema import Engine, Flow, Observer, Runtime
 from qexp.errors import InputError, RunError
 from qexp.models import architectures
 from qexp.quantize import FLOWS, Prepared
-from qexp.quantize.inspection.layer_check import check_layers
+from qexp.quantize.inspection.executed_operators import beyond, executed
+from qexp.quantize.inspection.layer_equivalence import check_layers
 from qexp.quantize.inspection.layer_errors import layer_fidelity
-from qexp.quantize.inspection.operators import beyond, executed
 from qexp.quantize.saturation import emulation
 from qexp.quantize.torch_backend.deprecations import known_deprecations_silenced
 from qexp.quantize.torch_backend.ignored_quant_max import clamped, highest_code

@@ -14,7 +14,7 @@ from qexp import quantize
 from qexp.config.schema import ActivationObserver, Engine, Flow, Observer, Overflow, QConfig, Target
 from qexp.quantize import FLOWS, Prepared
 from qexp.quantize.calibration.grid import Side
-from qexp.quantize.saturation import emulation, narrowing
+from qexp.quantize.saturation import emulation, reduced_range
 from tests.helpers.quantizable import MINMAX, Chain, Plain, images, settings, spec, trained
 
 EXAMPLE = images(8)
@@ -58,7 +58,7 @@ def test_narrowed_tensors_are_those_of_an_observer_made_with_that_grid(flow: Flo
     )
     for module in list(prepared.module.modules()):
         if isinstance(module, UniformQuantizationObserverBase):
-            narrowing._narrow_activations(module, layers)
+            reduced_range._narrow_activations(module, layers)
     actual = quantize.read_qparams(prepared.module)
     for name in (name for name in expected if not name.endswith(".weight")):
         assert actual[name].scale == expected[name].scale
@@ -113,7 +113,7 @@ def test_the_noise_of_either_side_is_that_of_numpy_and_the_smaller_one_decides(f
     qconfig = settings("per_tensor", overflow="layers")
     net = trained(nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10)), seed)
     prepared = calibrated(net, flow, qconfig)
-    _, (found,) = narrowing.narrow_layers(prepared.module, ["1"], qconfig, EXAMPLE)
+    _, (found,) = reduced_range.narrow_layers(prepared.module, ["1"], qconfig, EXAMPLE)
 
     x = EXAMPLE.flatten(1).numpy()
     weight = net[1].weight.detach().numpy()  # type: ignore[union-attr, operator]
@@ -150,14 +150,14 @@ class Fork(nn.Module):
 def test_a_tensor_is_narrowed_for_all_its_readers_or_for_none() -> None:
     qconfig = settings("per_tensor", overflow="layers")
     prepared = calibrated(trained(Fork()), Flow.fx, qconfig)
-    readers = {r.name: r for r in narrowing._readers(prepared.module, ["left", "right"], qconfig, EXAMPLE)}
+    readers = {r.name: r for r in reduced_range._readers(prepared.module, ["left", "right"], qconfig, EXAMPLE)}
     assert readers["left"].observer is readers["right"].observer is not None
-    narrowed, (left, right) = narrowing.narrow_layers(prepared.module, ["left", "right"], qconfig, EXAMPLE)
+    narrowed, (left, right) = reduced_range.narrow_layers(prepared.module, ["left", "right"], qconfig, EXAMPLE)
     by_weights = left.noise_weights + right.noise_weights
     by_activations = left.noise_activations + right.noise_activations
     assert left.side is right.side is (Side.activations if by_activations < by_weights else Side.weights)
-    # With one reader at risk, the other one's noise still counts against narrowing the tensor.
-    _, (alone,) = narrowing.narrow_layers(prepared.module, ["left"], qconfig, EXAMPLE)
+    # With one reader at risk, the other one's noise still counts against reducing the range of the tensor.
+    _, (alone,) = reduced_range.narrow_layers(prepared.module, ["left"], qconfig, EXAMPLE)
     kept = readers["right"].noise[None]
     assert alone.side is (Side.activations if by_activations < left.noise_weights + kept else Side.weights)
     assert quantize.read_qparams(narrowed).keys() == quantize.read_qparams(prepared.module).keys()
@@ -167,6 +167,6 @@ def test_the_statistics_stay_those_of_calibration() -> None:
     qconfig = settings(overflow="layers")
     prepared = calibrated(trained(Plain()), Flow.fx, qconfig)
     before = quantize.read_qparams(prepared.module)
-    narrowing.narrow_layers(prepared.module, ["conv1"], qconfig, EXAMPLE * 100)
+    reduced_range.narrow_layers(prepared.module, ["conv1"], qconfig, EXAMPLE * 100)
     after = quantize.read_qparams(prepared.module)
     assert all(before[name].scale.tolist() == after[name].scale.tolist() for name in before)

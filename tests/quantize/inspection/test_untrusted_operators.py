@@ -15,7 +15,7 @@ from qexp import quantize
 from qexp.config.schema import Engine, Flow
 from qexp.errors import InputError
 from qexp.quantize import FLOWS
-from qexp.quantize.inspection.unsupported_operators import run_or_refuse
+from qexp.quantize.inspection.untrusted_operators import run_or_refuse
 from tests.helpers.quantizable import images, relative_error, settings, spec, trained
 
 TWO = images(2)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from qexp.errors import InputError, first_line
 from qexp.quantize.flow import Flow
 from qexp.quantize.graph.tensor_names import place, running
-from qexp.quantize.inspection.operators import DispatchMode
+from qexp.quantize.inspection.executed_operators import DispatchMode
 
 _MOVE_VALUES = """
     alias as_strided channel_shuffle chunk clone contiguous detach diagonal expand flatten flip index index_select

@@ -42,8 +42,8 @@ from qexp.quantize.inspection.layers import is_per_channel, weight_scales
 from qexp.quantize.saturation import emulation, kernels
 from qexp.quantize.torch_backend.engines import engine as torch_engine
 from qexp.quantize.torch_backend.ignored_quant_max import highest_code
-from qexp.quantize.torch_backend.onednn_strided_pointwise import AfterStride
 from qexp.quantize.torch_backend.qnnpack_biases import fit_biases
+from qexp.quantize.torch_backend.stride_bugs import AfterStride
 from qexp.records import QParams
 
 FEW = 2

@@ -22,7 +22,7 @@ from qexp.models import architectures
 from qexp.pipeline import run
 from qexp.quantize import FLOWS, Prepared, QuantizedModel
 from qexp.quantize.flows.fx import FxFlow
-from qexp.quantize.inspection.layer_check import Deviation, check_layers, layer_deviations
+from qexp.quantize.inspection.layer_equivalence import Deviation, check_layers, layer_deviations
 from qexp.quantize.saturation import kernels
 from tests.helpers.quantizable import Again, Chain, Squeezed, Twice, assembled, images, settings, spec, trained
 
