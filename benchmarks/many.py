@@ -21,7 +21,7 @@ from benchmarks.size import sized
 from benchmarks.speed import composed
 from benchmarks.study import ROOT, listed, steps
 from qexp.config.schema import Config
-from qexp.launch import jobs
+from qexp.launch import job_process
 from qexp.system.steps import OTHER
 
 RUNS = sized(500, 8)
@@ -73,7 +73,7 @@ def many(outputs: str) -> None:
 
 def in_processes_of_their_own(configs: list[Config], folder: Path) -> list[dict[str, float]]:
     """The seconds that each step takes (see `study.steps`) in a process as a sweep's job has it, cold and forked."""
-    jobs.start_server()
+    job_process.start_server()
     forked = multiprocessing.get_context("forkserver")
     with ProcessPoolExecutor(1, forked, max_tasks_per_child=1) as executor:
         return [executor.submit(steps, config, folder).result() for config in configs]

@@ -14,7 +14,7 @@ from qexp.config.schema import Config
 from qexp.data.splits import load_data, normalise
 from qexp.latency import protocol, worker
 from qexp.pipeline import measure, run
-from qexp.system import lock
+from qexp.system import machine_lock
 
 REPEATS = sized(40, 1)
 PROTOCOL = sized((), ("model=tiny", "latency=quick", "latency.processes=1", "latency.seconds=0.05"))
@@ -42,7 +42,7 @@ def against_itself(outputs: str) -> None:
     for repeat in tqdm(range(REPEATS), desc="A/A", disable=None):
         for name, (config, folder, inputs, logits) in runs.items():
             config.seed = 1000 * repeat
-            with lock.timing():
+            with machine_lock.timing():
                 itself, control = worker.measure(config, folder, inputs, {"fp32": logits["fp32"]}, all_int8=True)
             valid += protocol.validity([itself, control])[0]
             interval = protocol.speedup(itself, control)
@@ -60,7 +60,7 @@ def order(outputs: str) -> None:
     for number, runtimes in enumerate(("[eager,torchscript]", "[torchscript,eager]")):
         with_order = f"runtimes={runtimes}"
         config, folder, inputs, logits = made(outputs, f"order{number}", "latency=standard", with_order, *PROTOCOL)
-        with lock.timing():
+        with machine_lock.timing():
             timings = worker.measure(config, folder, inputs, logits, all_int8=True)
         by = {timing.name: timing for timing in timings}
         valid, reasons = protocol.validity(timings)

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, open_dict
 from qexp.config.composition import CONF, Composition, check_choices, check_quotes
 from qexp.config.refusals import refusals
 from qexp.errors import ConfigError
-from qexp.launch import trials
+from qexp.launch import foreign_sweeper
 from qexp.system import console, credentials
 
 
@@ -70,7 +70,7 @@ def main() -> None:
     except BaseException as error:
         code = error.code if isinstance(error, SystemExit) else None
         stopped = isinstance(error, KeyboardInterrupt) or (isinstance(code, int) and code > 128)
-        trials.end("KILLED" if stopped else "FAILED")
+        foreign_sweeper.end("KILLED" if stopped else "FAILED")
         raise
 
 

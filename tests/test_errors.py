@@ -14,7 +14,7 @@ import torch
 
 from qexp import tracking
 from qexp.errors import first_line, one_line, without_values
-from qexp.launch import jobs
+from qexp.launch import job_process
 from tests.helpers.cli import Run, runs
 
 X = torch.full((2, 3, 4), 771.25) + torch.arange(24).reshape(2, 3, 4)
@@ -89,7 +89,7 @@ def test_a_job_hands_on_no_values() -> None:
         except ValueError as cause:
             raise KeyError("bad", np.asarray(X)) from cause
     except KeyError as error:
-        failure, sentence = jobs.Failure.of(error), tracking.sentence(error)
+        failure, sentence = job_process.Failure.of(error), tracking.sentence(error)
     assert failure.message == sentence.removeprefix("KeyError: ") == "('bad', array(…))"
     assert failure.trace.count("…") == 2
     assert "77" not in failure.trace.replace(f"{Path(__file__)}", "")

@@ -28,7 +28,7 @@ ORDER = [
     "__main__",
 ]
 # The process that jobs are forked from imports all that a job will need, Hydra's door too.
-EXCEPTIONS = {("launch/fork_server.py", "__main__")}
+EXCEPTIONS = {("launch/fork_preload.py", "__main__")}
 
 
 def test_every_file_is_in_a_package_of_the_list() -> None:

@@ -33,7 +33,7 @@ from qexp.config.schema import Calib, Sampling
 from qexp.data import builtin
 from qexp.data import preprocessing as images
 from qexp.errors import InputError, QexpError, one_line
-from qexp.system import cache, lock
+from qexp.system import cache, machine_lock
 from qexp.system.steps import step
 
 logger = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ class Split:
         description = f"decode {self.name} {self.source.split}"
         with tqdm(total=len(indices), desc=description, unit="image", disable=None, leave=False) as bar:
 
-            @lock.computing()
+            @machine_lock.computing()
             def block(start: int) -> int:
                 rotated = 0
                 for position in range(start, min(start + _BLOCK, len(indices))):
@@ -157,7 +157,7 @@ class Split:
                     bar.update()
                 return rotated
 
-            with lock.released():
+            with machine_lock.released():
                 rotated = sum(_in_threads(block, range(0, len(indices), _BLOCK), self.source.dataset))
         if rotated:
             logger.info(
@@ -297,7 +297,7 @@ def _open(
     function, arguments = instantiation.resolve("dataset", spec, reserved=RESERVED, supplied={"split"})
     target = str(spec["_target_"])
     try:
-        with lock.released():  # it may download, and is anybody's code
+        with machine_lock.released():  # it may download, and is anybody's code
             made = _made(function, {**arguments, "split": split}, folder, sweep)
         size = len(made) if hasattr(made, "__getitem__") else 0
     except QexpError:
@@ -383,7 +383,7 @@ def _labels(source: Source, size: int, folder: Path | None) -> np.ndarray:
         if isinstance(source.dataset, builtin.ImageFolder) or all(_item(source, i)[1] == listed[i] for i in probes):
             return listed
 
-    @lock.computing()
+    @machine_lock.computing()
     def label_of(index: int) -> int:
         return _item(source, index)[1]
 

@@ -17,7 +17,7 @@ from qexp.config.schema import Config, cache_folder
 from qexp.data.splits import Data
 from qexp.latency import protocol as latency
 from qexp.quantize.saturation import kernels
-from qexp.system import cache, lock, machine
+from qexp.system import cache, machine, machine_lock
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def timings(
     """
     carried = _kept_timings(config, key)
     if carried is None:
-        with lock.timing():
+        with machine_lock.timing():
             carried = _kept_timings(config, key)  # another process may have timed it while this one waited
             if carried is None:
                 made = measure()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
@@ -13,12 +13,9 @@ from qexp.config import validation
 from qexp.config.composition import Composition, as_yaml
 from qexp.config.refusals import refusals
 from qexp.errors import ConfigError
-from qexp.launch import folders, resume, trials
-from qexp.system import console, credentials
-
-if TYPE_CHECKING:
-    pass
+from qexp.launch import folders, foreign_sweeper, resume
 from qexp.launch.job import hydra_files, is_ours, job_from
+from qexp.system import console, credentials
 
 
 class HydraCallback(Callback):
@@ -39,10 +36,10 @@ class HydraCallback(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         if not is_ours(config.hydra):
             with refusals():
-                trials.begin(config)
+                foreign_sweeper.begin(config)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        trials.end("FINISHED")
+        foreign_sweeper.end("FINISHED")
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         console.protect()  # a launcher may have begun this process

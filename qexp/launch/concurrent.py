@@ -14,9 +14,9 @@ from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 
-from qexp.launch import jobs
-from qexp.launch.jobs import Begun
-from qexp.system import lock
+from qexp.launch import job_process
+from qexp.launch.job_process import Begun
+from qexp.system import machine_lock
 
 # A run around its job: it yields the process that it has begun, and is sent what that gives, or thrown what it raises.
 Work = Generator[Begun, Any, Any]
@@ -69,12 +69,12 @@ class Jobs:
         self._computing.close()
         running = list(self._running)
         while True:
-            jobs.listen(running)
+            job_process.listen(running)
             try:
-                self._computing.enter_context(lock.computing(wait=False))
+                self._computing.enter_context(machine_lock.computing(wait=False))
                 return next(begun for begun in running if begun.ended)
             except BlockingIOError:  # one of them may be the one that times
-                jobs.listen([begun for begun in running if not begun.ended], POLL_SECONDS)
+                job_process.listen([begun for begun in running if not begun.ended], POLL_SECONDS)
 
     def _conclude(self, begun: Begun) -> None:
         number, work = self._running[begun]
@@ -115,8 +115,8 @@ def perform(number: int, work: Work) -> Any:
         return _jobs.add(number, work)
     with contextlib.closing(work):  # where this is stopped, the run is, too
         begun = next(work)
-        jobs.listen([begun])
-        with lock.computing():
+        job_process.listen([begun])
+        with machine_lock.computing():
             return conclude(work, begun)
 
 

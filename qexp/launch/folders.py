@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qexp.errors import ConfigError
 
-RESULT = "predictions.npz"  # what a run writes first of its result (record.written)
+RESULT = "predictions.npz"  # what a run writes first of its result (`run_files.written`)
 
 
 def writable(folder: Path) -> None:

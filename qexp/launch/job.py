@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
@@ -18,10 +18,6 @@ from qexp.config import conversion, identity
 from qexp.config.composition import Composition, known
 from qexp.config.schema import Config
 from qexp.system import credentials
-
-if TYPE_CHECKING:
-    pass
-
 
 GIVEN = ("tracking.name", "tracking.parent", "sweep")  # to its jobs, by a sweep
 

@@ -6,7 +6,6 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 from tqdm import tqdm
@@ -15,12 +14,9 @@ from qexp.config import identity, validation
 from qexp.config.composition import Composer, combinations, quoted, spelled
 from qexp.errors import ConfigError
 from qexp.launch import resume
-from qexp.system import credentials
-
-if TYPE_CHECKING:
-    pass
 from qexp.launch.callback import without_credentials
 from qexp.launch.job import GIVEN, Job, job_from, split
+from qexp.system import credentials
 
 log = logging.getLogger(__name__)
 

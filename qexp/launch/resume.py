@@ -18,7 +18,7 @@ from tabulate import tabulate
 from qexp.config import conversion, identity
 from qexp.config.schema import Config
 from qexp.errors import ConfigError, InputError
-from qexp.launch import jobs
+from qexp.launch import job_process
 from qexp.metrics import Metric
 from qexp.records import PRECISIONS, RunRecord
 from qexp.report.effects import together
@@ -145,7 +145,7 @@ def study(store: Store, planned: Sequence[Planned], experiments: Sequence[str]) 
     asked = [item.job.config for item in planned if identity.config_hash(item.job.config) in finished]
     done: dict[str, RunRecord] = {}
     changed: dict[str, None] = {}
-    for job, today in zip(asked, jobs.described(asked) if asked else [], strict=True):
+    for job, today in zip(asked, job_process.described(asked) if asked else [], strict=True):
         key = today["config_hash"]
         differences = [(row, differing(row.tags, today, job.latency.enabled)) for row in finished[key]]
         same = [row for row, names in differences if not names]

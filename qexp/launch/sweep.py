@@ -5,7 +5,6 @@ A single run goes the same way, as an owner of one job (`single`).
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections import Counter
@@ -21,7 +20,7 @@ from omegaconf import DictConfig
 
 from qexp.config.composition import Composer, as_yaml, quoted
 from qexp.config.refusals import refusals
-from qexp.launch import concurrent, folders, jobs, progress, resume
+from qexp.launch import concurrent, folders, job_process, progress, resume
 from qexp.launch.job import command, new_sweep, tags
 from qexp.launch.planning import Planned, hide_from_names, plan
 from qexp.launch.signals import Stop, stoppable, until_stopped
@@ -33,8 +32,6 @@ from qexp.records import RunRecord
 if TYPE_CHECKING:
     from qexp.tracking.run import Run
     from qexp.tracking.store import Store
-
-log = logging.getLogger(__name__)
 
 
 def own(
@@ -48,7 +45,7 @@ def own(
     first job launched. Exits with status 1 where a job failed, 128 + signal where it was stopped.
     """
     with refusals(), until_stopped():
-        jobs.start_server()  # it imports torch while this process composes the jobs and imports MLflow
+        job_process.start_server()  # it imports torch while this process composes the jobs and imports MLflow
         hide_from_names(master)
         composer = Composer(master, loader)
         return launch(master, composer, plan(composer, params, typed), launcher, batch_size)
@@ -72,7 +69,7 @@ def launch(
     study = resume.study(store, planned, experiments)
     left = study.left(planned)
     if left:
-        jobs.check_inputs([item.job.config for item in left])
+        job_process.check_inputs([item.job.config for item in left])
     wanted = [composer.subfolder(item.overrides, number) for number, item in enumerate(left)]
     claimed = folders.claim(folder, wanted)
     folders.save_beside(folder / "multirun.yaml", as_yaml(master))

@@ -5,21 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qexp.config import code_digest, identity, validation
 from qexp.config.refusals import refusals
 from qexp.config.schema import LogModel
-from qexp.launch import concurrent, folders, jobs, progress, resume
-from qexp.launch.jobs import Begun
-from qexp.records import WARNING_TAG, Result, RunRecord
-from qexp.report import sentences, tables
-
-if TYPE_CHECKING:
-    pass
+from qexp.launch import concurrent, folders, job_process, progress, resume
 from qexp.launch.job import Job, tags
+from qexp.launch.job_process import Begun
 from qexp.launch.signals import stoppable, until_stopped
 from qexp.launch.summary import say_where, summary
+from qexp.records import WARNING_TAG, Result, RunRecord
+from qexp.report import sentences, tables
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +40,7 @@ def single(job: Job) -> float | None:
     validation.check(job.config)
     if job.foreign:
         folders.check_free("hydra.sweep.subdir", job.folder)
-    jobs.start_server()
+    job_process.start_server()
     store = tracking.connect(job.config.tracking, Path(job.config.outputs), job.cwd)
     resume.close_orphans(store)
     earlier = resume.earlier(store, job)
@@ -53,7 +50,7 @@ def single(job: Job) -> float | None:
     tracking.check_run(store, experiment=experiment, params=job.params, resume=job.alone)
     if job.alone:
         say_ignored(sweep=False)
-    jobs.check_inputs([job.config])
+    job_process.check_inputs([job.config])
     row, handle = concurrent.perform(job.number, tracked(job, swept=identity.GROUPS if earlier else ()))
     print(f"\n{summary([row])}\n")
     if earlier:
@@ -105,7 +102,7 @@ def tracked(job: Job, swept: Collection[str] = ()) -> Generator[Begun, Result, t
     ) as handle:
         # At once, so that a run that fails or is killed can be repeated too.
         handle.log_artifacts({"config.json": identity.plain(job.config)})
-        begun = jobs.begin(job.config, job.folder)
+        begun = job_process.begin(job.config, job.folder)
         try:
             result = yield begun
         finally:

@@ -34,7 +34,7 @@ from qexp.errors import ConfigError, InputError, QexpError, one_line
 from qexp.models.checkpoints import load_checkpoint
 from qexp.models.training import choose_device, train
 from qexp.models.wrappers import unwrapped
-from qexp.system import lock
+from qexp.system import machine_lock
 from qexp.system.cache import digest_of
 from qexp.system.download import download
 from qexp.system.steps import step
@@ -137,7 +137,7 @@ def _build(model: Mapping[str, Any], classes: int, seed: int, more: Mapping[str,
         spec = {**_with_classes(model, target, classes), **more}
         target, arguments = resolve("model", spec, reserved=RESERVED - set(more))
         try:
-            with lock.released():  # it may download, and is anybody's code
+            with machine_lock.released():  # it may download, and is anybody's code
                 made = target(**arguments)
         except QexpError:
             raise
@@ -263,7 +263,7 @@ def _pretrained(model: Mapping[str, Any], classes: int, seed: int) -> tuple[nn.M
             f"{setting} has {trained_for} classes, the data set has {classes}; they must agree"
             " (train a model by leaving model.weights out, or give yours as model.checkpoint)."
         )
-    with lock.released():
+    with machine_lock.released():
         _download(setting, weights.url)
     spec = dict(model)
     # torchvision builds GoogLeNet with its auxiliary heads, loads them and removes them, and refuses to be told so.
@@ -341,7 +341,7 @@ def _held(path: Path) -> Iterator[None]:
         held.acquire(timeout=0)
     except Timeout:
         log.info("another process is training this model; waiting for it")
-        with lock.released():
+        with machine_lock.released():
             held.acquire()
     except OSError as error:
         raise _unwritable(path.parent, error.strerror or str(error)) from error

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from qexp.data.splits import Split, normalise
 from qexp.errors import NotFinite
 from qexp.records import Predictions
-from qexp.system import lock
+from qexp.system import machine_lock
 
 Model = Callable[[Tensor], Tensor]
 BLOCK_BATCHES = 32  # after each of which an evaluation can be stopped
@@ -77,7 +77,7 @@ def blocks(
     for one in (model, *copies):
         free.put(one)
 
-    @lock.computing()
+    @machine_lock.computing()
     def batch(start: int) -> np.ndarray:
         part = chosen[order[start : start + batch_size]]
         images = normalise(split.pixels(np.resize(part, batch_size)), mean, std)
@@ -97,7 +97,7 @@ def blocks(
     ):
         batches = iter(found)
         for start in range(0, len(chosen), BLOCK_BATCHES * batch_size):
-            with lock.released():  # each batch takes the machine's lock by itself, in whichever thread
+            with machine_lock.released():  # each batch takes the machine's lock by itself, in whichever thread
                 logits = np.concatenate(list(islice(batches, BLOCK_BATCHES)))
             yield order[start : start + len(logits)], logits
 

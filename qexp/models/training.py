@@ -23,7 +23,7 @@ from qexp.config import schema
 from qexp.data.splits import Data, normalise
 from qexp.errors import InputError, NotFinite, RunError
 from qexp.models import inference
-from qexp.system import lock
+from qexp.system import machine_lock
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ def _train(module: nn.Module, settings: schema.Train, data: Data, device: torch.
             for images, labels in _batches(data, settings, generator, device):
                 for group in optimizer.param_groups:
                     group["lr"] = settings.lr * lr_factor(settings.schedule, done, steps)
-                with lock.computing():
+                with machine_lock.computing():
                     sums += _step(module, optimizer, images, labels, settings.label_smoothing)
                 done += 1
                 bar.update()

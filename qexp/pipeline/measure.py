@@ -17,7 +17,7 @@ from qexp.latency import protocol, shared_timings, worker
 from qexp.pipeline.prepare import Saved, images_of
 from qexp.records import Precision, Predictions, Variant
 from qexp.runtimes.eager import with_cuda
-from qexp.system import lock
+from qexp.system import machine_lock
 from qexp.system.steps import step
 
 LATENCY_IMAGES = 64
@@ -33,7 +33,7 @@ def timed(
         return [], ""
     measure = partial(side_by_side, config, data, saved, predictions, folder)
     if not saved.timing_key:
-        with lock.timing():
+        with machine_lock.timing():
             return measure(), ""
     where = str(folder.relative_to(config.outputs) if folder.is_relative_to(config.outputs) else folder)
     name = f"{config.tracking.name} ({where})" if config.tracking.name else where

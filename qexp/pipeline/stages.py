@@ -11,7 +11,7 @@ import torch
 
 from qexp.config.schema import Config
 from qexp.latency import protocol
-from qexp.system import cache, lock
+from qexp.system import cache, machine_lock
 
 # Around small steps torch's other threads wait for work by spinning, which takes time from the job beside.
 small_steps = partial(protocol.threads, 1)
@@ -26,9 +26,9 @@ def analysing(config: Config) -> AbstractContextManager[None]:
 def job_settings(config: Config) -> Iterator[None]:
     """Threads, torch's generator and the cache's bound set for this job and put back: nothing leaks into the next.
 
-    Meanwhile the job shares the machine with others that compute, and with none that times (see system/lock.py).
+    Meanwhile the job shares the machine with others that compute, and with none that times (see `machine_lock`).
     """
     bound = cache.bounded(config.cache.max_gb)
-    with lock.computing(), bound, protocol.threads(config.compute.threads), torch.random.fork_rng(devices=[]):
+    with machine_lock.computing(), bound, protocol.threads(config.compute.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         yield

@@ -30,7 +30,7 @@ import numpy as np
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from qexp.errors import InputError
-from qexp.system import lock
+from qexp.system import machine_lock
 
 logger = logging.getLogger(__name__)
 
@@ -277,7 +277,7 @@ def _made_once(path: Path) -> AcquireReturnProxy:
     try:
         return held.acquire(blocking=False)
     except Timeout:
-        with lock.released():
+        with machine_lock.released():
             return held.acquire()
 
 

@@ -80,7 +80,7 @@ def test_a_key_covers_the_code_that_makes_its_entry(package: str, names: tuple[s
             assert covered >= beneath
 
 
-@pytest.mark.parametrize("file", ["report/charts.py", "tracking/store.py", "launch/jobs.py"])
+@pytest.mark.parametrize("file", ["report/charts.py", "tracking/store.py", "launch/job_process.py"])
 def test_a_comment_where_runs_are_launched_recorded_or_shown_changes_no_key(copied: Path, file: str) -> None:
     before, results = digests(), code_digest.code_hash()
     comment(copied / file)

@@ -133,7 +133,7 @@ def test_two_sweeps_at_once_time_one_after_the_other_and_survive_a_killed_holder
     checkpoint: Path, tmp_path: Path
 ) -> None:
     """A third process holds the lock, and is killed, before the two sweeps can time anything."""
-    held = "import sys, time; from qexp.system import lock\nwith lock.timing(): print(flush=True); time.sleep(600)"
+    held = "import time; from qexp.system.machine_lock import timing\nwith timing(): print(flush=True); time.sleep(600)"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     arguments = [
         "model=tiny", f"model.checkpoint={checkpoint}", "latency=standard", "latency.seconds=0.3",

@@ -20,10 +20,10 @@ from hydra.core.utils import JobReturn, JobStatus
 from qexp.config import schema
 from qexp.errors import RunError
 from qexp.latency import shared_timings
-from qexp.launch import concurrent, jobs
-from qexp.launch.jobs import Begun
+from qexp.launch import concurrent, job_process
+from qexp.launch.job_process import Begun
 from qexp.records import Result
-from qexp.system import lock
+from qexp.system import machine_lock
 from tests.helpers.jobs import TIMED
 
 Composed = Callable[..., schema.Config]
@@ -36,7 +36,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What happens to jobs from now on, by the names of their folders, in its order: `+job0` begins, `-job0` has
     ended."""
     found: list[str] = []
-    begin, end = jobs.begin, Begun.end
+    begin, end = job_process.begin, Begun.end
 
     def begun(config: schema.Config, folder: Path) -> Begun:
         found.append(f"+{folder.name}")
@@ -47,7 +47,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             found.append(f"-{job.task.folder.name}")
         end(job)
 
-    monkeypatch.setattr(jobs, "begin", begun)
+    monkeypatch.setattr(job_process, "begin", begun)
     monkeypatch.setattr(Begun, "end", ended)
     return found
 
@@ -55,7 +55,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def work(config: schema.Config, folder: Path, thrown: list[BaseException] | None = None) -> Generator[Begun, Any, Any]:
     """As a run does it. thrown: takes what is thrown."""
     folder.mkdir(exist_ok=True)
-    begun = jobs.begin(config, folder)
+    begun = job_process.begin(config, folder)
     try:
         return (yield begun)
     except BaseException as error:
@@ -165,7 +165,7 @@ def test_each_fails_alone_and_the_others_go_on(
     assert str(first._return_value) == "the job's process ended with exit status 3 before the job was done."
     assert str(third._return_value) == "job.timeout=2: the job was not done after 2 s, and was ended."
     assert numbers(second.return_value) == numbers(fourth.return_value)
-    assert not list(tmp_path.glob(f"*/{jobs.CRASH}"))
+    assert not list(tmp_path.glob(f"*/{job_process.CRASH}"))
 
 
 def test_what_stops_the_sweep_ends_all_and_is_thrown_into_every_run(
@@ -188,7 +188,7 @@ def test_what_stops_the_sweep_ends_all_and_is_thrown_into_every_run(
     assert [type(error) for error in thrown] == [KeyboardInterrupt] * 2
     assert all(one.channel.closed for one in begun)
     assert not [pid for pid in pids if psutil.pid_exists(pid)]
-    with lock.computing(wait=False):
+    with machine_lock.computing(wait=False):
         pass  # nothing of it is held
 
 

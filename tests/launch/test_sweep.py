@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from qexp.launch import jobs, planning, progress, signals, summary, sweep, tracked_run
+from qexp.launch import job_process, planning, progress, signals, summary, sweep, tracked_run
 from qexp.launch.job import Job
 from qexp.metrics import Metric
 from qexp.records import Result, RunRecord, Verdict, VerdictKind
@@ -210,7 +210,7 @@ def test_what_hydra_composed_is_kept_of_a_job(
         metrics={}, resolved={}, tags={}, verdict=verdict, warnings=(), files={"model": str(folder)}, datasets=(),
         flavor={},
     )  # fmt: skip
-    monkeypatch.setattr(jobs, "begin", lambda config, folder: SimpleNamespace(end=lambda: None))
+    monkeypatch.setattr(job_process, "begin", lambda config, folder: SimpleNamespace(end=lambda: None))
     choices = {"dataset": "digits", "model": "tiny"}
     job = Job(composed(), choices, {}, folder, tmp_path, 0, False, folder / ".hydra")
     run = tracked_run.tracked(job)

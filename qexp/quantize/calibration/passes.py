@@ -16,7 +16,7 @@ from qexp.quantize.calibration.recording_observer import RecordingObserver
 from qexp.quantize.flow import Prepared
 from qexp.quantize.graph.hooks import attached
 from qexp.quantize.graph.tensor_names import tensor_names
-from qexp.system import lock
+from qexp.system import machine_lock
 
 
 def calibrate(
@@ -44,7 +44,7 @@ def calibrate(
                     "calibration: a calibration image holds NaN or infinity after normalisation: check dataset.std"
                 )
             try:
-                with lock.computing():
+                with machine_lock.computing():
                     module(inputs)
             except _Infinite as stop:
                 _refuse_not_finite(module, map(as_input, batches), named, [stop.args[0]])

@@ -37,7 +37,7 @@ from qexp.quantize.torch_backend.ignored_quant_max import clamped, highest_code
 from qexp.quantize.torch_backend.stride_bugs import AfterStride
 from qexp.records import Fidelity
 from qexp.statistics import decibels
-from qexp.system import lock
+from qexp.system import machine_lock
 
 
 def layer_fidelity(model: QuantizedModel, batches: Iterable[Tensor]) -> tuple[Fidelity, ...]:
@@ -58,7 +58,7 @@ def layer_fidelity(model: QuantizedModel, batches: Iterable[Tensor]) -> tuple[Fi
     images, highest = 0, highest_code(int8)
     with torch_engine(model.engine), torch.inference_mode():
         for part in _parts(batches):
-            with lock.computing():
+            with machine_lock.computing():
                 clamps = flow_models.clamps(part)
                 seen = _run_int8(flow_models, kinds, part, highest)
                 _compare(flow_models, seen, clamps, kinds, sums, part)

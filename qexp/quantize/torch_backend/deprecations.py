@@ -44,7 +44,7 @@ def say_once_silently() -> None:
     whatever makes the first of them, which may be a user's INT8 model."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"torch\.quantize_per_tensor, torch\.quantize_per_channel and other")
-        # By one thread: it would start others, for which a process that is forked later would wait (see server.py).
+        # By one thread: it would start others, for which a process forked later would wait (see `fork_preload`).
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)

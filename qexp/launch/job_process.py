@@ -1,7 +1,7 @@
 """A job in a process of its own: a crash, memory that runs out or an endless loop ends that job alone, and nothing
 leaks from one job into the next.
 
-Jobs are forked from a server process that has imported torch (qexp/launch/fork_server.py), in some hundredths of a
+Jobs are forked from a server process that has imported torch (qexp/launch/fork_preload.py), in some hundredths of a
 second. Every process that runs jobs has one such server, multiprocessing's `forkserver`. Linux ends a server with its
 owner, and a job with its server, whatever ends them. torch is not imported here.
 
@@ -40,7 +40,7 @@ from qexp.launch import progress
 from qexp.records import Result
 from qexp.system import console, credentials, processes
 
-SERVER = "qexp.launch.fork_server"
+SERVER = "qexp.launch.fork_preload"
 GRACE_SECONDS = 3.0  # how long a job that is told to end may take to clean up
 STANDARD_STREAMS = (0, 1, 2)
 CRASH = "crash.txt"  # in a job's folder: where its code was when a signal such as SIGSEGV ended it

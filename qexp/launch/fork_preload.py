@@ -16,7 +16,7 @@ import torch.utils.serialization.config  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from qexp import __main__  # noqa: E402, F401
-from qexp.launch import jobs  # noqa: E402, F401
+from qexp.launch import job_process  # noqa: E402, F401
 from qexp.models import architectures  # noqa: E402, F401
 from qexp.pipeline import run, run_files  # noqa: E402, F401
 from qexp.report import charts  # noqa: E402, F401

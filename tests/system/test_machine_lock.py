@@ -18,13 +18,13 @@ from pathlib import Path
 
 import pytest
 
-from qexp.system import lock
-from qexp.system.lock import MachineLock
+from qexp.system import machine_lock
+from qexp.system.machine_lock import MachineLock
 
 HOLD = """
 import sys
 from pathlib import Path
-from qexp.system.lock import MachineLock
+from qexp.system.machine_lock import MachineLock
 with getattr(MachineLock(Path(sys.argv[1])), sys.argv[2])():
     print("held", flush=True)
     sys.stdin.read()
@@ -33,7 +33,7 @@ with getattr(MachineLock(Path(sys.argv[1])), sys.argv[2])():
 SLICES = """
 import sys, threading, time
 from pathlib import Path
-from qexp.system.lock import MachineLock
+from qexp.system.machine_lock import MachineLock
 ended = threading.Event()
 threading.Thread(target=lambda: (sys.stdin.read(), ended.set())).start()
 machine, found = MachineLock(Path(sys.argv[1])), []
@@ -202,7 +202,7 @@ def test_the_lock_survives_its_killed_holder(tmp_path: Path, way: str) -> None:
 
 
 def test_it_is_said_once_that_another_process_times(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger=lock.log.name)
+    caplog.set_level(logging.INFO, logger=machine_lock.log.name)
     machine = MachineLock(tmp_path)
     for way in ("timing", "timing", "computing"):
         with another_process(HOLD, tmp_path, way) as holder:
@@ -295,12 +295,12 @@ def test_a_child_that_was_forked_meanwhile_does_not_keep_the_lock(tmp_path: Path
 
 
 def test_one_lock_for_the_machine_whatever_the_folder_for_temporary_files_is(tmp_path: Path) -> None:
-    code = "from qexp.system import lock; print(lock.MACHINE._gate)"
+    code = "from qexp.system import machine_lock; print(machine_lock.MACHINE._gate)"
     said = [
         subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
         for env in ({**os.environ}, {**os.environ, "TMPDIR": str(tmp_path)})
     ]
-    assert said == [f"{lock.MACHINE._gate}\n"] * 2
+    assert said == [f"{machine_lock.MACHINE._gate}\n"] * 2
 
 
 def test_a_slice_costs_next_to_nothing(tmp_path: Path) -> None:

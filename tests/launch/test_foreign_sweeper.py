@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from qexp.launch import job, trials
+from qexp.launch import foreign_sweeper, job
 
 FAST = ("latency=off", "per_layer.images=0", "saturation.exact_images=0", "calib=small")
 
@@ -55,9 +55,9 @@ def test_trials_have_a_parent_and_names_of_their_own(
 
 def test_what_was_begun_is_ended_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
-    monkeypatch.setattr(trials, "_open", [ended.append])
-    trials.end("FAILED")
-    trials.end("FINISHED")
+    monkeypatch.setattr(foreign_sweeper, "_open", [ended.append])
+    foreign_sweeper.end("FAILED")
+    foreign_sweeper.end("FINISHED")
     assert ended == ["FAILED"]
 
 

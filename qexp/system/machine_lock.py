@@ -1,8 +1,8 @@
 """The machine's lock: shared by whatever computes, held alone by what times.
 
-    with lock.computing():        # a job; each batch within it is a slice, marked by another `computing()`
-        with lock.released():     # while it waits for something else, such as another process's lock or a download
-    with lock.timing():           # nobody computes meanwhile
+    with machine_lock.computing():      # a job; each batch within it is a slice, marked by another `computing()`
+        with machine_lock.released():   # while it waits for something else, such as another process's lock
+    with machine_lock.timing():         # nobody else computes meanwhile
 
 One lock for all users of the machine, made of two files and the system's `flock`, which it drops when a process ends,
 killed or not. Whoever wants to compute passes the gate (holds the first file for a moment) to share the second; whoever

@@ -22,7 +22,7 @@ import pytest
 import qexp as package
 from qexp.config import schema
 from qexp.errors import InputError, NotFinite, QexpError, RunError
-from qexp.launch import jobs
+from qexp.launch import job_process
 from qexp.records import Result
 from tests.helpers import ROOT
 from tests.helpers.cli import runs
@@ -139,7 +139,7 @@ def trap(composed: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def failure(config: schema.Config) -> Exception:
     """What the job raises, in the folder `run`."""
     with pytest.raises(Exception) as caught:  # noqa: PT011
-        jobs.run(config, Path("run"))
+        job_process.run(config, Path("run"))
     assert not list(Path("run").glob("*"))  # nothing of its own is left
     return caught.value
 
@@ -198,12 +198,12 @@ def test_every_exception_survives_pickle() -> None:
         "Stop": (signal.SIGINT,),
     }
     kinds = exceptions()
-    assert {RunError, NotFinite, InputError, QexpError, jobs.Elsewhere} <= set(kinds)
+    assert {RunError, NotFinite, InputError, QexpError, job_process.Elsewhere} <= set(kinds)
     assert set(given) <= {kind.__name__ for kind in kinds}
     for kind in kinds:
         error = kind(*given.get(kind.__name__, ("what happened",)))
         again = pickle.loads(pickle.dumps(error))
-        assert type(again) is kind or isinstance(error, jobs._Foreign)
+        assert type(again) is kind or isinstance(error, job_process._Foreign)
         assert (str(again), vars(again)) == (str(error), vars(error))
 
 
@@ -243,7 +243,7 @@ def test_records_are_handled_here_and_warnings_shown_once(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(jobs, "_warned", set())
+    monkeypatch.setattr(job_process, "_warned", set())
     caplog.set_level(logging.INFO)
     for _ in range(2):
         failure(trap("speak"))
@@ -271,9 +271,9 @@ def test_a_job_reads_what_its_owner_could(trap: Callable[..., schema.Config]) ->
 OWNER = """
 import pickle, sys
 from pathlib import Path
-from qexp.launch import jobs, signals
+from qexp.launch import job_process, signals
 with signals.until_stopped():
-    jobs.run(pickle.loads(Path(sys.argv[1]).read_bytes()), Path("run"))
+    job_process.run(pickle.loads(Path(sys.argv[1]).read_bytes()), Path("run"))
 """
 
 
@@ -327,12 +327,12 @@ MANY = """
 import pickle, sys
 from pathlib import Path
 import psutil
-from qexp.launch import jobs
+from qexp.launch import job_process
 from qexp.errors import InputError
 config, me, seen = pickle.loads(Path(sys.argv[1]).read_bytes()), psutil.Process(), []
 for _ in range(40):
     try:
-        jobs.run(config, Path("run"))
+        job_process.run(config, Path("run"))
     except InputError:
         seen.append((me.num_fds(), me.num_threads(), len(me.children()), me.memory_info().rss))
 few, many = seen[10], seen[-1]
@@ -352,11 +352,11 @@ def test_the_owner_does_not_grow_and_imports_no_torch(trap: Callable[..., schema
 ORDINARY = """
 import pickle, sys
 from pathlib import Path
-from qexp.launch import jobs
+from qexp.launch import job_process
 config = pickle.loads(Path("config").read_bytes())
-jobs.check_inputs([config])
-assert jobs.described([config])[0]["torch"]
-assert jobs.run(config, Path("run")).metrics["accuracy/int8"] > 0.6
+job_process.check_inputs([config])
+assert job_process.described([config])[0]["torch"]
+assert job_process.run(config, Path("run")).metrics["accuracy/int8"] > 0.6
 assert "torch" not in sys.modules
 """
 
@@ -372,7 +372,7 @@ def test_whoever_has_a_job_checked_and_run_needs_no_torch(composed: Composed, ch
 IMPORTS = """
 import pickle, sys
 from pathlib import Path
-from qexp.launch import fork_server
+from qexp.launch import fork_preload
 from qexp.pipeline.run import run_job
 known = set(sys.modules)
 run_job(pickle.loads(Path("config").read_bytes()), Path("run"))
@@ -400,7 +400,7 @@ def test_three_jobs_in_a_row_give_the_same(composed: Composed, checkpoint: Path,
     results: list[Result] = []
     for number in range(3):
         (tmp_path / f"{number}").mkdir()
-        results.append(jobs.run(config, tmp_path / f"{number}"))
+        results.append(job_process.run(config, tmp_path / f"{number}"))
     first, *others = [{**result.metrics, "calib/seconds": 0.0} for result in results]
     assert others == [first, first]
     assert first["accuracy/int8"] > 0.6
@@ -413,10 +413,10 @@ from joblib import Parallel, delayed
 
 
 def one(folder):
-    from qexp.launch import jobs
+    from qexp.launch import job_process
     config = pickle.loads(Path("config").read_bytes())
     try:
-        jobs.run(config, Path(folder))
+        job_process.run(config, Path(folder))
     except Exception as error:
         return type(error).__name__, str(error), multiprocessing.get_start_method()
 
