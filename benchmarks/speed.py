@@ -20,7 +20,7 @@ from qexp import quantize
 from qexp.config import conversion, schema
 from qexp.config.composition import CONF
 from qexp.config.schema import Config, Observer
-from qexp.data.splits import load_data, normalise
+from qexp.data.loading import load_data, normalise
 from qexp.latency import protocol
 from qexp.models import float_model
 from qexp.pipeline import prepare, run

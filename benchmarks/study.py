@@ -31,7 +31,7 @@ from benchmarks.speed import composed, seconds
 from qexp import quantize
 from qexp.config import conversion
 from qexp.config.schema import Config
-from qexp.data.splits import load_data
+from qexp.data.loading import load_data
 from qexp.latency import protocol
 from qexp.models import float_model, inference
 from qexp.pipeline.run import run_job

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from benchmarks.size import sized
 from benchmarks.speed import composed
 from qexp.config.schema import Config
-from qexp.data.splits import load_data, normalise
+from qexp.data.loading import load_data, normalise
 from qexp.latency import protocol, worker
 from qexp.pipeline import measure, run
 from qexp.system import machine_lock

@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
 from qexp.config.composition import CONF, Composition, check_choices, check_quotes
-from qexp.config.refusals import refusals
+from qexp.config.error_messages import exit_with_message
 from qexp.errors import ConfigError
 from qexp.launch import foreign_sweeper
 from qexp.system import console, credentials
@@ -45,7 +45,7 @@ def run_and_report(func: Any) -> Any:
     """In place of Hydra's function of this name, which prints a page where a sentence would do."""
 
     def refusing() -> Any:
-        with refusals():
+        with exit_with_message():
             return func()
 
     return hydras_report(refusing)

@@ -146,7 +146,7 @@ class AccuracySource(StrEnum):
     emulated = "emulated"
 
 
-class Saturation(StrEnum):
+class SaturationStatus(StrEnum):
     """The saturation of 16-bit sums in a model."""
 
     impossible = "impossible"

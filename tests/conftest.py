@@ -97,7 +97,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _trained(folder: Path) -> Path:
     import torch
 
-    from qexp.data.splits import load_data
+    from qexp.data.loading import load_data
     from qexp.models import float_model
 
     overrides = ["model=tiny", "train=fast", "train.epochs=6", "train.lr=0.05", f"outputs={folder}"]

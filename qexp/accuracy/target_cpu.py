@@ -17,12 +17,12 @@ import numpy as np
 from torch import nn
 
 from qexp import quantize
-from qexp.accuracy import predictions
+from qexp.accuracy.prediction_key import prediction_key
 from qexp.config.schema import Config, Engine, Target, cache_folder
-from qexp.data.splits import Data
+from qexp.data.loading import Data
 from qexp.models import inference
 from qexp.quantize.saturation import emulation, kernels
-from qexp.records import AccuracySource, Predictions, Saturation
+from qexp.records import AccuracySource, Predictions, SaturationStatus
 from qexp.system import cache
 from qexp.system.steps import step
 
@@ -40,7 +40,7 @@ class Answer:
     source: AccuracySource
     images: np.ndarray
     target: Predictions
-    saturation: Saturation
+    saturation: SaturationStatus
     compared: np.ndarray = field(default_factory=lambda: np.arange(0))
     exact: Predictions | None = None
     saturating: Predictions | None = None
@@ -49,7 +49,7 @@ class Answer:
     @property
     def target_is_exact(self) -> bool:
         """Whether the target's sums can't saturate."""
-        return self.saturation is Saturation.impossible or self.source is AccuracySource.exact
+        return self.saturation is SaturationStatus.impossible or self.source is AccuracySource.exact
 
     @property
     def saturating_layers(self) -> tuple[str, ...]:
@@ -70,7 +70,7 @@ def answer(config: Config, data: Data, int8: quantize.QuantizedModel, executed: 
         kernels.overflowing_kinds(qconfig, engine, config.flow, cpu, signature)
         for cpu in (Target.native, config.target)
     )
-    plain = Answer(AccuracySource.executed, everything, executed, Saturation.impossible)
+    plain = Answer(AccuracySource.executed, everything, executed, SaturationStatus.impossible)
     if not emulation.at_risk(module, engine, here | there):
         return plain
     # A CPU with VNNI may still have depthwise kernels that saturate: that is no CPU without it.
@@ -78,7 +78,7 @@ def answer(config: Config, data: Data, int8: quantize.QuantizedModel, executed: 
         every = config.target is Target.vnni
         compared = everything if every else spread(len(everything), config.saturation.exact_images)
         if not len(compared):
-            return replace(plain, saturation=Saturation.possible)
+            return replace(plain, saturation=SaturationStatus.possible)
         exact_model = partial(quantize.exact, int8.prepared)
         title = "evaluating INT8 with exact sums"
         found, layers = _run(exact_model, module, content, config, data, compared, title, whole=every)
@@ -112,8 +112,8 @@ def spread(available: int, wanted: int) -> np.ndarray:
     return np.arange(count) * available // max(count, 1)
 
 
-def _seen(layers: tuple[emulation.LayerSums, ...]) -> Saturation:
-    return Saturation.observed if any(layer.saturates for layer in layers) else Saturation.possible
+def _seen(layers: tuple[emulation.LayerSums, ...]) -> SaturationStatus:
+    return SaturationStatus.observed if any(layer.saturates for layer in layers) else SaturationStatus.possible
 
 
 def _run(
@@ -139,7 +139,7 @@ def _run(
             predictions = inference.predict(model, data.test, data.mean, data.std, size, title, images)
         return {"logits": predictions.logits, "layers": np.array(json.dumps([asdict(one) for one in layers.values()]))}
 
-    key = predictions.predictions_key(config, data, [content, title, *(["whole"] if whole else [])], images)
+    key = prediction_key(config, data, [content, title, *(["whole"] if whole else [])], images)
     found = cache.arrays(cache_folder(config), key, run)
     layers = tuple(emulation.LayerSums(**values) for values in json.loads(str(found["layers"])))
     return inference.predictions(found["logits"], data.test, title, images), layers

@@ -21,7 +21,7 @@ def from_hydra(composed: Any, cwd: str) -> Config:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from qexp.config.refusals import renamed, unresolved
+    from qexp.config.error_messages import renamed_setting, unresolved
 
     try:
         missing = sorted(str(key) for key in OmegaConf.missing_keys(composed))
@@ -32,7 +32,7 @@ def from_hydra(composed: Any, cwd: str) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(unresolved(error)) from error
     for name, allowed in _unknown(config):
-        raise ConfigError(renamed(name) or f"{name} is no setting; there are {', '.join(allowed)}.")
+        raise ConfigError(renamed_setting(name) or f"{name} is no setting; there are {', '.join(allowed)}.")
     config.outputs = absolute(config.outputs, cwd)
     for group, key in ((config.model, "checkpoint"), (config.dataset, "root")):
         if isinstance(group.get(key), str):
@@ -58,9 +58,9 @@ def from_plain(values: Mapping[str, Any]) -> Config:
     """
     from omegaconf import OmegaConf
 
-    from qexp.config.refusals import renamed
+    from qexp.config.error_messages import renamed_setting
 
-    for said in map(renamed, identity.flat(values)):
+    for said in map(renamed_setting, identity.flat(values)):
         if said:
             raise ConfigError(said)
     config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), dict(values)))  # type: ignore[assignment]

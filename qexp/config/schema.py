@@ -60,7 +60,7 @@ class Engine(StrEnum):
     qnnpack = "qnnpack"
 
 
-class Flow(StrEnum):
+class FlowName(StrEnum):
     """How a model is quantized: the name of a flow (see `qexp.quantize.flow`), then the settings without effect in it.
 
     ignores: these, as names or prefixes of names.
@@ -68,7 +68,7 @@ class Flow(StrEnum):
 
     ignores: frozenset[str]
 
-    def __new__(cls, name: str, *ignores: str) -> Flow:
+    def __new__(cls, name: str, *ignores: str) -> FlowName:
         flow = str.__new__(cls, name)
         flow._value_ = name
         flow.ignores = frozenset(ignores)
@@ -98,7 +98,7 @@ class Target(StrEnum):
     vnni = "vnni"
 
 
-class Runtime(StrEnum):
+class RuntimeName(StrEnum):
     """What executes a saved model: the name of a runtime (see `qexp.runtimes`), then what is true of it.
 
     int8: it executes INT8 models, and not FP32 ones alone; compiles: it compiles a model in each process, for so long
@@ -109,7 +109,7 @@ class Runtime(StrEnum):
     compiles: bool
     served: bool
 
-    def __new__(cls, name: str, *traits: str) -> Runtime:
+    def __new__(cls, name: str, *traits: str) -> RuntimeName:
         runtime = str.__new__(cls, name)
         runtime._value_ = name
         for trait in ("int8", "compiles", "served"):
@@ -283,11 +283,11 @@ class Config:
     qconfig: QConfig
     observer: Observer
     calib: Calib
-    flow: Flow
+    flow: FlowName
     engine: Engine
     fusion: bool
     target: Target
-    runtimes: list[Runtime]
+    runtimes: list[RuntimeName]
     latency: Latency
     evaluate: Evaluate
     saturation: Saturation

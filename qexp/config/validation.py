@@ -13,7 +13,7 @@ from qexp.config.schema import (
     Engine,
     LogModel,
     Observer,
-    Runtime,
+    RuntimeName,
     Scheme,
 )
 from qexp.errors import ConfigError
@@ -84,7 +84,7 @@ def _check_ranges(config: Config) -> None:
     if config.tracking.log_model is LogModel.flavor and not any(runtime.served for runtime in config.runtimes):
         raise ConfigError(
             f"tracking.log_model=flavor logs a model that MLflow can serve, which none of runtimes="
-            f"{_listed(config.runtimes)} makes; add {_either(runtime for runtime in Runtime if runtime.served)}, or "
+            f"{_listed(config.runtimes)} makes; add {_either(name for name in RuntimeName if name.served)}, or "
             "use tracking.log_model=artifact."
         )
     if latency.processes < 0:
@@ -100,9 +100,9 @@ def _check_ranges(config: Config) -> None:
 def _check_runtimes(config: Config) -> None:
     listed = _listed(config.runtimes)
     if not config.runtimes or len(set(config.runtimes)) < len(config.runtimes):
-        raise ConfigError(f"runtimes={listed}: must be one or more of {', '.join(Runtime)}, each once.")
+        raise ConfigError(f"runtimes={listed}: must be one or more of {', '.join(RuntimeName)}, each once.")
     if not any(runtime.int8 for runtime in config.runtimes):
-        others = _either(runtime for runtime in Runtime if runtime.int8)
+        others = _either(runtime for runtime in RuntimeName if runtime.int8)
         raise ConfigError(f"runtimes={listed}: INT8 runs in none of these; add {others}.")
     compiling = [runtime for runtime in config.runtimes if runtime.compiles]
     if compiling and config.latency.enabled and config.latency.processes == 0:
@@ -112,11 +112,11 @@ def _check_runtimes(config: Config) -> None:
         )
 
 
-def _listed(runtimes: Iterable[Runtime]) -> str:
+def _listed(runtimes: Iterable[RuntimeName]) -> str:
     return f"[{','.join(runtimes)}]"
 
 
-def _either(runtimes: Iterable[Runtime]) -> str:
+def _either(runtimes: Iterable[RuntimeName]) -> str:
     return " or ".join(runtimes)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qexp import quantize
 from qexp.config import code_digest, identity
 from qexp.config.schema import Config, cache_folder
-from qexp.data.splits import Data
+from qexp.data.loading import Data
 from qexp.latency import protocol as latency
 from qexp.quantize.saturation import kernels
 from qexp.system import cache, machine, machine_lock

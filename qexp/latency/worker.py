@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from qexp.config import conversion, identity
-from qexp.config.schema import Config, Runtime
+from qexp.config.schema import Config, RuntimeName
 from qexp.errors import RunError, without_values
 from qexp.latency import protocol as latency
 from qexp.records import Precision, Variant
@@ -208,7 +208,7 @@ def main() -> None:
 def _compile(variants: Mapping[Variant, Callable[[Any], object]], batch: object) -> dict[Variant, float]:
     """Milliseconds that the first call of each compiled variant with this batch takes."""
     took = {}
-    for variant in (variant for variant in variants if Runtime(variant.runtime).compiles):
+    for variant in (variant for variant in variants if RuntimeName(variant.runtime).compiles):
         started = time.perf_counter()
         variants[variant](batch)
         took[variant] = 1000 * (time.perf_counter() - started)

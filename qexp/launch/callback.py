@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from qexp.config import validation
 from qexp.config.composition import Composition, as_yaml
-from qexp.config.refusals import refusals
+from qexp.config.error_messages import exit_with_message
 from qexp.errors import ConfigError
 from qexp.launch import folders, foreign_sweeper, resume
 from qexp.launch.job import hydra_files, is_ours, job_from
@@ -23,7 +23,7 @@ class HydraCallback(Callback):
     credentials, and lets go of what Hydra would keep of each job."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        with refusals():
+        with exit_with_message():
             job = job_from(Composition.of(config))
             validation.check(job.config)
             resume.check(job)
@@ -35,7 +35,7 @@ class HydraCallback(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         if not is_ours(config.hydra):
-            with refusals():
+            with exit_with_message():
                 foreign_sweeper.begin(config)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:

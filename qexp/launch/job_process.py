@@ -266,9 +266,9 @@ def check_inputs(configs: Sequence[Config]) -> None:
     _call("check_inputs", configs)
 
 
-def described(configs: Sequence[Config]) -> list[dict[str, str]]:
-    """`experiment.described` in a process of its own, as `run`."""
-    found: list[dict[str, str]] = _call("described", configs)
+def provenance_tags(configs: Sequence[Config]) -> list[dict[str, str]]:
+    """`input_checks.provenance_tags` in a process of its own, as `run`."""
+    found: list[dict[str, str]] = _call("provenance_tags", configs)
     return found
 
 
@@ -445,13 +445,13 @@ def _do(task: Task) -> Any:
     """What the function gives, a Failure where it fails."""
     try:
         signal.signal(signal.SIGTERM, _terminate)
-        from qexp.pipeline.checks import check_inputs, described
+        from qexp.pipeline.input_checks import check_inputs, provenance_tags
         from qexp.pipeline.run import run_job
 
         functions: dict[str, Callable[..., Any]] = {
             "run_job": run_job,
             "check_inputs": check_inputs,
-            "described": described,
+            "provenance_tags": provenance_tags,
         }
         return functions[task.function](*task.arguments)
     except BaseException as error:

@@ -145,7 +145,7 @@ def study(store: Store, planned: Sequence[Planned], experiments: Sequence[str]) 
     asked = [item.job.config for item in planned if identity.config_hash(item.job.config) in finished]
     done: dict[str, RunRecord] = {}
     changed: dict[str, None] = {}
-    for job, today in zip(asked, job_process.described(asked) if asked else [], strict=True):
+    for job, today in zip(asked, job_process.provenance_tags(asked) if asked else [], strict=True):
         key = today["config_hash"]
         differences = [(row, differing(row.tags, today, job.latency.enabled)) for row in finished[key]]
         same = [row for row, names in differences if not names]

@@ -19,7 +19,7 @@ from hydra.core.utils import JobStatus
 from omegaconf import DictConfig
 
 from qexp.config.composition import Composer, as_yaml, quoted
-from qexp.config.refusals import refusals
+from qexp.config.error_messages import exit_with_message
 from qexp.launch import concurrent, folders, job_process, progress, resume
 from qexp.launch.job import command, new_sweep, tags
 from qexp.launch.planning import Planned, hide_from_names, plan
@@ -44,7 +44,7 @@ def own(
     All jobs are composed and checked, and the inputs of each distinct one, before the parent run is opened and the
     first job launched. Exits with status 1 where a job failed, 128 + signal where it was stopped.
     """
-    with refusals(), until_stopped():
+    with exit_with_message(), until_stopped():
         job_process.start_server()  # it imports torch while this process composes the jobs and imports MLflow
         hide_from_names(master)
         composer = Composer(master, loader)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qexp.config import code_digest, identity, validation
-from qexp.config.refusals import refusals
+from qexp.config.error_messages import exit_with_message
 from qexp.config.schema import LogModel
 from qexp.launch import concurrent, folders, job_process, progress, resume
 from qexp.launch.job import Job, tags
@@ -29,7 +29,7 @@ def run(job: Job) -> float | None:
             return objective
     if not job.alone:  # a job of another sweeper, which handles what is raised
         return single(job)
-    with refusals(), until_stopped():
+    with exit_with_message(), until_stopped():
         return single(job)
 
 

@@ -29,11 +29,11 @@ from torch.nn.parameter import is_lazy
 
 from qexp.config import code_digest, schema
 from qexp.config.instantiation import locate, resolve, takes
-from qexp.data.splits import Data
+from qexp.data.loading import Data
 from qexp.errors import ConfigError, InputError, QexpError, one_line
 from qexp.models.checkpoints import load_checkpoint
 from qexp.models.training import choose_device, train
-from qexp.models.wrappers import unwrapped
+from qexp.models.unwrap import unwrap
 from qexp.system import machine_lock
 from qexp.system.cache import digest_of
 from qexp.system.download import download
@@ -143,7 +143,7 @@ def _build(model: Mapping[str, Any], classes: int, seed: int, more: Mapping[str,
             raise
         except Exception as error:
             raise InputError(f"model._target_={path} fails with {one_line(error)}.") from error
-    module = unwrapped(made)
+    module = unwrap(made)
     if not isinstance(module, nn.Module):
         raise InputError(f"model._target_={path} makes a {type(module).__name__}; it must make a torch.nn.Module.")
     if isinstance(module, torch.jit.ScriptModule):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from qexp.data.splits import Split, normalise
+from qexp.data.loading import Split, normalise
 from qexp.errors import NotFinite
 from qexp.records import Predictions
 from qexp.system import machine_lock

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from qexp.config import schema
-from qexp.data.splits import Data, normalise
+from qexp.data.loading import Data, normalise
 from qexp.errors import InputError, NotFinite, RunError
 from qexp.models import inference
 from qexp.system import machine_lock

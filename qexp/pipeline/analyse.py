@@ -18,11 +18,11 @@ from qexp.config.schema import (
     QConfig,
     Target,
 )
-from qexp.data.splits import Data
+from qexp.data.loading import Data
 from qexp.latency import protocol
 from qexp.metrics import Metric
 from qexp.models.float_model import FloatModel
-from qexp.pipeline import metrics, run_files, warnings
+from qexp.pipeline import run_files, run_metrics, warnings
 from qexp.pipeline.prepare import Calibration, Saved, images_of
 from qexp.quantize.inspection.layer_errors import at_a_time
 from qexp.quantize.saturation import kernels
@@ -103,18 +103,18 @@ def result(
     predictions = {"fp32": found.predictions[found.saved.first(Precision.fp32)]}
     predictions["int8"] = found.predictions[found.headline]
     measured = {
-        **metrics.latency_tags(config, found.timings),
+        **run_metrics.latency_tags(config, found.timings),
         **({"latency_from": found.latency_from} if found.latency_from else {}),
         "accuracy_source": str(found.answer.source),
         "saturation": str(found.answer.saturation),
     }
     numbers = {
-        **metrics.of_accuracy(predictions["fp32"], predictions["int8"]),
-        **metrics.of_runtimes(found.predictions, found.saved.first(Precision.int8)),
-        **metrics.of_target(predictions["fp32"], found.answer, margin),
-        **metrics.of_latency(found.timings, found.headline),
-        **metrics.of_size(found.saved.float_bytes, found.saved.artifacts, found.headline),
-        **metrics.of_layers(layers),
+        **run_metrics.of_accuracy(predictions["fp32"], predictions["int8"]),
+        **run_metrics.of_runtimes(found.predictions, found.saved.first(Precision.int8)),
+        **run_metrics.of_target(predictions["fp32"], found.answer, margin),
+        **run_metrics.of_latency(found.timings, found.headline),
+        **run_metrics.of_size(found.saved.float_bytes, found.saved.artifacts, found.headline),
+        **run_metrics.of_layers(layers),
         Metric.layers_narrowed: float(len(narrowed)),
         Metric.fusion_difference: found.difference,
         Metric.calibration_images: float(found.calibration.images),
@@ -130,7 +130,7 @@ def result(
         metrics=numbers,
         resolved={"resolved.runtime": found.headline.runtime} | resolved_params(qconfig, config, narrowed),
         tags={**code, **of_data, **measured, "float_model": fp32.source},
-        verdict=metrics.verdict(predictions["fp32"], found.answer, margin, qconfig.overflow),
+        verdict=run_metrics.verdict(predictions["fp32"], found.answer, margin, qconfig.overflow),
         warnings=(
             *warnings.general(config, data, layers, {**numbers, **measured}),
             *warnings.of_sums(config, qconfig.overflow, layers, narrowed, found.answer),

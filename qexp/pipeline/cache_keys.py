@@ -8,7 +8,7 @@ import torch
 
 from qexp.config import code_digest
 from qexp.config.schema import Config
-from qexp.data.splits import Data
+from qexp.data.loading import Data
 from qexp.quantize.saturation import kernels
 
 

@@ -8,12 +8,12 @@ from functools import partial
 import numpy as np
 
 from qexp import quantize
-from qexp.accuracy import predictions
+from qexp.accuracy.prediction_key import prediction_key
 from qexp.config.schema import (
     Config,
     cache_folder,
 )
-from qexp.data.splits import Data
+from qexp.data.loading import Data
 from qexp.errors import RunError
 from qexp.models import inference
 from qexp.pipeline.prepare import AGREEMENT_IMAGES, Saved
@@ -58,7 +58,7 @@ def predicted(config: Config, data: Data, saved: Saved) -> dict[Variant, Predict
         return predict(model, variant.precision, indices, copies)
 
     def key(content: str, indices: np.ndarray | None = None) -> str:
-        return predictions.predictions_key(config, data, [content], indices)
+        return prediction_key(config, data, [content], indices)
 
     def checked(logits: np.ndarray, precision: Precision) -> Predictions:
         return inference.predictions(logits, data.test, title(precision))

@@ -12,7 +12,7 @@ from qexp import quantize
 from qexp.config.schema import (
     Config,
 )
-from qexp.data.splits import Data
+from qexp.data.loading import Data
 from qexp.latency import protocol, shared_timings, worker
 from qexp.pipeline.prepare import Saved, images_of
 from qexp.records import Precision, Predictions, Variant

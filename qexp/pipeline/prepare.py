@@ -20,11 +20,11 @@ from qexp.config.schema import (
     Config,
     Overflow,
     QConfig,
-    Runtime,
+    RuntimeName,
     Target,
     cache_folder,
 )
-from qexp.data.splits import Data, count_shared, digest_of, draw, normalise
+from qexp.data.loading import Data, count_shared, digest_of, draw, normalise
 from qexp.errors import RunError
 from qexp.latency import shared_timings
 from qexp.models import float_model, inference
@@ -280,7 +280,7 @@ def save(
     in_memory = {Precision.fp32: int8.fused, Precision.int8: int8.module}
     artifacts = saved_models.write(config, fp32.digest, in_memory, few, folder, run_files.images_expected(data))
     # torch.compile takes half a minute, and only the processes that time need it.
-    here = [one for one in saved_models.variants(config) if not Runtime(one.runtime).compiles]
+    here = [one for one in saved_models.variants(config) if not RuntimeName(one.runtime).compiles]
     variants = saved_models.read(config, structures, folder, here)
     contents = contents_of(config, fp32.digest, artifacts, variants)
     size = shipped_size(config, fp32, few)

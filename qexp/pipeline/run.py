@@ -9,9 +9,9 @@ from pathlib import Path
 
 from qexp.accuracy import target_cpu
 from qexp.config.schema import Config, cache_folder
-from qexp.data.splits import load_data
+from qexp.data.loading import load_data
 from qexp.models import float_model
-from qexp.pipeline import metrics, run_files
+from qexp.pipeline import run_files, run_metrics
 from qexp.pipeline.analyse import Measured, per_layer, result
 from qexp.pipeline.evaluate import predicted
 from qexp.pipeline.measure import timed
@@ -54,7 +54,7 @@ def run_job(config: Config, folder: Path) -> Result:
         saved = save(config, data, fp32, int8, folder)
         predictions = predicted(config, data, saved)
         timings, latency_from = timed(config, data, saved, predictions, folder)
-        headline = metrics.headline_variant(config, saved.first(Precision.int8), timings)
+        headline = run_metrics.headline_variant(config, saved.first(Precision.int8), timings)
         with analysing(config):
             fidelity = per_layer(config, int8, data)
             answer = target_cpu.answer(config, data, int8, predictions[headline], saved.executed(Precision.int8))

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from qexp.config import code_digest, identity
-from qexp.config.schema import Config, Runtime
-from qexp.data.splits import Data
+from qexp.config.schema import Config, RuntimeName
+from qexp.data.loading import Data
 from qexp.latency import protocol
 from qexp.quantize import Narrowed
 from qexp.quantize.saturation import kernels
@@ -96,7 +96,7 @@ def loading_code(config: Config, artifacts: list[Artifact]) -> str:
 
 
 def _served(artifact: Artifact) -> bool:
-    return Runtime(artifact.variant.runtime).served
+    return RuntimeName(artifact.variant.runtime).served
 
 
 def datasets_used(config: Config, data: Data, calibrated_on: int) -> tuple[dict[str, Any], ...]:

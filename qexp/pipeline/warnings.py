@@ -9,12 +9,12 @@ from typing import Any
 from qexp import quantize
 from qexp.accuracy.target_cpu import Answer
 from qexp.config.schema import Config, Engine, Overflow, Scheme, Target
-from qexp.data.splits import Data
+from qexp.data.loading import Data
 from qexp.metrics import Metric
-from qexp.pipeline.metrics import instead_of
+from qexp.pipeline.run_metrics import instead_of
 from qexp.quantize import FLOWS, Narrowed, supported
 from qexp.quantize.saturation import kernels
-from qexp.records import AccuracySource, Layer, RunWarning, Saturation, WarningCode
+from qexp.records import AccuracySource, Layer, RunWarning, SaturationStatus, WarningCode
 
 
 def of_sums(
@@ -48,7 +48,7 @@ def of_sums(
         )
     kinds = kernels.overflowing_kinds(config.qconfig, config.engine, config.flow, Target.native, signature)
     risky = [name for name, kind in of_kind.items() if kind in kinds]
-    executed = answer.source is AccuracySource.executed and answer.saturation is not Saturation.impossible
+    executed = answer.source is AccuracySource.executed and answer.saturation is not SaturationStatus.impossible
     # What auto left alone it can't be recommended for: the model ships on another CPU then.
     if config.qconfig.overflow is Overflow.none and risky and executed:
         yield RunWarning(

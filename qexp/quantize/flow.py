@@ -87,7 +87,7 @@ class Flow(ABC):
     BatchNorm that follows a convolution becomes part of it.
     """
 
-    name: schema.Flow
+    name: schema.FlowName
     traced: bool
     observes_functions: bool
     folds_batchnorm: bool

@@ -14,7 +14,7 @@ from statistics import fmean, median, stdev
 from tabulate import tabulate
 
 from qexp.config.identity import NOT_APPLICABLE
-from qexp.config.schema import Runtime
+from qexp.config.schema import RuntimeName
 from qexp.metrics import Metric
 from qexp.records import CUDA, PRECISIONS, Interval, RunRecord, VerdictKind
 from qexp.report import effects, sentences
@@ -212,7 +212,7 @@ def _p50s(record: RunRecord) -> dict[str, float]:
 def _place(variant: str) -> tuple[int, int, str]:
     """A key to sort variants by: FP32 first, then by runtime."""
     precision, _, runtime = variant.partition("_")
-    known = [*Runtime, CUDA]
+    known = [*RuntimeName, CUDA]
     return PRECISIONS.index(precision), known.index(runtime) if runtime in known else len(known), runtime
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qexp import quantize
 from qexp.config import schema
-from qexp.config.schema import Engine, Flow
+from qexp.config.schema import Engine, FlowName
 from qexp.errors import RunError
 from qexp.records import Precision, Variant
 
@@ -28,14 +28,14 @@ class Runtime(ABC):
     it has so little around its kernels that it predicts in place of those whose logits it gives bit for bit.
     """
 
-    name: schema.Runtime
+    name: schema.RuntimeName
     predicts_for_others = False
 
     def unavailable(self) -> str | None:
         """Why this runtime can't be used here and what to do about it, as a clause; None where it can."""
         return None
 
-    def executes(self, flow: Flow, precision: Precision) -> bool:
+    def executes(self, flow: FlowName, precision: Precision) -> bool:
         """Whether it executes the models of this precision that a flow makes."""
         return precision is Precision.fp32 or self.name.int8
 

@@ -22,10 +22,10 @@ from qexp.runtimes.base import Loaded, Runtime, packing_for
 
 
 class Eager(Runtime):
-    name = schema.Runtime.eager
+    name = schema.RuntimeName.eager
 
     def file(self, precision: Precision) -> str:
-        return f"{Variant(precision, schema.Runtime.eager)}.pt"
+        return f"{Variant(precision, schema.RuntimeName.eager)}.pt"
 
     def export(self, model: nn.Module, example: Tensor, path: Path) -> Path:
         """Save the state_dict, what layers share once."""
@@ -76,7 +76,7 @@ def _share(state: MutableMapping[str, Any]) -> None:
 def with_cuda(variants: Mapping[Variant, Loaded]) -> dict[Variant, Callable[[Tensor], Tensor]]:
     """The variants, and where torch finds a GPU the eager float model on it: a call takes an image from the CPU and
     gives its logits back there."""
-    eager = Variant(Precision.fp32, schema.Runtime.eager)
+    eager = Variant(Precision.fp32, schema.RuntimeName.eager)
     if not torch.cuda.is_available() or eager not in variants:
         return dict(variants)
     module = copy.deepcopy(variants[eager].module).cuda()

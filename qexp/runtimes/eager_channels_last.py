@@ -16,7 +16,7 @@ from qexp.runtimes.eager import Eager
 
 
 class EagerChannelsLast(Eager):
-    name = schema.Runtime.eager_channels_last
+    name = schema.RuntimeName.eager_channels_last
 
     def load(self, path: Path, structure: Callable[[], nn.Module], engine: Engine | None) -> Loaded:
         loaded = super().load(path, structure, engine)

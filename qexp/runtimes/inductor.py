@@ -19,7 +19,7 @@ from qexp.runtimes.eager import Eager
 class Inductor(Eager):
     """What is saved is what the eager runtime saves: there is no compiled file."""
 
-    name = schema.Runtime.inductor
+    name = schema.RuntimeName.inductor
 
     def unavailable(self) -> str | None:
         """Whether there is no C++ compiler that torch.compile could use."""

@@ -41,7 +41,7 @@ class _Shell(nn.Module):
 
 
 class TorchScript(Runtime):
-    name = schema.Runtime.torchscript
+    name = schema.RuntimeName.torchscript
     predicts_for_others = True
 
     def loading_code(self, file: str) -> tuple[str, str]:

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from qexp.accuracy import target_cpu
-from qexp.config.schema import Config, Engine, Flow, Scheme, Target
+from qexp.config.schema import Config, Engine, FlowName, Scheme, Target
 from qexp.metrics import Metric
-from qexp.pipeline import metrics
+from qexp.pipeline import run_metrics
 from qexp.pipeline.run import run_job
 from qexp.quantize.saturation import kernels
 from qexp.quantize.saturation.kernels import KernelSignature, Probe
-from qexp.records import AccuracySource, Predictions, Result, Saturation, Verdict, WarningCode
+from qexp.records import AccuracySource, Predictions, Result, SaturationStatus, Verdict, WarningCode
 from qexp.report import sentences
 
 Composed = Callable[..., Config]
@@ -145,7 +145,7 @@ def test_a_timing_of_another_cpu_is_not_valid_for_the_target(
     said = target_cpu.other_kernels(composed(f"target={asked}"))
     assert reason in said
     assert bool(said) == bool(reason)
-    assert target_cpu.other_kernels(composed(f"target={asked}", f"flow={Flow.dynamic}")) == ""
+    assert target_cpu.other_kernels(composed(f"target={asked}", f"flow={FlowName.dynamic}")) == ""
 
 
 def test_images_are_spread_over_the_whole_set() -> None:
@@ -169,10 +169,11 @@ def judged(fp32: np.ndarray, saturating: np.ndarray, exact: np.ndarray | None, s
     everything = np.arange(len(fp32))
     found = predictions(saturating if source == "executed" or exact is None else exact)
     answer = target_cpu.Answer(
-        AccuracySource(source), everything, found, Saturation.impossible if exact is None else Saturation.observed,
+        AccuracySource(source), everything, found,
+        SaturationStatus.impossible if exact is None else SaturationStatus.observed,
         everything, None if exact is None else predictions(exact), predictions(saturating),
     )  # fmt: skip
-    found = metrics.verdict(predictions(fp32), answer, 0.005)
+    found = run_metrics.verdict(predictions(fp32), answer, 0.005)
     assert Verdict.from_tags(found.tags()) == found
     return sentences.verdict(found)
 

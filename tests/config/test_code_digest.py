@@ -92,10 +92,10 @@ def test_a_comment_where_runs_are_launched_recorded_or_shown_changes_no_key(copi
     ("file", "changed"),
     [
         ("data/builtin.py", lambda names: True),
-        ("data/splits.py", lambda names: "data.builtin" not in names),
+        ("data/loading.py", lambda names: "data.builtin" not in names),
         ("quantize/flows/fx.py", lambda names: "data.builtin" not in names),
         ("runtimes/torchscript.py", lambda names: bool({"runtimes", "latency"} & {*names})),
-        ("accuracy/predictions.py", lambda names: "accuracy" in names),
+        ("accuracy/prediction_key.py", lambda names: "accuracy" in names),
         ("latency/protocol.py", lambda names: "latency" in names),
         ("pipeline/evaluate.py", lambda names: "pipeline.evaluate" in names),
     ],

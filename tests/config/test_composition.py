@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from qexp.config import conversion
 from qexp.config.composition import CONF, Composer, Composition, check_choices, check_quotes, combinations, quoted
-from qexp.config.refusals import explained
+from qexp.config.error_messages import message_for
 from qexp.errors import ConfigError
 from qexp.launch import planning
 from qexp.launch.job import job_from
@@ -126,11 +126,11 @@ def test_a_choice_that_yaml_reads_as_a_value_is_named_with_its_file(
     (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\ndefaults:\n  - {item}\n")
     with pytest.raises(ValueError, match="Unsupported") as hydras:
         compose("config", [f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine"])
-    sentence = explained(hydras.value)
+    sentence = message_for(hydras.value)
     assert sentence is not None
     assert sentence.startswith(f"experiment/mine: `{said}` in its defaults list is no choice, ")
     assert sentence.endswith('write it in quotes, as "off".')
-    assert explained(ValueError("of something else")) is None
+    assert message_for(ValueError("of something else")) is None
 
 
 # ------------------------------------------------------------------- a sweep composes what its single runs compose

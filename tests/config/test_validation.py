@@ -11,7 +11,7 @@ import pytest
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from qexp.config import conversion, identity, refusals, schema, validation
+from qexp.config import conversion, error_messages, identity, schema, validation
 from qexp.config.composition import CONF
 from qexp.config.schema import Config
 from qexp.errors import ConfigError
@@ -119,7 +119,7 @@ FORMER = "latency.runtimes is now runtimes: use runtimes=... in its place."
 def test_a_former_name_is_refused_with_the_one_of_today(composed: Composed, override: str) -> None:
     with pytest.raises((ConfigError, HydraException)) as refused:
         composed(override)
-    assert refusals.explained(refused.value) == FORMER
+    assert error_messages.message_for(refused.value) == FORMER
 
 
 def test_a_former_name_in_a_file_is_refused_with_the_one_of_today(tmp_path: Path) -> None:

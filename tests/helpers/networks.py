@@ -23,7 +23,7 @@ from torch.ao.quantization import DeQuantStub, QuantStub, fuse_modules
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from qexp.config.schema import Engine, Flow
+from qexp.config.schema import Engine, FlowName
 from qexp.system.torchvision_import import torchvision
 
 SIZE = 16
@@ -39,9 +39,9 @@ class Network:
     qnnpack: tuple[str, ...]
     eager: tuple[str, ...]
 
-    def refused(self, flow: Flow, engine: Engine) -> tuple[str, ...]:
+    def refused(self, flow: FlowName, engine: Engine) -> tuple[str, ...]:
         """The words; none where it is quantized."""
-        if flow is Flow.eager:
+        if flow is FlowName.eager:
             return self.eager
         return self.fx or (self.qnnpack if engine is Engine.qnnpack else ())
 

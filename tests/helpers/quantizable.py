@@ -11,7 +11,7 @@ from qexp.config.schema import (
     Activation,
     ActivationObserver,
     Engine,
-    Flow,
+    FlowName,
     Granularity,
     Observer,
     Overflow,
@@ -57,7 +57,7 @@ def spec(
 
 
 def assembled(
-    fused: nn.Module, int8: nn.Module, flow: Flow, engine: Engine = Engine.x86, prepared: nn.Module | None = None
+    fused: nn.Module, int8: nn.Module, flow: FlowName, engine: Engine = Engine.x86, prepared: nn.Module | None = None
 ) -> QuantizedModel:
     """A quantized model of these parts; without a prepared one, nothing is known of its tensors' parameters."""
     return QuantizedModel(Prepared(FLOWS[flow], spec(engine=engine), fused, prepared or fused), int8)

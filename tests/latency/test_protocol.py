@@ -540,5 +540,5 @@ def test_the_protocols_are_complete_and_off_is_off(composed: Callable[..., schem
     assert quick.seconds < standard.seconds < publish.seconds
     runtimes = [config.runtimes for config in configs]
     assert runtimes[:3] == [composed().runtimes] * 3
-    assert {*runtimes[3]} - {*runtimes[0]} == {one for one in schema.Runtime if one.compiles}
+    assert {*runtimes[3]} - {*runtimes[0]} == {one for one in schema.RuntimeName if one.compiles}
     assert composed().latency == standard

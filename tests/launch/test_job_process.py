@@ -355,7 +355,7 @@ from pathlib import Path
 from qexp.launch import job_process
 config = pickle.loads(Path("config").read_bytes())
 job_process.check_inputs([config])
-assert job_process.described([config])[0]["torch"]
+assert job_process.provenance_tags([config])[0]["torch"]
 assert job_process.run(config, Path("run")).metrics["accuracy/int8"] > 0.6
 assert "torch" not in sys.modules
 """

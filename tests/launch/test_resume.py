@@ -117,13 +117,13 @@ def test_the_checkpoint_counts_by_its_content(composed: Composed, tmp_path: Path
 def test_what_a_result_would_depend_on_is_what_it_says_afterwards(
     composed: Composed, checkpoint: Path, tmp_path: Path
 ) -> None:
-    from qexp.pipeline import checks
+    from qexp.pipeline import input_checks
     from qexp.pipeline.run import run_job
 
     (tmp_path / "run").mkdir()
     given = ["model=tiny", "train=fast", "latency=off", f"model.checkpoint={checkpoint}"]
     configs = [composed(*given, *more) for more in ([], ["calib.seed=1"], ["flow=dynamic"], ["qconfig=per_tensor"])]
-    before = checks.described(configs)
+    before = input_checks.provenance_tags(configs)
     assert set(resume.DEPENDS_ON) <= set(before[0])
     for config, tags in zip(configs, before, strict=True):
         result = run_job(config, tmp_path / "run")
@@ -131,7 +131,7 @@ def test_what_a_result_would_depend_on_is_what_it_says_afterwards(
     drawn = [tags["calib_digest"] for tags in before]
     assert drawn[0] == drawn[3] != drawn[1]
     assert drawn[2] == identity.NOT_APPLICABLE
-    trained = checks.described([composed("model=tiny", "train=fast")])[0]
+    trained = input_checks.provenance_tags([composed("model=tiny", "train=fast")])[0]
     assert trained["data_digest"] != before[0]["data_digest"]  # the training images count where a model is trained
 
 
@@ -264,9 +264,9 @@ def config(composed: Composed, checkpoint: Path) -> Config:
 
 
 def known(items: list[Any]) -> list[dict[str, str]]:
-    from qexp.pipeline import checks
+    from qexp.pipeline import input_checks
 
-    return checks.described([item.job.config for item in items])
+    return input_checks.provenance_tags([item.job.config for item in items])
 
 
 def test_only_what_would_give_the_same_is_carried_over_and_latest_first(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.ao.nn.quantized import FloatFunctional
 
 from qexp.config import instantiation, schema
-from qexp.data.splits import Data, load_data
+from qexp.data.loading import Data, load_data
 from qexp.errors import ConfigError, InputError
 from qexp.models import architectures
 from qexp.models import float_model as models

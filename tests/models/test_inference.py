@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from qexp.config.schema import Config
 from qexp.data.builtin import ArrayDataset
-from qexp.data.splits import Data, load_data
+from qexp.data.loading import Data, load_data
 from qexp.errors import NotFinite
 from qexp.metrics import Metric
 from qexp.models import inference, training
-from qexp.pipeline import checks, run
+from qexp.pipeline import input_checks, run
 from qexp.records import Predictions
 
 Composed = Callable[..., Config]
@@ -87,7 +87,7 @@ def job(composed: Composed, tmp_path: Path) -> Callable[..., Config]:
 
 
 def refusal(config: Config, folder: Path) -> str:
-    checks.check_inputs([config])
+    input_checks.check_inputs([config])
     with pytest.raises(NotFinite) as caught:
         run.run_job(config, folder)
     assert not re.search("ReLU|fuse", str(caught.value))
@@ -100,7 +100,7 @@ def test_a_model_that_squeezes_its_logits_can_be_evaluated_image_by_image(
 ) -> None:
     def found(net: str, size: int) -> dict[str, float]:
         config = job(net, (), f"flow={flow}", f"evaluate.batch_size={size}", f"calib.batch_size={size}")
-        checks.check_inputs([config])
+        input_checks.check_inputs([config])
         return run.run_job(config, tmp_path / "run").metrics
 
     right, squeezed = found("Net", 20), found("Squeezed", 1)

@@ -14,7 +14,7 @@ import yaml
 from torch import nn
 
 from qexp.config import schema
-from qexp.data.splits import Data, load_data, normalise
+from qexp.data.loading import Data, load_data, normalise
 from qexp.errors import InputError, RunError
 from qexp.models import architectures
 from qexp.models.training import augmented, choose_device, lr_factor, train

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from qexp import quantize, statistics
-from qexp.config.schema import Config, Flow
-from qexp.data.splits import Data, load_data
+from qexp.config.schema import Config, FlowName
+from qexp.data.loading import Data, load_data
 from qexp.errors import RunError
 from qexp.latency import protocol as latency
 from qexp.latency import shared_timings
@@ -68,9 +68,9 @@ def counted(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, of: Callable
 # ------------------------------------------------------------------------------------------------ predictions
 
 
-@pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
+@pytest.mark.parametrize("flow", [FlowName.eager, FlowName.fx])
 def test_a_run_that_quantizes_as_another_did_evaluates_nothing_but_the_checks(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flow: Flow
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flow: FlowName
 ) -> None:
     def how_many(
         model: object, split: Any, mean: object, std: object, size: int, title: str, chosen: Any = None, *copies: object
@@ -209,8 +209,8 @@ def test_models_that_differ_in_what_is_executed_never_share_a_timing(key: Callab
     assert len({key(*overrides) for overrides in different}) == len(different)
 
 
-@pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
-def test_the_operators_alone_tell_models_apart(composed: Composed, flow: Flow) -> None:
+@pytest.mark.parametrize("flow", [FlowName.eager, FlowName.fx])
+def test_the_operators_alone_tell_models_apart(composed: Composed, flow: FlowName) -> None:
     net = trained(architectures.tiny())
 
     def operators(net: nn.Module, *overrides: str, image: torch.Tensor = TWO[:1]) -> tuple[str, ...]:
@@ -369,7 +369,7 @@ def test_models_that_share_a_timing_have_the_same_speedup(composed: Composed) ->
         assert len({quantize.executed(model, engine, image) for model in models.values()}) == 1
         with quantize.engine(engine), latency.threads(1):
             fp32, *timings = latency.time_side_by_side(
-                {"fp32": FLOWS[Flow.eager].fuse(net, spec(), image), **models},
+                {"fp32": FLOWS[FlowName.eager].fuse(net, spec(), image), **models},
                 images(8, size=32),
                 replace(configs[0].latency, seconds=3),
             )

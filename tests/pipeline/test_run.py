@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from qexp.config.schema import Config, Engine, Flow, Runtime
+from qexp.config.schema import Config, Engine, FlowName, RuntimeName
 from qexp.errors import InputError, RunError
 from qexp.latency import protocol
 from qexp.metrics import Metric, described
 from qexp.models import inference
-from qexp.pipeline import checks, metrics
+from qexp.pipeline import input_checks, run_metrics
 from qexp.pipeline.prepare import Saved
 from qexp.pipeline.run import run_job
 from qexp.records import Precision, Predictions, Result, Variant, WarningCode
@@ -40,7 +40,7 @@ def run(composed: Composed, checkpoint: Path, tmp_path: Path) -> Callable[..., R
         config = composed(*SMALL, f"model.checkpoint={checkpoint}", *overrides)
         folder = tmp_path / "run"
         folder.mkdir(exist_ok=True)
-        checks.check_inputs([config])
+        input_checks.check_inputs([config])
         return run_job(config, folder)
 
     return job
@@ -51,9 +51,9 @@ def codes(result: Result) -> set[WarningCode]:
 
 
 @pytest.mark.parametrize("engine", list(Engine))
-@pytest.mark.parametrize("flow", list(Flow))
+@pytest.mark.parametrize("flow", list(FlowName))
 def test_every_flow_on_every_engine_gives_a_whole_result(
-    run: Callable[..., Result], tmp_path: Path, flow: Flow, engine: Engine
+    run: Callable[..., Result], tmp_path: Path, flow: FlowName, engine: Engine
 ) -> None:
     result = run(f"flow={flow}", f"engine={engine}")
     logged = {described(name) for name in result.metrics}
@@ -64,11 +64,11 @@ def test_every_flow_on_every_engine_gives_a_whole_result(
     assert expected <= logged
     assert all(np.isfinite(value) for value in result.metrics.values())
     assert result.metrics[Metric.accuracy_fp32] > 0.6
-    assert result.metrics[Metric.layers_int8] == (1 if flow is Flow.dynamic else 7)
+    assert result.metrics[Metric.layers_int8] == (1 if flow is FlowName.dynamic else 7)
     assert abs(result.metrics[Metric.accuracy_delta]) < 0.1
     assert {"cpu", "isa", "kernel_signature", "torch", "fastest.fp32", "latency_valid"} <= set(result.tags)
     warned = WarningCode.one_model_a_thread in codes(result)
-    assert warned == (flow is Flow.dynamic and engine is Engine.onednn)
+    assert warned == (flow is FlowName.dynamic and engine is Engine.onednn)
     kept = np.load(tmp_path / "run" / "predictions.npz")
     accuracy = (kept["int8"].argmax(1) == kept["labels"]).mean()
     assert accuracy == pytest.approx(result.metrics[Metric.accuracy_int8])
@@ -90,7 +90,7 @@ script = runpy.run_path(str(folder / "model" / "load.py"))["model"]
 with quantize.engine(Engine.x86), torch.inference_mode():
     torch.save([script(images), load_int8(folder)(images)], folder / "logits.pt")
 """
-    from qexp.data.splits import load_data, normalise
+    from qexp.data.loading import load_data, normalise
 
     folder = tmp_path / "run"
     config = json.loads((folder / "config.json").read_text())
@@ -103,16 +103,16 @@ with quantize.engine(Engine.x86), torch.inference_mode():
 
 
 def test_torchscript_predicts_where_it_gives_the_same_bit_for_bit() -> None:
-    def quickest(precision: Precision, runtimes: list[Runtime], all_int8: bool) -> str:
+    def quickest(precision: Precision, runtimes: list[RuntimeName], all_int8: bool) -> str:
         variants = dict.fromkeys(Variant(one, runtime) for one in Precision for runtime in runtimes)
         saved = Saved([], variants, {}, {}, all_int8, 0, "")  # type: ignore[arg-type]
         return str(saved.quickest(saved.first(precision)))
 
-    both = [Runtime.eager, Runtime.torchscript]
+    both = [RuntimeName.eager, RuntimeName.torchscript]
     assert quickest(Precision.int8, both, True) == "int8_torchscript"
     assert quickest(Precision.int8, both, False) == "int8_eager"
     assert quickest(Precision.fp32, both, True) == "fp32_eager"
-    assert quickest(Precision.int8, [Runtime.eager], True) == "int8_eager"
+    assert quickest(Precision.int8, [RuntimeName.eager], True) == "int8_eager"
 
 
 @pytest.mark.parametrize("trusted", [True, False])
@@ -120,7 +120,7 @@ def test_the_headline_is_all_of_one_variant(
     run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: bool
 ) -> None:
     monkeypatch.setattr(protocol, "validity", lambda timings: (trusted, () if trusted else ("noise",)))
-    monkeypatch.setattr(metrics, "fastest", slowest_int8)
+    monkeypatch.setattr(run_metrics, "fastest", slowest_int8)
     result = run("runtimes=[torchscript,eager]")
     runtime = "eager" if trusted else "torchscript"
     assert result.resolved["resolved.runtime"] == runtime
@@ -132,12 +132,12 @@ def test_the_headline_is_all_of_one_variant(
 
 def slowest_int8(timings: list[protocol.Timing], precision: Precision) -> protocol.Timing:
     """In the place of the fastest: eager, whatever the machine does meanwhile."""
-    return next(timing for timing in timings if timing.variant == Variant(precision, Runtime.eager))
+    return next(timing for timing in timings if timing.variant == Variant(precision, RuntimeName.eager))
 
 
-@pytest.mark.parametrize(("flow", "evaluations"), [(Flow.eager, 2), (Flow.dynamic, 3)])
+@pytest.mark.parametrize(("flow", "evaluations"), [(FlowName.eager, 2), (FlowName.dynamic, 3)])
 def test_runtimes_predict_all_images_where_they_may_differ(
-    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, flow: Flow, evaluations: int
+    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, flow: FlowName, evaluations: int
 ) -> None:
     evaluated: list[int] = []
     original = inference.predict
@@ -160,7 +160,7 @@ def test_a_runtime_has_its_own_accuracy_and_its_agreement_with_the_reference() -
 
     fp32, eager, other = (Variant(Precision.fp32, "eager"), *(Variant(Precision.int8, r) for r in ("eager", "other")))
     found = {fp32: predictions(0, 1, 2, 0), eager: predictions(0, 1, 2, 1), other: predictions(0, 1, 1, 1)}
-    assert metrics.of_runtimes(found, eager) == {
+    assert run_metrics.of_runtimes(found, eager) == {
         "runtime_accuracy/eager": 0.75, "runtime_agreement/eager": 1.0,
         "runtime_accuracy/other": 0.5, "runtime_agreement/other": 0.75,
     }  # fmt: skip
@@ -169,17 +169,17 @@ def test_a_runtime_has_its_own_accuracy_and_its_agreement_with_the_reference() -
 def test_a_runtime_that_cannot_be_used_is_refused_before_any_work(
     composed: Composed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    eager = RUNTIMES[Runtime.eager]
+    eager = RUNTIMES[RuntimeName.eager]
     monkeypatch.setattr(eager, "unavailable", lambda: "it is not installed: install it")
     refused = r"runtimes has eager, and it is not installed: install it, or take eager out\."
     with pytest.raises(InputError, match=refused):
-        checks.check_runtimes(composed())
-    checks.check_runtimes(composed("runtimes=[torchscript]"))
+        input_checks.check_runtimes(composed())
+    input_checks.check_runtimes(composed("runtimes=[torchscript]"))
     monkeypatch.undo()
-    monkeypatch.setattr(eager, "executes", lambda flow, precision: flow is Flow.fx)
+    monkeypatch.setattr(eager, "executes", lambda flow, precision: flow is FlowName.fx)
     with pytest.raises(InputError, match=r"runtimes=\[eager\]: none of these executes what flow=eager makes in INT8"):
-        checks.check_runtimes(composed("runtimes=[eager]"))
-    checks.check_runtimes(composed("runtimes=[eager]", "flow=fx"))
+        input_checks.check_runtimes(composed("runtimes=[eager]"))
+    input_checks.check_runtimes(composed("runtimes=[eager]", "flow=fx"))
 
 
 def test_an_inductor_without_a_compiler_is_refused_where_something_is_timed(
@@ -191,11 +191,11 @@ def test_an_inductor_without_a_compiler_is_refused_where_something_is_timed(
         raise exc.InvalidCxxCompiler
 
     config = composed("latency=publish")
-    checks.check_runtimes(config)
+    input_checks.check_runtimes(config)
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
     with pytest.raises(InputError, match=r"runtimes has inductor, and .*no C\+\+ compiler for it.*, or take inductor"):
-        checks.check_runtimes(config)
-    checks.check_runtimes(composed("latency=publish", "latency.enabled=false"))
+        input_checks.check_runtimes(config)
+    input_checks.check_runtimes(composed("latency=publish", "latency.enabled=false"))
 
 
 def test_a_job_leaks_no_global(run: Callable[..., Result]) -> None:
@@ -247,7 +247,7 @@ def test_a_relu_used_twice_is_refused_with_its_name_before_training_and_fails_th
     (tmp_path / "run").mkdir()
     sentence = r"the fused model differs from the float model .* the module relu is called 2 times"
     with pytest.raises(InputError, match=rf"{sentence}.* works with fusion=false or with flow=fx"):
-        checks.check_inputs([config])
+        input_checks.check_inputs([config])
     with pytest.raises(RunError, match=sentence):
         run_job(config, tmp_path / "run")
 
@@ -257,8 +257,8 @@ def test_an_eager_model_with_a_bare_plus_is_refused_before_any_work(composed: Co
     exec(PLUS, sys.modules["plus"].__dict__)
     overrides = ("model=custom", "model._target_=plus.Net", "train=fast", "latency=off")
     with pytest.raises(InputError, match="flow=fx"):
-        checks.check_inputs([composed(*overrides, "flow=eager")])
-    checks.check_inputs([composed(*overrides, "flow=fx")])
+        input_checks.check_inputs([composed(*overrides, "flow=eager")])
+    input_checks.check_inputs([composed(*overrides, "flow=fx")])
 
 
 TWICE = """
@@ -304,21 +304,21 @@ def test_inputs_of_jobs_that_share_them_are_looked_at_once(
 ) -> None:
     looked: list[str] = []
     for owner, name in (
-        (checks, "load_data"),
-        (checks.float_model, "check_model"),
-        (checks.quantize, "dry_run"),
+        (input_checks, "load_data"),
+        (input_checks.float_model, "check_model"),
+        (input_checks.quantize, "dry_run"),
     ):
         step = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args, step=step, name=name: (looked.append(name), step(*args))[1])
     tiny = ("model=tiny", f"model.checkpoint={checkpoint}", "latency=off")
     sizes = [composed(*tiny, f"calib.batches={size}", f"calib.seed={size}") for size in (1, 2, 3)]
-    checks.check_inputs(sizes)
+    input_checks.check_inputs(sizes)
     assert looked == ["load_data", "check_model", "dry_run"]
     looked.clear()
-    checks.check_inputs([sizes[0], composed(*tiny, "flow=fx"), composed("model=tiny", "latency=off"), sizes[1]])
+    input_checks.check_inputs([sizes[0], composed(*tiny, "flow=fx"), composed("model=tiny", "latency=off"), sizes[1]])
     assert looked == ["load_data", "check_model", "dry_run", "dry_run", "check_model", "dry_run"]
     with pytest.raises(InputError, match=r"calib\.batches=400"):
-        checks.check_inputs([*sizes, composed(*tiny, "calib.batches=400")])
+        input_checks.check_inputs([*sizes, composed(*tiny, "calib.batches=400")])
 
 
 def test_a_last_batch_that_is_not_full_is_taken_and_said(

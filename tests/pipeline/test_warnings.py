@@ -12,14 +12,14 @@ from torch import nn
 
 from qexp import quantize
 from qexp.accuracy import target_cpu
-from qexp.config.schema import Config, Engine, Flow, Overflow, Scheme
+from qexp.config.schema import Config, Engine, FlowName, Overflow, Scheme
 from qexp.metrics import Metric
-from qexp.pipeline import analyse, metrics, prepare, warnings
+from qexp.pipeline import analyse, prepare, run_metrics, warnings
 from qexp.quantize import FLOWS, Narrowed, Side
 from qexp.quantize.saturation import emulation, kernels
 from qexp.quantize.saturation.kernels import KernelSignature, Probe
 from qexp.quantize.torch_backend.slow_depthwise import without_fast_kernel
-from qexp.records import AccuracySource, Layer, Predictions, Saturation
+from qexp.records import AccuracySource, Layer, Predictions, SaturationStatus
 from qexp.report import sentences
 from tests.helpers.quantizable import Chain, images, settings, spec, trained
 
@@ -60,7 +60,7 @@ def answered(
 ) -> target_cpu.Answer:
     """What 100 images say, of which 80 are right with the sums that are executed."""
     every, executed = np.arange(100), predicted(100, 80)
-    seen = Saturation.observed if any(row.saturates for row in rows) else Saturation.possible
+    seen = SaturationStatus.observed if any(row.saturates for row in rows) else SaturationStatus.possible
     return target_cpu.Answer(source, every, executed, seen, every, predicted(100, exact), executed, rows)
 
 
@@ -92,12 +92,12 @@ def test_the_guard_is_explained_where_it_concerns_the_network(composed: Composed
 
 def test_numbers_on_saturation_are_of_layers_that_saturate() -> None:
     fp32 = predicted(100, 90)
-    none = metrics.of_target(fp32, answered(row("conv", 0), exact=81), 0.005)
+    none = run_metrics.of_target(fp32, answered(row("conv", 0), exact=81), 0.005)
     assert none[Metric.saturation_layers] == 0
     assert none[Metric.exact_accuracy] == 0.81
     exact = {Metric.exact_accuracy, Metric.exact_images, Metric.saturation_layers}
     assert {name for name in none if name.startswith("saturation/")} == exact
-    some = metrics.of_target(fp32, answered(row("conv", 3)), 0.005)
+    some = run_metrics.of_target(fp32, answered(row("conv", 3)), 0.005)
     assert some[Metric.saturation_loss] == pytest.approx(0.08)
     assert some[Metric.saturation_agreement] == pytest.approx(0.92)
     assert Metric.saturation_sqnr in some
@@ -138,8 +138,8 @@ def test_what_saturates_in_spite_of_a_guard_is_said(composed: Composed, on: Call
         "images, where activations went up to code 190; qconfig.overflow=weights avoids it."
     )
     fp32, answer = predicted(100, 90), answered(row("conv", 3))
-    assert metrics.verdict(fp32, answer, 0.005, Overflow.layers).remedy == "qconfig.overflow=weights"
-    assert metrics.verdict(fp32, answer, 0.005).remedy == "qconfig.overflow=auto"
+    assert run_metrics.verdict(fp32, answer, 0.005, Overflow.layers).remedy == "qconfig.overflow=weights"
+    assert run_metrics.verdict(fp32, answer, 0.005).remedy == "qconfig.overflow=auto"
 
 
 def test_what_can_saturate_without_a_guard_has_a_warning(composed: Composed, on: Callable[..., None]) -> None:
@@ -148,7 +148,7 @@ def test_what_can_saturate_without_a_guard_has_a_warning(composed: Composed, on:
     (sentence,) = said(config, DENSE, answer=seen)
     assert "16-bit sums saturate" in sentence
     assert "qconfig.overflow=auto avoids it" in sentence
-    assert said(config, DENSE, answer=replace(seen, saturation=Saturation.impossible)) == []
+    assert said(config, DENSE, answer=replace(seen, saturation=SaturationStatus.impossible)) == []
     # auto is what was asked for, and the target's accuracy is another.
     assert said(composed("target=vnni"), DENSE, answer=answered(row("conv", 3), source=AccuracySource.exact)) == []
     on(VNNI)
@@ -181,9 +181,9 @@ SLOW = {
 def test_depthwise_convolutions_without_a_fast_kernel_are_named(composed: Composed) -> None:
     net = trained(nn.Sequential(nn.Conv2d(3, 104, 1), *FAST.values(), *SLOW.values()))
     example = images(2, size=32)
-    prepared = FLOWS[Flow.fx].prepare(FLOWS[Flow.fx].fuse(net, spec(), example), spec(), example)
+    prepared = FLOWS[FlowName.fx].prepare(FLOWS[FlowName.fx].fuse(net, spec(), example), spec(), example)
     quantize.calibrate(prepared, [example])
-    int8 = FLOWS[Flow.fx].convert(prepared).module
+    int8 = FLOWS[FlowName.fx].convert(prepared).module
     names = {f"{1 + i}": name for i, name in enumerate([*FAST, *SLOW])}
 
     def slow(engine: Engine, vnni: bool) -> list[str]:
@@ -201,8 +201,8 @@ def test_depthwise_convolutions_without_a_fast_kernel_are_named(composed: Compos
     assert list(warnings.of_slow_kernels(composed(), ())) == []
 
 
-@pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
-def test_the_largest_code_that_a_layer_got_is_kept(flow: Flow) -> None:
+@pytest.mark.parametrize("flow", [FlowName.eager, FlowName.fx])
+def test_the_largest_code_that_a_layer_got_is_kept(flow: FlowName) -> None:
     net, seen, wider = trained(Chain()), images(8), images(8, seed=1) * 1.5
     fused = FLOWS[flow].fuse(net, spec(), seen)
     prepared = FLOWS[flow].prepare(fused, spec(settings(overflow="activations")), seen)
@@ -221,7 +221,7 @@ def test_the_largest_code_that_a_layer_got_is_kept(flow: Flow) -> None:
     with torch.inference_mode():
         for one in rows:
             if emulation.can_overflow(
-                int8.get_submodule(one.name if flow is Flow.fx else f"module.{one.name}"), Engine.x86
+                int8.get_submodule(one.name if flow is FlowName.fx else f"module.{one.name}"), Engine.x86
             ):
                 assert one.highest == got[one.name]
             else:
@@ -247,11 +247,11 @@ def test_the_bits_of_activations_are_those_that_are_executed(
         "resolved.narrowed_activations": str(len(some)),
     }
     qconfig = settings(activation_bits=bits, overflow=guard)
-    fused = FLOWS[Flow.fx].fuse(trained(Chain()), spec(), images(2))
-    prepared = FLOWS[Flow.fx].prepare(fused, spec(qconfig), images(2))
+    fused = FLOWS[FlowName.fx].fuse(trained(Chain()), spec(), images(2))
+    prepared = FLOWS[FlowName.fx].prepare(fused, spec(qconfig), images(2))
     quantize.calibrate(prepared, [images(8)])
     # And they are: beyond what calibration saw, codes go on to the end that is told.
-    int8, seen = FLOWS[Flow.fx].convert(prepared).module, list[int]()
+    int8, seen = FLOWS[FlowName.fx].convert(prepared).module, list[int]()
     int8.get_submodule("features.0").register_forward_hook(
         lambda m, given, output: seen.append(output.int_repr().max())
     )

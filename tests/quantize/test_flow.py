@@ -13,7 +13,7 @@ from torch import nn
 
 import qexp
 from qexp import quantize
-from qexp.config.schema import Engine, Flow, Overflow, Target
+from qexp.config.schema import Engine, FlowName, Overflow, Target
 from qexp.models import architectures
 from qexp.quantize import FLOWS, QuantizedModel
 from qexp.runtimes.eager import Eager
@@ -24,13 +24,13 @@ TWO = images(2)
 
 
 def test_every_flow_of_the_settings_is_registered_under_its_name() -> None:
-    assert set(FLOWS) == set(Flow)
+    assert set(FLOWS) == set(FlowName)
     assert all(flow.name is name for name, flow in FLOWS.items())
 
 
 def asks_which_flow(node: ast.AST) -> bool:
-    if isinstance(node, ast.Attribute) and node.attr in list(Flow):
-        return ast.unparse(node.value).rpartition(".")[2] == "Flow"
+    if isinstance(node, ast.Attribute) and node.attr in list(FlowName):
+        return ast.unparse(node.value).rpartition(".")[2] == "FlowName"
     values = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
     return any(isinstance(value, ast.Constant) and value.value in ("fx", "dynamic") for value in values)
 
@@ -42,7 +42,7 @@ def test_nothing_but_a_flow_itself_asks_which_flow_it_is() -> None:
             assert found == [], file
 
 
-def quantized(net: nn.Module, flow: Flow, engine: Engine = Engine.x86, **wanted: str) -> QuantizedModel:
+def quantized(net: nn.Module, flow: FlowName, engine: Engine = Engine.x86, **wanted: str) -> QuantizedModel:
     asked = spec(settings(**wanted), engine=engine)  # type: ignore[arg-type]
     prepared = FLOWS[flow].prepare(FLOWS[flow].fuse(trained(net), asked, TWO), asked, TWO)
     if FLOWS[flow].calibrates:
@@ -50,8 +50,8 @@ def quantized(net: nn.Module, flow: Flow, engine: Engine = Engine.x86, **wanted:
     return FLOWS[flow].convert(prepared)
 
 
-@pytest.mark.parametrize("flow", Flow)
-def test_a_quantized_model_knows_what_it_was_made_of(flow: Flow) -> None:
+@pytest.mark.parametrize("flow", FlowName)
+def test_a_quantized_model_knows_what_it_was_made_of(flow: FlowName) -> None:
     model = quantized(Chain(), flow)
     assert (model.flow, model.engine, model.qconfig) == (FLOWS[flow], Engine.x86, settings())
     assert any(layer.int8 for layer in model.layers)
@@ -61,20 +61,26 @@ def test_a_quantized_model_knows_what_it_was_made_of(flow: Flow) -> None:
 
 
 def test_a_model_that_nothing_saturates_in_is_handed_on_as_it_is() -> None:
-    model = quantized(Chain(), Flow.fx, overflow="layers")
+    model = quantized(Chain(), FlowName.fx, overflow="layers")
     exact = replace(model, prepared=replace(model.prepared, spec=replace(model.prepared.spec, engine=Engine.qnnpack)))
     assert model.qconfig.overflow is Overflow.layers
     assert quantize.narrow(exact, Target.native, TWO) == (exact, ())
 
 
 NETS: dict[str, Callable[[], nn.Module]] = {"tiny": architectures.tiny, "chain": Chain, "plain": Plain}
-CASES = [("tiny", Flow.eager), ("chain", Flow.eager), ("plain", Flow.fx), ("tiny", Flow.fx), ("tiny", Flow.dynamic)]
+CASES = [
+    ("tiny", FlowName.eager),
+    ("chain", FlowName.eager),
+    ("plain", FlowName.fx),
+    ("tiny", FlowName.fx),
+    ("tiny", FlowName.dynamic),
+]
 
 
 @pytest.mark.parametrize("engine", [Engine.x86, Engine.qnnpack])
 @pytest.mark.parametrize(("name", "flow"), CASES)
 def test_a_blank_copy_computes_nothing_until_it_is_given_a_state(
-    name: str, flow: Flow, engine: Engine, tmp_path: Path
+    name: str, flow: FlowName, engine: Engine, tmp_path: Path
 ) -> None:
     model = quantized(NETS[name](), flow, engine)
     saved = Eager().export(model.module, TWO, tmp_path / "int8.pt")
@@ -90,8 +96,8 @@ def test_a_blank_copy_computes_nothing_until_it_is_given_a_state(
         assert torch.equal(model.module(TWO), expected)  # which shares nothing with its copy
 
 
-@pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
-def test_a_scale_that_a_saved_state_lacks_shows(flow: Flow) -> None:
+@pytest.mark.parametrize("flow", [FlowName.eager, FlowName.fx])
+def test_a_scale_that_a_saved_state_lacks_shows(flow: FlowName) -> None:
     """As torch's own ELU leaves it out."""
     model = quantized(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ELU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 10)), flow)
     activation = next(module for module in model.module.modules() if isinstance(module, torch.ao.nn.quantized.ELU))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qexp import quantize
-from qexp.config.schema import Engine, Flow
+from qexp.config.schema import Engine, FlowName
 from qexp.errors import InputError
 from qexp.quantize import FLOWS
 from qexp.quantize.inspection.layer_equivalence import FEW, check_layers
@@ -20,10 +20,10 @@ from tests.helpers.fake_quantized import FakeQuantized
 from tests.helpers.networks import CLASSES, NETWORKS, built, images
 from tests.helpers.quantizable import assembled, settings, spec
 
-BOTH = (Flow.fx, Flow.eager)
+BOTH = (FlowName.fx, FlowName.eager)
 
 
-def cases(refused: bool, *engines: Engine) -> list[tuple[str, Flow, Engine]]:
+def cases(refused: bool, *engines: Engine) -> list[tuple[str, FlowName, Engine]]:
     return [
         (name, flow, engine)
         for name, network in NETWORKS.items()
@@ -47,7 +47,7 @@ def sqnr_db(signal: Tensor, noise: Tensor) -> float:
     return 10 * math.log10(float(signal.double().square().sum()) / max(float(noise.double().square().sum()), 1e-30))
 
 
-def check(name: str, flow: Flow, engine: Engine, weight_bits: int = 8) -> None:
+def check(name: str, flow: FlowName, engine: Engine, weight_bits: int = 8) -> None:
     """Layer by layer, and all together: the INT8 model is as far from the float model as the reference, and near that.
 
     What is measured is how images differ: what is common to all of them hides what was lost. Reference and INT8 model
@@ -78,20 +78,20 @@ def check(name: str, flow: Flow, engine: Engine, weight_bits: int = 8) -> None:
 
 
 @pytest.mark.parametrize(("name", "flow", "engine"), cases(False, Engine.qnnpack))
-def test_int8_answers_what_rounding_alone_makes_of_the_float_model(name: str, flow: Flow, engine: Engine) -> None:
+def test_int8_answers_what_rounding_alone_makes_of_the_float_model(name: str, flow: FlowName, engine: Engine) -> None:
     check(name, flow, engine)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "flow", "engine"), cases(False, Engine.x86, Engine.onednn, Engine.fbgemm))
-def test_it_does_on_every_engine_with_sums_that_fit_into_16_bits(name: str, flow: Flow, engine: Engine) -> None:
+def test_it_does_on_every_engine_with_sums_that_fit_into_16_bits(name: str, flow: FlowName, engine: Engine) -> None:
     quantize.dry_run(built(name), FLOWS[flow], spec(settings(weight_bits=7), engine=engine), images(4))
     check(name, flow, engine, weight_bits=7)
 
 
 @pytest.mark.parametrize(("name", "flow", "engine"), cases(True, Engine.qnnpack))
 def test_what_a_flow_can_not_do_is_refused_in_a_sentence(
-    name: str, flow: Flow, engine: Engine, capfd: pytest.CaptureFixture[str]
+    name: str, flow: FlowName, engine: Engine, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(InputError) as caught:
         quantize.dry_run(built(name), FLOWS[flow], spec(engine=engine), images(4))

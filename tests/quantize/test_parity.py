@@ -27,7 +27,7 @@ from torch.ao.quantization import prepare as torch_prepare
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
 from qexp import quantize
-from qexp.config.schema import ActivationObserver, Engine, Flow, Observer, QConfig
+from qexp.config.schema import ActivationObserver, Engine, FlowName, Observer, QConfig
 from qexp.models import architectures
 from qexp.quantize import FLOWS
 from tests.helpers.quantizable import MINMAX, Plain, images, settings, spec, trained
@@ -80,7 +80,7 @@ def directly_fx(net: nn.Module, mapping: QConfigMapping, engine: str) -> Tensor:
         return convert_fx(prepared)(TEST_IMAGES)
 
 
-def by_qexp(net: nn.Module, flow: Flow, qconfig: QConfig, observer: Observer, engine: str) -> Tensor:
+def by_qexp(net: nn.Module, flow: FlowName, qconfig: QConfig, observer: Observer, engine: str) -> Tensor:
     name, example = Engine(engine), TEST_IMAGES[:2]
     fused = FLOWS[flow].fuse(net, spec(), example)
     prepared = FLOWS[flow].prepare(fused, spec(qconfig, observer, name), example)
@@ -106,13 +106,13 @@ def eager_net() -> nn.Module:
 @pytest.mark.parametrize("engine", ["x86", "fbgemm", "onednn"])
 @pytest.mark.parametrize("observer", list(ACTIVATIONS))
 @pytest.mark.parametrize("granularity", list(WEIGHTS))
-@pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
-def test_int8_logits_equal_torch_bit_for_bit(flow: Flow, granularity: str, observer: str, engine: str) -> None:
+@pytest.mark.parametrize("flow", [FlowName.eager, FlowName.fx])
+def test_int8_logits_equal_torch_bit_for_bit(flow: FlowName, granularity: str, observer: str, engine: str) -> None:
     kind, ours = ACTIVATIONS[observer]
     activation = kind.with_args(dtype=torch.quint8, qscheme=torch.per_tensor_affine, **PARAMETERS[observer])
     direct = TorchQConfig(activation=activation, weight=WEIGHTS[granularity])
     qconfig = settings(granularity, range_after_clamp=False)
-    if flow is Flow.eager:
+    if flow is FlowName.eager:
         net = eager_net()
         expected = directly_eager(net, direct, engine)
     else:
@@ -124,15 +124,15 @@ def test_int8_logits_equal_torch_bit_for_bit(flow: Flow, granularity: str, obser
     assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
+@pytest.mark.parametrize("flow", [FlowName.eager, FlowName.fx])
 @pytest.mark.parametrize("engine", ["x86", "fbgemm", "onednn", "qnnpack"])
-def test_default_qconfig_of_torch_is_one_of_ours(engine: str, flow: Flow) -> None:
+def test_default_qconfig_of_torch_is_one_of_ours(engine: str, flow: FlowName) -> None:
     # What torch calls reduce_range is overflow=activations here: the same grid, without its warning.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         default = get_default_qconfig(engine)
         reduced = default.activation().quant_max == 127
-        if flow is Flow.eager:
+        if flow is FlowName.eager:
             net = eager_net()
             expected = directly_eager(net, default, engine)
         else:
@@ -183,7 +183,7 @@ def test_other_schemes_and_guards_equal_torch_bit_for_bit(case: str, engine: str
     qconfig, direct = FURTHER[case]
     net = eager_net()
     expected = directly_eager(net, direct(), engine)
-    assert torch.equal(by_qexp(net, Flow.eager, qconfig, MINMAX, engine), expected)
+    assert torch.equal(by_qexp(net, FlowName.eager, qconfig, MINMAX, engine), expected)
 
 
 def test_fixed_ranges_of_sigmoid_are_kept() -> None:
@@ -197,4 +197,4 @@ def test_fixed_ranges_of_sigmoid_are_kept() -> None:
     mapping = get_default_qconfig_mapping("x86").set_global(TorchQConfig(observer, WEIGHTS["per_channel"]))
     assert mapping.object_type_qconfigs[torch.sigmoid].activation is default_fixed_qparams_range_0to1_observer
     expected = directly_fx(net, mapping, "x86")
-    assert torch.equal(by_qexp(net, Flow.fx, settings(range_after_clamp=False), MINMAX, "x86"), expected)
+    assert torch.equal(by_qexp(net, FlowName.fx, settings(range_after_clamp=False), MINMAX, "x86"), expected)

@@ -10,7 +10,7 @@ import torch
 from qexp import quantize
 from qexp.config import schema
 from qexp.config.composition import CONF
-from qexp.config.schema import Engine, Flow
+from qexp.config.schema import Engine, FlowName
 from qexp.models import float_model
 from qexp.pipeline.prepare import resolved, spec_of
 from qexp.quantize import FLOWS, QuantizationSpec
@@ -20,11 +20,11 @@ SIZES = [32, 224]  # of the data sets that are shipped, and of the README's fold
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
+@pytest.mark.parametrize("flow", [FlowName.eager, FlowName.fx])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_takes_every_data_set(
-    model: str, size: int, flow: Flow, composed: Callable[..., schema.Config]
+    model: str, size: int, flow: FlowName, composed: Callable[..., schema.Config]
 ) -> None:
     config = composed(f"model={model}", f"flow={flow.value}")
     module = float_model.check_model(config.model, 10, (3, size, size))

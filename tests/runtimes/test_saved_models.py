@@ -16,8 +16,8 @@ import yaml
 from torch import Tensor, nn
 
 from qexp import quantize
-from qexp.config.schema import Activation, Engine, Flow, QConfig, Runtime
-from qexp.data.splits import Data, load_data, normalise
+from qexp.config.schema import Activation, Engine, FlowName, QConfig, RuntimeName
+from qexp.data.loading import Data, load_data, normalise
 from qexp.errors import RunError
 from qexp.latency.protocol import threads
 from qexp.models import architectures
@@ -30,26 +30,26 @@ from qexp.runtimes.base import Loaded, agree
 from tests.helpers import ROOT
 from tests.helpers.quantizable import Plain, images, settings, spec, trained
 
-EAGER = RUNTIMES[Runtime.eager]
-TORCHSCRIPT = RUNTIMES[Runtime.torchscript]
-CHANNELS_LAST = RUNTIMES[Runtime.eager_channels_last]
+EAGER = RUNTIMES[RuntimeName.eager]
+TORCHSCRIPT = RUNTIMES[RuntimeName.torchscript]
+CHANNELS_LAST = RUNTIMES[RuntimeName.eager_channels_last]
 TWO = images(2)
 ENGINES = quantize.supported()
 QCONFIG = settings(overflow="weights")
 
 
-def float_net(flow: Flow) -> nn.Module:
-    return trained(Plain()) if flow is Flow.fx else trained(architectures.tiny())
+def float_net(flow: FlowName) -> nn.Module:
+    return trained(Plain()) if flow is FlowName.fx else trained(architectures.tiny())
 
 
-def int8_of(net: nn.Module, flow: Flow, engine: Engine, qconfig: QConfig = QCONFIG) -> nn.Module:
+def int8_of(net: nn.Module, flow: FlowName, engine: Engine, qconfig: QConfig = QCONFIG) -> nn.Module:
     prepared = FLOWS[flow].prepare(FLOWS[flow].fuse(net, spec(), TWO), spec(qconfig, engine=engine), TWO)
-    if flow is not Flow.dynamic:
+    if flow is not FlowName.dynamic:
         quantize.calibrate(prepared, images(16, seed=3).split(8))
     return FLOWS[flow].convert(prepared).module
 
 
-def blank(net: nn.Module, flow: Flow, engine: Engine) -> nn.Module:
+def blank(net: nn.Module, flow: FlowName, engine: Engine) -> nn.Module:
     return quantize.skeleton(FLOWS[flow].fuse(net, spec(), TWO), FLOWS[flow], spec(QCONFIG, engine=engine), TWO)
 
 
@@ -59,9 +59,9 @@ def run(net: nn.Module | Loaded, engine: Engine, batch: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("flow", list(Flow))
+@pytest.mark.parametrize("flow", list(FlowName))
 def test_int8_logits_are_the_same_after_loading_in_every_flow_engine_and_runtime(
-    flow: Flow, engine: Engine, tmp_path: Path
+    flow: FlowName, engine: Engine, tmp_path: Path
 ) -> None:
     net = float_net(flow)
     int8 = int8_of(net, flow, engine)
@@ -73,7 +73,7 @@ def test_int8_logits_are_the_same_after_loading_in_every_flow_engine_and_runtime
         with quantize.engine(engine):
             scripted = TORCHSCRIPT.load(TORCHSCRIPT.export(int8, TWO, tmp_path / "model.ts"), nn.Identity, engine)
         # In flow=dynamic the convolutions stay in FP32, whose last bits TorchScript may compute otherwise.
-        tolerance = EAGER.tolerance(Precision.int8, all_int8=flow is not Flow.dynamic)
+        tolerance = EAGER.tolerance(Precision.int8, all_int8=flow is not FlowName.dynamic)
         for count in (1, 8, 32):
             batch = images(count, seed=count)
             expected = run(int8, engine, batch)
@@ -94,11 +94,11 @@ class Branching(nn.Module):
         return values * self.weight if values.size(0) > 2 else values
 
 
-@pytest.mark.parametrize("flow", [*Flow, "scripted part"])
-def test_torchscript_holds_what_a_trace_of_the_model_itself_does(flow: Flow | str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flow", [*FlowName, "scripted part"])
+def test_torchscript_holds_what_a_trace_of_the_model_itself_does(flow: FlowName | str, tmp_path: Path) -> None:
     with quantize.engine(Engine.fbgemm), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        if isinstance(flow, Flow):
+        if isinstance(flow, FlowName):
             net = int8_of(float_net(flow), flow, Engine.fbgemm)
         else:
             net = (
@@ -113,8 +113,8 @@ def test_torchscript_holds_what_a_trace_of_the_model_itself_does(flow: Flow | st
         assert torch.equal(run(exported, Engine.fbgemm, batch), run(plain, Engine.fbgemm, batch))
 
 
-@pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
-def test_fp32_runtimes_agree_with_the_float_model(flow: Flow, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flow", [FlowName.eager, FlowName.fx])
+def test_fp32_runtimes_agree_with_the_float_model(flow: FlowName, tmp_path: Path) -> None:
     net, batch = float_net(flow), images(32, seed=1)
     fused = FLOWS[flow].fuse(net, spec(), TWO)
     saved = EAGER.export(fused, TWO, tmp_path / "model.pt")
@@ -130,18 +130,18 @@ def test_fp32_runtimes_agree_with_the_float_model(flow: Flow, tmp_path: Path) ->
     assert variants[1].module.state_dict().keys() == fused.state_dict().keys()
 
 
-@pytest.mark.parametrize("flow", list(Flow))
-def test_steps_share_the_weights_of_the_fused_model_and_leave_them_as_they_are(flow: Flow, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flow", list(FlowName))
+def test_steps_share_the_weights_of_the_fused_model_and_leave_them_as_they_are(flow: FlowName, tmp_path: Path) -> None:
     fused = FLOWS[flow].fuse(float_net(flow), spec(), TWO)
     before = {name: value.clone() for name, value in fused.state_dict().items()}
     prepared = FLOWS[flow].prepare(fused, spec(QCONFIG), TWO)
     own = {id(parameter) for parameter in fused.parameters()}
     assert all(id(parameter) in own for parameter in prepared.module.parameters())
-    if flow is not Flow.dynamic:
+    if flow is not FlowName.dynamic:
         quantize.calibrate(prepared, [images(8)])
     FLOWS[flow].convert(prepared)
     # Of flow=dynamic, layers stay in FP32, and are read from the file of a model with other weights.
-    other = trained(Plain() if flow is Flow.fx else architectures.tiny(), seed=9)
+    other = trained(Plain() if flow is FlowName.fx else architectures.tiny(), seed=9)
     saved = EAGER.export(int8_of(other, flow, Engine.x86), TWO, tmp_path / "model.pt")
     EAGER.load(saved, lambda: quantize.skeleton(fused, FLOWS[flow], spec(QCONFIG), TWO), Engine.x86)
     saved = EAGER.export(FLOWS[flow].fuse(other, spec(), TWO), TWO, tmp_path / "fp32.pt")
@@ -152,15 +152,15 @@ def test_steps_share_the_weights_of_the_fused_model_and_leave_them_as_they_are(f
 
 
 def test_every_runtime_has_its_object_and_its_own_files_are_told_apart() -> None:
-    assert [runtime.name for runtime in RUNTIMES.values()] == list(RUNTIMES) == list(Runtime)
+    assert [runtime.name for runtime in RUNTIMES.values()] == list(RUNTIMES) == list(RuntimeName)
     assert len({runtime.file(precision) for precision in Precision for runtime in (EAGER, TORCHSCRIPT)}) == 4
 
 
 def test_an_int8_model_refuses_another_engine(tmp_path: Path) -> None:
-    net = float_net(Flow.eager)
-    int8 = int8_of(net, Flow.eager, Engine.fbgemm)
+    net = float_net(FlowName.eager)
+    int8 = int8_of(net, FlowName.eager, Engine.fbgemm)
     saved = EAGER.export(int8, TWO, tmp_path / "model.pt")
-    loaded = EAGER.load(saved, lambda: blank(net, Flow.eager, Engine.fbgemm), Engine.fbgemm)
+    loaded = EAGER.load(saved, lambda: blank(net, FlowName.eager, Engine.fbgemm), Engine.fbgemm)
     with quantize.engine(Engine.fbgemm):
         scripted = TORCHSCRIPT.load(TORCHSCRIPT.export(int8, TWO, tmp_path / "model.ts"), nn.Identity, Engine.fbgemm)
     for model in (loaded, scripted):
@@ -185,9 +185,9 @@ def test_the_engine_is_put_back_after_an_error() -> None:
 
 def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
     saved = EAGER.export(
-        int8_of(trained(architectures.tiny(width=16)), Flow.eager, Engine.x86), TWO, tmp_path / "model.pt"
+        int8_of(trained(architectures.tiny(width=16)), FlowName.eager, Engine.x86), TWO, tmp_path / "model.pt"
     )
-    skeleton = blank(trained(Plain()), Flow.fx, Engine.x86)
+    skeleton = blank(trained(Plain()), FlowName.fx, Engine.x86)
     with pytest.raises(RunError, match=r"model\.pt doesn't hold the model that these settings make"):
         EAGER.load(saved, lambda: skeleton, Engine.x86)
 
@@ -207,7 +207,7 @@ def test_disagreement_is_refused() -> None:
 
 
 def test_a_fresh_process_gives_the_same_int8_logits(tmp_path: Path) -> None:
-    int8 = int8_of(float_net(Flow.eager), Flow.eager, Engine.x86)
+    int8 = int8_of(float_net(FlowName.eager), FlowName.eager, Engine.x86)
     EAGER.export(int8, TWO, tmp_path / "model.pt")
     with quantize.engine(Engine.x86):
         TORCHSCRIPT.export(int8, TWO, tmp_path / "model.ts")
@@ -220,12 +220,12 @@ from pathlib import Path
 from tests.helpers.quantizable import settings, spec, trained
 from qexp import quantize
 from qexp.models import architectures
-from qexp.config.schema import Engine, Flow
+from qexp.config.schema import Engine, FlowName
 from qexp.runtimes import RUNTIMES
 from torch import nn
 folder = Path(sys.argv[1])
 images, expected = torch.load(folder / "expected.pt")
-flow, guarded = quantize.FLOWS[Flow.eager], spec(settings(overflow="weights"))
+flow, guarded = quantize.FLOWS[FlowName.eager], spec(settings(overflow="weights"))
 fused = flow.fuse(architectures.tiny(), guarded, images)
 skeleton = quantize.skeleton(fused, flow, guarded, images)
 with quantize.engine(Engine.x86):
@@ -244,12 +244,12 @@ with quantize.engine(Engine.x86):
 
 @pytest.mark.parametrize("bits", [2, 4, 6])
 def test_narrow_grids_run_on_the_same_kernels_and_cost_accuracy(bits: int) -> None:
-    net, batch = float_net(Flow.eager), images(32, seed=5)
+    net, batch = float_net(FlowName.eager), images(32, seed=5)
     errors = []
     for width in (bits, 8):
         qconfig = settings(weight_bits=width, activation_bits=width)
         assert qconfig.activation == Activation(qconfig.activation.scheme, width)
-        int8 = int8_of(net, Flow.eager, Engine.qnnpack, qconfig)
+        int8 = int8_of(net, FlowName.eager, Engine.qnnpack, qconfig)
         errors.append(float((run(int8, Engine.qnnpack, batch) - net(batch)).square().mean()))
     assert errors[0] > errors[1]
 
@@ -349,9 +349,9 @@ class Forgetful(nn.Module):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
+@pytest.mark.parametrize("flow", [FlowName.eager, FlowName.fx])
 def test_batches_side_by_side_give_the_same_logits_in_the_same_order(
-    flow: Flow, engine: Engine, tmp_path: Path
+    flow: FlowName, engine: Engine, tmp_path: Path
 ) -> None:
     data = digits(tmp_path)
     int8 = int8_of(float_net(flow), flow, engine)
@@ -377,7 +377,7 @@ def test_dynamic_layers_of_onednn_answer_batches_side_by_side_with_ranges_of_the
     net = nn.Sequential(*convolutions, nn.Linear(64, 10)).requires_grad_(False)
     batches = [torch.randn(32, 3, 32, 32) * (1 + scale) + scale for scale in range(8)]
     with quantize.engine(Engine.onednn), threads(1), torch.inference_mode():
-        int8 = int8_of(net, Flow.dynamic, Engine.onednn)
+        int8 = int8_of(net, FlowName.dynamic, Engine.onednn)
         model = TORCHSCRIPT.load(
             TORCHSCRIPT.export(int8, batches[0], tmp_path / "model.ts"), nn.Identity, Engine.onednn
         )

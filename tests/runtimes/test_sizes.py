@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from qexp import quantize
-from qexp.config.schema import Config, Engine, Flow, Runtime
+from qexp.config.schema import Config, Engine, FlowName, RuntimeName
 from qexp.metrics import Metric
-from qexp.pipeline import checks, run
+from qexp.pipeline import input_checks, run
 from qexp.quantize import FLOWS
 from qexp.runtimes import RUNTIMES
 from qexp.runtimes.saved_models import float_size
 from tests.helpers.quantizable import images, spec, trained
 
-EAGER = RUNTIMES[Runtime.eager]
+EAGER = RUNTIMES[RuntimeName.eager]
 TWO = images(2)
 CALLS = 8
 WEIGHTS = 64 * 64 * 9  # of the convolution that is called again and again
@@ -67,12 +67,12 @@ def test_masks_of_pruning_are_not_shipped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("flow", list(Flow))
-def test_what_layers_share_is_saved_once_and_read_back_bit_for_bit(flow: Flow, norm: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flow", list(FlowName))
+def test_what_layers_share_is_saved_once_and_read_back_bit_for_bit(flow: FlowName, norm: bool, tmp_path: Path) -> None:
     net = trained(Again(norm=norm))
     fused = FLOWS[flow].fuse(net, spec(), TWO)
     prepared = FLOWS[flow].prepare(fused, spec(engine=Engine.qnnpack), TWO)
-    if flow is not Flow.dynamic:
+    if flow is not FlowName.dynamic:
         quantize.calibrate(prepared, [images(8)])
     int8 = FLOWS[flow].convert(prepared).module
     skeleton = quantize.skeleton(fused, FLOWS[flow], spec(engine=Engine.qnnpack), TWO)
@@ -82,10 +82,10 @@ def test_what_layers_share_is_saved_once_and_read_back_bit_for_bit(flow: Flow, n
         with torch.inference_mode():
             assert torch.equal(loaded(TWO), int8(TWO))
     assert EAGER.export(fused, TWO, tmp_path / "fp32.pt").stat().st_size < 1.05 * own_size(net, tmp_path)
-    convolution, linear = WEIGHTS * (4 if flow is Flow.dynamic else 1), 64 * 64
+    convolution, linear = WEIGHTS * (4 if flow is FlowName.dynamic else 1), 64 * 64
     layers = sum(layer.kind != "batchnorm" for layer in quantize.layers(int8, FLOWS[flow], Engine.qnnpack))
     assert 1 < path.stat().st_size / (convolution + linear) < 1.5
-    if flow is Flow.fx:
+    if flow is FlowName.fx:
         assert layers == 1 + CALLS + 3
 
 
@@ -96,7 +96,7 @@ def test_a_run_reports_what_its_owner_would_ship(composed: Callable[..., Config]
         *("model=custom", f"model._target_={__name__}.Again", f"model.checkpoint={tmp_path / 'weights.pt'}"),
         *("+model.width=8", "flow=fx", "engine=qnnpack", "latency=off", "calib.batches=1", "per_layer.images=0"),
     )
-    checks.check_inputs([config])
+    input_checks.check_inputs([config])
     (tmp_path / "run").mkdir()
     sizes = run.run_job(config, tmp_path / "run").metrics
     assert sizes[Metric.size_fp32] * 1e6 == pytest.approx(own_size(net, tmp_path), rel=0.01)

@@ -8,4 +8,4 @@ from qexp.quantize.flows.dynamic import DynamicFlow
 from qexp.quantize.flows.eager import EagerFlow
 from qexp.quantize.flows.fx import FxFlow
 
-FLOWS: dict[schema.Flow, Flow] = {flow.name: flow for flow in (EagerFlow(), FxFlow(), DynamicFlow())}
+FLOWS: dict[schema.FlowName, Flow] = {flow.name: flow for flow in (EagerFlow(), FxFlow(), DynamicFlow())}

@@ -28,7 +28,7 @@ from qexp.quantize.torch_backend.engines import engine
 class DynamicFlow(Flow):
     """torch's `quantize_dynamic`."""
 
-    name = schema.Flow.dynamic
+    name = schema.FlowName.dynamic
     traced = False
     observes_functions = False
     folds_batchnorm = False

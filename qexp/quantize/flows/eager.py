@@ -61,7 +61,7 @@ _FUSIBLE = (
 class EagerFlow(Flow):
     """torch's eager mode quantization."""
 
-    name = schema.Flow.eager
+    name = schema.FlowName.eager
     traced = False
     observes_functions = False
     folds_batchnorm = True

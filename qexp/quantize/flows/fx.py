@@ -85,7 +85,7 @@ _JOIN_VALUES = {torch.cat, torch.stack, torch.concat}
 class FxFlow(Flow):
     """torch's FX graph mode quantization."""
 
-    name = schema.Flow.fx
+    name = schema.FlowName.fx
     traced = True
     observes_functions = True
     folds_batchnorm = True

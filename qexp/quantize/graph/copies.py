@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from qexp.models.wrappers import unwrapped
+from qexp.models.unwrap import unwrap
 from qexp.quantize.graph.hooks import attached
 
 _BATCH_NORMS: dict[int, type[nn.Module]] = {
@@ -43,7 +43,7 @@ def evaluation_copy(module: nn.Module, example: Tensor) -> nn.Module:
 
     example: float32 [n, 3, H, W], which shows how many dimensions the input of a SyncBatchNorm has.
     """
-    module = unwrapped(copy.deepcopy(module, _computed(module))).eval()
+    module = unwrap(copy.deepcopy(module, _computed(module))).eval()
     for part in list(module.modules()):
         # The last comes first, for it may be about what an earlier one computes from.
         for hook in reversed(list(part._forward_pre_hooks.values())):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qexp.config.schema import Engine, Flow, Overflow, QConfig, Scheme, Target
+from qexp.config.schema import Engine, FlowName, Overflow, QConfig, Scheme, Target
 from qexp.errors import InputError
 from qexp.quantize.calibration.grid import SAFE_BITS
 from qexp.quantize.torch_backend.deprecations import say_once_silently
@@ -125,7 +125,7 @@ def _lowest(output: Tensor) -> int:
 
 
 def overflowing_kinds(
-    qconfig: QConfig, name: Engine, flow: Flow, target: Target, signature: KernelSignature
+    qconfig: QConfig, name: Engine, flow: FlowName, target: Target, signature: KernelSignature
 ) -> frozenset[str]:
     """The kinds of layer (of KINDS) whose 16-bit sums can overflow with full grids on the CPU that `target` means.
 
@@ -147,7 +147,7 @@ def saturating_here(name: Engine, weight_scheme: Scheme, signature: KernelSignat
 
 
 def resolve_overflow(
-    qconfig: QConfig, name: Engine, flow: Flow, target: Target, signature: KernelSignature
+    qconfig: QConfig, name: Engine, flow: FlowName, target: Target, signature: KernelSignature
 ) -> Overflow:
     """What `qconfig.overflow` means here: an explicit value is kept, `auto` becomes none or layers."""
     if qconfig.overflow is not Overflow.auto:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.ao.quantization import MinMaxObserver
 
 from qexp import quantize
-from qexp.config.schema import ActivationObserver, Flow, Granularity, Observer, Scheme
+from qexp.config.schema import ActivationObserver, FlowName, Granularity, Observer, Scheme
 from qexp.quantize import FLOWS
 from qexp.quantize.calibration.grid import Grid, Side, grid
 from qexp.quantize.calibration.observers import activation_observer, weight_observer
@@ -319,8 +319,8 @@ def test_a_parameter_that_is_needed_is_never_guessed() -> None:
 
 
 @pytest.mark.parametrize("granularity", list(Granularity))
-@pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
-def test_weights_that_are_executed_have_the_scales_of_mse(flow: Flow, granularity: Granularity) -> None:
+@pytest.mark.parametrize("flow", [FlowName.eager, FlowName.fx])
+def test_weights_that_are_executed_have_the_scales_of_mse(flow: FlowName, granularity: Granularity) -> None:
     net, example = trained(Chain()), images()
     scales = {}
     for name in ("minmax", "mse"):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.ao.quantization import MinMaxObserver, MovingAverageMinMaxObserver
 
 from qexp import quantize
-from qexp.config.schema import Engine, Flow, Observer, QConfig
+from qexp.config.schema import Engine, FlowName, Observer, QConfig
 from qexp.errors import RunError
 from qexp.latency import protocol
 from qexp.models import architectures
@@ -127,8 +127,8 @@ def test_a_layer_whose_output_is_not_finite_is_named(observer: str, bad: float) 
     net = trained(Chain())
     with torch.no_grad():
         net.features[6].weight[3] = bad
-    prepared = FLOWS[Flow.fx].prepare(
-        FLOWS[Flow.fx].fuse(net, spec(), images()), spec(observer=RECORDED[observer]), images()
+    prepared = FLOWS[FlowName.fx].prepare(
+        FLOWS[FlowName.fx].fuse(net, spec(), images()), spec(observer=RECORDED[observer]), images()
     )
     with pytest.raises(RunError, match=r"features\.6 holds NaN or infinity"):
         calibrate(prepared, [images()])
@@ -139,8 +139,8 @@ def test_a_layer_is_named_though_later_images_are_fine_there(observer: str) -> N
     net = trained(Chain())
     with torch.no_grad():
         net.features[0].weight *= 1e20
-    prepared = FLOWS[Flow.fx].prepare(
-        FLOWS[Flow.fx].fuse(net, spec(), images()), spec(observer=RECORDED[observer]), images()
+    prepared = FLOWS[FlowName.fx].prepare(
+        FLOWS[FlowName.fx].fuse(net, spec(), images()), spec(observer=RECORDED[observer]), images()
     )
     with pytest.raises(RunError, match=r"features\.0 holds NaN or infinity"):
         calibrate(prepared, [images() * 1e20, images() * 1e-20])
@@ -227,7 +227,7 @@ class InPlace(nn.Module):
         return self.fc(self.relu(self.conv(x)).mean((2, 3)))
 
 
-def calibrated(net: nn.Module, flow: Flow, qconfig: QConfig, observer: Observer, fusion: bool = True) -> Prepared:
+def calibrated(net: nn.Module, flow: FlowName, qconfig: QConfig, observer: Observer, fusion: bool = True) -> Prepared:
     fused = FLOWS[flow].fuse(net, spec(fusion=fusion), images())
     prepared = FLOWS[flow].prepare(fused, spec(qconfig, observer), images())
     calibrate(prepared, images(24).split(8))
@@ -236,7 +236,7 @@ def calibrated(net: nn.Module, flow: Flow, qconfig: QConfig, observer: Observer,
 
 def test_values_before_an_operation_in_place_are_recorded() -> None:
     qconfig = settings(range_after_clamp=False)
-    prepared = calibrated(trained(InPlace()), Flow.eager, qconfig, MINMAX, fusion=False)
+    prepared = calibrated(trained(InPlace()), FlowName.eager, qconfig, MINMAX, fusion=False)
     observer = prepared.module.get_submodule("module.conv.activation_post_process")
     assert isinstance(observer, RecordingObserver)
     assert observer.recorder.stats is not None
@@ -244,8 +244,8 @@ def test_values_before_an_operation_in_place_are_recorded() -> None:
 
 
 @pytest.mark.parametrize("observer", list(RECORDED))
-@pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
-def test_a_model_is_quantized_with_every_observer(flow: Flow, observer: str) -> None:
+@pytest.mark.parametrize("flow", [FlowName.eager, FlowName.fx])
+def test_a_model_is_quantized_with_every_observer(flow: FlowName, observer: str) -> None:
     net = trained(Chain())
     prepared = calibrated(net, flow, settings(), RECORDED[observer])
     converted = FLOWS[flow].convert(prepared).module
@@ -255,8 +255,8 @@ def test_a_model_is_quantized_with_every_observer(flow: Flow, observer: str) -> 
     assert 0 < error < 0.2
 
 
-@pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
-def test_statistics_are_those_of_the_activations_after_the_clamp(flow: Flow) -> None:
+@pytest.mark.parametrize("flow", [FlowName.eager, FlowName.fx])
+def test_statistics_are_those_of_the_activations_after_the_clamp(flow: FlowName) -> None:
     prepared = calibrated(trained(Chain(nn.ReLU6)), flow, settings(), MINMAX)
     clamped = [one.recorder.stats for one in observers(prepared.module).values() if one._forward_pre_hooks]
     assert clamped
@@ -282,8 +282,8 @@ class Passes:
         self, batches: list[np.ndarray], observer: Observer = MINMAX, qconfig: QConfig | None = None, on: str = "a"
     ) -> Prepared:
         example = images(2)
-        fused = FLOWS[Flow.fx].fuse(self.net, spec(), example)
-        prepared = FLOWS[Flow.fx].prepare(fused, spec(qconfig or settings(), observer), example)
+        fused = FLOWS[FlowName.fx].fuse(self.net, spec(), example)
+        prepared = FLOWS[FlowName.fx].prepare(fused, spec(qconfig or settings(), observer), example)
 
         def count(module: nn.Module, inputs: tuple[Tensor]) -> None:
             self.images += len(inputs[0])
@@ -360,8 +360,8 @@ def test_what_is_packed_comes_back() -> None:
 def test_what_a_fused_module_of_torchs_gives_is_counted_once_and_is_two_batches_to_a_moving_average() -> None:
     net, batches = trained(architectures.tiny()), images(16).split(8)
     qconfig = settings()
-    fused = FLOWS[Flow.eager].fuse(net, spec(), batches[0])
-    prepared = FLOWS[Flow.eager].prepare(fused, spec(qconfig), batches[0])
+    fused = FLOWS[FlowName.eager].fuse(net, spec(), batches[0])
+    prepared = FLOWS[FlowName.eager].prepare(fused, spec(qconfig), batches[0])
     given: dict[str, list[Tensor]] = {}
     twice = {name for name, module in prepared.module.named_modules() if isinstance(module, nn.Sequential) and name}
     for name, module in prepared.module.named_modules():

@@ -15,7 +15,7 @@ from torch.ao.nn.quantized import FloatFunctional
 from torch.ao.quantization import DeQuantStub, QuantStub, fuse_modules
 
 from qexp import quantize
-from qexp.config.schema import ActivationObserver, Engine, Flow, Observer, QConfig
+from qexp.config.schema import ActivationObserver, Engine, FlowName, Observer, QConfig
 from qexp.errors import InputError, NotFinite, RunError
 from qexp.models import architectures
 from qexp.quantize import FLOWS, Prepared
@@ -28,13 +28,13 @@ TWO = images(2)
 def prepared_and_converted(
     net: nn.Module, qconfig: QConfig, fusion: bool = True, engine: Engine = Engine.x86
 ) -> tuple[Prepared, nn.Module]:
-    fused = FLOWS[Flow.eager].fuse(net, spec(fusion=fusion), TWO)
-    prepared = FLOWS[Flow.eager].prepare(fused, spec(qconfig, engine=engine), TWO)
+    fused = FLOWS[FlowName.eager].fuse(net, spec(fusion=fusion), TWO)
+    prepared = FLOWS[FlowName.eager].prepare(fused, spec(qconfig, engine=engine), TWO)
     assert quantize.calibrate(prepared, images(16, seed=3).split(8)) == 16
-    return prepared, FLOWS[Flow.eager].convert(prepared).module
+    return prepared, FLOWS[FlowName.eager].convert(prepared).module
 
 
-def kinds(converted: nn.Module, flow: Flow = Flow.eager) -> list[tuple[str, bool]]:
+def kinds(converted: nn.Module, flow: FlowName = FlowName.eager) -> list[tuple[str, bool]]:
     return [(layer.kind, layer.int8) for layer in quantize.layers(converted, FLOWS[flow], Engine.x86)]
 
 
@@ -46,7 +46,7 @@ def error(converted: nn.Module, net: nn.Module, engine: Engine = Engine.x86) -> 
 
 def test_chains_are_found_by_tracing_where_a_model_has_no_fuse_model() -> None:
     net = trained(Chain())
-    fused = FLOWS[Flow.eager].fuse(net, spec(), TWO)
+    fused = FLOWS[FlowName.eager].fuse(net, spec(), TWO)
     assert quantize.fusion_difference(net, fused, images(8)) < 1e-5
     assert [type(m).__name__ for m in fused.features] == [
         *("ConvReLU2d", "Identity", "Identity") * 2,
@@ -70,13 +70,13 @@ def test_the_float_model_is_left_as_it_was() -> None:
 def test_a_model_with_stubs_gets_no_second_pair() -> None:
     _, converted = prepared_and_converted(trained(architectures.tiny()), settings())
     assert sum(type(m).__name__ == "Quantize" for m in converted.modules()) == 1
-    assert next(layer.name for layer in quantize.layers(converted, FLOWS[Flow.eager], Engine.x86)) == "conv1"
+    assert next(layer.name for layer in quantize.layers(converted, FLOWS[FlowName.eager], Engine.x86)) == "conv1"
 
 
 def test_a_model_without_stubs_is_wrapped_and_keeps_its_names() -> None:
     _, converted = prepared_and_converted(trained(Chain()), settings())
     assert sum(type(m).__name__ == "Quantize" for m in converted.modules()) == 1
-    assert [layer.name for layer in quantize.layers(converted, FLOWS[Flow.eager], Engine.x86)] == [
+    assert [layer.name for layer in quantize.layers(converted, FLOWS[FlowName.eager], Engine.x86)] == [
         "features.0",
         "features.3",
         "features.6",
@@ -144,10 +144,10 @@ class ReusedBlock(nn.Module):
 def test_a_relu_that_fusion_lost_is_found_and_its_block_named() -> None:
     net = trained(ReusedReLU())
     batch = images(8)
-    fused = FLOWS[Flow.eager].fuse(net, spec(), TWO)
+    fused = FLOWS[FlowName.eager].fuse(net, spec(), TWO)
     assert quantize.fusion_difference(net, fused, batch) > 1e-4
     assert quantize.blame(net, fused, batch) == "block"
-    whole = FLOWS[Flow.fx].fuse(net, spec(), TWO)
+    whole = FLOWS[FlowName.fx].fuse(net, spec(), TWO)
     assert quantize.fusion_difference(net, whole, batch) < 1e-5
 
 
@@ -170,7 +170,7 @@ def test_a_bare_addition_is_refused_with_its_module_and_the_flow_that_works() ->
             return x + self.conv(x)
 
     with pytest.raises(InputError) as refusal:
-        quantize.dry_run(trained(Adds()), FLOWS[Flow.eager], spec(), TWO)
+        quantize.dry_run(trained(Adds()), FLOWS[FlowName.eager], spec(), TWO)
     sentence = str(refusal.value)
     assert "module block (Residual)" in sentence
     assert "aten::add" in sentence
@@ -184,13 +184,13 @@ def test_a_batchnorm_that_eager_cannot_fold_is_refused_and_fx_named() -> None:
 
     net = trained(nn.Sequential(OwnConv(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 14 * 14, 10)))
     with pytest.raises(InputError, match=r"can't fold the BatchNorm 1 .*flow=fx"):
-        quantize.dry_run(net, FLOWS[Flow.eager], spec(), TWO)
+        quantize.dry_run(net, FLOWS[FlowName.eager], spec(), TWO)
 
 
 def test_a_model_that_every_flow_refuses_is_told_so() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Softmax(1))
     with pytest.raises(InputError, match="no flow takes this model"):
-        quantize.dry_run(net, FLOWS[Flow.dynamic], spec(), TWO)
+        quantize.dry_run(net, FLOWS[FlowName.dynamic], spec(), TWO)
 
 
 def test_what_is_wrong_with_weights_or_images_is_not_laid_on_the_flow() -> None:
@@ -200,20 +200,20 @@ def test_what_is_wrong_with_weights_or_images_is_not_laid_on_the_flow() -> None:
     broken = "conv1.weight of the float model holds NaN or infinity; check model.checkpoint."
     for given, reason in ((TWO, broken), (TWO * math.inf, "check dataset.std.")):
         with pytest.raises(InputError, match=rf"{reason}$"):
-            quantize.dry_run(net, FLOWS[Flow.eager], spec(), given)
+            quantize.dry_run(net, FLOWS[FlowName.eager], spec(), given)
 
 
 def test_dry_run_takes_what_the_flow_takes() -> None:
-    for flow in Flow:
+    for flow in FlowName:
         quantize.dry_run(trained(architectures.tiny()), FLOWS[flow], spec(), TWO)
 
 
-@pytest.mark.parametrize("flow", list(Flow))
-def test_skeleton_takes_the_saved_state_and_says_nothing(flow: Flow, tmp_path: object) -> None:
+@pytest.mark.parametrize("flow", list(FlowName))
+def test_skeleton_takes_the_saved_state_and_says_nothing(flow: FlowName, tmp_path: object) -> None:
     net = trained(architectures.tiny())
     qconfig = settings(overflow="activations")
     prepared = FLOWS[flow].prepare(FLOWS[flow].fuse(net, spec(), TWO), spec(qconfig), TWO)
-    if flow is not Flow.dynamic:
+    if flow is not FlowName.dynamic:
         quantize.calibrate(prepared, [images(8)])
     converted = FLOWS[flow].convert(prepared).module
     with warnings.catch_warnings():
@@ -251,9 +251,9 @@ def test_qparams_of_a_prepared_model_hold_the_codes_that_are_executed(bits: int,
 
 def test_dynamic_flow_quantizes_linear_layers_and_says_what_it_left() -> None:
     net = trained(Chain())
-    prepared = FLOWS[Flow.dynamic].prepare(FLOWS[Flow.dynamic].fuse(net, spec(), TWO), spec(), TWO)
-    converted = FLOWS[Flow.dynamic].convert(prepared).module
-    layers = quantize.layers(converted, FLOWS[Flow.dynamic], Engine.x86)
+    prepared = FLOWS[FlowName.dynamic].prepare(FLOWS[FlowName.dynamic].fuse(net, spec(), TWO), spec(), TWO)
+    converted = FLOWS[FlowName.dynamic].convert(prepared).module
+    layers = quantize.layers(converted, FLOWS[FlowName.dynamic], Engine.x86)
     assert [layer.name for layer in layers if layer.int8] == ["fc"]
     assert {layer.reason for layer in layers if not layer.int8} == {"flow=dynamic quantizes linear layers only"}
     assert 0 < error(converted, net) < 0.05
@@ -264,9 +264,9 @@ def test_settings_of_weights_change_a_dynamic_model(field: dict) -> None:
     net = trained(Chain())
 
     def logits(qconfig: QConfig) -> Tensor:
-        prepared = FLOWS[Flow.dynamic].prepare(net, spec(qconfig), TWO)
+        prepared = FLOWS[FlowName.dynamic].prepare(net, spec(qconfig), TWO)
         with quantize.engine(Engine.x86), torch.inference_mode():
-            return FLOWS[Flow.dynamic].convert(prepared).module(images(8))
+            return FLOWS[FlowName.dynamic].convert(prepared).module(images(8))
 
     assert not torch.equal(logits(settings()), logits(settings(**field)))
     assert torch.equal(logits(settings()), logits(settings(overflow="weights")))
@@ -276,13 +276,13 @@ def test_settings_of_weights_change_a_dynamic_model(field: dict) -> None:
 
 
 def prepared_plain(net: nn.Module) -> Prepared:
-    return FLOWS[Flow.fx].prepare(FLOWS[Flow.fx].fuse(net, spec(), TWO), spec(), TWO)
+    return FLOWS[FlowName.fx].prepare(FLOWS[FlowName.fx].fuse(net, spec(), TWO), spec(), TWO)
 
 
 def test_a_weight_that_is_not_a_number_is_refused_with_the_layer() -> None:
     net = trained(Chain())
     net.features[3].weight.data[2] = float("nan")
-    prepared = FLOWS[Flow.eager].prepare(net, spec(), TWO)
+    prepared = FLOWS[FlowName.eager].prepare(net, spec(), TWO)
     with pytest.raises(RunError, match=r"output of features\.3 holds NaN"):
         quantize.calibrate(prepared, [images(8)])
 
@@ -296,12 +296,12 @@ class Reciprocal(Chain):
 
 @pytest.mark.parametrize("observer", [MINMAX, Observer(ActivationObserver.histogram)])
 def test_the_image_that_makes_an_infinity_is_named_where_others_do_not(observer: Observer) -> None:
-    fused = FLOWS[Flow.fx].fuse(trained(Reciprocal()), spec(), TWO)
+    fused = FLOWS[FlowName.fx].fuse(trained(Reciprocal()), spec(), TWO)
 
     def refusal(zeros: list[int], batches: list[int]) -> str:
         given = images(12)
         given[zeros] = 0
-        prepared = FLOWS[Flow.fx].prepare(fused, spec(observer=observer), TWO)
+        prepared = FLOWS[FlowName.fx].prepare(fused, spec(observer=observer), TWO)
         with pytest.raises(NotFinite) as caught:
             quantize.calibrate(prepared, given.split(batches), "image {}".format)
         return str(caught.value).removeprefix("calibration: the output of getitem holds NaN or infinity")
@@ -316,13 +316,13 @@ def test_the_image_that_makes_an_infinity_is_named_where_others_do_not(observer:
 
 
 def test_an_image_behind_what_is_kept_of_calibration_goes_by_its_position_among_all(tmp_path: Path) -> None:
-    fused = FLOWS[Flow.fx].fuse(trained(Reciprocal()), spec(), TWO)
+    fused = FLOWS[FlowName.fx].fuse(trained(Reciprocal()), spec(), TWO)
     given = images(12).numpy()
     given[8] = 0
     parts = np.split(given, 3)
 
     def calibrate(count: int) -> None:
-        prepared = FLOWS[Flow.fx].prepare(fused, spec(), TWO)
+        prepared = FLOWS[FlowName.fx].prepare(fused, spec(), TWO)
         named = "image {}".format
         quantize.calibrate_once(prepared, parts[:count], torch.from_numpy, tmp_path, "these", named)
 
@@ -356,14 +356,14 @@ def test_observers_that_saw_nothing_are_named() -> None:
             return self.inner(x)
 
     net = trained(Outer())
-    prepared = FLOWS[Flow.eager].prepare(net, spec(), images(1, size=32))
+    prepared = FLOWS[FlowName.eager].prepare(net, spec(), images(1, size=32))
     with pytest.raises(RunError, match=r"1 observers, the first of them inner\.large"):
         quantize.calibrate(prepared, [images(4, size=16)])
 
 
 def test_calibration_that_moves_batchnorm_statistics_is_refused() -> None:
     net = trained(Chain())
-    prepared = FLOWS[Flow.eager].prepare(net, spec(), TWO)
+    prepared = FLOWS[FlowName.eager].prepare(net, spec(), TWO)
     prepared.module.get_submodule("module.features.1").train()
     with pytest.raises(RunError, match=r"BatchNorm module\.features\.1\.running_mean"):
         quantize.calibrate(prepared, [images(8)])
@@ -384,7 +384,7 @@ def test_a_model_that_eager_cannot_trace_still_runs_without_clamped_ranges(caplo
     assert "qconfig.range_after_clamp has no effect" in caplog.text
     assert all(int8 for _, int8 in kinds(converted))
     with pytest.raises(InputError, match="no fuse_model"):
-        FLOWS[Flow.eager].fuse(trained(Branching()), spec(), TWO)
+        FLOWS[FlowName.eager].fuse(trained(Branching()), spec(), TWO)
 
 
 # ------------------------------------------------------------------------------- which engine takes what (DESIGN)
@@ -406,7 +406,7 @@ def test_what_is_legal_runs_and_is_close(
     net = trained(Chain())
     qconfig = settings(granularity, weight_scheme, activation_scheme, overflow="weights")
     _, converted = prepared_and_converted(net, qconfig, engine=engine)
-    assert all(layer.int8 for layer in quantize.layers(converted, FLOWS[Flow.eager], engine))
+    assert all(layer.int8 for layer in quantize.layers(converted, FLOWS[FlowName.eager], engine))
     assert error(converted, net, engine) < 0.15
 
 
@@ -440,11 +440,11 @@ def test_an_engine_that_torch_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) 
 def test_quantizable_models_of_torchvision_run_wholly_in_int8(name: str, count: int) -> None:
     net = trained(getattr(torchvision.models.quantization, name)(weights=None, quantize=False))
     example = images(2, size=64)
-    fused = FLOWS[Flow.eager].fuse(net, spec(), example)
+    fused = FLOWS[FlowName.eager].fuse(net, spec(), example)
     assert quantize.fusion_difference(net, fused, example) < 1e-4
-    prepared = FLOWS[Flow.eager].prepare(fused, spec(settings(overflow="activations")), example)
+    prepared = FLOWS[FlowName.eager].prepare(fused, spec(settings(overflow="activations")), example)
     quantize.calibrate(prepared, [example])
-    layers = kinds(FLOWS[Flow.eager].convert(prepared).module)
+    layers = kinds(FLOWS[FlowName.eager].convert(prepared).module)
     assert len(layers) == count
     assert all(int8 for _, int8 in layers)
 
@@ -453,9 +453,9 @@ def test_quantizable_models_of_torchvision_run_wholly_in_int8(name: str, count: 
 def test_auxiliary_heads_that_never_run_are_left_out_and_named() -> None:
     net = trained(torchvision.models.quantization.googlenet(weights=None, init_weights=False, quantize=False))
     example = images(2, size=64)
-    prepared = FLOWS[Flow.eager].prepare(FLOWS[Flow.eager].fuse(net, spec(), example), spec(), example)
+    prepared = FLOWS[FlowName.eager].prepare(FLOWS[FlowName.eager].fuse(net, spec(), example), spec(), example)
     quantize.calibrate(prepared, [example])
-    layers = quantize.layers(FLOWS[Flow.eager].convert(prepared).module, FLOWS[Flow.eager], Engine.x86)
+    layers = quantize.layers(FLOWS[FlowName.eager].convert(prepared).module, FLOWS[FlowName.eager], Engine.x86)
     left = [layer for layer in layers if not layer.int8]
     assert {layer.name.partition(".")[0] for layer in left} == {"aux1", "aux2"}
     assert {layer.reason for layer in left} == {"never runs in evaluation"}

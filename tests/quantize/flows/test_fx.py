@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from qexp import quantize
-from qexp.config.schema import Engine, Flow
+from qexp.config.schema import Engine, FlowName
 from qexp.errors import InputError
 from qexp.quantize import FLOWS, Prepared
 from qexp.quantize.graph.tracing import trace
@@ -95,9 +95,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def through(net: nn.Module, range_after_clamp: bool = True, engine: Engine = Engine.x86) -> tuple[nn.Module, Prepared]:
-    fused = FLOWS[Flow.fx].fuse(net, spec(), TWO)
+    fused = FLOWS[FlowName.fx].fuse(net, spec(), TWO)
     qconfig = settings(overflow="activations", range_after_clamp=range_after_clamp)
-    prepared = FLOWS[Flow.fx].prepare(fused, spec(qconfig, engine=engine), TWO)
+    prepared = FLOWS[FlowName.fx].prepare(fused, spec(qconfig, engine=engine), TWO)
     quantize.calibrate(prepared, [images(16, seed=3)])
     return fused, prepared
 
@@ -109,8 +109,8 @@ def test_batchnorm_is_folded_whatever_the_class(name: str) -> None:
     fused, prepared = through(net)
     assert quantize.fusion_difference(net, fused, images(8, seed=4)) < 1e-5
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fused.modules())
-    converted = FLOWS[Flow.fx].convert(prepared).module
-    layers = quantize.layers(converted, FLOWS[Flow.fx], Engine.x86)
+    converted = FLOWS[FlowName.fx].convert(prepared).module
+    layers = quantize.layers(converted, FLOWS[FlowName.fx], Engine.x86)
     # From 3 to 8 channels torch's kernel is wrong: see quantize/transposed.py.
     first = ("conv_transpose", False) if "transposed" in name else ("conv", True)
     assert [(layer.kind, layer.int8) for layer in layers] == [first, ("pointwise", True), ("linear", True)]
@@ -120,16 +120,16 @@ def test_batchnorm_is_folded_whatever_the_class(name: str) -> None:
 
 
 def test_symmetric_padding_moves_inside_the_convolution_and_asymmetric_stays() -> None:
-    symmetric = FLOWS[Flow.fx].fuse(trained(MODELS["padding by a child"]()), spec(), TWO)
+    symmetric = FLOWS[FlowName.fx].fuse(trained(MODELS["padding by a child"]()), spec(), TWO)
     assert not any(node.target is F.pad for node in symmetric.graph.nodes)
     assert symmetric.get_submodule("0")[0].padding == (1, 1)
-    asymmetric = FLOWS[Flow.fx].fuse(trained(MODELS["padding computed from the shape"]()), spec(), TWO)
+    asymmetric = FLOWS[FlowName.fx].fuse(trained(MODELS["padding computed from the shape"]()), spec(), TWO)
     assert [node.args[1] for node in asymmetric.graph.nodes if node.target is F.pad] == [[0, 1, 0, 1]]
 
 
 def test_layers_keep_the_names_that_the_user_gave_them() -> None:
     _, prepared = through(trained(MODELS["padding by a child"]()))
-    layers = quantize.layers(FLOWS[Flow.fx].convert(prepared).module, FLOWS[Flow.fx], Engine.x86)
+    layers = quantize.layers(FLOWS[FlowName.fx].convert(prepared).module, FLOWS[FlowName.fx], Engine.x86)
     assert [layer.name for layer in layers] == ["0", "3", "6"]
     assert layers[0].kernel == "x86 conv"
 
@@ -153,7 +153,7 @@ def test_modules_that_are_called_twice_are_fused_at_each_call() -> None:
     net = trained(Shared())
     fused, prepared = through(net)
     assert quantize.fusion_difference(net, fused, images(8, seed=4)) < 1e-5
-    layers = quantize.layers(FLOWS[Flow.fx].convert(prepared).module, FLOWS[Flow.fx], Engine.x86)
+    layers = quantize.layers(FLOWS[FlowName.fx].convert(prepared).module, FLOWS[FlowName.fx], Engine.x86)
     assert [layer.kind for layer in layers].count("conv") == 3
     assert all(layer.int8 and layer.kind != "batchnorm" for layer in layers)
 
@@ -216,7 +216,7 @@ def test_range_after_clamp_changes_nothing_where_conv_and_relu_are_fused() -> No
     for after in (True, False):
         _, prepared = through(net, range_after_clamp=after)
         with quantize.engine(Engine.x86), torch.inference_mode():
-            answers.append(FLOWS[Flow.fx].convert(prepared).module(images(4)))
+            answers.append(FLOWS[FlowName.fx].convert(prepared).module(images(4)))
     assert torch.equal(*answers)
 
 
@@ -225,9 +225,9 @@ def test_prelu_stays_in_fp32_since_torchs_int8_one_is_wrong() -> None:
     _, prepared = through(net)
     with quantize.engine(Engine.x86), torch.inference_mode():
         batch = images(8, seed=5)
-        converted = FLOWS[Flow.fx].convert(prepared).module
+        converted = FLOWS[FlowName.fx].convert(prepared).module
         assert relative_error(converted(batch), net(batch)) < 0.1
-    assert all(layer.int8 for layer in quantize.layers(converted, FLOWS[Flow.fx], Engine.x86))
+    assert all(layer.int8 for layer in quantize.layers(converted, FLOWS[FlowName.fx], Engine.x86))
 
 
 class Branching(Plain):
@@ -249,9 +249,9 @@ class Nested(nn.Module):
 def test_a_graph_that_cannot_be_traced_is_refused_with_the_module_and_the_flow_that_works() -> None:
     net = trained(Nested())
     with pytest.raises(InputError, match=r"flow=fx can't trace Nested: its module body \(Branching\) decides by"):
-        FLOWS[Flow.fx].fuse(net, spec(), TWO)
+        FLOWS[FlowName.fx].fuse(net, spec(), TWO)
     with pytest.raises(InputError, match=r"works with flow=dynamic\.$") as refusal:
-        quantize.dry_run(net, FLOWS[Flow.fx], spec(), TWO)
+        quantize.dry_run(net, FLOWS[FlowName.fx], spec(), TWO)
     assert "\n" not in str(refusal.value)
 
 
@@ -273,8 +273,8 @@ def test_batch_size_stays_free_where_a_model_reads_its_shape() -> None:
 def test_every_engine_takes_the_flow(engine: Engine) -> None:
     net = trained(Plain())
     _, prepared = through(net, engine=engine)
-    converted = FLOWS[Flow.fx].convert(prepared).module
-    layers = quantize.layers(converted, FLOWS[Flow.fx], engine)
+    converted = FLOWS[FlowName.fx].convert(prepared).module
+    layers = quantize.layers(converted, FLOWS[FlowName.fx], engine)
     assert [layer.kind for layer in layers] == ["conv", "depthwise", "pointwise", "linear"]
     assert all(layer.int8 for layer in layers)
     with quantize.engine(engine), torch.inference_mode():
@@ -296,11 +296,11 @@ def test_every_engine_takes_the_flow(engine: Engine) -> None:
 def test_torchvision_models_unmodified_run_wholly_in_int8(name: str, count: int) -> None:
     net = trained(getattr(torchvision.models, name)(weights=None))
     example = images(2, size=64)
-    fused = FLOWS[Flow.fx].fuse(net, spec(), example)
+    fused = FLOWS[FlowName.fx].fuse(net, spec(), example)
     assert quantize.fusion_difference(net, fused, example) < 1e-4
-    prepared = FLOWS[Flow.fx].prepare(fused, spec(settings(overflow="activations")), example)
+    prepared = FLOWS[FlowName.fx].prepare(fused, spec(settings(overflow="activations")), example)
     quantize.calibrate(prepared, [example])
-    layers = quantize.layers(FLOWS[Flow.fx].convert(prepared).module, FLOWS[Flow.fx], Engine.x86)
+    layers = quantize.layers(FLOWS[FlowName.fx].convert(prepared).module, FLOWS[FlowName.fx], Engine.x86)
     assert len(layers) == count
     assert all(layer.int8 and layer.kind != "batchnorm" for layer in layers)
 
@@ -364,10 +364,10 @@ class Computed1d(Computed):
 @pytest.mark.parametrize("kind", [Indices, Selected, Computed, Computed1d])
 def test_what_has_no_grid_stays_as_it_is_between_int8_layers(kind: type[nn.Module]) -> None:
     net = trained(kind())
-    quantize.dry_run(net, FLOWS[Flow.fx], spec(settings(overflow="activations")), TWO)
+    quantize.dry_run(net, FLOWS[FlowName.fx], spec(settings(overflow="activations")), TWO)
     _, prepared = through(net)
-    converted = FLOWS[Flow.fx].convert(prepared).module
-    assert sum(layer.int8 for layer in quantize.layers(converted, FLOWS[Flow.fx], Engine.x86)) >= 2
+    converted = FLOWS[FlowName.fx].convert(prepared).module
+    assert sum(layer.int8 for layer in quantize.layers(converted, FLOWS[FlowName.fx], Engine.x86)) >= 2
     with quantize.engine(Engine.x86), torch.inference_mode():
         batch = images(5, seed=5)
         assert relative_error(converted(batch), net(batch)) < 0.1

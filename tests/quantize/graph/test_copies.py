@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 from qexp import quantize
-from qexp.config.schema import Engine, Flow
+from qexp.config.schema import Engine, FlowName
 from qexp.models import float_model
 from qexp.quantize import FLOWS
 from qexp.quantize.graph.copies import each_once, evaluation_copy
@@ -22,13 +22,13 @@ SETTINGS = settings()
 SAVED = images(8, seed=4)
 
 
-def converted(net: nn.Module, flow: Flow) -> nn.Module:
+def converted(net: nn.Module, flow: FlowName) -> nn.Module:
     """With exact sums on every CPU: qnnpack's."""
     quantize.dry_run(net, FLOWS[flow], spec(SETTINGS, engine=Engine.qnnpack), TWO)
     fused = FLOWS[flow].fuse(net, spec(), TWO)
     assert quantize.fusion_difference(net, fused, SAVED) < 1e-5
     prepared = FLOWS[flow].prepare(fused, spec(SETTINGS, engine=Engine.qnnpack), TWO)
-    if flow is not Flow.dynamic:
+    if flow is not FlowName.dynamic:
         quantize.calibrate(prepared, images(16, seed=3).split(8))
     return FLOWS[flow].convert(prepared).module
 
@@ -38,9 +38,9 @@ def error(int8: nn.Module, net: nn.Module) -> float:
         return relative_error(int8(SAVED), net(SAVED))
 
 
-def int8_layers(int8: nn.Module, flow: Flow) -> list[str]:
+def int8_layers(int8: nn.Module, flow: FlowName) -> list[str]:
     layers = quantize.layers(int8, FLOWS[flow], Engine.qnnpack)
-    assert flow is Flow.dynamic or all(layer.int8 for layer in layers)
+    assert flow is FlowName.dynamic or all(layer.int8 for layer in layers)
     return [layer.name for layer in layers if layer.int8]
 
 
@@ -120,8 +120,8 @@ def kind(module: nn.Module, key: str) -> str:
     return "parameter" if key in dict(module.named_parameters()) else "buffer"
 
 
-@pytest.mark.parametrize("flow", list(Flow))
-def test_a_pruned_model_goes_through_every_flow_and_keeps_its_zeros(flow: Flow) -> None:
+@pytest.mark.parametrize("flow", list(FlowName))
+def test_a_pruned_model_goes_through_every_flow_and_keeps_its_zeros(flow: FlowName) -> None:
     net = trained(chain())
     net.requires_grad_(True)
     prune.l1_unstructured(net[0], "weight", 0.5)
@@ -135,8 +135,8 @@ def test_a_pruned_model_goes_through_every_flow_and_keeps_its_zeros(flow: Flow) 
 # ------------------------------------------------------------------------------------------------ plain layers
 
 
-@pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
-def test_a_synchronised_batchnorm_is_folded_like_any_other(flow: Flow) -> None:
+@pytest.mark.parametrize("flow", [FlowName.eager, FlowName.fx])
+def test_a_synchronised_batchnorm_is_folded_like_any_other(flow: FlowName) -> None:
     def net() -> nn.Sequential:
         return nn.Sequential(
             *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
@@ -169,8 +169,8 @@ def wrapped(num_classes: int) -> nn.Module:
     return nn.Sequential(nn.DataParallel(net[:3]), Compiled(net[3:5]), net[5])
 
 
-@pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
-def test_wrappers_around_parts_of_a_model_are_taken_off(flow: Flow) -> None:
+@pytest.mark.parametrize("flow", [FlowName.eager, FlowName.fx])
+def test_wrappers_around_parts_of_a_model_are_taken_off(flow: FlowName) -> None:
     int8 = converted(wrapped(10), flow)
     assert int8_layers(int8, flow) == ["0.0", "2"]
     with torch.inference_mode():
@@ -185,9 +185,9 @@ def test_a_model_s_own_way_to_save_and_load_does_not_reach_the_int8_model() -> N
     net = trained(chain())
     net.register_state_dict_post_hook(lambda module, state, prefix, metadata: state.pop(f"{prefix}0.weight"))
     net.register_load_state_dict_pre_hook(lambda module, state, prefix, *rest: state.update(surplus=torch.ones(1)))
-    fused = FLOWS[Flow.eager].fuse(net, spec(), TWO)
-    int8 = converted(net, Flow.eager)
-    skeleton = quantize.skeleton(fused, FLOWS[Flow.eager], spec(SETTINGS, engine=Engine.qnnpack), TWO)
+    fused = FLOWS[FlowName.eager].fuse(net, spec(), TWO)
+    int8 = converted(net, FlowName.eager)
+    skeleton = quantize.skeleton(fused, FLOWS[FlowName.eager], spec(SETTINGS, engine=Engine.qnnpack), TWO)
     with quantize.engine(Engine.qnnpack), torch.inference_mode():
         skeleton.load_state_dict(int8.state_dict(), assign=True)
         assert torch.equal(skeleton(SAVED), int8(SAVED))
@@ -237,13 +237,15 @@ class SharedLeaves(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "flow", "names"),
     [
-        (TwoNames, Flow.eager, ["stem", "fc", "a.0"]),
-        (TwoNames, Flow.dynamic, ["fc"]),
-        (SharedLeaves, Flow.eager, ["stem", "conv", "fc"]),
-        (SharedLeaves, Flow.dynamic, ["fc"]),
+        (TwoNames, FlowName.eager, ["stem", "fc", "a.0"]),
+        (TwoNames, FlowName.dynamic, ["fc"]),
+        (SharedLeaves, FlowName.eager, ["stem", "conv", "fc"]),
+        (SharedLeaves, FlowName.dynamic, ["fc"]),
     ],
 )
-def test_a_module_of_several_names_is_one_layer_in_int8(kind: type[nn.Module], flow: Flow, names: list[str]) -> None:
+def test_a_module_of_several_names_is_one_layer_in_int8(
+    kind: type[nn.Module], flow: FlowName, names: list[str]
+) -> None:
     net = trained(kind())
     int8 = converted(net, flow)
     assert int8_layers(int8, flow) == names
@@ -256,8 +258,8 @@ def test_a_module_of_several_names_is_one_layer_in_int8(kind: type[nn.Module], f
 @pytest.mark.parametrize("kind", [TwoNames, SharedLeaves])
 def test_a_module_of_several_names_is_observed_once_at_each_call(kind: type[nn.Module]) -> None:
     net = trained(kind())
-    prepared = FLOWS[Flow.eager].prepare(
-        FLOWS[Flow.eager].fuse(net, spec(), TWO), spec(SETTINGS, engine=Engine.qnnpack), TWO
+    prepared = FLOWS[FlowName.eager].prepare(
+        FLOWS[FlowName.eager].fuse(net, spec(), TWO), spec(SETTINGS, engine=Engine.qnnpack), TWO
     )
     quantize.calibrate(prepared, [SAVED])
     seen: list[Tensor] = []
@@ -270,7 +272,7 @@ def test_a_module_of_several_names_is_observed_once_at_each_call(kind: type[nn.M
     assert not any(other.startswith(("b.", "two", "three", "head")) for other in qparams)
     expected = max(float(output.max()) for output in seen) / 255
     assert float(qparams[name].scale[0]) == pytest.approx(expected, rel=1e-4)
-    converted = FLOWS[Flow.eager].convert(prepared).module
+    converted = FLOWS[FlowName.eager].convert(prepared).module
     assert set(quantize.read_qparams(converted)) == set(qparams)
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qexp import quantize
-from qexp.config.schema import Engine, Flow
+from qexp.config.schema import Engine, FlowName
 from qexp.errors import InputError
 from qexp.quantize import FLOWS
 from qexp.quantize.graph.tracing import UntraceableError, trace
@@ -165,7 +165,7 @@ def test_the_graph_computes_what_the_module_does(form: str) -> None:
     expected = net(batch.clone())
     graph = trace(net, TWO)
     assert torch.allclose(graph(batch.clone()), expected, atol=1e-6)
-    fused = FLOWS[Flow.fx].fuse(net, spec(), TWO)
+    fused = FLOWS[FlowName.fx].fuse(net, spec(), TWO)
     assert relative_error(fused(batch.clone()), expected) < 1e-5
     names = [str(node.target if node.op == "call_method" else node.name) for node in fused.graph.nodes]
     assert not [name for name in names if name.endswith("_") or name == "setitem"]
@@ -174,10 +174,10 @@ def test_the_graph_computes_what_the_module_does(form: str) -> None:
 @pytest.mark.parametrize("form", list(FORMS))
 def test_int8_in_fx_is_close_to_the_module(form: str) -> None:
     net = trained(Body(FORMS[form]))
-    fused = FLOWS[Flow.fx].fuse(net, spec(), TWO)
-    prepared = FLOWS[Flow.fx].prepare(fused, spec(settings(overflow="activations")), TWO)
+    fused = FLOWS[FlowName.fx].fuse(net, spec(), TWO)
+    prepared = FLOWS[FlowName.fx].prepare(fused, spec(settings(overflow="activations")), TWO)
     quantize.calibrate(prepared, [images(16, seed=3)])
-    converted = FLOWS[Flow.fx].convert(prepared).module
+    converted = FLOWS[FlowName.fx].convert(prepared).module
     batch = images(8, seed=4)
     with quantize.engine(Engine.x86), torch.inference_mode():
         assert relative_error(converted(batch), net(batch.clone())) < 0.2
@@ -185,7 +185,7 @@ def test_int8_in_fx_is_close_to_the_module(form: str) -> None:
 
 def test_in_place_where_nobody_else_reads_stays_as_it_was() -> None:
     net = trained(Body(lambda net, x: net.relu6(x)))
-    fused = FLOWS[Flow.fx].fuse(net, spec(), TWO)
+    fused = FLOWS[FlowName.fx].fuse(net, spec(), TWO)
     assert fused.get_submodule("relu6").inplace
 
 
@@ -200,7 +200,7 @@ def test_the_image_itself_may_be_written_to() -> None:
             return self.body(x)
 
     net, kept = trained(Normalises()), TWO.clone()
-    fused = FLOWS[Flow.fx].fuse(net, spec(), TWO)
+    fused = FLOWS[FlowName.fx].fuse(net, spec(), TWO)
     assert torch.equal(TWO, kept)
     assert relative_error(fused(TWO), net(TWO.clone())) < 1e-5
     assert torch.equal(TWO, kept)
@@ -229,7 +229,7 @@ def test_a_part_that_is_written_is_refused_with_its_module_before_any_work(
     net = trained(nn.Sequential(nn.Conv2d(3, 3, 1), Body(act)))
     sentence = r"flow=fx can't trace Sequential: its module 1 \(Body\) writes in place into a part .*torch.cat"
     with pytest.raises(InputError, match=sentence):
-        FLOWS[Flow.fx].fuse(net, spec(), TWO)
+        FLOWS[FlowName.fx].fuse(net, spec(), TWO)
 
 
 def test_a_model_that_changes_its_own_buffer_is_refused() -> None:
@@ -270,11 +270,11 @@ def test_eager_writes_in_place_whatever_the_int8_module_does(kind: type[nn.Modul
     torch.manual_seed(0)
     net = trained(Stated(kind(inplace=True)))
     other = trained(Stated(nn.Identity()))
-    quantize.dry_run(net, FLOWS[Flow.eager], spec(fusion=fusion), TWO)
-    fused = FLOWS[Flow.eager].fuse(net, spec(fusion=fusion), TWO)
-    prepared = FLOWS[Flow.eager].prepare(fused, spec(settings(overflow="activations")), TWO)
+    quantize.dry_run(net, FLOWS[FlowName.eager], spec(fusion=fusion), TWO)
+    fused = FLOWS[FlowName.eager].fuse(net, spec(fusion=fusion), TWO)
+    prepared = FLOWS[FlowName.eager].prepare(fused, spec(settings(overflow="activations")), TWO)
     quantize.calibrate(prepared, [images(16, seed=3)])
-    converted = FLOWS[Flow.eager].convert(prepared).module
+    converted = FLOWS[FlowName.eager].convert(prepared).module
     batch = images(8, seed=4)
     with quantize.engine(Engine.x86), torch.inference_mode():
         expected, answer = net(batch.clone()), converted(batch.clone())
@@ -290,8 +290,8 @@ def test_layers_whose_result_is_assigned_get_no_hook() -> None:
     net = trained(
         nn.Sequential(nn.Conv2d(3, 8, 3), nn.Hardswish(inplace=True), nn.Flatten(), nn.Linear(8 * 14 * 14, 10))
     )
-    fused = FLOWS[Flow.eager].fuse(net, spec(), TWO)
-    prepared = FLOWS[Flow.eager].prepare(fused, spec(), TWO)
+    fused = FLOWS[FlowName.eager].fuse(net, spec(), TWO)
+    prepared = FLOWS[FlowName.eager].prepare(fused, spec(), TWO)
     assert prepared.module[1].inplace
     # torch's observers are hooks; there is no other.
     assert [hook.__name__ for hook in prepared.module[1]._forward_hooks.values()] == ["_observer_forward_hook"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qexp import quantize
-from qexp.config.schema import Engine, Flow
+from qexp.config.schema import Engine, FlowName
 from qexp.errors import InputError
 from qexp.quantize import FLOWS
 from qexp.quantize.graph.tracing import UntraceableError, trace
@@ -149,13 +149,13 @@ def test_such_a_model_goes_through_fx_and_stays_close(ask: Callable[[Tensor], Te
             return self.fc(F.relu(self.bn1(self.conv1(ask(x)))).mean((2, 3)))
 
     net = trained(Asks())
-    quantize.dry_run(net, FLOWS[Flow.fx], spec(), TWO)
-    prepared = FLOWS[Flow.fx].prepare(
-        FLOWS[Flow.fx].fuse(net, spec(), TWO), spec(settings(overflow="activations")), TWO
+    quantize.dry_run(net, FLOWS[FlowName.fx], spec(), TWO)
+    prepared = FLOWS[FlowName.fx].prepare(
+        FLOWS[FlowName.fx].fuse(net, spec(), TWO), spec(settings(overflow="activations")), TWO
     )
     quantize.calibrate(prepared, [images(16, seed=3)])
-    converted = FLOWS[Flow.fx].convert(prepared).module
-    assert all(layer.int8 for layer in quantize.layers(converted, FLOWS[Flow.fx], Engine.x86))
+    converted = FLOWS[FlowName.fx].convert(prepared).module
+    assert all(layer.int8 for layer in quantize.layers(converted, FLOWS[FlowName.fx], Engine.x86))
     with quantize.engine(Engine.x86), torch.inference_mode():
         assert relative_error(converted(images(8, seed=4)), net(images(8, seed=4))) < 0.2
 
@@ -174,7 +174,7 @@ def test_other_arguments_have_their_defaults() -> None:
     graph = trace(net, TWO)
     assert torch.equal(graph(TWO), net(TWO))
     assert [node.target for node in graph.graph.nodes if node.op == "placeholder"] == ["x"]
-    for flow in (Flow.eager, Flow.fx):
+    for flow in (FlowName.eager, FlowName.fx):
         quantize.dry_run(net, FLOWS[flow], spec(), TWO)
 
 
@@ -281,12 +281,12 @@ def test_squeeze_keeps_the_dimension_of_the_images(squeeze: Callable[[Tensor], T
     assert torch.equal(graph(TWO), net(TWO))
     assert graph(TWO[:1]).shape == (1, 10)
     assert torch.allclose(graph(TWO[:1]), net(TWO)[:1], atol=1e-5)
-    quantize.dry_run(net, FLOWS[Flow.fx], spec(), TWO)
+    quantize.dry_run(net, FLOWS[FlowName.fx], spec(), TWO)
 
 
 @SPELLINGS
-@pytest.mark.parametrize("flow", [Flow.eager, Flow.dynamic])
-def test_a_squeeze_that_int8_does_not_take_is_named(squeeze: Callable[[Tensor], Tensor], flow: Flow) -> None:
+@pytest.mark.parametrize("flow", [FlowName.eager, FlowName.dynamic])
+def test_a_squeeze_that_int8_does_not_take_is_named(squeeze: Callable[[Tensor], Tensor], flow: FlowName) -> None:
     class Named(Squeezes):
         def forward(self, x: Tensor) -> Tensor:
             return self.fc(self.squeeze(F.adaptive_avg_pool2d(self.conv1(x), 1)))
@@ -305,11 +305,11 @@ def test_a_float_model_that_fails_for_one_image_by_its_squeeze_is_told_so() -> N
             return F.log_softmax(self.fc(F.adaptive_avg_pool2d(self.conv1(x), 1).squeeze()), 1)
 
     with pytest.raises(InputError, match=r"can't take one image alone: squeeze\(\) in its own forward \(Fails\)"):
-        quantize.dry_run(trained(Fails()), FLOWS[Flow.eager], spec(engine=Engine.qnnpack), TWO)
+        quantize.dry_run(trained(Fails()), FLOWS[FlowName.eager], spec(engine=Engine.qnnpack), TWO)
 
 
-@pytest.mark.parametrize("flow", Flow)
-def test_a_squeeze_of_the_logits_harms_nothing(flow: Flow) -> None:
+@pytest.mark.parametrize("flow", FlowName)
+def test_a_squeeze_of_the_logits_harms_nothing(flow: FlowName) -> None:
     class Last(Plain):
         def forward(self, x: Tensor) -> Tensor:
             return self.fc(F.adaptive_avg_pool2d(self.conv1(x), 1).flatten(1)).squeeze()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qexp import quantize
-from qexp.config.schema import Flow
+from qexp.config.schema import FlowName
 from qexp.errors import InputError
 from qexp.models import float_model
 from qexp.quantize import FLOWS
@@ -60,7 +60,7 @@ def with_head(forward: Callable[[nn.Module, Tensor], Tensor]) -> nn.Module:
     return trained(net)
 
 
-def refusal(net: nn.Module, flow: Flow, fusion: bool = True, image: Tensor = ONE) -> str:
+def refusal(net: nn.Module, flow: FlowName, fusion: bool = True, image: Tensor = ONE) -> str:
     """What a dry run says of it; empty where the model is taken."""
     try:
         quantize.dry_run(net, FLOWS[flow], spec(fusion=fusion), image, "the image cat.png")
@@ -72,14 +72,14 @@ def refusal(net: nn.Module, flow: Flow, fusion: bool = True, image: Tensor = ONE
     return ""
 
 
-@pytest.mark.parametrize("flow", list(Flow))
-def test_what_computes_the_same_each_time_is_taken(flow: Flow) -> None:
+@pytest.mark.parametrize("flow", list(FlowName))
+def test_what_computes_the_same_each_time_is_taken(flow: FlowName) -> None:
     assert refusal(trained(Net()), flow) == ""
     in_training = with_head(lambda self, x: self.fc(F.dropout(x, 0.5, training=self.training)))
     assert refusal(in_training, flow) == ""
 
 
-@pytest.mark.parametrize("flow", list(Flow))
+@pytest.mark.parametrize("flow", list(FlowName))
 @pytest.mark.parametrize(
     ("forward", "function"),
     [
@@ -91,7 +91,7 @@ def test_what_computes_the_same_each_time_is_taken(flow: Flow) -> None:
     ],
 )
 def test_a_model_that_draws_random_numbers_is_refused_with_the_function(
-    flow: Flow, forward: Callable[..., Tensor], function: str
+    flow: FlowName, forward: Callable[..., Tensor], function: str
 ) -> None:
     said = refusal(with_head(forward), flow)
     assert said.startswith("the float model answers an image otherwise each time: ")
@@ -100,11 +100,11 @@ def test_a_model_that_draws_random_numbers_is_refused_with_the_function(
 
 
 def test_numbers_that_are_drawn_and_not_used_are_no_fault() -> None:
-    assert refusal(with_head(lambda self, x: self.fc(x) + 0 * torch.rand(1)), Flow.dynamic) == ""
+    assert refusal(with_head(lambda self, x: self.fc(x) + 0 * torch.rand(1)), FlowName.dynamic) == ""
 
 
-@pytest.mark.parametrize("flow", list(Flow))
-def test_a_model_that_remembers_is_refused_with_the_module(flow: Flow) -> None:
+@pytest.mark.parametrize("flow", list(FlowName))
+def test_a_model_that_remembers_is_refused_with_the_module(flow: FlowName) -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         self.calls = getattr(self, "calls", 0) + 1
         return self.fc(x * self.calls)
@@ -112,9 +112,9 @@ def test_a_model_that_remembers_is_refused_with_the_module(flow: Flow) -> None:
     assert "its module head (Other) keeps something from call to call" in refusal(with_head(forward), flow)
 
 
-@pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
+@pytest.mark.parametrize("flow", [FlowName.eager, FlowName.fx])
 @pytest.mark.parametrize("whole", [True, False])
-def test_autocast_is_named_and_what_works_too(flow: Flow, whole: bool) -> None:
+def test_autocast_is_named_and_what_works_too(flow: FlowName, whole: bool) -> None:
     class Cast(Net):
         def forward(self, x: Tensor) -> Tensor:
             with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -132,10 +132,10 @@ def test_autocast_that_is_off_in_evaluation_is_no_fault() -> None:
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.training):
                 return self.head(self.features(x))
 
-    assert refusal(trained(Cast()), Flow.fx) == ""
+    assert refusal(trained(Cast()), FlowName.fx) == ""
 
 
-@pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
+@pytest.mark.parametrize("flow", [FlowName.eager, FlowName.fx])
 @pytest.mark.parametrize(
     ("layer", "register"),
     [
@@ -145,7 +145,7 @@ def test_autocast_that_is_off_in_evaluation_is_no_fault() -> None:
     ],
 )
 def test_a_hook_that_changes_what_a_layer_gives_is_refused_with_the_layer(
-    flow: Flow, layer: str, register: Callable[[nn.Module], object]
+    flow: FlowName, layer: str, register: Callable[[nn.Module], object]
 ) -> None:
     net = trained(Net())
     register(net.get_submodule(layer))
@@ -155,15 +155,17 @@ def test_a_hook_that_changes_what_a_layer_gives_is_refused_with_the_layer(
 def test_hooks_of_the_model_itself_are_refused_and_those_of_modules_within_are_traced() -> None:
     net = trained(Net())
     net.head.register_forward_hook(lambda m, inputs, output: output * 2 + 1)
-    assert refusal(net, Flow.fx) == ""
-    fused = FLOWS[Flow.fx].fuse(net, spec(), ONE)
+    assert refusal(net, FlowName.fx) == ""
+    fused = FLOWS[FlowName.fx].fuse(net, spec(), ONE)
     torch.testing.assert_close(fused(ONE), net(ONE))
     net.register_forward_pre_hook(lambda m, inputs: (inputs[0] * 2,))
-    assert refusal(net, Flow.fx).startswith("the model itself (Net) has a hook that changes what the model computes")
+    assert refusal(net, FlowName.fx).startswith(
+        "the model itself (Net) has a hook that changes what the model computes"
+    )
 
 
-@pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
-def test_hooks_that_only_look_or_that_weight_norm_needs_are_no_fault(flow: Flow) -> None:
+@pytest.mark.parametrize("flow", [FlowName.eager, FlowName.fx])
+def test_hooks_that_only_look_or_that_weight_norm_needs_are_no_fault(flow: FlowName) -> None:
     net = Net()
     seen: list[torch.Size] = []
     net.conv2.register_forward_hook(lambda m, inputs, output: seen.append(output.shape))
@@ -173,8 +175,8 @@ def test_hooks_that_only_look_or_that_weight_norm_needs_are_no_fault(flow: Flow)
     assert seen
 
 
-@pytest.mark.parametrize("flow", list(Flow))
-def test_a_batchnorm_without_running_statistics_is_named(flow: Flow) -> None:
+@pytest.mark.parametrize("flow", list(FlowName))
+def test_a_batchnorm_without_running_statistics_is_named(flow: FlowName) -> None:
     net = trained(Net())
     net.bn2 = nn.BatchNorm2d(16, track_running_stats=False).eval()
     assert refusal(net, flow).startswith("module bn2 (BatchNorm2d) has track_running_stats=False")
@@ -186,11 +188,11 @@ def test_a_batchnorm_without_running_statistics_is_named(flow: Flow) -> None:
 
 def test_a_model_that_fails_with_one_image_is_refused_with_what_it_says() -> None:
     net = with_head(lambda self, x: self.fc(x - x[1]))
-    assert refusal(net, Flow.fx).startswith("the float model can't take one image alone: index 1 is out of bounds")
+    assert refusal(net, FlowName.fx).startswith("the float model can't take one image alone: index 1 is out of bounds")
 
 
-@pytest.mark.parametrize("flow", list(Flow))
-def test_what_is_not_finite_is_named_with_image_and_module(flow: Flow) -> None:
+@pytest.mark.parametrize("flow", list(FlowName))
+def test_what_is_not_finite_is_named_with_image_and_module(flow: FlowName) -> None:
     net = with_head(lambda self, x: self.fc(x) / (x - x).sum(1, keepdim=True))
     said = refusal(net, flow)
     assert said.startswith(
@@ -213,8 +215,8 @@ def test_a_module_that_fusing_lost_is_named_before_any_work_with_what_works() ->
 
     net = trained(Twice())
     with pytest.raises(InputError, match=r"module relu1 is called 2 times, .* works with fusion=false or with flow=fx"):
-        quantize.dry_run(net, FLOWS[Flow.eager], spec(), ONE)
-    assert refusal(net, Flow.fx) == refusal(net, Flow.eager, fusion=False) == ""
+        quantize.dry_run(net, FLOWS[FlowName.eager], spec(), ONE)
+    assert refusal(net, FlowName.fx) == refusal(net, FlowName.eager, fusion=False) == ""
 
 
 class Deep(nn.Module):
@@ -240,24 +242,24 @@ class Deep(nn.Module):
 def test_with_the_statistics_of_a_few_images_a_fault_shows_in_the_logits_of_an_untrained_model() -> None:
     net = Deep().eval()
     few = images(4, seed=5)
-    assert quantize.fusion_difference(net, FLOWS[Flow.eager].fuse(net, spec(), ONE), ONE) < 1e-3  # it fades
+    assert quantize.fusion_difference(net, FLOWS[FlowName.eager].fuse(net, spec(), ONE), ONE) < 1e-3  # it fades
     float_model.with_statistics(net, few)
     assert not any(m.training for m in net.modules())
     x = net.convs[0](few)
     expected = 0.97 * x.mean((0, 2, 3)), 0.03 + 0.97 * x.var((0, 2, 3))
     torch.testing.assert_close((net.norms[0].running_mean, net.norms[0].running_var), expected)
-    assert quantize.fusion_difference(net, FLOWS[Flow.eager].fuse(net, spec(), ONE), ONE) > 0.03
+    assert quantize.fusion_difference(net, FLOWS[FlowName.eager].fuse(net, spec(), ONE), ONE) > 0.03
 
 
 def test_fx_does_not_advise_itself() -> None:
     net, other = trained(Net()), trained(Net(), seed=1)
-    said = quantize.explained(net, FLOWS[Flow.fx].fuse(other, spec(), ONE), FLOWS[Flow.fx], images(4))
+    said = quantize.explained(net, FLOWS[FlowName.fx].fuse(other, spec(), ONE), FLOWS[FlowName.fx], images(4))
     assert "tracing follows one call of forward" in said
     assert "flow=" not in said
 
 
-@pytest.mark.parametrize("flow", list(Flow))
-def test_a_model_that_does_not_take_each_image_of_a_batch_by_itself_is_refused(flow: Flow) -> None:
+@pytest.mark.parametrize("flow", list(FlowName))
+def test_a_model_that_does_not_take_each_image_of_a_batch_by_itself_is_refused(flow: FlowName) -> None:
     flat = with_head(lambda self, x: self.fc(x.reshape(1, 16)))
     assert refusal(flat, flow).startswith(
         "the float model takes one image at a time, and fails with three: shape '[1, 16]' is invalid"
@@ -269,4 +271,4 @@ def test_a_model_that_does_not_take_each_image_of_a_batch_by_itself_is_refused(f
     one_answer = with_head(lambda self, x: self.fc(x.mean(0, keepdim=True)))
     assert refusal(one_answer, flow).startswith("the float model gives 1 rows of logits for three images")
     by_size = with_head(lambda self, x: self.fc(x.reshape(x.shape[0], -1) / x.norm(dim=1, keepdim=True)))
-    assert refusal(by_size, Flow.fx) == ""
+    assert refusal(by_size, FlowName.fx) == ""

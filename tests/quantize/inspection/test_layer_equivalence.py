@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.ao.nn.quantized import FloatFunctional
 
 from qexp import quantize
-from qexp.config.schema import Config, Engine, Flow
+from qexp.config.schema import Config, Engine, FlowName
 from qexp.errors import InputError, RunError
 from qexp.models import architectures
 from qexp.pipeline import run
@@ -26,14 +26,14 @@ from qexp.quantize.inspection.layer_equivalence import Deviation, check_layers, 
 from qexp.quantize.saturation import kernels
 from tests.helpers.quantizable import Again, Chain, Squeezed, Twice, assembled, images, settings, spec, trained
 
-BOTH = [Flow.eager, Flow.fx]
+BOTH = [FlowName.eager, FlowName.fx]
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
     fused: nn.Module
     int8: nn.Module
-    flow: Flow
+    flow: FlowName
     engine: Engine
     prepared: nn.Module | None = None
 
@@ -54,13 +54,13 @@ class Case:
         return ""
 
 
-def case(net: nn.Module, flow: Flow, engine: Engine = Engine.qnnpack, fusion: bool = True, **wanted: Any) -> Case:
+def case(net: nn.Module, flow: FlowName, engine: Engine = Engine.qnnpack, fusion: bool = True, **wanted: Any) -> Case:
     """Converted; 7-bit weights where nothing else is asked for, so that no 16-bit sum saturates."""
     few = images(4, seed=3)
     fused = FLOWS[flow].fuse(trained(net), spec(fusion=fusion), few)
     qconfig = settings(**{"weight_bits": 7, **wanted})
     prepared = FLOWS[flow].prepare(fused, spec(qconfig, engine=engine), few)
-    if flow is not Flow.dynamic:
+    if flow is not FlowName.dynamic:
         quantize.calibrate(prepared, [few])
     return Case(fused, FLOWS[flow].convert(prepared).module, flow, engine, prepared.module)
 
@@ -86,7 +86,7 @@ class Joined(nn.Module):
 
 
 @pytest.mark.parametrize("engine", quantize.supported())
-@pytest.mark.parametrize("flow", Flow)
+@pytest.mark.parametrize("flow", FlowName)
 @pytest.mark.parametrize(
     "wanted",
     [
@@ -98,7 +98,7 @@ class Joined(nn.Module):
     ],
 )
 def test_a_right_model_passes_and_no_layer_is_off_by_more_than_rounding(
-    engine: Engine, flow: Flow, wanted: dict[str, Any]
+    engine: Engine, flow: FlowName, wanted: dict[str, Any]
 ) -> None:
     if engine is Engine.onednn and "weight_scheme" in wanted:
         wanted = {"weight_scheme": "symmetric"}  # it has no kernels for weights with a zero point
@@ -107,24 +107,24 @@ def test_a_right_model_passes_and_no_layer_is_off_by_more_than_rounding(
         assert one.fault() == ""
         found = one.deviations()
         assert {layer.name for layer in quantize.layers(one.int8, FLOWS[flow], engine) if layer.int8} <= set(found)
-        if flow is not Flow.dynamic:
+        if flow is not FlowName.dynamic:
             # The biases of qnnpack are whole numbers of its sums; all else is rounded once.
             assert max(row.output for row in found.values()) < (1 if engine is Engine.qnnpack else 0.501)
         assert max(row.weight for row in found.values()) < 0.501
 
 
-NETS: list[tuple[Callable[[], nn.Module], Flow, bool]] = [
-    (Chain, Flow.eager, False),
-    (Again, Flow.fx, True),
-    (Twice, Flow.eager, True),
-    (Twice, Flow.fx, True),
-    (Squeezed, Flow.fx, True),
+NETS: list[tuple[Callable[[], nn.Module], FlowName, bool]] = [
+    (Chain, FlowName.eager, False),
+    (Again, FlowName.fx, True),
+    (Twice, FlowName.eager, True),
+    (Twice, FlowName.fx, True),
+    (Squeezed, FlowName.fx, True),
 ]
 
 
 @pytest.mark.parametrize(("net", "flow", "fusion"), NETS)
 def test_calls_of_one_module_shared_operations_and_fixed_grids_pass(
-    net: Callable[[], nn.Module], flow: Flow, fusion: bool
+    net: Callable[[], nn.Module], flow: FlowName, fusion: bool
 ) -> None:
     assert case(net(), flow, Engine.fbgemm, fusion).fault() == ""
 
@@ -149,7 +149,7 @@ def test_models_are_left_as_they_were() -> None:
 
 def repack(one: Case, name: str, weight: Callable[[Tensor], Tensor] | None, bias: Callable[[Tensor], Tensor]) -> None:
     """Give an INT8 layer another weight (a function of its quantized one) or another bias."""
-    module = one.int8.get_submodule(name if one.flow is Flow.fx else f"module.{name}")
+    module = one.int8.get_submodule(name if one.flow is FlowName.fx else f"module.{name}")
     with quantize.engine(one.engine):
         own, own_bias = module._weight_bias()
         module.set_weight_bias(own if weight is None else weight(own), bias(own_bias))
@@ -170,7 +170,7 @@ def without_a_channel(weight: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("flow", BOTH)
 @pytest.mark.parametrize("name", ["stem", "right", "fc"])
-def test_weights_and_biases_are_those_of_the_float_layer(flow: Flow, name: str) -> None:
+def test_weights_and_biases_are_those_of_the_float_layer(flow: FlowName, name: str) -> None:
     same: Callable[[Tensor], Tensor] = lambda bias: bias  # noqa: E731
     for weight, bias, says in [
         (rescaled, same, "holds weights"),
@@ -188,7 +188,7 @@ def test_weights_and_biases_of_dynamic_layers_are_looked_at_too() -> None:
         (without_a_channel, lambda bias: bias, "holds weights"),
         (None, lambda bias: bias * 1.01, "holds a bias"),
     ]:
-        one = case(Joined(), Flow.dynamic)
+        one = case(Joined(), FlowName.dynamic)
         assert one.fault() == ""
         assert one.deviations()["fc"].weight > 0.1
         module: Any = one.int8.get_submodule("fc")
@@ -200,17 +200,17 @@ def test_weights_and_biases_of_dynamic_layers_are_looked_at_too() -> None:
 
 @pytest.mark.parametrize("flow", BOTH)
 @pytest.mark.parametrize("name", ["stem", "act", "fc"])
-def test_each_layer_gives_its_output_on_the_grid_that_calibration_found(flow: Flow, name: str) -> None:
+def test_each_layer_gives_its_output_on_the_grid_that_calibration_found(flow: FlowName, name: str) -> None:
     one = case(Joined(), flow)
-    one.int8.get_submodule(name if flow is Flow.fx else f"module.{name}").scale *= 1.1  # type: ignore[union-attr, operator]
+    one.int8.get_submodule(name if flow is FlowName.fx else f"module.{name}").scale *= 1.1  # type: ignore[union-attr, operator]
     assert f" {name} (" in one.fault()
     assert "where calibration found" in one.fault()
 
 
 @pytest.mark.parametrize("flow", BOTH)
-def test_another_padding_is_another_function(flow: Flow) -> None:
+def test_another_padding_is_another_function(flow: FlowName) -> None:
     one = case(Joined(), flow)
-    module = one.int8.get_submodule("right" if flow is Flow.fx else "module.right")
+    module = one.int8.get_submodule("right" if flow is FlowName.fx else "module.right")
     module.padding_mode, module._reversed_padding_repeated_twice = "reflect", (1, 1, 1, 1)
     with quantize.engine(one.engine):
         weight, bias = module._weight_bias()
@@ -221,15 +221,15 @@ def test_another_padding_is_another_function(flow: Flow) -> None:
 
 
 @pytest.mark.parametrize("flow", BOTH)
-def test_an_activation_that_is_left_out_is_missed(flow: Flow) -> None:
+def test_an_activation_that_is_left_out_is_missed(flow: FlowName) -> None:
     one = case(Joined(), flow)
-    one.int8.get_submodule("" if flow is Flow.fx else "module").act = nn.Identity()  # type: ignore[assignment]
+    one.int8.get_submodule("" if flow is FlowName.fx else "module").act = nn.Identity()  # type: ignore[assignment]
     # In a graph the node is still there; among modules the next layer reads what it should not.
-    assert (" act (Identity) gives" if flow is Flow.fx else " left (Conv2d) reads") in one.fault()
+    assert (" act (Identity) gives" if flow is FlowName.fx else " left (Conv2d) reads") in one.fault()
 
 
 def test_a_relu_that_is_left_out_is_missed_by_the_next_layer() -> None:
-    one = case(Chain(), Flow.eager, fusion=False, range_after_clamp=False)
+    one = case(Chain(), FlowName.eager, fusion=False, range_after_clamp=False)
     one.int8.module.features[5] = nn.Identity()  # type: ignore[index, union-attr]
     assert " features.6 (Conv2d) reads" in one.fault()
 
@@ -246,14 +246,14 @@ def test_a_wrong_order_and_a_lost_shortcut_are_found_where_they_are() -> None:
             y = torch.cat([self.left(x), self.right(x)], 1)
             return self.fc((x + y).mean((2, 3)))
 
-    right = case(Functional(), Flow.fx)
+    right = case(Functional(), FlowName.fx)
     assert right.fault() == ""
-    swapped = Case(right.fused, copy.deepcopy(right.int8), Flow.fx, right.engine)
+    swapped = Case(right.fused, copy.deepcopy(right.int8), FlowName.fx, right.engine)
     node = node_of(swapped, "built-in method cat")
     node.args = (list(reversed(node.args[0])), 1)  # type: ignore[call-overload, arg-type]
     swapped.int8.recompile()  # type: ignore[operator]
     assert " cat (cat) reads" in swapped.fault()
-    lost = Case(right.fused, copy.deepcopy(right.int8), Flow.fx, right.engine)
+    lost = Case(right.fused, copy.deepcopy(right.int8), FlowName.fx, right.engine)
     node = node_of(lost, "quantized.add")
     node.args = (node.args[0], node.args[0], *node.args[2:])
     lost.int8.recompile()  # type: ignore[operator]
@@ -273,9 +273,11 @@ def test_codes_of_two_grids_that_are_put_together_are_found() -> None:
     net = trained(Bare())
     net.right.weight.mul_(4)
     # As if eager mode didn't refuse it.
-    prepared = FLOWS[Flow.eager].prepare(copy.deepcopy(net), spec(settings(weight_bits=7), engine=Engine.qnnpack), few)
+    prepared = FLOWS[FlowName.eager].prepare(
+        copy.deepcopy(net), spec(settings(weight_bits=7), engine=Engine.qnnpack), few
+    )
     quantize.calibrate(prepared, [few])
-    one = Case(net, FLOWS[Flow.eager].convert(prepared).module, Flow.eager, Engine.qnnpack)
+    one = Case(net, FLOWS[FlowName.eager].convert(prepared).module, FlowName.eager, Engine.qnnpack)
     assert " act (Hardswish) reads" in one.fault()
 
 
@@ -285,10 +287,10 @@ def test_an_int8_kernel_that_computes_another_function_is_found() -> None:
     norm.running_mean, norm.running_var = torch.full((8,), 0.7), torch.full((8,), 3.0)
     float_model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), norm, nn.Conv2d(8, 8, 1)).eval()
     few = images(4, seed=3)
-    prepared = FLOWS[Flow.eager].prepare(copy.deepcopy(float_model), spec(settings(weight_bits=7)), few)
+    prepared = FLOWS[FlowName.eager].prepare(copy.deepcopy(float_model), spec(settings(weight_bits=7)), few)
     quantize.calibrate(prepared, [few])
-    int8 = FLOWS[Flow.eager].convert(prepared).module
-    wrong = Case(float_model, int8, Flow.eager, Engine.x86)
+    int8 = FLOWS[FlowName.eager].convert(prepared).module
+    wrong = Case(float_model, int8, FlowName.eager, Engine.x86)
     int8.module[1] = nnq.InstanceNorm2d(8, norm.weight, norm.bias, 0.03, 128)  # type: ignore[index, operator]
     assert " 1 (InstanceNorm2d) gives" in wrong.fault()
 
@@ -302,10 +304,10 @@ def test_saturation_is_counted_apart() -> None:
         net[2].weight.fill_(1.0)  # type: ignore[union-attr, operator]
         net[0].bias.fill_(50.0)  # type: ignore[union-attr, operator]
     few = images(4, seed=3)
-    fused = FLOWS[Flow.fx].fuse(net, spec(), few)
-    prepared = FLOWS[Flow.fx].prepare(fused, spec(settings(granularity="per_tensor"), engine=Engine.fbgemm), few)
+    fused = FLOWS[FlowName.fx].fuse(net, spec(), few)
+    prepared = FLOWS[FlowName.fx].prepare(fused, spec(settings(granularity="per_tensor"), engine=Engine.fbgemm), few)
     quantize.calibrate(prepared, [few])
-    one = Case(fused, FLOWS[Flow.fx].convert(prepared).module, Flow.fx, Engine.fbgemm)
+    one = Case(fused, FLOWS[FlowName.fx].convert(prepared).module, FlowName.fx, Engine.fbgemm)
     assert one.fault() == ""
     saturates = "depthwise" in kernels.probe().saturating_kinds(Engine.fbgemm)
     assert (one.deviations()["2"].saturated > 0) == saturates
@@ -333,7 +335,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 def test_a_flow_that_changes_a_model_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, "blocks.0.conv2")
     with pytest.raises(InputError, match=r"blocks\.0\.conv2 \(Conv2d\) gives.*this model works with flow=eager or"):
-        quantize.dry_run(trained(architectures.tiny()), FLOWS[Flow.fx], spec(engine=Engine.qnnpack), images(1))
+        quantize.dry_run(trained(architectures.tiny()), FLOWS[FlowName.fx], spec(engine=Engine.qnnpack), images(1))
 
 
 def test_a_run_whose_int8_model_is_another_function_fails(

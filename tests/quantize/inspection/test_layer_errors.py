@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp import quantize
-from qexp.config.schema import Engine, Flow
+from qexp.config.schema import Engine, FlowName
 from qexp.models import architectures
 from qexp.quantize import FLOWS
 from qexp.quantize.inspection import layer_errors
@@ -22,7 +22,7 @@ from qexp.records import Fidelity, QParams
 from tests.helpers.quantizable import Again, Chain, Plain, Squeezed, Twice, assembled, images, settings, spec, trained
 
 TWO = images(2)
-BOTH = [Flow.eager, Flow.fx]
+BOTH = [FlowName.eager, FlowName.fx]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class Case:
     fused: nn.Module
     int8: nn.Module
     qparams: dict[str, QParams]
-    flow: Flow
+    flow: FlowName
     engine: Engine
 
     def rows(self, batches: Iterable[Tensor]) -> tuple[Fidelity, ...]:
@@ -45,7 +45,7 @@ class Case:
 
 def case(
     net: nn.Module,
-    flow: Flow,
+    flow: FlowName,
     fusion: bool = True,
     engine: Engine = Engine.x86,
     amplitude: float = 1.0,
@@ -98,7 +98,7 @@ TINY = {
 @pytest.mark.parametrize("engine", quantize.supported())
 def test_every_number_is_that_of_brute_force(engine: Engine) -> None:
     # Calibrated on weaker images than those that are looked at, so that a part of each tensor is clipped.
-    tiny = case(architectures.tiny(), Flow.eager, engine=engine, amplitude=0.3)
+    tiny = case(architectures.tiny(), FlowName.eager, engine=engine, amplitude=0.3)
     batch = images(6, seed=4)
     rows = tiny.by_name([batch])
     assert list(rows) == list(TINY)
@@ -133,7 +133,7 @@ def weight_decibels(one: Case, name: str) -> float:
 
 
 def test_an_addition_by_itself_is_that_of_the_quantized_operands() -> None:
-    tiny = case(architectures.tiny(), Flow.eager)
+    tiny = case(architectures.tiny(), FlowName.eager)
     batch = images(6, seed=4)
     floats, int8 = (captured(model, batch, Engine.x86) for model in (tiny.fused, tiny.int8))
     operands = ("blocks.0.conv2", "conv1")
@@ -162,7 +162,7 @@ def test_both_flows_give_the_same_numbers_for_the_same_model() -> None:
 
 @pytest.mark.parametrize("flow", BOTH)
 @pytest.mark.parametrize("name", ["conv1", "blocks.1.conv2", "blocks.1.downsample.0", "fc"])
-def test_a_layer_with_ruined_weights_is_the_worst_by_itself(flow: Flow, name: str) -> None:
+def test_a_layer_with_ruined_weights_is_the_worst_by_itself(flow: FlowName, name: str) -> None:
     tiny = case(architectures.tiny(), flow)
     module = tiny.int8.get_submodule(name)
     module = getattr(module, "conv", module)
@@ -181,7 +181,7 @@ def test_a_layer_with_ruined_weights_is_the_worst_by_itself(flow: Flow, name: st
 
 
 @pytest.mark.parametrize("flow", BOTH)
-def test_how_images_are_cut_into_batches_does_not_matter(flow: Flow, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_images_are_cut_into_batches_does_not_matter(flow: FlowName, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny, batch = case(architectures.tiny(), flow), images(7, seed=4)
     whole = tiny.rows([batch])
     monkeypatch.setattr(layer_errors, "_PIXELS", 3 * 16 * 16)
@@ -198,21 +198,21 @@ def test_how_images_are_cut_into_batches_does_not_matter(flow: Flow, monkeypatch
 
 
 NETS = [
-    (architectures.tiny, Flow.eager, True),
-    (architectures.tiny, Flow.eager, False),
-    (architectures.tiny, Flow.fx, True),
-    (Chain, Flow.eager, True),
-    (Chain, Flow.eager, False),
-    (Chain, Flow.fx, True),
-    (Plain, Flow.fx, True),
-    (Squeezed, Flow.fx, True),
-    (Twice, Flow.eager, True),
-    (Twice, Flow.fx, True),
+    (architectures.tiny, FlowName.eager, True),
+    (architectures.tiny, FlowName.eager, False),
+    (architectures.tiny, FlowName.fx, True),
+    (Chain, FlowName.eager, True),
+    (Chain, FlowName.eager, False),
+    (Chain, FlowName.fx, True),
+    (Plain, FlowName.fx, True),
+    (Squeezed, FlowName.fx, True),
+    (Twice, FlowName.eager, True),
+    (Twice, FlowName.fx, True),
 ]
 
 
 @pytest.mark.parametrize(("net", "flow", "fusion"), NETS)
-def test_no_int8_layer_is_left_out(net: type[nn.Module], flow: Flow, fusion: bool) -> None:
+def test_no_int8_layer_is_left_out(net: type[nn.Module], flow: FlowName, fusion: bool) -> None:
     one = case(net(), flow, fusion)
     rows = one.by_name([images(3, seed=4)])
     layers = {layer.name: layer.kind for layer in quantize.layers(one.int8, FLOWS[flow], one.engine) if layer.int8}
@@ -225,7 +225,7 @@ def test_no_int8_layer_is_left_out(net: type[nn.Module], flow: Flow, fusion: boo
 
 
 def test_operations_between_modules_are_in_the_order_of_execution() -> None:
-    rows = case(Squeezed(), Flow.fx).rows([images(3, seed=4)])
+    rows = case(Squeezed(), FlowName.fx).rows([images(3, seed=4)])
     assert [(row.name, row.kind) for row in rows] == [
         ("x", "quantize"),
         ("expand.0", "pointwise"),
@@ -245,7 +245,7 @@ def test_operations_between_modules_are_in_the_order_of_execution() -> None:
 
 
 def test_a_layer_that_is_called_twice_is_one_row_over_both_calls() -> None:
-    one, batch = case(Twice(), Flow.eager), images(5, seed=4)
+    one, batch = case(Twice(), FlowName.eager), images(5, seed=4)
     floats, inside = (captured(model, batch, Engine.x86) for model in (one.fused, one.int8))
     expected = np.stack([output.numpy() for _, output in floats["conv"]])
     actual = np.stack([output.dequantize().numpy() for _, output in inside["module.conv"]])
@@ -260,7 +260,7 @@ def test_a_layer_that_is_called_twice_is_one_row_over_both_calls() -> None:
 
 @pytest.mark.parametrize("flow", BOTH)
 @pytest.mark.parametrize("range_after_clamp", [True, False])
-def test_what_a_clamp_takes_away_is_no_loss(flow: Flow, range_after_clamp: bool) -> None:
+def test_what_a_clamp_takes_away_is_no_loss(flow: FlowName, range_after_clamp: bool) -> None:
     net = trained(Chain(nn.ReLU6))
     net.features[1].weight.mul_(20)  # far beyond 6 on both sides
     fused = FLOWS[flow].fuse(net, spec(), TWO)
@@ -283,7 +283,7 @@ def test_a_relu_that_works_in_place_changes_nothing() -> None:
         for module in net.modules():
             if isinstance(module, nn.ReLU):
                 module.inplace = inplace
-        rows.append(case(net, Flow.eager, fusion=False).rows([batch]))
+        rows.append(case(net, FlowName.eager, fusion=False).rows([batch]))
     assert rows[0] == rows[1]
 
 
@@ -291,7 +291,7 @@ def test_a_relu_that_works_in_place_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("flow", BOTH)
-def test_the_models_are_left_as_they_were(flow: Flow) -> None:
+def test_the_models_are_left_as_they_were(flow: FlowName) -> None:
     tiny = case(architectures.tiny(), flow)
     with quantize.engine(Engine.x86), torch.inference_mode():
         before = tiny.int8(TWO)
@@ -304,14 +304,14 @@ def test_the_models_are_left_as_they_were(flow: Flow) -> None:
 
 
 def test_no_images_is_an_error_and_the_dynamic_flow_has_no_scales() -> None:
-    tiny = case(architectures.tiny(), Flow.eager)
+    tiny = case(architectures.tiny(), FlowName.eager)
     with pytest.raises(ValueError, match="at least one image"):
         tiny.rows([])
-    assert layer_fidelity(assembled(tiny.fused, tiny.int8, Flow.dynamic), [TWO]) == ()
+    assert layer_fidelity(assembled(tiny.fused, tiny.int8, FlowName.dynamic), [TWO]) == ()
 
 
 def test_each_call_of_a_module_is_a_tensor_of_its_own_in_fx() -> None:
-    one = case(Again(), Flow.fx)
+    one = case(Again(), FlowName.fx)
     second, third = "hardswish_hardswish_1", "hardswish_hardswish_2"
     tensors = ["x", "one", "hardswish", "two", "mul", second, "relu", third, "relu_1", "mean", "fc"]
     assert [name for name in one.qparams if not name.endswith(".weight")] == tensors
@@ -336,7 +336,7 @@ def test_a_relu_that_torch_takes_into_the_operation_before_it_has_a_row_without_
             super().__init__()
             self.relu1 = nn.ReLU()
 
-    one = case(WithRelu(), Flow.fx)
+    one = case(WithRelu(), FlowName.fx)
     row = one.by_name([images(4, seed=5)])["relu1"]
     assert row.weight_sqnr_db is None
     assert 15 < row.sqnr_db < 60

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qexp import quantize
-from qexp.config.schema import Engine, Flow
+from qexp.config.schema import Engine, FlowName
 from qexp.errors import InputError
 from qexp.quantize import FLOWS
 from qexp.quantize.graph.tensor_names import public
@@ -61,17 +61,17 @@ def encoder() -> nn.Module:
     return nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
 
 
-def taken(net: nn.Module, flow: Flow) -> tuple[dict[str, Layer], float]:
+def taken(net: nn.Module, flow: FlowName) -> tuple[dict[str, Layer], float]:
     """As `converted`, of a model that a dry run takes."""
     quantize.dry_run(net, FLOWS[flow], spec(SETTINGS, engine=Engine.qnnpack), TWO)
     return converted(net, flow)
 
 
-def converted(net: nn.Module, flow: Flow) -> tuple[dict[str, Layer], float]:
+def converted(net: nn.Module, flow: FlowName) -> tuple[dict[str, Layer], float]:
     """The layers of the INT8 model by name, and the error of its answers; sums are exact on every CPU."""
     engine = Engine.qnnpack
     prepared = FLOWS[flow].prepare(FLOWS[flow].fuse(net, spec(), TWO), spec(SETTINGS, engine=engine), TWO)
-    if flow is not Flow.dynamic:
+    if flow is not FlowName.dynamic:
         quantize.calibrate(prepared, [images(8, seed=3)])
     model = FLOWS[flow].convert(prepared).module
     with quantize.engine(engine), torch.inference_mode():
@@ -84,7 +84,7 @@ def int8(layers: dict[str, Layer]) -> set[str]:
 
 
 def test_a_layer_within_what_fx_leaves_whole_says_so_and_the_projection_of_attention_counts() -> None:
-    layers, error = taken(trained(Tokens(encoder())), Flow.fx)
+    layers, error = taken(trained(Tokens(encoder())), FlowName.fx)
     assert int8(layers) == {"patches", "head"}
     inside = {f"body.{name}" for name in ("self_attn.in_proj", "self_attn.out_proj", "linear1", "linear2")}
     assert set(layers) - int8(layers) == inside
@@ -100,7 +100,7 @@ def test_attention_has_one_projection_of_its_input_or_three(kdim: int | None, pr
         def forward(self, x: Tensor) -> Tensor:
             return self.attention(x, *[x if kdim is None else x[..., :kdim]] * 2, need_weights=False)[0]
 
-    layers, _ = taken(trained(Tokens(Mixed(kdim=kdim))), Flow.fx)
+    layers, _ = taken(trained(Tokens(Mixed(kdim=kdim))), FlowName.fx)
     names = [f"body.attention.{name}" for name in [*projections, "out_proj"]]
     assert [name for name in layers if name.startswith("body")] == names
     assert {layers[name].reason for name in names} == {
@@ -110,7 +110,7 @@ def test_attention_has_one_projection_of_its_input_or_three(kdim: int | None, pr
 
 def test_linear_layers_of_a_transformer_layer_are_int8_where_modules_are_exchanged() -> None:
     # torch's kernel for the whole layer would read weights that an INT8 module has no more.
-    layers, error = taken(trained(Tokens(encoder())), Flow.dynamic)
+    layers, error = taken(trained(Tokens(encoder())), FlowName.dynamic)
     assert int8(layers) == {"body.linear1", "body.linear2", "head"}
     of_attention = "part of a MultiheadAttention, which flow=dynamic leaves in FP32 as a whole"
     assert layers["body.self_attn.in_proj"].reason == layers["body.self_attn.out_proj"].reason == of_attention
@@ -118,33 +118,33 @@ def test_linear_layers_of_a_transformer_layer_are_int8_where_modules_are_exchang
 
 
 def test_eager_attention_is_int8_where_torch_computes_it_rightly_and_refused_where_not() -> None:
-    layers, error = taken(trained(Tokens(Attention(batch_first=False))), Flow.eager)
+    layers, error = taken(trained(Tokens(Attention(batch_first=False))), FlowName.eager)
     assert int8(layers) == set(layers)
     assert {"body.attention.linear_Q", "body.attention.linear_K", "body.attention.linear_V"} < set(layers)
     assert error < 0.2
     with pytest.raises(
         InputError, match=r"module body\.attention \(MultiheadAttention\) with batch_first=True.*flow=fx"
     ):
-        taken(trained(Tokens(Attention())), Flow.eager)
+        taken(trained(Tokens(Attention())), FlowName.eager)
 
 
-@pytest.mark.parametrize("flow", [Flow.fx, Flow.dynamic])
-def test_recurrent_layers_count(flow: Flow) -> None:
+@pytest.mark.parametrize("flow", [FlowName.fx, FlowName.dynamic])
+def test_recurrent_layers_count(flow: FlowName) -> None:
     layers, error = taken(trained(Tokens(Recurrent())), flow)
     left = layers["body.gru"]
     assert (left.kind, left.int8) == ("recurrent", False)
     assert (
         left.reason
         == {
-            Flow.fx: "flow=fx has no INT8 module for GRU",
-            Flow.dynamic: "flow=dynamic quantizes linear layers only",
+            FlowName.fx: "flow=fx has no INT8 module for GRU",
+            FlowName.dynamic: "flow=dynamic quantizes linear layers only",
         }[flow]
     )
     assert error < 0.1
 
 
 def test_an_lstm_is_int8_in_eager_mode() -> None:
-    layers, error = taken(trained(Tokens(Recurrent(nn.LSTM))), Flow.eager)
+    layers, error = taken(trained(Tokens(Recurrent(nn.LSTM))), FlowName.eager)
     assert int8(layers) == set(layers)
     assert sum("igates" in name or "hgates" in name for name in layers) == 2
     assert error < 0.1
@@ -154,7 +154,7 @@ def test_a_linear_layer_that_dynamic_does_not_take_is_not_said_to_be_no_linear_l
     class Own(nn.Linear):
         pass
 
-    layers, _ = taken(trained(Tokens(Own(16, 16))), Flow.dynamic)
+    layers, _ = taken(trained(Tokens(Own(16, 16))), FlowName.dynamic)
     assert int8(layers) == {"head"}
     assert layers["body"].reason == "flow=dynamic quantizes torch.nn.Linear alone, and this is a Own"
     assert layers["patches"].reason == "flow=dynamic quantizes linear layers only"
@@ -175,7 +175,7 @@ def test_weights_that_are_computed_are_told_from_constant_ones() -> None:
             x = F.relu(F.conv2d(x, self.kernel)).mean((2, 3))
             return F.linear(x, (share[:, None, None] * self.experts).sum(0))
 
-    layers, error = converted(trained(Conditional()), Flow.fx)
+    layers, error = converted(trained(Conditional()), FlowName.fx)
     left = [layer for layer in layers.values() if not layer.int8]
     assert [layer.kind for layer in layers.values()] == ["linear", "conv", "linear"]
     assert [(layer.kind, layer.reason) for layer in left] in (
@@ -197,7 +197,7 @@ def test_only_what_never_runs_is_said_never_to_run() -> None:
             x = F.relu(self.again(x)).mean((2, 3))
             return self.head(x) + self.auxiliary(x) if self.training else self.head(x)
 
-    layers, _ = taken(trained(Auxiliary()), Flow.eager)
+    layers, _ = taken(trained(Auxiliary()), FlowName.eager)
     assert int8(layers) == {"trunk", "head"}
     left = {name: layer.reason for name, layer in layers.items() if not layer.int8}
     assert set(left) == {"auxiliary", "mixer.in_proj", "mixer.out_proj"}
@@ -282,7 +282,9 @@ MAPS = (16, 4, 4)
 REFUSED_BY_EAGER = ("Conv2d replicated", "own forward", "BatchNorm1d", "GRU", "RNN", "encoder")
 REFUSED_BY_QNNPACK = ("Conv3d", "Conv3d depthwise")
 # torch's conv1d of QNNPACK doesn't take every watched call.
-CASES = [(k, f, e) for k in KINDS for f in Flow for e in quantize.supported() if (k, e) != ("Conv1d", Engine.qnnpack)]
+CASES = [
+    (k, f, e) for k in KINDS for f in FlowName for e in quantize.supported() if (k, e) != ("Conv1d", Engine.qnnpack)
+]
 _WEIGHTED = ("conv", "linear", "batch_norm", "addmm", "mm", "bmm", "rnn", "gru", "lstm", "attention")
 
 
@@ -313,15 +315,15 @@ class Executed(DispatchMode):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "flow", "engine"), CASES)
-def test_a_layer_is_said_to_be_int8_just_where_its_operator_is(kind: str, flow: Flow, engine: Engine) -> None:
+def test_a_layer_is_said_to_be_int8_just_where_its_operator_is(kind: str, flow: FlowName, engine: Engine) -> None:
     net = trained(KINDS[kind]())
-    by_qnnpack = engine is Engine.qnnpack and flow is not Flow.dynamic and kind in REFUSED_BY_QNNPACK
-    if by_qnnpack or (flow is Flow.eager and kind in REFUSED_BY_EAGER):
+    by_qnnpack = engine is Engine.qnnpack and flow is not FlowName.dynamic and kind in REFUSED_BY_QNNPACK
+    if by_qnnpack or (flow is FlowName.eager and kind in REFUSED_BY_EAGER):
         with pytest.raises(InputError):
             quantize.dry_run(net, FLOWS[flow], spec(SETTINGS, engine=engine), TWO)
         return
     prepared = FLOWS[flow].prepare(FLOWS[flow].fuse(net, spec(), TWO), spec(SETTINGS, engine=engine), TWO)
-    if flow is not Flow.dynamic:
+    if flow is not FlowName.dynamic:
         quantize.calibrate(prepared, [TWO])
     model = FLOWS[flow].convert(prepared).module
     rows = {layer.name: layer for layer in quantize.layers(model, FLOWS[flow], engine)}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.ao.nn.quantized import FloatFunctional
 
 from qexp import quantize
-from qexp.config.schema import Engine, Flow
+from qexp.config.schema import Engine, FlowName
 from qexp.errors import InputError
 from qexp.quantize import FLOWS
 from qexp.quantize.inspection.untrusted_operators import run_or_refuse
@@ -52,11 +52,11 @@ def net_of(function: Two) -> nn.Module:
     return net
 
 
-def dry_run(net: nn.Module, flow: Flow = Flow.eager, engine: Engine = Engine.x86) -> None:
+def dry_run(net: nn.Module, flow: FlowName = FlowName.eager, engine: Engine = Engine.x86) -> None:
     quantize.dry_run(net, FLOWS[flow], spec(SETTINGS, engine=engine), TWO)
 
 
-def error(net: nn.Module, flow: Flow = Flow.eager, engine: Engine = Engine.qnnpack) -> float:
+def error(net: nn.Module, flow: FlowName = FlowName.eager, engine: Engine = Engine.qnnpack) -> float:
     """Of the INT8 model's answers; qnnpack's sums are exact on every CPU."""
     prepared = FLOWS[flow].prepare(FLOWS[flow].fuse(net, spec(), TWO), spec(SETTINGS, engine=engine), TWO)
     quantize.calibrate(prepared, [images(8, seed=3)])
@@ -177,8 +177,8 @@ def test_a_leaky_relu_is_not_taken_for_a_relu_that_fx_took_into_what_is_before()
         def forward(self, x: Tensor) -> Tensor:
             return self.second(F.leaky_relu(self.first(x), 0.1))
 
-    dry_run(trained(Leaky()), Flow.fx)
-    assert error(trained(Leaky()), Flow.fx) < 0.05
+    dry_run(trained(Leaky()), FlowName.fx)
+    assert error(trained(Leaky()), FlowName.fx) < 0.05
 
 
 def test_the_way_that_is_advised_for_cat_gives_what_fx_gives() -> None:
@@ -202,7 +202,7 @@ def test_the_way_that_is_advised_for_cat_gives_what_fx_gives() -> None:
         dry_run(bare)
     dry_run(advised)
     assert error(advised) < 0.05
-    assert error(bare, Flow.fx) < 0.05
+    assert error(bare, FlowName.fx) < 0.05
     # This is what it is refused for.
     assert error(bare) > 2 * error(advised)
 
@@ -234,9 +234,9 @@ def test_branches_that_are_zero_until_they_are_trained_do_not_have_one_range() -
         dry_run(net)
 
 
-@pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
+@pytest.mark.parametrize("flow", [FlowName.eager, FlowName.fx])
 @pytest.mark.parametrize("engine", list(quantize.supported()))
-def test_a_kernel_that_answers_otherwise_than_in_fp32_is_found(flow: Flow, engine: Engine) -> None:
+def test_a_kernel_that_answers_otherwise_than_in_fp32_is_found(flow: FlowName, engine: Engine) -> None:
     def averages(net: nn.Module) -> None:
         if engine is Engine.qnnpack:
             with pytest.raises(InputError, match=r"aten::avg_pool2d .* engine=qnnpack .* steps"):
@@ -253,8 +253,8 @@ def test_a_sum_that_leaves_the_range_of_its_terms_is_found() -> None:
     net = net_of(lambda x, y: F.avg_pool2d(y, 3, divisor_override=1))
     with pytest.raises(InputError, match=r"aten::avg_pool2d .* steps"):
         dry_run(net)
-    dry_run(net, Flow.fx)
-    assert error(net, Flow.fx, Engine.x86) < 0.08  # fx has one range for both
+    dry_run(net, FlowName.fx)
+    assert error(net, FlowName.fx, Engine.x86) < 0.08  # fx has one range for both
 
 
 def test_torch_s_own_warning_of_a_joint_is_not_shown() -> None:
@@ -271,11 +271,11 @@ def test_torch_s_own_warning_of_a_joint_is_not_shown() -> None:
 
 def test_the_innermost_module_is_named_and_hooks_are_taken_off() -> None:
     net = net_of(lambda x, y: torch.cat([x, y], 1))
-    prepared = FLOWS[Flow.eager].prepare(net, spec(SETTINGS), TWO)
+    prepared = FLOWS[FlowName.eager].prepare(net, spec(SETTINGS), TWO)
     quantize.calibrate(prepared, [TWO])
-    converted = FLOWS[Flow.eager].convert(prepared).module
+    converted = FLOWS[FlowName.eager].convert(prepared).module
     with quantize.engine(Engine.x86), pytest.raises(InputError, match=r"module block \(Block\)"):
-        run_or_refuse(converted, FLOWS[Flow.eager], TWO)
+        run_or_refuse(converted, FLOWS[FlowName.eager], TWO)
     assert not any(part._forward_pre_hooks or part._forward_hooks for part in converted.modules())
 
 
@@ -288,15 +288,15 @@ class Applied(nn.Module):
         return self.function(x)
 
 
-@pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
+@pytest.mark.parametrize("flow", [FlowName.eager, FlowName.fx])
 @pytest.mark.parametrize("engine", Engine)
 @pytest.mark.parametrize(
     "clamp", [nn.ReLU6(), nn.Hardtanh(), nn.Hardtanh(-0.3, 0.7), F.relu6, lambda x: x.clamp(-0.5, 0.5)]
 )
-def test_a_clamp_behind_a_convolution_is_right_on_every_engine(clamp: One, engine: Engine, flow: Flow) -> None:
+def test_a_clamp_behind_a_convolution_is_right_on_every_engine(clamp: One, engine: Engine, flow: FlowName) -> None:
     """A convolution answers in channels-last, which qnnpack's clamps take for contiguous."""
     net = trained(nn.Sequential(nn.Conv2d(3, 8, 3), Applied(clamp), nn.Conv2d(8, 4, 1), nn.Flatten()))
-    if flow is Flow.eager and engine is Engine.qnnpack and not isinstance(clamp, nn.Module):
+    if flow is FlowName.eager and engine is Engine.qnnpack and not isinstance(clamp, nn.Module):
         with pytest.raises(InputError, match=r"aten::\w+ .* engine=qnnpack .* this model works with engine=x86"):
             dry_run(net, flow, engine)
     else:
@@ -312,5 +312,5 @@ def test_what_fails_in_a_graph_is_said_once(capfd: pytest.CaptureFixture[str]) -
         )
     )
     with pytest.raises(InputError, match=r"aten::avg_pool2d.* works with engine=x86"):
-        dry_run(net, Flow.fx, Engine.qnnpack)
+        dry_run(net, FlowName.fx, Engine.qnnpack)
     assert "Traceback" not in capfd.readouterr().err

@@ -10,7 +10,7 @@ import torch.ao.nn.quantized as nnq
 from torch import Tensor, nn
 
 from qexp import quantize
-from qexp.config.schema import Engine, Flow
+from qexp.config.schema import Engine, FlowName
 from qexp.errors import InputError
 from qexp.models import architectures
 from qexp.quantize import FLOWS
@@ -337,7 +337,7 @@ def test_channels_without_weights_keep_their_bias(shape: str, per_channel: bool)
 # ------------------------------------------------------------------------------------------------ whole models
 
 
-def converted(flow: Flow, engine: Engine) -> tuple[nn.Module, nn.Module, Tensor]:
+def converted(flow: FlowName, engine: Engine) -> tuple[nn.Module, nn.Module, Tensor]:
     """A small residual network for this engine and for qnnpack, and images."""
     some = images(4)
     fused = FLOWS[flow].fuse(trained(architectures.tiny(10)), spec(), some)
@@ -351,18 +351,19 @@ def converted(flow: Flow, engine: Engine) -> tuple[nn.Module, nn.Module, Tensor]
 def test_where_nothing_saturates_exact_sums_change_nothing(engine: Engine, clamp: type[nn.Module]) -> None:
     """With 7-bit activations; whatever layers are between those that add up."""
     some = images(4)
-    fused = FLOWS[Flow.fx].fuse(trained(Chain(clamp)), spec(), some)
-    prepared = FLOWS[Flow.fx].prepare(fused, spec(settings(activation_bits=7), engine=engine), some)
+    fused = FLOWS[FlowName.fx].fuse(trained(Chain(clamp)), spec(), some)
+    prepared = FLOWS[FlowName.fx].prepare(fused, spec(settings(activation_bits=7), engine=engine), some)
     quantize.calibrate(prepared, [some])
     expected, actual = (
-        executed(model, engine, some) for model in (FLOWS[Flow.fx].convert(prepared).module, quantize.exact(prepared))
+        executed(model, engine, some)
+        for model in (FLOWS[FlowName.fx].convert(prepared).module, quantize.exact(prepared))
     )
     assert relative_error(actual, expected) < 0.02
 
 
-@pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
+@pytest.mark.parametrize("flow", [FlowName.eager, FlowName.fx])
 @pytest.mark.parametrize("engine", ONE_OF_EACH)
-def test_whole_models_answer_as_executed(engine: Engine, flow: Flow) -> None:
+def test_whole_models_answer_as_executed(engine: Engine, flow: FlowName) -> None:
     model, exact, some = converted(flow, engine)
     before = executed(model, engine, some)
     assert emulation.not_emulated(model) == ()
@@ -379,9 +380,9 @@ def test_whole_models_answer_as_executed(engine: Engine, flow: Flow) -> None:
     assert torch.equal(executed(model, engine, some), before)
 
 
-@pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
+@pytest.mark.parametrize("flow", [FlowName.eager, FlowName.fx])
 @pytest.mark.parametrize("engine", ONE_OF_EACH)
-def test_layers_are_compared_each_by_itself(engine: Engine, flow: Flow) -> None:
+def test_layers_are_compared_each_by_itself(engine: Engine, flow: FlowName) -> None:
     model, exact, some = converted(flow, engine)
     saturated = emulation.with_emulated_sums(model, engine)
     rows = {row.name: row for row in emulation.layer_by_layer(saturated, exact, [some], engine)}
@@ -405,6 +406,6 @@ def test_qnnpack_has_nothing_to_emulate() -> None:
 
 
 def test_models_with_other_layers_are_not_compared() -> None:
-    _, exact, some = converted(Flow.eager, ENGINES[0])
+    _, exact, some = converted(FlowName.eager, ENGINES[0])
     with pytest.raises(InputError, match="has no INT8 layer"):
         emulation.layer_by_layer(nn.Sequential(), exact, [some], ENGINES[0])

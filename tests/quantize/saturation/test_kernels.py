@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp import quantize
-from qexp.config.schema import Engine, Flow, Overflow, QConfig, Scheme, Target
+from qexp.config.schema import Engine, FlowName, Overflow, QConfig, Scheme, Target
 from qexp.quantize import FLOWS
 from qexp.quantize.saturation.kernels import KINDS, KernelSignature, Probe, overflowing_kinds, probe, resolve_overflow
 from tests.helpers.quantizable import settings, spec
@@ -20,7 +20,9 @@ EXACT = KernelSignature("exact", tuple(Probe(e, s, "conv", 200) for e in Engine 
 SATURATED = KernelSignature("saturated", tuple(Probe(e, s, "conv", 101) for e in Engine for s in Scheme))
 
 
-def quantized(net: nn.Module, qconfig: QConfig, engine: Engine, images: Tensor, flow: Flow = Flow.eager) -> nn.Module:
+def quantized(
+    net: nn.Module, qconfig: QConfig, engine: Engine, images: Tensor, flow: FlowName = FlowName.eager
+) -> nn.Module:
     fused = FLOWS[flow].fuse(net.eval(), spec(), images)
     prepared = FLOWS[flow].prepare(fused, spec(qconfig, engine=engine), images)
     quantize.calibrate(prepared, [images])
@@ -36,7 +38,7 @@ def run(net: nn.Module, engine: Engine, images: Tensor) -> Tensor:
 
 
 def resolved(qconfig: QConfig, engine: Engine, target: Target = Target.native) -> QConfig:
-    return replace(qconfig, overflow=resolve_overflow(qconfig, engine, Flow.eager, target, probe()))
+    return replace(qconfig, overflow=resolve_overflow(qconfig, engine, FlowName.eager, target, probe()))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -149,7 +151,7 @@ def test_probe_says_what_the_unguarded_sum_of_ones_does(engine: Engine) -> None:
 def test_what_was_tried_stands_for_the_kinds_of_layer_that_use_the_kernel() -> None:
     def kinds(*saturating: str, target: Target = Target.native, engine: Engine = Engine.x86) -> frozenset[str]:
         probes = tuple(Probe(Engine.x86, Scheme.symmetric, kind, 112) for kind in saturating)
-        return overflowing_kinds(settings(), engine, Flow.eager, target, KernelSignature("", probes))
+        return overflowing_kinds(settings(), engine, FlowName.eager, target, KernelSignature("", probes))
 
     assert kinds() == frozenset()
     assert kinds("depthwise_wide") == kinds("depthwise_5x5", "depthwise") == {"depthwise"}
@@ -178,19 +180,20 @@ def test_what_was_tried_stands_for_the_kinds_of_layer_that_use_the_kernel() -> N
 def test_auto_guards_only_what_can_saturate_and_explicit_values_are_kept(
     qconfig: QConfig, engine: Engine, target: Target, signature: KernelSignature, expected: str
 ) -> None:
-    assert resolve_overflow(qconfig, engine, Flow.eager, target, signature) is Overflow(expected)
+    assert resolve_overflow(qconfig, engine, FlowName.eager, target, signature) is Overflow(expected)
 
 
 def test_dynamic_flow_needs_no_guard_since_torch_gives_its_activations_7_bits() -> None:
     assert (
-        resolve_overflow(settings(overflow="auto"), Engine.x86, Flow.dynamic, Target.avx2, SATURATED) is Overflow.none
+        resolve_overflow(settings(overflow="auto"), Engine.x86, FlowName.dynamic, Target.avx2, SATURATED)
+        is Overflow.none
     )
     linear = nn.Linear(64, 16, bias=False)
     nn.init.ones_(linear.weight)
     images = torch.ones(1, 64)
     for engine in ENGINES:
-        prepared = FLOWS[Flow.dynamic].prepare(nn.Sequential(linear), spec(engine=engine), images)
-        output = run(FLOWS[Flow.dynamic].convert(prepared).module, engine, images)
+        prepared = FLOWS[FlowName.dynamic].prepare(nn.Sequential(linear), spec(engine=engine), images)
+        output = run(FLOWS[FlowName.dynamic].convert(prepared).module, engine, images)
         assert np.allclose(output, 64, rtol=0.01), engine
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.ao.quantization.observer import UniformQuantizationObserverBase
 
 from qexp import quantize
-from qexp.config.schema import ActivationObserver, Engine, Flow, Observer, Overflow, QConfig, Target
+from qexp.config.schema import ActivationObserver, Engine, FlowName, Observer, Overflow, QConfig, Target
 from qexp.quantize import FLOWS, Prepared
 from qexp.quantize.calibration.grid import Side
 from qexp.quantize.saturation import emulation, reduced_range
@@ -28,7 +28,7 @@ OBSERVERS = {
 
 
 def calibrated(
-    net: nn.Module, flow: Flow, qconfig: QConfig, observer: Observer = MINMAX, fusion: bool = True
+    net: nn.Module, flow: FlowName, qconfig: QConfig, observer: Observer = MINMAX, fusion: bool = True
 ) -> Prepared:
     fused = FLOWS[flow].fuse(net, spec(fusion=fusion), EXAMPLE)
     prepared = FLOWS[flow].prepare(fused, spec(qconfig, observer), EXAMPLE)
@@ -49,8 +49,10 @@ def saturating(net: nn.Module, *names: str) -> nn.Module:
 
 @pytest.mark.parametrize("scheme", ["asymmetric", "symmetric"])
 @pytest.mark.parametrize("observer", list(OBSERVERS))
-@pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
-def test_narrowed_tensors_are_those_of_an_observer_made_with_that_grid(flow: Flow, observer: str, scheme: str) -> None:
+@pytest.mark.parametrize("flow", [FlowName.eager, FlowName.fx])
+def test_narrowed_tensors_are_those_of_an_observer_made_with_that_grid(
+    flow: FlowName, observer: str, scheme: str
+) -> None:
     layers = settings(activation_scheme=scheme, overflow="layers")
     prepared = calibrated(trained(Chain()), flow, layers, OBSERVERS[observer])
     expected = quantize.read_qparams(
@@ -67,8 +69,8 @@ def test_narrowed_tensors_are_those_of_an_observer_made_with_that_grid(flow: Flo
         assert (actual[name].qmin, actual[name].qmax) == (expected[name].qmin, expected[name].qmax) == (0, 255)
 
 
-@pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
-def test_only_layers_that_saturate_are_narrowed(flow: Flow) -> None:
+@pytest.mark.parametrize("flow", [FlowName.eager, FlowName.fx])
+def test_only_layers_that_saturate_are_narrowed(flow: FlowName) -> None:
     qconfig = settings(overflow="layers")
     prepared = calibrated(saturating(Chain(), "features.0"), flow, qconfig)
     unguarded = FLOWS[flow].convert(prepared)
@@ -92,12 +94,12 @@ def test_only_layers_that_saturate_are_narrowed(flow: Flow) -> None:
 
 def test_nothing_is_narrowed_where_nothing_saturates() -> None:
     qconfig = settings(overflow="layers", weight_bits=7)
-    prepared = calibrated(trained(Chain()), Flow.fx, qconfig)
-    model = FLOWS[Flow.fx].convert(prepared)
+    prepared = calibrated(trained(Chain()), FlowName.fx, qconfig)
+    model = FLOWS[FlowName.fx].convert(prepared)
     same, found = quantize.narrow(model, Target.avx2, EXAMPLE)
     assert found == ()
     assert same is model
-    other = FLOWS[Flow.fx].convert(replace(prepared, spec=replace(prepared.spec, engine=Engine.qnnpack)))
+    other = FLOWS[FlowName.fx].convert(replace(prepared, spec=replace(prepared.spec, engine=Engine.qnnpack)))
     assert quantize.narrow(other, Target.avx2, EXAMPLE)[1] == ()
 
 
@@ -108,8 +110,8 @@ def rounded(values: np.ndarray, scale: np.float32, zero_point: int, low: int, hi
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("flow", [Flow.eager, Flow.fx])
-def test_the_noise_of_either_side_is_that_of_numpy_and_the_smaller_one_decides(flow: Flow, seed: int) -> None:
+@pytest.mark.parametrize("flow", [FlowName.eager, FlowName.fx])
+def test_the_noise_of_either_side_is_that_of_numpy_and_the_smaller_one_decides(flow: FlowName, seed: int) -> None:
     qconfig = settings("per_tensor", overflow="layers")
     net = trained(nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10)), seed)
     prepared = calibrated(net, flow, qconfig)
@@ -149,7 +151,7 @@ class Fork(nn.Module):
 
 def test_a_tensor_is_narrowed_for_all_its_readers_or_for_none() -> None:
     qconfig = settings("per_tensor", overflow="layers")
-    prepared = calibrated(trained(Fork()), Flow.fx, qconfig)
+    prepared = calibrated(trained(Fork()), FlowName.fx, qconfig)
     readers = {r.name: r for r in reduced_range._readers(prepared.module, ["left", "right"], qconfig, EXAMPLE)}
     assert readers["left"].observer is readers["right"].observer is not None
     narrowed, (left, right) = reduced_range.narrow_layers(prepared.module, ["left", "right"], qconfig, EXAMPLE)
@@ -165,7 +167,7 @@ def test_a_tensor_is_narrowed_for_all_its_readers_or_for_none() -> None:
 
 def test_the_statistics_stay_those_of_calibration() -> None:
     qconfig = settings(overflow="layers")
-    prepared = calibrated(trained(Plain()), Flow.fx, qconfig)
+    prepared = calibrated(trained(Plain()), FlowName.fx, qconfig)
     before = quantize.read_qparams(prepared.module)
     reduced_range.narrow_layers(prepared.module, ["conv1"], qconfig, EXAMPLE * 100)
     after = quantize.read_qparams(prepared.module)

@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qexp import quantize
-from qexp.config.schema import Engine, Flow
+from qexp.config.schema import Engine, FlowName
 from qexp.quantize import FLOWS
 from qexp.quantize.inspection.layer_equivalence import check_layers
 from qexp.quantize.torch_backend.float_layers import norm_is_random
 from tests.helpers.quantizable import assembled, images, relative_error, settings, spec, trained
 
 TWO = images(2)
-BOTH = [Flow.eager, Flow.fx]
+BOTH = [FlowName.eager, FlowName.fx]
 
 
 class Around(nn.Module):
@@ -71,7 +71,7 @@ def made(net: nn.Module, seed: int = 0) -> nn.Module:
     return trained(net, seed)
 
 
-def through(net: nn.Module, flow: Flow, engine: Engine = Engine.x86) -> tuple[nn.Module, nn.Module]:
+def through(net: nn.Module, flow: FlowName, engine: Engine = Engine.x86) -> tuple[nn.Module, nn.Module]:
     quantize.dry_run(net, FLOWS[flow], spec(engine=engine), TWO)
     fused = FLOWS[flow].fuse(net, spec(), TWO)
     assert quantize.fusion_difference(net, fused, images(8, seed=4)) < 1e-5
@@ -92,7 +92,7 @@ def error(net: nn.Module, converted: nn.Module) -> float:
 
 @pytest.mark.parametrize("flow", BOTH)
 @pytest.mark.parametrize("affine", [True, False])
-def test_an_instance_norm_with_running_statistics_is_a_batchnorm(flow: Flow, affine: bool) -> None:
+def test_an_instance_norm_with_running_statistics_is_a_batchnorm(flow: FlowName, affine: bool) -> None:
     net = made(Around(nn.InstanceNorm2d(8, affine=affine, track_running_stats=True)))
     fused, converted = through(net, flow)
     assert not any("Norm" in type(part).__name__ for part in fused.modules())
@@ -110,7 +110,7 @@ def test_an_instance_norm_with_running_statistics_is_a_batchnorm(flow: Flow, aff
 def test_a_functional_instance_norm_with_running_statistics_is_folded_too() -> None:
     mean, variance = torch.linspace(-1, 1, 8), torch.linspace(0.5, 2, 8)
     net = made(Around(None, lambda x: F.instance_norm(x, mean, variance, use_input_stats=False)))
-    fused, converted = through(net, Flow.fx)
+    fused, converted = through(net, FlowName.fx)
     assert not any("Norm" in type(part).__name__ for part in fused.modules())
     assert error(net, converted) < 0.1
 
@@ -118,7 +118,7 @@ def test_a_functional_instance_norm_with_running_statistics_is_folded_too() -> N
 @pytest.mark.parametrize("flow", BOTH)
 @pytest.mark.parametrize("stride", [8, 4, 2])  # maps of 2x2, 4x4, 8x8
 @pytest.mark.parametrize("norm", [nn.InstanceNorm2d(8), nn.GroupNorm(8, 8), nn.GroupNorm(4, 8), nn.GroupNorm(1, 8)])
-def test_norms_of_small_maps_answer_as_in_fp32(norm: nn.Module, stride: int, flow: Flow) -> None:
+def test_norms_of_small_maps_answer_as_in_fp32(norm: nn.Module, stride: int, flow: FlowName) -> None:
     net = made(Around(norm, stride=stride))
     _, converted = through(net, flow)
     assert error(net, converted) < 0.35  # a norm of few values makes much of rounding; at random it is above 2
@@ -126,7 +126,7 @@ def test_norms_of_small_maps_answer_as_in_fp32(norm: nn.Module, stride: int, flo
 
 def test_a_functional_instance_norm_of_small_maps_answers_as_in_fp32() -> None:
     net = made(Around(None, lambda x: F.instance_norm(x, weight=torch.ones(8), bias=torch.zeros(8)), stride=8))
-    _, converted = through(net, Flow.fx)
+    _, converted = through(net, FlowName.fx)
     assert error(net, converted) < 0.35
 
 
@@ -159,7 +159,7 @@ HEADS: list[tuple[nn.Module | None, Callable[[Tensor], Tensor] | None]] = [
 
 @pytest.mark.parametrize("flow", BOTH)
 @pytest.mark.parametrize("head", range(len(HEADS)))
-def test_a_final_softmax_or_sigmoid_stays_in_fp32(head: int, flow: Flow) -> None:
+def test_a_final_softmax_or_sigmoid_stays_in_fp32(head: int, flow: FlowName) -> None:
     net = made(Answers(*HEADS[head], classes=100))
     with torch.no_grad():
         net.fc.weight.mul_(0.05)  # flat probabilities
@@ -184,7 +184,7 @@ def test_a_softmax_that_an_author_dequantizes_for_is_left_alone() -> None:
             return self.head(self.dequant(self.fc(self.pool(self.conv(self.quant(x))).flatten(1))))
 
     net = made(Author())
-    _, converted = through(net, Flow.eager)
+    _, converted = through(net, FlowName.eager)
     assert error(net, converted) < 0.1
 
 
@@ -197,7 +197,7 @@ LAYERS: list[Callable[[], nn.Module]] = [
 
 @pytest.mark.parametrize("flow", BOTH)
 @pytest.mark.parametrize("make", LAYERS)
-def test_layers_that_int8_lacks_stay_in_fp32_between_int8_layers(make: Callable[[], nn.Module], flow: Flow) -> None:
+def test_layers_that_int8_lacks_stay_in_fp32_between_int8_layers(make: Callable[[], nn.Module], flow: FlowName) -> None:
     net = made(Around(make()))
     _, converted = through(net, flow)
     assert all(layer.int8 for layer in quantize.layers(converted, FLOWS[flow], Engine.x86))
@@ -226,7 +226,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", list(FUNCTIONS))
 def test_functions_in_fx_are_right(name: str) -> None:
     net = made(Around(None, FUNCTIONS[name]))
-    _, converted = through(net, Flow.fx)
+    _, converted = through(net, FlowName.fx)
     assert error(net, converted) < 0.25
 
 
@@ -241,12 +241,12 @@ def test_paddings_that_repeat_the_image_are_taken_by_fx_at_each_call(mode: str) 
             return self.fc(self.pool(F.relu(self.second(x))).flatten(1))
 
     net = made(Twice())
-    _, converted = through(net, Flow.fx)
+    _, converted = through(net, FlowName.fx)
     assert error(net, converted) < 0.15
 
 
 @pytest.mark.parametrize("flow", BOTH)
-def test_a_mean_of_maps_of_one_pixel_is_taken(flow: Flow) -> None:
+def test_a_mean_of_maps_of_one_pixel_is_taken(flow: FlowName) -> None:
     class Shrinks(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -274,8 +274,8 @@ def test_a_layer_after_an_early_reshape_is_in_int8_and_can_be_traced(spelling: s
             return self.b(F.relu(self.a(getattr(x, spelling)(*arguments))))
 
     net = made(Early()).requires_grad_(True)
-    fused, converted = through(net, Flow.fx)
-    assert [layer.int8 for layer in quantize.layers(converted, FLOWS[Flow.fx], Engine.x86)] == [True, True]
+    fused, converted = through(net, FlowName.fx)
+    assert [layer.int8 for layer in quantize.layers(converted, FLOWS[FlowName.fx], Engine.x86)] == [True, True]
     for one in (fused, converted):
         assert not any(parameter.requires_grad for parameter in one.parameters())
         with quantize.engine(Engine.x86):

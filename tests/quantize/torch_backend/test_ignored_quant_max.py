@@ -17,7 +17,7 @@ from torch.ao.quantization import convert as torch_convert
 from torch.ao.quantization.quantize_fx import convert_fx
 
 from qexp import quantize
-from qexp.config.schema import Engine, Flow, Observer, Runtime
+from qexp.config.schema import Engine, FlowName, Observer, RuntimeName
 from qexp.errors import InputError, RunError
 from qexp.models import architectures
 from qexp.quantize import FLOWS, Prepared
@@ -31,9 +31,9 @@ from qexp.records import QParams
 from qexp.runtimes import RUNTIMES
 from tests.helpers.quantizable import MINMAX, RECORDED, Plain, assembled, images, settings, spec, trained
 
-EAGER = RUNTIMES[Runtime.eager]
-TORCHSCRIPT = RUNTIMES[Runtime.torchscript]
-BOTH = [Flow.eager, Flow.fx]
+EAGER = RUNTIMES[RuntimeName.eager]
+TORCHSCRIPT = RUNTIMES[RuntimeName.torchscript]
+BOTH = [FlowName.eager, FlowName.fx]
 BITS = range(2, 8)
 SEEN = images(8, seed=3)
 WIDER = images(8, seed=4) * 3  # beyond what calibration saw
@@ -83,7 +83,7 @@ class Odd(nn.Module):
 
 
 def prepared(
-    net: nn.Module, flow: Flow, observer: Observer = MINMAX, engine: Engine = Engine.x86, **wanted: Any
+    net: nn.Module, flow: FlowName, observer: Observer = MINMAX, engine: Engine = Engine.x86, **wanted: Any
 ) -> Prepared:
     fused = FLOWS[flow].fuse(net, spec(), SEEN)
     made = FLOWS[flow].prepare(fused, spec(settings(**wanted), observer, engine), SEEN)
@@ -91,7 +91,7 @@ def prepared(
     return made
 
 
-def converted(net: nn.Module, flow: Flow, bits: int, engine: Engine = Engine.x86, **wanted: Any) -> nn.Module:
+def converted(net: nn.Module, flow: FlowName, bits: int, engine: Engine = Engine.x86, **wanted: Any) -> nn.Module:
     return FLOWS[flow].convert(prepared(net, flow, engine=engine, activation_bits=bits, **wanted)).module
 
 
@@ -132,15 +132,16 @@ def largest_codes(model: nn.Module, batch: Tensor, engine: Engine = Engine.x86) 
     return found
 
 
-NETS: dict[str, tuple[Callable[[], nn.Module], list[Flow]]] = {
-    "gated": (Gated, BOTH), "tiny": (architectures.tiny, BOTH), "plain": (Plain, [Flow.fx]), "odd": (Odd, [Flow.fx]),
+NETS: dict[str, tuple[Callable[[], nn.Module], list[FlowName]]] = {
+    "gated": (Gated, BOTH), "tiny": (architectures.tiny, BOTH), "plain": (Plain, [FlowName.fx]),
+    "odd": (Odd, [FlowName.fx]),
 }  # fmt: skip
 CASES = [(name, flow) for name, (_, flows) in NETS.items() for flow in flows]
 
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("name", "flow"), CASES)
-def test_no_tensor_has_a_code_beyond_the_bits_asked_for(name: str, flow: Flow, bits: int) -> None:
+def test_no_tensor_has_a_code_beyond_the_bits_asked_for(name: str, flow: FlowName, bits: int) -> None:
     net = trained(NETS[name][0]())
     model = converted(net, flow, bits)
     codes = largest_codes(model, WIDER)
@@ -152,7 +153,7 @@ def test_no_tensor_has_a_code_beyond_the_bits_asked_for(name: str, flow: Flow, b
 
 @pytest.mark.parametrize("engine", [Engine.qnnpack, Engine.onednn])
 @pytest.mark.parametrize("flow", BOTH)
-def test_the_ends_hold_on_every_engine(flow: Flow, engine: Engine) -> None:
+def test_the_ends_hold_on_every_engine(flow: FlowName, engine: Engine) -> None:
     model = converted(trained(Gated()), flow, 4, engine)
     assert max(largest_codes(model, WIDER, engine).values()) == 15
     expected = run(converted(trained(Gated()), flow, 4), WIDER)
@@ -188,7 +189,7 @@ def gated(net: Gated, x: Tensor, weight: Callable[[Tensor], Tensor], grid: Calla
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("flow", BOTH)
-def test_logits_are_those_of_a_fake_quantized_float_network(flow: Flow, bits: int) -> None:
+def test_logits_are_those_of_a_fake_quantized_float_network(flow: FlowName, bits: int) -> None:
     net = trained(Gated())
     ranges: dict[str, tuple[float, float]] = {}
 
@@ -220,8 +221,8 @@ def test_a_sum_with_a_number_has_the_bits_asked_for(bits: int) -> None:
             return (self.conv(x) + 3) * -0.5
 
     net, top = trained(Shifted()), 2**bits - 1
-    model = converted(net, Flow.fx, bits)
-    q = quantize.read_qparams(prepared(net, Flow.fx, activation_bits=bits).module)
+    model = converted(net, FlowName.fx, bits)
+    q = quantize.read_qparams(prepared(net, FlowName.fx, activation_bits=bits).module)
     values = run(model, WIDER)
     conv = net.conv(SEEN)  # type: ignore[operator]
     low, high = min(float(conv.min()), 0.0), max(float(conv.max()), 0.0)
@@ -239,12 +240,12 @@ def test_a_sum_with_a_number_has_the_bits_asked_for(bits: int) -> None:
 
 
 @pytest.mark.parametrize("flow", BOTH)
-def test_with_8_bits_it_is_the_model_that_torch_converts(flow: Flow) -> None:
+def test_with_8_bits_it_is_the_model_that_torch_converts(flow: FlowName) -> None:
     net = trained(architectures.tiny())
     engine = Engine.fbgemm
     made = prepared(net, flow, engine=engine).module
     with quantize.engine(engine), known_deprecations_silenced():
-        by_torch = torch_convert(made) if flow is Flow.eager else convert_fx(made)  # type: ignore[arg-type]
+        by_torch = torch_convert(made) if flow is FlowName.eager else convert_fx(made)  # type: ignore[arg-type]
     ours = FLOWS[flow].convert(prepared(net, flow, engine=engine)).module
     assert torch.equal(run(ours, WIDER, engine), run(by_torch, WIDER, engine))
     assert executed(ours, engine, SEEN) == executed(by_torch, engine, SEEN)
@@ -254,7 +255,7 @@ def test_with_8_bits_it_is_the_model_that_torch_converts(flow: Flow) -> None:
 
 @pytest.mark.parametrize("engine", [Engine.x86, Engine.qnnpack])
 @pytest.mark.parametrize(("name", "flow"), CASES)
-def test_what_is_saved_gives_the_same_logits(name: str, flow: Flow, engine: Engine, tmp_path: Path) -> None:
+def test_what_is_saved_gives_the_same_logits(name: str, flow: FlowName, engine: Engine, tmp_path: Path) -> None:
     net = trained(NETS[name][0]())
     model = converted(net, flow, 4, engine)
     expected = run(model, WIDER, engine)
@@ -276,8 +277,8 @@ def test_what_is_saved_gives_the_same_logits(name: str, flow: Flow, engine: Engi
 @pytest.mark.parametrize("kind", [nn.ELU(), nn.Softmax(1), nn.PReLU(3)])
 def test_scales_that_torch_leaves_out_are_saved(kind: nn.Module) -> None:
     net = trained(nn.Sequential(nn.Conv2d(3, 3, 3), kind, nn.Flatten(), nn.Linear(3 * 14 * 14, 10)))
-    model = converted(net, Flow.fx, 8)
-    blank = quantize.skeleton(FLOWS[Flow.fx].fuse(net, spec(), SEEN), FLOWS[Flow.fx], spec(), SEEN)
+    model = converted(net, FlowName.fx, 8)
+    blank = quantize.skeleton(FLOWS[FlowName.fx].fuse(net, spec(), SEEN), FLOWS[FlowName.fx], spec(), SEEN)
     blank.load_state_dict(model.state_dict(), assign=True)
     assert torch.equal(run(blank, WIDER), run(model, WIDER))
 
@@ -296,7 +297,7 @@ def test_clamping_keeps_the_memory_format_on_every_engine() -> None:
 
 
 @pytest.mark.parametrize("flow", BOTH)
-def test_a_clamp_is_executed_and_its_end_depends_on_no_range(flow: Flow) -> None:
+def test_a_clamp_is_executed_and_its_end_depends_on_no_range(flow: FlowName) -> None:
     net, on = trained(architectures.tiny()), (Engine.x86, SEEN[:1])
     by_range = {
         executed(FLOWS[flow].convert(prepared(net, flow, RECORDED[observer], activation_bits=4)).module, *on)
@@ -310,7 +311,7 @@ def test_a_clamp_is_executed_and_its_end_depends_on_no_range(flow: Flow) -> None
 
 
 @pytest.mark.parametrize("flow", BOTH)
-def test_parameters_and_clipping_are_those_of_what_is_executed(flow: Flow) -> None:
+def test_parameters_and_clipping_are_those_of_what_is_executed(flow: FlowName) -> None:
     net = trained(Gated())
     made = prepared(net, flow, RECORDED["percentile"], activation_bits=5)
     q = quantize.read_qparams(made.module)
@@ -323,7 +324,7 @@ def test_parameters_and_clipping_are_those_of_what_is_executed(flow: Flow) -> No
     assert rows["conv1"].clipped == pytest.approx(float((values > end).float().mean()), abs=1e-4)
     assert rows["conv1"].clipped > 0.01
     # The layer by itself: the codes of its input, and its answer, are held too.
-    x = fake(WIDER, *_ends(q["quant" if flow is Flow.eager else "x"]), 5)
+    x = fake(WIDER, *_ends(q["quant" if flow is FlowName.eager else "x"]), 5)
     answer = fake(F.conv2d(x, fake_weight(net.conv1.weight), net.conv1.bias, padding=1).relu(), *_ends(q["conv1"]), 5)  # type: ignore[operator, arg-type, union-attr]
     error = 10 * torch.log10(values.square().sum() / (answer - values).square().sum())
     assert rows["conv1"].own_sqnr_db == pytest.approx(float(error), abs=0.05)
@@ -336,7 +337,7 @@ def _ends(q: QParams) -> tuple[float, float]:
 
 @pytest.mark.parametrize("engine", [Engine.x86, Engine.onednn])
 @pytest.mark.parametrize("flow", BOTH)
-def test_exact_and_emulated_sums_see_the_codes_that_are_executed(flow: Flow, engine: Engine) -> None:
+def test_exact_and_emulated_sums_see_the_codes_that_are_executed(flow: FlowName, engine: Engine) -> None:
     net = trained(Gated())
     made = prepared(net, flow, engine=engine, activation_bits=6)
     model = FLOWS[flow].convert(made).module
@@ -354,7 +355,7 @@ def test_exact_and_emulated_sums_see_the_codes_that_are_executed(flow: Flow, eng
 @pytest.mark.parametrize("observer", ["minmax", "mse"])
 @pytest.mark.parametrize("flow", BOTH)
 @pytest.mark.parametrize("bits", [2, 4, 7])
-def test_weights_end_where_their_grid_does(flow: Flow, observer: str, bits: int) -> None:
+def test_weights_end_where_their_grid_does(flow: FlowName, observer: str, bits: int) -> None:
     model = converted(trained(Gated()), flow, 8, weight_bits=bits, weight_observer=observer)
     for name, layer in emulation.int8_layers(model):
         codes = layer.weight().int_repr()  # type: ignore[operator]
@@ -363,10 +364,10 @@ def test_weights_end_where_their_grid_does(flow: Flow, observer: str, bits: int)
 
 
 @pytest.mark.parametrize("flow", BOTH)
-def test_a_layer_that_ends_before_its_bits_do_is_found(flow: Flow) -> None:
+def test_a_layer_that_ends_before_its_bits_do_is_found(flow: FlowName) -> None:
     net = trained(Gated())
     model = converted(net, flow, 8, overflow="weights")
-    layer = model.get_submodule("conv1" if flow is Flow.fx else "module.conv1")
+    layer = model.get_submodule("conv1" if flow is FlowName.fx else "module.conv1")
     forward = layer.forward
     vars(layer)["forward"] = lambda given: clamped(forward(given), 127)
     with pytest.raises(RunError, match="conv1"):
@@ -386,10 +387,10 @@ class Functional(nn.Module):
 
 
 def test_an_operation_whose_bits_the_eager_flow_cannot_choose_is_refused() -> None:
-    def tried(flow: Flow, bits: int) -> None:
+    def tried(flow: FlowName, bits: int) -> None:
         quantize.dry_run(Functional(), FLOWS[flow], spec(settings(activation_bits=bits)), SEEN)
 
     with pytest.raises(InputError, match=r"keep what sigmoid gives within qconfig.activation.bits=4.*flow=fx"):
-        tried(Flow.eager, 4)
-    tried(Flow.eager, 8)
-    tried(Flow.fx, 4)
+        tried(FlowName.eager, 4)
+    tried(FlowName.eager, 8)
+    tried(FlowName.fx, 4)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qexp import quantize
-from qexp.config.schema import ActivationObserver, Engine, Flow, Observer
+from qexp.config.schema import ActivationObserver, Engine, FlowName, Observer
 from qexp.quantize import FLOWS
 from qexp.quantize.torch_backend.transposed_convolutions import why_float
 from tests.helpers.quantizable import settings, spec, trained
@@ -53,7 +53,7 @@ class Decoder(nn.Module):
         return self.head(self.relu(self.norm(x)))
 
 
-def sqnr_db(net: nn.Module, flow: Flow, engine: Engine) -> tuple[float, tuple[Any, ...]]:
+def sqnr_db(net: nn.Module, flow: FlowName, engine: Engine) -> tuple[float, tuple[Any, ...]]:
     """The INT8 model's signal to noise ratio against the float model in float64, on the calibration images."""
     images = torch.rand(8, 3, 6, 5)
     # 7 bits of weights: nothing saturates on any machine.
@@ -71,9 +71,14 @@ def sqnr_db(net: nn.Module, flow: Flow, engine: Engine) -> tuple[float, tuple[An
 @pytest.mark.parametrize(
     ("flow", "functional", "engine"),
     # A function becomes a module before anything depends on the engine.
-    [*((flow, False, engine) for flow in (Flow.eager, Flow.fx) for engine in Engine), (Flow.fx, True, Engine.x86)],
+    [
+        *((flow, False, engine) for flow in (FlowName.eager, FlowName.fx) for engine in Engine),
+        (FlowName.fx, True, Engine.x86),
+    ],
 )
-def test_a_transposed_convolution_gives_what_it_gives_in_float(flow: Flow, functional: bool, engine: Engine) -> None:
+def test_a_transposed_convolution_gives_what_it_gives_in_float(
+    flow: FlowName, functional: bool, engine: Engine
+) -> None:
     for seed, shape in enumerate(SHAPES):
         torch.manual_seed(seed)
         net = trained(Decoder(functional, *shape))
@@ -97,11 +102,11 @@ def test_a_model_with_a_layer_in_float_is_saved_and_read_back(tmp_path: Any) -> 
     torch.manual_seed(0)
     net, images = trained(Decoder(False, *SHAPES[1])), torch.rand(4, 3, 6, 5)
     qconfig, observer = settings(weight_bits=7), Observer(ActivationObserver.minmax)
-    fused = FLOWS[Flow.eager].fuse(net, spec(), images)
-    prepared = FLOWS[Flow.eager].prepare(fused, spec(qconfig, observer), images)
+    fused = FLOWS[FlowName.eager].fuse(net, spec(), images)
+    prepared = FLOWS[FlowName.eager].prepare(fused, spec(qconfig, observer), images)
     quantize.calibrate(prepared, [images])
-    int8 = FLOWS[Flow.eager].convert(prepared).module
-    skeleton = quantize.skeleton(fused, FLOWS[Flow.eager], spec(qconfig), images)
+    int8 = FLOWS[FlowName.eager].convert(prepared).module
+    skeleton = quantize.skeleton(fused, FLOWS[FlowName.eager], spec(qconfig), images)
     with quantize.engine(Engine.x86), torch.inference_mode():
         skeleton.load_state_dict(int8.state_dict(), assign=True)
         assert torch.equal(skeleton(images), int8(images))

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 
-def unwrapped(made: Any) -> Any:
+def unwrap(made: Any) -> Any:
     """What is within DataParallel's or torch.compile's wrappers; anything else as it is.
 
     In a module the wrappers around its parts are taken off too, in place.

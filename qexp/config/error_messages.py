@@ -17,20 +17,20 @@ from qexp.errors import QexpError
 RENAMED = {"latency.runtimes": "runtimes", "job.ahead": "job.at_a_time"}
 
 
-def renamed(setting: str) -> str:
+def renamed_setting(setting: str) -> str:
     """A sentence for a setting that has another name now; empty for others."""
     today = RENAMED.get(setting)
     return f"{setting} is now {today}: use {today}=... in its place." if today else ""
 
 
 @contextlib.contextmanager
-def refusals() -> Iterator[None]:
-    """What has a sentence (see `explained`) ends the process with it and status 1; with HYDRA_FULL_ERROR=1 it goes on
+def exit_with_message() -> Iterator[None]:
+    """What has a sentence (see `message_for`) ends the process with it and status 1; with HYDRA_FULL_ERROR=1 it goes on
     as it is."""
     try:
         yield
     except Exception as error:
-        sentence = explained(error)
+        sentence = message_for(error)
         if sentence is None:
             raise
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
@@ -40,11 +40,11 @@ def refusals() -> Iterator[None]:
         sys.exit(1)
 
 
-def explained(error: Exception) -> str | None:
+def message_for(error: Exception) -> str | None:
     """An error as a sentence for whoever typed what it is about, None where it isn't of a configuration."""
     if isinstance(error, QexpError):
         return str(error)
-    if said := renamed(_unknown_key(error)):
+    if said := renamed_setting(_unknown_key(error)):
         return said
     if isinstance(error, OmegaConfBaseException):
         return unresolved(error)

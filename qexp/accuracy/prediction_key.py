@@ -10,11 +10,11 @@ import numpy as np
 
 from qexp.config import code_digest
 from qexp.config.schema import Config
-from qexp.data.splits import Data
+from qexp.data.loading import Data
 from qexp.quantize.saturation import kernels
 
 
-def predictions_key(config: Config, data: Data, model: Sequence[str], images: np.ndarray | None = None) -> str:
+def prediction_key(config: Config, data: Data, model: Sequence[str], images: np.ndarray | None = None) -> str:
     """Everything that a model's answers on evaluation images depend on, in their last bit too.
 
     model: `content`, and in words what was done with it; images: int64 indices, None for all of them.

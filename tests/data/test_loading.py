@@ -19,9 +19,9 @@ from PIL import Image
 
 from qexp.config import image_settings
 from qexp.config.schema import Calib, Sampling
+from qexp.data import loading as data_module
 from qexp.data import preprocessing
-from qexp.data import splits as data_module
-from qexp.data.splits import Data, count_shared, digest_of, draw, load_data, normalise
+from qexp.data.loading import Data, count_shared, digest_of, draw, load_data, normalise
 from qexp.errors import ConfigError, InputError
 from tests.helpers import ROOT
 

@@ -20,7 +20,7 @@ from qexp.config.schema import (
     Config,
     cache_folder,
 )
-from qexp.data.splits import Data, digest_of, draw, load_data
+from qexp.data.loading import Data, digest_of, draw, load_data
 from qexp.errors import InputError
 from qexp.latency import protocol
 from qexp.models import float_model
@@ -95,7 +95,7 @@ def _plain(looked_at: object) -> str:
     return json.dumps(looked_at, default=asdict, sort_keys=True)
 
 
-def described(configs: Sequence[Config]) -> list[dict[str, str]]:
+def provenance_tags(configs: Sequence[Config]) -> list[dict[str, str]]:
     """For each of these, the tags of what its result would depend on: settings, code, weights, images, machine.
 
     Opens each data set once. Raises as `check_inputs` does where one can't be used.
