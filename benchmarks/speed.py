@@ -66,7 +66,7 @@ def calibration(outputs: str) -> None:
         data = load_data(config.dataset, Path(config.outputs) / "cache")
         images = normalise(data.train.pixels(np.arange(IMAGES)), data.mean, data.std)
         batches = images.split(config.calib.batch_size)
-        flow, spec = quantize.FLOWS[config.flow], prepare.spec_of(config)
+        flow, spec = quantize.FLOWS[config.flow], prepare.quantization_spec(config)
         fused = flow.fuse(float_model.build(config.model, 10, 0), spec, images[:2])
 
         def prepared(observer: Observer) -> quantize.Prepared:
@@ -103,7 +103,7 @@ def peak_memory(outputs: str, model: str, count: int) -> int:
     data = load_data(config.dataset, Path(config.outputs) / "cache")
     indices = np.arange(count) % len(data.train)
     few = normalise(data.train.pixels(indices[:2]), data.mean, data.std)
-    flow, spec = quantize.FLOWS[config.flow], replace(prepare.spec_of(config), observer=OBSERVERS["minmax"])
+    flow, spec = quantize.FLOWS[config.flow], replace(prepare.quantization_spec(config), observer=OBSERVERS["minmax"])
     prepared = flow.prepare(flow.fuse(float_model.build(config.model, 10, 0), spec, few), spec, few)
     size = config.calib.batch_size
     parts = np.split(indices, range(size, count, size))
@@ -121,7 +121,7 @@ def whole_run(outputs: str) -> None:
     config = next(jobs)
     folder = Path(config.outputs) / "run"
     folder.mkdir(parents=True)
-    run.run_job(config, folder)
+    run.run_experiment(config, folder)
     model = saved_models.load_int8(folder)
     data = load_data(config.dataset, Path(config.outputs) / "cache")
     images = normalise(data.test.pixels(), data.mean, data.std)
@@ -132,4 +132,4 @@ def whole_run(outputs: str) -> None:
                 model(batch)
 
     with protocol.threads(config.compute.threads):
-        ratio("a run without timing, over a bare INT8 pass", lambda: run.run_job(next(jobs), folder), bare)
+        ratio("a run without timing, over a bare INT8 pass", lambda: run.run_experiment(next(jobs), folder), bare)

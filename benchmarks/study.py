@@ -34,7 +34,7 @@ from qexp.config.schema import Config
 from qexp.data.loading import load_data
 from qexp.latency import protocol
 from qexp.models import float_model, inference
-from qexp.pipeline.run import run_job
+from qexp.pipeline.run import run_experiment
 from qexp.runtimes import saved_models
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,9 +151,7 @@ def given(outputs: Path) -> tuple[Path, Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels.transpose(1, 2, 0)).save(path)
     files = composed(str(outputs), "dataset=imagefolder", f"dataset.root={folder}")
-    trained = float_model.float_model(
-        files.model, files.train, load_data(files.dataset, outputs / "cache"), 0, outputs / "checkpoints", 2
-    )
+    trained = float_model.load_or_train(files, load_data(files.dataset, outputs / "cache"))
     torch.save(trained.module.state_dict(), folder / "resnet18.pt")
     return folder, folder / "resnet18.pt"
 
@@ -209,7 +207,7 @@ def one_more(outputs: str, *fixed: str) -> dict[str, float]:
     jobs = [composed(outputs, *fixed, "sweep=study", f"calib.seed={seed}") for seed in (1, 2)]
     folder = Path(outputs) / "one_more"
     folder.mkdir(parents=True)
-    run_job(jobs[0], folder)
+    run_experiment(jobs[0], folder)
     return steps(jobs[1], folder)
 
 
@@ -229,7 +227,7 @@ def bare_pass(outputs: Path, run: str, *settings: str) -> Callable[[], None]:
     config = composed(str(outputs), *settings, "latency=off")
     folder = outputs / run
     folder.mkdir(parents=True)
-    run_job(config, folder)
+    run_experiment(config, folder)
     model, data = saved_models.load_int8(folder), load_data(config.dataset, Path(config.outputs) / "cache")
 
     def whole() -> None:
@@ -241,7 +239,7 @@ def bare_pass(outputs: Path, run: str, *settings: str) -> Callable[[], None]:
 
 def steps(config: Config, folder: Path) -> dict[str, float]:
     """Seconds that each step of a run takes, by name. folder: for its files."""
-    run_job(config, folder)
+    run_experiment(config, folder)
     noted: dict[str, float] = json.loads((folder / "steps.json").read_text())
     return noted
 

@@ -26,7 +26,7 @@ def made(outputs: str, name: str, *overrides: str) -> tuple[Config, Path, np.nda
     config = composed(outputs, "saturation.exact_images=0", *overrides)
     folder = Path(outputs) / name
     folder.mkdir(parents=True)
-    run.run_job(composed(outputs, "latency.enabled=false", "saturation.exact_images=0", *overrides), folder)
+    run.run_experiment(composed(outputs, "latency.enabled=false", "saturation.exact_images=0", *overrides), folder)
     data = load_data(config.dataset, Path(config.outputs) / "cache")
     inputs = normalise(data.test.pixels(np.arange(measure.LATENCY_IMAGES)), data.mean, data.std).numpy()
     kept = np.load(folder / "predictions.npz")

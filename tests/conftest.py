@@ -104,6 +104,6 @@ def _trained(folder: Path) -> Path:
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         config = conversion.from_hydra(compose("config", overrides), str(folder))
     data = load_data(config.dataset, folder / "cache")
-    made = float_model.float_model(config.model, config.train, data, 0, folder / "checkpoints", 2)
+    made = float_model.load_or_train(config, data)
     torch.save(made.module.state_dict(), folder / "tiny.pt")
     return folder / "tiny.pt"

@@ -1,8 +1,8 @@
-"""What the INT8 model answers on the CPU that it ships on, where that CPU's kernels add up otherwise than this one's.
+"""INT8 accuracy on the target CPU, where its kernels accumulate otherwise than this CPU's.
 
-Without VNNI, kernels add pairs of products in 16 bits; a *saturating* machine below. Where such a machine has to answer
-for an exact one, the same calibrated model runs on qnnpack, which is exact (where it answers for itself, those of its
-layers alone in which sums can overflow); where an exact one has to answer for a saturating one, they are emulated.
+Without VNNI, kernels add pairs of products in 16-bit accumulators, which can saturate. This CPU saturates, the target
+doesn't: run the model on qnnpack, which has 32-bit accumulators. This CPU doesn't, the target does: emulate its 16-bit
+accumulators. Both saturate: run only layers that can overflow on qnnpack, to see what saturation costs.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class Answer:
-    """What answers for the target, and what 16-bit sums do to this model wherever they are.
+class TargetAccuracy:
+    """Predictions on the target CPU, and the effect of 16-bit accumulators on this model.
 
-    target: predictions on `images` (int64 indices of evaluation images); exact, saturating: predictions on the images
-    `compared`, with sums of 32 and of 16 bits, None where they were not needed; layers: each layer judged by itself.
+    source: the means by which they were found; predictions: on `images` (int64 indices of evaluation images); exact,
+    saturating: predictions on the images `compared`, with 32-bit and 16-bit accumulators, None where they were not
+    needed; layers: the comparison of the two in each layer.
     """
 
     source: AccuracySource
     images: np.ndarray
-    target: Predictions
+    predictions: Predictions
     saturation: SaturationStatus
     compared: np.ndarray = field(default_factory=lambda: np.arange(0))
     exact: Predictions | None = None
@@ -48,20 +49,22 @@ class Answer:
 
     @property
     def target_is_exact(self) -> bool:
-        """Whether the target's sums can't saturate."""
+        """True if the target's accumulators can't saturate."""
         return self.saturation is SaturationStatus.impossible or self.source is AccuracySource.exact
 
     @property
     def saturating_layers(self) -> tuple[str, ...]:
-        """Layers in which sums were seen to saturate."""
+        """The layers in which accumulators were seen to saturate."""
         return tuple(layer.name for layer in self.layers if layer.saturates)
 
 
 @step("target")
-def answer(config: Config, data: Data, int8: quantize.QuantizedModel, executed: Predictions, content: str) -> Answer:
-    """Answer for `config.target`, by the cheapest means that can.
+def target_accuracy(
+    config: Config, data: Data, int8: quantize.QuantizedModel, executed: Predictions, content: str
+) -> TargetAccuracy:
+    """The accuracy on the CPU that `config.target` means, by the cheapest means: executed, exact or emulated.
 
-    executed: INT8 predictions on all evaluation images, made on this machine; content: what identifies int8 (see
+    executed: INT8 predictions on all evaluation images, made on this CPU; content: the identity of int8 (see
     `saved_models.content`).
     """
     everything = np.arange(len(executed.labels))
@@ -70,10 +73,11 @@ def answer(config: Config, data: Data, int8: quantize.QuantizedModel, executed: 
         kernels.overflowing_kinds(qconfig, engine, config.flow, cpu, signature)
         for cpu in (Target.native, config.target)
     )
-    plain = Answer(AccuracySource.executed, everything, executed, SaturationStatus.impossible)
+    plain = TargetAccuracy(AccuracySource.executed, everything, executed, SaturationStatus.impossible)
     if not emulation.at_risk(module, engine, here | there):
         return plain
-    # A CPU with VNNI may still have depthwise kernels that saturate: that is no CPU without it.
+    # Depthwise kernels can saturate with VNNI too, so saturation here doesn't prove that this CPU can stand in for
+    # target=avx2.
     if here and (config.target is not Target.avx2 or signature.dense_saturates(engine, qconfig.weight.scheme)):
         every = config.target is Target.vnni
         compared = everything if every else spread(len(everything), config.saturation.exact_images)
@@ -83,7 +87,7 @@ def answer(config: Config, data: Data, int8: quantize.QuantizedModel, executed: 
         title = "evaluating INT8 with exact sums"
         found, layers = _run(exact_model, module, content, config, data, compared, title, whole=every)
         source, counts = (AccuracySource.exact, found) if every else (AccuracySource.executed, executed)
-        return Answer(source, everything, counts, _seen(layers), compared, found, executed.at(compared), layers)
+        return TargetAccuracy(source, everything, counts, _seen(layers), compared, found, executed.at(compared), layers)
     compared = spread(len(everything), config.saturation.emulated_images)
     if left := emulation.not_emulated(module):
         said = "%d layers add up as they do on this CPU, since their 16-bit sums can't be emulated: %s."
@@ -91,11 +95,11 @@ def answer(config: Config, data: Data, int8: quantize.QuantizedModel, executed: 
     emulated = partial(emulation.with_emulated_sums, module, engine)
     found, layers = _run(emulated, module, content, config, data, compared, "emulating 16-bit sums")
     exact = executed.at(compared)
-    return Answer(AccuracySource.emulated, compared, found, _seen(layers), compared, exact, found, layers)
+    return TargetAccuracy(AccuracySource.emulated, compared, found, _seen(layers), compared, exact, found, layers)
 
 
 def other_kernels(config: Config) -> str:
-    """Why a timing on this machine says nothing of the target, as a clause; empty where it does."""
+    """The reason why timings on this machine don't hold for the target, as a clause; empty where they do."""
     saturates = kernels.probe().dense_saturates(Engine.fbgemm)
     if "target" in config.flow.ignores or config.target is Target.native:
         return ""
@@ -107,7 +111,7 @@ def other_kernels(config: Config) -> str:
 
 
 def spread(available: int, wanted: int) -> np.ndarray:
-    """int64 indices of `wanted` images, evenly spread: a folder's images come class by class."""
+    """int64 indices of `wanted` images, evenly spaced, since a folder's images are sorted by class."""
     count = min(available, wanted)
     return np.arange(count) * available // max(count, 1)
 
@@ -126,10 +130,10 @@ def _run(
     title: str,
     whole: bool = False,
 ) -> tuple[Predictions, tuple[emulation.LayerSums, ...]]:
-    """What the model that `make` gives answers, and how each of its layers differs from its namesake in `int8`.
+    """Predictions of the model that `make` returns, and a comparison of each of its layers with the same one in `int8`.
 
-    content: of int8, by which the answer is cached; title: how the model differs; whole: layers in which nothing can
-    overflow run too (see `emulation.compared`).
+    content: of int8, a part of the cache key; title: in the progress bar, names how the model differs from int8; whole:
+    run layers in which nothing can overflow, too (see `emulation.compared`).
     """
 
     def run() -> dict[str, np.ndarray]:

@@ -231,8 +231,8 @@ def start_server() -> None:
 
 
 def run(config: Config, folder: Path) -> Result:
-    """`run_job` in a process of its own, with this one's environment, working folder and import path; its log records
-    and warnings are handled here. Raises as `Begun.outcome`."""
+    """`run_experiment` in a process of its own, with this one's environment, working folder and import path; its log
+    records and warnings are handled here. Raises as `Begun.outcome`."""
     result: Result = begin(config, folder).outcome()
     return result
 
@@ -240,7 +240,7 @@ def run(config: Config, folder: Path) -> Result:
 def begin(config: Config, folder: Path) -> Begun:
     """Start the process of a job (see `run`), whose result is `outcome`. Raises RunError where none can be started."""
     line = min(set(range(1, len(_lines) + 2)) - _lines) if progress.shown() else 0
-    return _begin("run_job", (config, folder), folder, config.job.timeout, line)
+    return _begin("run_experiment", (config, folder), folder, config.job.timeout, line)
 
 
 def listen(jobs: Sequence[Begun], seconds: float = math.inf) -> None:
@@ -446,10 +446,10 @@ def _do(task: Task) -> Any:
     try:
         signal.signal(signal.SIGTERM, _terminate)
         from qexp.pipeline.input_checks import check_inputs, provenance_tags
-        from qexp.pipeline.run import run_job
+        from qexp.pipeline.run import run_experiment
 
         functions: dict[str, Callable[..., Any]] = {
-            "run_job": run_job,
+            "run_experiment": run_experiment,
             "check_inputs": check_inputs,
             "provenance_tags": provenance_tags,
         }

@@ -1,7 +1,7 @@
-"""The float model: built from the configuration, then loaded, downloaded or trained once and kept.
+"""The float model: built from the configuration, with weights that are loaded, downloaded, or trained once and saved.
 
-A network with random weights is never handed on: weights come from exactly one of `model.checkpoint`,
-`model.weights` (torchvision's pretrained ones) and training.
+A network with random weights is never returned: weights come from exactly one of `model.checkpoint`, `model.weights`
+(torchvision's pretrained ones) and training.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from torch.nn.parameter import is_lazy
 
 from qexp.config import code_digest, schema
 from qexp.config.instantiation import locate, resolve, takes
+from qexp.config.schema import Config
 from qexp.data.loading import Data
 from qexp.errors import ConfigError, InputError, QexpError, one_line
 from qexp.models.checkpoints import load_checkpoint
@@ -58,13 +59,13 @@ class FloatModel:
 
 
 @step("float model")
-def float_model(
-    model: Mapping[str, Any], settings: schema.Train, data: Data, seed: int, checkpoints: Path, threads: int
-) -> FloatModel:
-    """The float model of a run, from a checkpoint, from torchvision's weights, or trained and kept in `checkpoints`.
+def load_or_train(config: Config, data: Data) -> FloatModel:
+    """The float model of a run, from a checkpoint, from torchvision's weights, or trained once and saved in
+    `outputs`/checkpoints.
 
-    Raises ConfigError or InputError where it can't be had, RunError where training fails.
+    Raises ConfigError or InputError where it can't be loaded or built, RunError where training fails.
     """
+    model, seed = config.model, config.seed
     _check_one_source(model)
     classes = len(data.classes)
     shape = data.train.shape
@@ -76,7 +77,7 @@ def float_model(
         if model.get("checkpoint") is not None:
             source = load_checkpoint(module, Path(model["checkpoint"]))
         else:
-            source = _trained(module, model, settings, data, seed, checkpoints, threads)
+            source = _trained(module, config, data)
     _check_forward(module, str(model["_target_"]), classes, shape)
     module.requires_grad_(False)
     log.info("float model: %s", source)
@@ -288,21 +289,15 @@ def _download(setting: str, url: str) -> None:
         ) from error
 
 
-# ---- trained once, and kept ----
+# ---- trained once, and saved ----
 
 
-def _trained(
-    module: nn.Module,
-    model: Mapping[str, Any],
-    settings: schema.Train,
-    data: Data,
-    seed: int,
-    checkpoints: Path,
-    threads: int,
-) -> str:
+def _trained(module: nn.Module, config: Config, data: Data) -> str:
+    """Give the module trained weights, in place. Returns where they are from, for `FloatModel.source`."""
+    model, settings, checkpoints = config.model, config.train, Path(config.outputs) / "checkpoints"
     if settings.epochs < 1:
         raise ConfigError(f"train.epochs={settings.epochs} would leave the model untrained; give 1 or more.")
-    key = _training_key(model, settings, data, seed)
+    key = _training_key(model, settings, data, config.seed)
     name = re.sub(r"\W+", "_", str(model["_target_"]).rpartition(".")[2])
     kept = checkpoints / f"{name}-{data.name}-{key[:16]}.pt"
     before = f"trained before, kept in {kept}"
@@ -316,7 +311,7 @@ def _trained(
                 return before
             except InputError as error:
                 log.warning("the kept model can't be used, it is trained again: %s", error)
-        train(module, settings, data, threads)
+        train(module, settings, data, config.compute.threads)
         part = kept.with_suffix(f".{os.getpid()}.part")
         try:
             torch.save(module.state_dict(), part)

@@ -1,4 +1,4 @@
-"""The stage *analyse*: errors of layers, the target's accuracy, and the Result."""
+"""The stage *analyse*: layer errors, and the Result made of all that was measured."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from qexp.records import Fidelity, Precision, Predictions, Result, Variant
 from qexp.system.steps import step
 
 
-def resolved_params(qconfig: QConfig, config: Config, narrowed: tuple[quantize.Narrowed, ...] = ()) -> dict[str, str]:
-    """Params that say what was executed, beside those that say what was asked.
+def resolved_params(qconfig: QConfig, config: Config, reduced: tuple[quantize.Narrowed, ...] = ()) -> dict[str, str]:
+    """The params that record what was executed, beside those that record what was asked for.
 
-    activation_bits: of the scale; a guard's 7 leave codes up to activation_highest_code. narrowed_*: how many layers
-    overflow=layers gave 7 bits, on which side.
+    activation_bits: of the scale; where a guard reduced the range to 7 bits, codes go up to activation_highest_code.
+    narrowed_*: the number of layers whose range overflow=layers reduced, by side.
     """
     if "qconfig.overflow" in config.flow.ignores:
         return {"resolved.weight_bits": str(qconfig.weight.bits)}
@@ -45,22 +45,22 @@ def resolved_params(qconfig: QConfig, config: Config, narrowed: tuple[quantize.N
         "weight_bits": quantize.executed_bits(qconfig, weights),
         "activation_bits": quantize.executed_bits(qconfig, activations),
         "activation_highest_code": quantize.highest_activation(qconfig),
-        "narrowed_weights": sum(layer.side is weights for layer in narrowed),
-        "narrowed_activations": sum(layer.side is activations for layer in narrowed),
+        "narrowed_weights": sum(layer.side is weights for layer in reduced),
+        "narrowed_activations": sum(layer.side is activations for layer in reduced),
     }
     return {f"resolved.{name}": str(value) for name, value in values.items()}
 
 
 def slow_kernels(config: Config, int8: nn.Module) -> tuple[str, ...]:
-    """The layers for which the engine has no fast kernel on the CPU that the model ships on."""
+    """The layers for which the engine has no fast kernel on the target CPU."""
     native = config.target is Target.native
     vnni = not kernels.probe().dense_saturates(Engine.fbgemm) if native else config.target is Target.vnni
     return without_fast_kernel(int8, config.engine, vnni)
 
 
 @step("errors of layers")
-def per_layer(config: Config, int8: quantize.QuantizedModel, data: Data) -> tuple[Fidelity, ...]:
-    """The errors of each layer of the INT8 model against FP32, on evaluation images."""
+def layer_errors(config: Config, int8: quantize.QuantizedModel, data: Data) -> tuple[Fidelity, ...]:
+    """The errors of each INT8 layer against its float counterpart, on evaluation images; () where switched off."""
     chosen = target_cpu.spread(len(data.test), config.per_layer.images)
     if "per_layer" in identity.without_effect(config) or not len(chosen):
         return ()
@@ -72,21 +72,24 @@ def per_layer(config: Config, int8: quantize.QuantizedModel, data: Data) -> tupl
 
 @dataclass(frozen=True)
 class Measured:
-    """All that a run has found. difference: of the fused from the float model; narrowed: layers that overflow=layers
-    gave 7 bits; headline: the INT8 variant that the headline metrics and the verdict are of; latency_from: the run that
-    the timings are of, empty where it is this one."""
+    """All that a run has measured.
 
-    difference: float
+    fusion_difference: of the fused from the float model's logits, as a share of the largest; reduced: the layers whose
+    range overflow=layers reduced to 7 bits; headline: the INT8 variant that the headline metrics and the verdict are
+    about; latency_from: the run that made the timings, empty where it is this one.
+    """
+
+    fusion_difference: float
     calibration: Calibration
     int8: quantize.QuantizedModel
-    narrowed: tuple[quantize.Narrowed, ...]
+    reduced: tuple[quantize.Narrowed, ...]
     saved: Saved
     predictions: Mapping[Variant, Predictions]
     headline: Variant
     timings: list[protocol.Timing]
     latency_from: str
-    fidelity: tuple[Fidelity, ...]
-    answer: target_cpu.Answer
+    layer_errors: tuple[Fidelity, ...]
+    on_target: target_cpu.TargetAccuracy
 
 
 @step("result")
@@ -94,49 +97,58 @@ def result(
     config: Config,
     data: Data,
     fp32: FloatModel,
-    found: Measured,
-    code: Mapping[str, str],
+    measured: Measured,
+    provenance: Mapping[str, str],
     folder: Path,
 ) -> Result:
-    """The numbers, sentences and files of a run. code: the tags of what it was made of; folder: for the files."""
-    margin, qconfig, layers, narrowed = config.dataset["margin"], found.int8.qconfig, found.int8.layers, found.narrowed
-    predictions = {"fp32": found.predictions[found.saved.first(Precision.fp32)]}
-    predictions["int8"] = found.predictions[found.headline]
-    measured = {
-        **run_metrics.latency_tags(config, found.timings),
-        **({"latency_from": found.latency_from} if found.latency_from else {}),
-        "accuracy_source": str(found.answer.source),
-        "saturation": str(found.answer.saturation),
+    """The metrics, tags, verdict and warnings of a run; writes its files into `folder`. provenance: tags (see
+    `run_files.tags`)."""
+    margin, reduced = config.dataset["margin"], measured.reduced
+    qconfig, layers = measured.int8.qconfig, measured.int8.layers
+    predictions = {"fp32": measured.predictions[measured.saved.reference_variant(Precision.fp32)]}
+    predictions["int8"] = measured.predictions[measured.headline]
+    outcome = {
+        **run_metrics.latency_tags(config, measured.timings),
+        **({"latency_from": measured.latency_from} if measured.latency_from else {}),
+        "accuracy_source": str(measured.on_target.source),
+        "saturation": str(measured.on_target.saturation),
     }
     numbers = {
         **run_metrics.of_accuracy(predictions["fp32"], predictions["int8"]),
-        **run_metrics.of_runtimes(found.predictions, found.saved.first(Precision.int8)),
-        **run_metrics.of_target(predictions["fp32"], found.answer, margin),
-        **run_metrics.of_latency(found.timings, found.headline),
-        **run_metrics.of_size(found.saved.float_bytes, found.saved.artifacts, found.headline),
+        **run_metrics.of_runtimes(measured.predictions, measured.saved.reference_variant(Precision.int8)),
+        **run_metrics.of_target(predictions["fp32"], measured.on_target, margin),
+        **run_metrics.of_latency(measured.timings, measured.headline),
+        **run_metrics.of_size(measured.saved.float_bytes, measured.saved.artifacts, measured.headline),
         **run_metrics.of_layers(layers),
-        Metric.layers_narrowed: float(len(narrowed)),
-        Metric.fusion_difference: found.difference,
-        Metric.calibration_images: float(found.calibration.images),
-        Metric.calibration_seconds: found.calibration.seconds,
+        Metric.layers_narrowed: float(len(reduced)),
+        Metric.fusion_difference: measured.fusion_difference,
+        Metric.calibration_images: float(measured.calibration.images),
+        Metric.calibration_seconds: measured.calibration.seconds,
     }
     written = run_files.written(
-        folder, config, data, predictions, found.int8.qparams, layers, found.timings, found.latency_from,
-        found.saved.artifacts,
-    )  # fmt: skip
-    of_layers = run_files.layers_written(folder, config, layers, found.fidelity, found.answer.layers, narrowed)
-    of_data = run_files.data_tags(config, data, found.calibration.digest)
+        folder,
+        config,
+        predictions,
+        measured.int8.qparams,
+        measured.timings,
+        measured.latency_from,
+        measured.saved.artifacts,
+    )
+    of_layers = run_files.layers_written(
+        folder, config, layers, measured.layer_errors, measured.on_target.layers, reduced
+    )
+    of_data = run_files.data_tags(config, data, measured.calibration.digest)
     return Result(
         metrics=numbers,
-        resolved={"resolved.runtime": found.headline.runtime} | resolved_params(qconfig, config, narrowed),
-        tags={**code, **of_data, **measured, "float_model": fp32.source},
-        verdict=run_metrics.verdict(predictions["fp32"], found.answer, margin, qconfig.overflow),
+        resolved={"resolved.runtime": measured.headline.runtime} | resolved_params(qconfig, config, reduced),
+        tags={**provenance, **of_data, **outcome, "float_model": fp32.source},
+        verdict=run_metrics.verdict(predictions["fp32"], measured.on_target, margin, qconfig.overflow),
         warnings=(
-            *warnings.general(config, data, layers, {**numbers, **measured}),
-            *warnings.of_sums(config, qconfig.overflow, layers, narrowed, found.answer),
-            *warnings.of_slow_kernels(config, slow_kernels(config, found.int8.module)),
+            *warnings.general(config, data, layers, {**numbers, **outcome}),
+            *warnings.of_sums(config, qconfig.overflow, layers, reduced, measured.on_target),
+            *warnings.of_slow_kernels(config, slow_kernels(config, measured.int8.module)),
         ),
         files={**written, **of_layers},
-        datasets=run_files.datasets_used(config, data, found.calibration.images),
-        flavor=run_files.flavor(config, data, found.saved.artifacts),
+        datasets=run_files.datasets_used(config, data, measured.calibration.images),
+        flavor=run_files.flavor(config, data, measured.saved.artifacts),
     )

@@ -24,7 +24,7 @@ from qexp.system.steps import step
 
 
 @step("evaluate")
-def predicted(config: Config, data: Data, saved: Saved) -> dict[Variant, Predictions]:
+def predict(config: Config, data: Data, saved: Saved) -> dict[Variant, Predictions]:
     """Predictions on all evaluation images, of FP32 in the first of its runtimes, of INT8 in each.
 
     A runtime that gives the logits of another bit for bit has its predictions, after a comparison of the two on the
@@ -69,7 +69,7 @@ def predicted(config: Config, data: Data, saved: Saved) -> dict[Variant, Predict
     found, folder = dict[Variant, Predictions](), cache_folder(config)
     with quantize.engine(config.engine):
         for precision, model in saved.in_memory.items():
-            first = saved.first(precision)
+            first = saved.reference_variant(precision)
             # What was cached may be of another process: then all are checked.
             computed = {saved.quickest(first)} if cache.find(folder, key(saved.contents[first])) is None else set()
             logits = everywhere(first)
@@ -84,7 +84,7 @@ def predicted(config: Config, data: Data, saved: Saved) -> dict[Variant, Predict
                 for variant in saved.of(precision):
                     same = variant in saved.same(first)
                     found[variant] = found[first] if same else checked(everywhere(variant), precision)
-    fp32, int8 = (found[saved.first(precision)].logits for precision in Precision)
+    fp32, int8 = (found[saved.reference_variant(precision)].logits for precision in Precision)
     if np.array_equal(fp32, int8):
         raise RunError("the INT8 logits equal the FP32 logits bit for bit: nothing was quantized.")
     return found

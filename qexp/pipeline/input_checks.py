@@ -25,7 +25,7 @@ from qexp.errors import InputError
 from qexp.latency import protocol
 from qexp.models import float_model
 from qexp.pipeline import run_files
-from qexp.pipeline.prepare import images_of, spec_of
+from qexp.pipeline.prepare import images_of, quantization_spec
 from qexp.pipeline.stages import job_settings
 from qexp.quantize.saturation import kernels
 from qexp.records import Precision
@@ -75,7 +75,7 @@ def check_inputs(configs: Sequence[Config]) -> None:
                 if is_new("flow", of_model, config.flow, config.fusion, config.engine):
                     first = draw(data.train, config.calib)[:1]
                     image, name = images_of(data, data.train.pixels(first)), data.train.source.where(int(first[0]))
-                    quantize.dry_run(module, quantize.FLOWS[config.flow], spec_of(config), image, name)
+                    quantize.dry_run(module, quantize.FLOWS[config.flow], quantization_spec(config), image, name)
 
 
 def check_runtimes(config: Config) -> None:

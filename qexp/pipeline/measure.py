@@ -24,7 +24,7 @@ LATENCY_IMAGES = 64
 
 
 @step("time")
-def timed(
+def measure_latency(
     config: Config, data: Data, saved: Saved, predictions: Mapping[Variant, Predictions], folder: Path
 ) -> tuple[list[protocol.Timing], str]:
     """The timings of every variant, measured one job at a time on the whole machine, and ""; with `latency.reuse` those
@@ -48,7 +48,7 @@ def side_by_side(
     inputs = images_of(data, data.test.pixels(np.arange(images)))
     with quantize.engine(config.engine):
         if config.latency.processes:
-            logits = {one: predictions[saved.first(one)].logits[:images] for one in Precision}
+            logits = {one: predictions[saved.reference_variant(one)].logits[:images] for one in Precision}
             return worker.measure(config, folder, inputs.numpy(), logits, saved.all_int8)
         timed = with_cuda(saved.variants)
         timings: list[protocol.Timing] = []

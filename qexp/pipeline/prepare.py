@@ -50,7 +50,7 @@ def images_of(data: Data, pixels: np.ndarray) -> Tensor:
     return normalise(pixels, data.mean, data.std)
 
 
-def first_images(data: Data) -> Tensor:
+def comparison_images(data: Data) -> Tensor:
     """The evaluation images on which models are compared with one another: float32 [n, 3, H, W]."""
     return images_of(data, data.test.pixels(np.arange(min(len(data.test), AGREEMENT_IMAGES))))
 
@@ -61,28 +61,28 @@ def resolved(config: Config) -> QConfig:
     return replace(config.qconfig, overflow=overflow)
 
 
-def spec_of(config: Config) -> quantize.QuantizationSpec:
+def quantization_spec(config: Config) -> quantize.QuantizationSpec:
     """What the model is quantized with."""
     return quantize.QuantizationSpec(resolved(config), config.observer, config.engine, config.fusion)
 
 
 @step("check fusion")
-def checked_fusion(config: Config, data: Data, fp32: float_model.FloatModel, fused: nn.Module, few: Tensor) -> float:
+def check_fusion(config: Config, data: Data, fp32: float_model.FloatModel, fused: nn.Module, images: Tensor) -> float:
     """How far the fused model is from the float model, as a share of the largest logit.
 
-    few: the first evaluation images, float32 [n, 3, H, W]. What was found is kept. Raises NotFinite where the float
+    images: the first evaluation images, float32 [n, 3, H, W]. What was found is kept. Raises NotFinite where the float
     model's own logits are not finite, RunError where the two models are not the same.
     """
 
     def measured() -> np.ndarray:
         with torch.inference_mode():
-            expected, actual = fp32.module(few), fused(few)
-        inference.predictions(expected.numpy(), data.test, "evaluating FP32", np.arange(len(few)))
+            expected, actual = fp32.module(images), fused(images)
+        inference.predictions(expected.numpy(), data.test, "evaluating FP32", np.arange(len(images)))
         return np.array([quantize.difference(expected, actual)])
 
     difference = float(cache.array(cache_folder(config), cache_keys.fusion_key(config, data, fp32.digest), measured)[0])
     if difference > quantize.TOLERANCE:
-        raise RunError(quantize.explained(fp32.module, fused, quantize.FLOWS[config.flow], few))
+        raise RunError(quantize.explained(fp32.module, fused, quantize.FLOWS[config.flow], images))
     return difference
 
 
@@ -101,16 +101,16 @@ class Calibration:
 
 
 @step("calibrate")
-def calibrated(prepared: quantize.Prepared, config: Config, data: Data, float_digest: str) -> Calibration:
+def calibrate(prepared: quantize.Prepared, config: Config, data: Data, float_digest: str) -> Calibration:
     """Feed the observers with the drawn training images; what they see is cached, for all but torch's own histogram."""
     if not prepared.flow.calibrates:
         return Calibration(np.empty((0, *data.train.shape), np.uint8))
-    chosen = draw(data.train, config.calib)
-    pixels = data.train.drawn(chosen)
-    if config.calib.batches is not None and len(chosen) < config.calib.batches * config.calib.batch_size:
+    drawn = draw(data.train, config.calib)
+    pixels = data.train.drawn(drawn)
+    if config.calib.batches is not None and len(drawn) < config.calib.batches * config.calib.batch_size:
         log.info(
             "calibrated on %d images, all that %s has: the last of the %d batches is not full.",
-            len(chosen), data.train.name, config.calib.batches,
+            len(drawn), data.train.name, config.calib.batches,
         )  # fmt: skip
     shared = count_shared(pixels, data.test)
     if shared:
@@ -119,7 +119,7 @@ def calibrated(prepared: quantize.Prepared, config: Config, data: Data, float_di
     as_input = partial(images_of, data)
 
     def named(position: int) -> str:
-        return data.train.source.where(int(chosen[position]))
+        return data.train.source.where(int(drawn[position]))
 
     started = time.perf_counter()
     with quantize.engine(config.engine):
@@ -132,13 +132,13 @@ def calibrated(prepared: quantize.Prepared, config: Config, data: Data, float_di
 
 
 @small_steps()
-def converted(prepared: quantize.Prepared) -> quantize.QuantizedModel:
+def convert(prepared: quantize.Prepared) -> quantize.QuantizedModel:
     """The INT8 model of a calibrated one."""
     return prepared.flow.convert(prepared)
 
 
 @step("guard")
-def guarded(
+def reduce_range(
     int8: quantize.QuantizedModel, config: Config, data: Data, calibration: Calibration
 ) -> tuple[quantize.QuantizedModel, tuple[quantize.Narrowed, ...]]:
     """With overflow=layers, the model with 7 bits on one side of each layer whose 16-bit sums saturate on calibration
@@ -148,17 +148,17 @@ def guarded(
     return quantize.narrow(int8, config.target, images_of(data, calibration.pixels[:SATURATION_IMAGES]))
 
 
-def shipped_size(config: Config, fp32: float_model.FloatModel, few: Tensor) -> int:
-    """Bytes of the float model as its owner would ship it; what was found is kept. few: float32 [n, 3, H, W]."""
+def shipped_size(config: Config, fp32: float_model.FloatModel, images: Tensor) -> int:
+    """Bytes of the float model as its owner would ship it; what was found is kept. images: float32 [n, 3, H, W]."""
 
     def measured() -> np.ndarray:
-        return np.array([saved_models.float_size(fp32.module, few)])
+        return np.array([saved_models.float_size(fp32.module, images)])
 
     return int(cache.array(cache_folder(config), cache_keys.float_size_key(fp32.digest), measured)[0])
 
 
 def why_guarded(
-    config: Config, overflow: Overflow, layers: tuple[Layer, ...], narrowed: tuple[quantize.Narrowed, ...]
+    config: Config, overflow: Overflow, layers: tuple[Layer, ...], reduced: tuple[quantize.Narrowed, ...]
 ) -> str:
     """What `qconfig.overflow=auto` became for these layers and why, in a sentence; empty where it concerns none of
     them, or isn't what was asked for."""
@@ -174,7 +174,7 @@ def why_guarded(
         why = f"dense layers of engine={config.engine} don't saturate on {where}"
     elif kinds:
         which = "" if "conv" in kinds else f"of {' and '.join(sorted(kinds))} layers "
-        did = f"{len(narrowed)} layers, which got 7 bits" if narrowed else "none, so all keep their bits"
+        did = f"{len(reduced)} layers, which got 7 bits" if reduced else "none, so all keep their bits"
         can = f"16-bit sums {which}of engine={config.engine} can saturate on {where}"
         why = f"{can}; on calibration images they do in {did}"
     else:
@@ -185,18 +185,18 @@ def why_guarded(
 @step("check layers")
 @small_steps()
 def check_int8(
-    config: Config, int8: quantize.QuantizedModel, narrowed: tuple[quantize.Narrowed, ...], few: Tensor
+    config: Config, int8: quantize.QuantizedModel, reduced: tuple[quantize.Narrowed, ...], images: Tensor
 ) -> None:
     """Raise RunError where no layer runs in INT8, or one computes another function than in the float model.
 
-    narrowed: as from `guarded`; few: the first evaluation images, float32 [n, 3, H, W].
+    reduced: as from `reduce_range`; images: the first evaluation images, float32 [n, 3, H, W].
     """
     if not any(layer.int8 for layer in int8.layers):
         reasons = "; ".join(dict.fromkeys(layer.reason for layer in int8.layers if layer.reason))
         raise RunError(f"no layer runs in INT8{f': {reasons}' if reasons else ''}.")
-    if said := why_guarded(config, int8.qconfig.overflow, int8.layers, narrowed):
+    if said := why_guarded(config, int8.qconfig.overflow, int8.layers, reduced):
         log.info("%s", said)
-    quantize.check_layers(int8, few[:: -(-len(few) // FEW)])
+    quantize.check_layers(int8, images[:: -(-len(images) // FEW)])
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ class Saved:
     float_bytes: int
     timing_key: str
 
-    def first(self, precision: Precision) -> Variant:
+    def reference_variant(self, precision: Precision) -> Variant:
         """The variant whose predictions count: that of the first runtime which executes the precision."""
         return self.of(precision)[0]
 
@@ -238,9 +238,9 @@ class Saved:
         """The variant that predicts in its place: one that gives the same with less around its kernels."""
         return next((one for one in self.same(variant) if RUNTIMES[one.runtime].predicts_for_others), variant)
 
-    def executed(self, precision: Precision) -> str:
+    def content_key(self, precision: Precision) -> str:
         """The identity of the model whose predictions count."""
-        return self.contents[self.first(precision)]
+        return self.contents[self.reference_variant(precision)]
 
 
 def contents_of(
@@ -272,18 +272,18 @@ def save(
     folder: Path,
 ) -> Saved:
     """Write both models for every runtime asked for into `folder`, and read them back."""
-    few = first_images(data)
+    images = comparison_images(data)
     structures = {
         Precision.fp32: partial(quantize.sharing_copy, int8.fused),
         Precision.int8: partial(quantize.blank_copy, int8),
     }
     in_memory = {Precision.fp32: int8.fused, Precision.int8: int8.module}
-    artifacts = saved_models.write(config, fp32.digest, in_memory, few, folder, run_files.images_expected(data))
+    artifacts = saved_models.write(config, fp32.digest, in_memory, images, folder, run_files.images_expected(data))
     # torch.compile takes half a minute, and only the processes that time need it.
     here = [one for one in saved_models.variants(config) if not RuntimeName(one.runtime).compiles]
     variants = saved_models.read(config, structures, folder, here)
     contents = contents_of(config, fp32.digest, artifacts, variants)
-    size = shipped_size(config, fp32, few)
+    size = shipped_size(config, fp32, images)
     key = timing_key(config, data, fp32.digest, int8.module)
     all_int8 = all(layer.int8 for layer in int8.layers)
     return Saved(artifacts, variants, contents, in_memory, all_int8, size, key)

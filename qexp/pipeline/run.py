@@ -1,65 +1,79 @@
 """One experiment, step by step: from a configuration to a Result.
 
-Takes and gives plain values and knows nothing of MLflow, so that it can be called in a process of its own.
+Takes and returns plain values and doesn't depend on MLflow, so that it can run in a process of its own.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from qexp.accuracy import target_cpu
+from qexp.accuracy.target_cpu import target_accuracy
 from qexp.config.schema import Config, cache_folder
 from qexp.data.loading import load_data
-from qexp.models import float_model
-from qexp.pipeline import run_files, run_metrics
-from qexp.pipeline.analyse import Measured, per_layer, result
-from qexp.pipeline.evaluate import predicted
-from qexp.pipeline.measure import timed
+from qexp.models.float_model import load_or_train
+from qexp.pipeline import run_files
+from qexp.pipeline.analyse import Measured, layer_errors, result
+from qexp.pipeline.evaluate import predict
+from qexp.pipeline.measure import measure_latency
 from qexp.pipeline.prepare import (
-    calibrated,
+    calibrate,
+    check_fusion,
     check_int8,
-    checked_fusion,
-    converted,
-    first_images,
-    guarded,
+    comparison_images,
+    convert,
+    quantization_spec,
+    reduce_range,
     save,
-    spec_of,
 )
+from qexp.pipeline.run_metrics import headline_variant
 from qexp.pipeline.stages import analysing, job_settings
 from qexp.quantize import FLOWS
 from qexp.records import Precision, Result
 from qexp.system.steps import noted
 
 
-def run_job(config: Config, folder: Path) -> Result:
-    """One experiment. folder: where everything that it produces is written; it exists.
+def run_experiment(config: Config, folder: Path) -> Result:
+    """Quantize a model and measure what that changes. folder: an existing one, for all files of the run.
 
     Raises RunError where the result could not be trusted: the fused model differs from the float model, nothing was
-    quantized, a layer of the INT8 model computes another function than in the float model, what was saved gives other
-    logits than what was evaluated.
+    quantized, an INT8 layer computes another function than its float counterpart, or the saved model's logits differ
+    from those of the model in memory.
     """
     with noted(folder / "steps.json"), job_settings(config):
-        code = run_files.tags(config)  # as it is now, not when the job ends
+        provenance = run_files.tags(config)  # first, since the code on disk may change while the job runs
         data = load_data(config.dataset, cache_folder(config), config.sweep or "")
-        fp32 = float_model.float_model(
-            config.model, config.train, data, config.seed, Path(config.outputs) / "checkpoints", config.compute.threads
-        )
-        flow, spec, few = FLOWS[config.flow], spec_of(config), first_images(data)
-        fused = flow.fuse(fp32.module, spec, few[:2])
-        difference = checked_fusion(config, data, fp32, fused, few)
-        prepared = flow.prepare(fused, spec, few[:2])
-        calibration = calibrated(prepared, config, data, fp32.digest)
-        int8, narrowed = guarded(converted(prepared), config, data, calibration)
-        check_int8(config, int8, narrowed, few)
+        fp32 = load_or_train(config, data)
+        images = comparison_images(data)
+        example = images[:2]
+
+        flow, spec = FLOWS[config.flow], quantization_spec(config)
+        fused = flow.fuse(fp32.module, spec, example)
+        fusion_difference = check_fusion(config, data, fp32, fused, images)
+        prepared = flow.prepare(fused, spec, example)
+        calibration = calibrate(prepared, config, data, fp32.digest)
+        int8, reduced = reduce_range(convert(prepared), config, data, calibration)
+        check_int8(config, int8, reduced, images)
+
+        # From here on it is the saved models, read back, that are evaluated and timed.
         saved = save(config, data, fp32, int8, folder)
-        predictions = predicted(config, data, saved)
-        timings, latency_from = timed(config, data, saved, predictions, folder)
-        headline = run_metrics.headline_variant(config, saved.first(Precision.int8), timings)
+        predictions = predict(config, data, saved)
+        timings, latency_from = measure_latency(config, data, saved, predictions, folder)
+        headline = headline_variant(config, saved.reference_variant(Precision.int8), timings)
         with analysing(config):
-            fidelity = per_layer(config, int8, data)
-            answer = target_cpu.answer(config, data, int8, predictions[headline], saved.executed(Precision.int8))
+            errors = layer_errors(config, int8, data)
+            on_target = target_accuracy(config, data, int8, predictions[headline], saved.content_key(Precision.int8))
+
         measured = Measured(
-            difference, calibration, int8, narrowed, saved, predictions, headline, timings, latency_from, fidelity,
-            answer,
-        )  # fmt: skip
-        return result(config, data, fp32, measured, code, folder)
+            fusion_difference=fusion_difference,
+            calibration=calibration,
+            int8=int8,
+            reduced=reduced,
+            saved=saved,
+            predictions=predictions,
+            headline=headline,
+            timings=timings,
+            latency_from=latency_from,
+            layer_errors=errors,
+            on_target=on_target,
+        )
+        return result(config, data, fp32, measured, provenance, folder)

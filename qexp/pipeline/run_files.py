@@ -126,10 +126,8 @@ def git_sha() -> str:
 def written(
     folder: Path,
     config: Config,
-    data: Data,
     predictions: Mapping[str, Predictions],
     qparams: Mapping[str, QParams],
-    layers: tuple[Layer, ...],
     timings: list[protocol.Timing],
     latency_from: str,
     artifacts: list[Artifact],

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from qexp import statistics
 from qexp.accuracy import target_cpu
-from qexp.accuracy.target_cpu import Answer
+from qexp.accuracy.target_cpu import TargetAccuracy
 from qexp.config.schema import Config, Overflow
 from qexp.latency import protocol
 from qexp.metrics import Metric
@@ -50,56 +50,56 @@ def of_runtimes(predictions: Mapping[Variant, Predictions], reference: Variant) 
     return numbers
 
 
-def of_target(fp32: Predictions, answer: Answer, margin: float) -> dict[str, float]:
+def of_target(fp32: Predictions, on_target: TargetAccuracy, margin: float) -> dict[str, float]:
     """INT8 accuracy on the CPU that `target` means, and what 16-bit sums cost on whichever CPU has them."""
-    first_only, second_only, n = statistics.discordant(fp32.at(answer.images), answer.target)
+    first_only, second_only, n = statistics.discordant(fp32.at(on_target.images), on_target.predictions)
     delta = statistics.tango(first_only, second_only, n)
     found: dict[str, float] = {
-        Metric.target_accuracy: float(answer.target.correct.mean()),
+        Metric.target_accuracy: float(on_target.predictions.correct.mean()),
         Metric.target_delta: delta.value,
         Metric.target_delta_low: delta.low,
         Metric.target_delta_high: delta.high,
         Metric.target_images: float(n),
         Metric.non_inferiority_p: statistics.non_inferiority(first_only, second_only, n, margin),
-        Metric.saturation_layers: float(len(answer.saturating_layers)),
+        Metric.saturation_layers: float(len(on_target.saturating_layers)),
     }
-    loss = _lost_to_saturation(answer)
-    if loss is None or answer.exact is None or answer.saturating is None:
+    loss = _lost_to_saturation(on_target)
+    if loss is None or on_target.exact is None or on_target.saturating is None:
         return found
     found |= {
-        Metric.exact_accuracy: float(answer.exact.correct.mean()),
-        Metric.exact_images: float(len(answer.exact.labels)),
+        Metric.exact_accuracy: float(on_target.exact.correct.mean()),
+        Metric.exact_images: float(len(on_target.exact.labels)),
     }
-    if not answer.saturating_layers:
+    if not on_target.saturating_layers:
         # What differs between the two is how libraries round.
         return found
-    sqnr = statistics.sqnr(answer.exact.logits, answer.saturating.logits)
+    sqnr = statistics.sqnr(on_target.exact.logits, on_target.saturating.logits)
     return found | {
         Metric.saturation_loss: loss.value,
         Metric.saturation_loss_low: loss.low,
         Metric.saturation_loss_high: loss.high,
-        Metric.saturation_agreement: statistics.agreement(answer.exact, answer.saturating),
+        Metric.saturation_agreement: statistics.agreement(on_target.exact, on_target.saturating),
         **({Metric.saturation_sqnr: sqnr} if math.isfinite(sqnr) else {}),
     }
 
 
-def _lost_to_saturation(answer: Answer) -> Interval | None:
+def _lost_to_saturation(on_target: TargetAccuracy) -> Interval | None:
     """Exact minus saturating accuracy, paired by image; None where the two were not compared."""
-    if answer.exact is None or answer.saturating is None:
+    if on_target.exact is None or on_target.saturating is None:
         return None
-    return statistics.tango(*statistics.discordant(answer.saturating, answer.exact))
+    return statistics.tango(*statistics.discordant(on_target.saturating, on_target.exact))
 
 
-def verdict(fp32: Predictions, answer: Answer, margin: float, guard: Overflow = Overflow.none) -> Verdict:
+def verdict(fp32: Predictions, on_target: TargetAccuracy, margin: float, guard: Overflow = Overflow.none) -> Verdict:
     """The verdict on the target's accuracy, with 16-bit saturation as its cause where that is shown.
 
     guard: what was executed, not auto."""
-    first_only, second_only, n = statistics.discordant(fp32.at(answer.images), answer.target)
+    first_only, second_only, n = statistics.discordant(fp32.at(on_target.images), on_target.predictions)
     found = statistics.verdict(first_only, second_only, n, margin)
-    lost = _lost_to_saturation(answer)
-    if lost is None or answer.exact is None or answer.target_is_exact or lost.low <= 0:
+    lost = _lost_to_saturation(on_target)
+    if lost is None or on_target.exact is None or on_target.target_is_exact or lost.low <= 0:
         return found
-    rest = statistics.tango(*statistics.discordant(fp32.at(answer.compared), answer.exact))
+    rest = statistics.tango(*statistics.discordant(fp32.at(on_target.compared), on_target.exact))
     return replace(
         found,
         lost=(first_only - second_only) / n,

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from qexp import quantize
-from qexp.accuracy.target_cpu import Answer
+from qexp.accuracy.target_cpu import TargetAccuracy
 from qexp.config.schema import Config, Engine, Overflow, Scheme, Target
 from qexp.data.loading import Data
 from qexp.metrics import Metric
@@ -18,10 +18,14 @@ from qexp.records import AccuracySource, Layer, RunWarning, SaturationStatus, Wa
 
 
 def of_sums(
-    config: Config, guard: Overflow, layers: tuple[Layer, ...], narrowed: tuple[Narrowed, ...], answer: Answer
+    config: Config,
+    guard: Overflow,
+    layers: tuple[Layer, ...],
+    reduced: tuple[Narrowed, ...],
+    on_target: TargetAccuracy,
 ) -> Iterator[RunWarning]:
     """Warnings about 16-bit sums. guard: what was executed, not auto."""
-    saturating, signature = answer.saturating_layers, kernels.probe()
+    saturating, signature = on_target.saturating_layers, kernels.probe()
     of_kind = {layer.name: layer.kind for layer in layers if layer.int8}
 
     def or_onednn(names: Collection[str]) -> bool:
@@ -30,12 +34,12 @@ def of_sums(
         takes = config.qconfig.weight.scheme is Scheme.symmetric and Engine.onednn in supported()
         return takes and not kinds & {of_kind[name] for name in names if name in of_kind}
 
-    if narrowed:
-        sides = Counter(str(one.side) for one in narrowed)
-        onednn = or_onednn([one.name for one in narrowed])
+    if reduced:
+        sides = Counter(str(one.side) for one in reduced)
+        onednn = or_onednn([one.name for one in reduced])
         yield RunWarning(WarningCode.layers_narrowed, {"sides": sides, "layers": len(of_kind), "onednn": onednn})
     if guard is not Overflow.none and saturating:
-        highest = max(layer.highest for layer in answer.layers if layer.saturates)
+        highest = max(layer.highest for layer in on_target.layers if layer.saturates)
         yield RunWarning(
             WarningCode.saturates_in_spite_of_guard,
             {
@@ -48,7 +52,7 @@ def of_sums(
         )
     kinds = kernels.overflowing_kinds(config.qconfig, config.engine, config.flow, Target.native, signature)
     risky = [name for name, kind in of_kind.items() if kind in kinds]
-    executed = answer.source is AccuracySource.executed and answer.saturation is not SaturationStatus.impossible
+    executed = on_target.source is AccuracySource.executed and on_target.saturation is not SaturationStatus.impossible
     # What auto left alone it can't be recommended for: the model ships on another CPU then.
     if config.qconfig.overflow is Overflow.none and risky and executed:
         yield RunWarning(

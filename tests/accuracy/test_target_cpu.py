@@ -15,7 +15,7 @@ from qexp.accuracy import target_cpu
 from qexp.config.schema import Config, Engine, FlowName, Scheme, Target
 from qexp.metrics import Metric
 from qexp.pipeline import run_metrics
-from qexp.pipeline.run import run_job
+from qexp.pipeline.run import run_experiment
 from qexp.quantize.saturation import kernels
 from qexp.quantize.saturation.kernels import KernelSignature, Probe
 from qexp.records import AccuracySource, Predictions, Result, SaturationStatus, Verdict, WarningCode
@@ -39,7 +39,7 @@ def run(composed: Composed, checkpoint: Path, tmp_path: Path) -> Callable[..., R
     def job(*overrides: str) -> Result:
         folder = tmp_path / "run"
         folder.mkdir(exist_ok=True)
-        return run_job(composed(*SMALL, f"model.checkpoint={checkpoint}", *overrides), folder)
+        return run_experiment(composed(*SMALL, f"model.checkpoint={checkpoint}", *overrides), folder)
 
     return job
 
@@ -105,7 +105,7 @@ def test_layers_whose_sums_cannot_be_emulated_are_named(
         "latency=off",
         "train=fast",
     )
-    result = run_job(composed(*model, *asked), tmp_path)
+    result = run_experiment(composed(*model, *asked), tmp_path)
     assert result.tags["accuracy_source"] == "emulated"
     assert "1 layers add up as they do on this CPU, since their 16-bit sums can't be emulated: up." in caplog.text
 
@@ -168,7 +168,7 @@ def judged(fp32: np.ndarray, saturating: np.ndarray, exact: np.ndarray | None, s
     """The verdict on 10,000 images of which so many are right."""
     everything = np.arange(len(fp32))
     found = predictions(saturating if source == "executed" or exact is None else exact)
-    answer = target_cpu.Answer(
+    answer = target_cpu.TargetAccuracy(
         AccuracySource(source), everything, found,
         SaturationStatus.impossible if exact is None else SaturationStatus.observed,
         everything, None if exact is None else predictions(exact), predictions(saturating),

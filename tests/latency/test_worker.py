@@ -21,7 +21,7 @@ from qexp.config import schema
 from qexp.errors import RunError
 from qexp.latency import worker
 from qexp.metrics import Metric
-from qexp.pipeline.run import run_job
+from qexp.pipeline.run import run_experiment
 from qexp.records import Result
 from qexp.system import machine
 from tests.helpers import ROOT
@@ -39,7 +39,7 @@ def job(composed: Composed, checkpoint: Path, tmp_path: Path) -> Job:
         model = f"model.checkpoint={checkpoint}"
         config = composed(*FAST, model, "latency.warmup_seconds=0.01", "latency.min_blocks=4", *overrides)
         (tmp_path / "run").mkdir()
-        return config, run_job(config, tmp_path / "run")
+        return config, run_experiment(config, tmp_path / "run")
 
     return run
 

@@ -373,9 +373,9 @@ IMPORTS = """
 import pickle, sys
 from pathlib import Path
 from qexp.launch import fork_preload
-from qexp.pipeline.run import run_job
+from qexp.pipeline.run import run_experiment
 known = set(sys.modules)
-run_job(pickle.loads(Path("config").read_bytes()), Path("run"))
+run_experiment(pickle.loads(Path("config").read_bytes()), Path("run"))
 new = sorted(set(sys.modules) - known)
 assert len(new) < 10, (len(new), new[:20])
 """

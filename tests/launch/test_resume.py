@@ -118,7 +118,7 @@ def test_what_a_result_would_depend_on_is_what_it_says_afterwards(
     composed: Composed, checkpoint: Path, tmp_path: Path
 ) -> None:
     from qexp.pipeline import input_checks
-    from qexp.pipeline.run import run_job
+    from qexp.pipeline.run import run_experiment
 
     (tmp_path / "run").mkdir()
     given = ["model=tiny", "train=fast", "latency=off", f"model.checkpoint={checkpoint}"]
@@ -126,7 +126,7 @@ def test_what_a_result_would_depend_on_is_what_it_says_afterwards(
     before = input_checks.provenance_tags(configs)
     assert set(resume.DEPENDS_ON) <= set(before[0])
     for config, tags in zip(configs, before, strict=True):
-        result = run_job(config, tmp_path / "run")
+        result = run_experiment(config, tmp_path / "run")
         assert {name: result.tags[name] for name in tags} == tags
     drawn = [tags["calib_digest"] for tags in before]
     assert drawn[0] == drawn[3] != drawn[1]

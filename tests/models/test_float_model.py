@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -392,7 +393,9 @@ def test_torchvision_imports_first_in_a_fresh_process_through_a_target() -> None
 
 
 def float_model(spec: dict[str, Any], data: Data, folder: Path, seed: int = 0, **train: Any) -> models.FloatModel:
-    return models.float_model(spec, dataclasses.replace(fast(), **train), data, seed, folder, threads=1)
+    """The float model of a run with these settings. folder: its `outputs`."""
+    settings = {"model": spec, "train": dataclasses.replace(fast(), **train), "seed": seed, "outputs": str(folder)}
+    return models.load_or_train(SimpleNamespace(**settings, compute=schema.Compute(threads=1)), data)
 
 
 def test_a_checkpoint_is_loaded_exactly_and_nothing_is_trained(digits: Data, tmp_path: Path) -> None:
@@ -428,14 +431,14 @@ def test_a_trained_model_is_kept_and_found_again_by_what_produced_it(digits: Dat
     other_model = float_model(model("tiny", width=4), digits, tmp_path)
     other_data = float_model(model("tiny"), dataclasses.replace(digits, mean=(0.5,) * 3), tmp_path)
     digests = {first.digest, other_seed.digest, other_training.digest, other_model.digest, other_data.digest}
-    assert len(digests) == len(list(tmp_path.glob("*.pt"))) == 5
+    assert len(digests) == len(list(tmp_path.glob("checkpoints/*.pt"))) == 5
 
 
 def test_a_damaged_kept_model_is_trained_again_and_that_is_said(
     digits: Data, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = float_model(model("tiny"), digits, tmp_path)
-    (kept,) = tmp_path.glob("*.pt")
+    (kept,) = tmp_path.glob("checkpoints/*.pt")
     kept.write_bytes(kept.read_bytes()[:-100])
     with caplog.at_level(logging.WARNING):
         again = float_model(model("tiny"), digits, tmp_path)
@@ -449,17 +452,17 @@ def test_a_model_that_cannot_be_kept_is_refused_in_a_sentence_and_one_that_is_th
     digits: Data, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"the trained model can't be kept in .*/file/kept \(.*\); free some room, or"):
-        float_model(model("tiny"), digits, tmp_path / "file" / "kept")
+    with pytest.raises(InputError, match=r"model can't be kept in .*/file/checkpoints \(.*\); free some room, or"):
+        float_model(model("tiny"), digits, tmp_path / "file")
     kept = tmp_path / "kept"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(InputError, match=r"the trained model can't be kept in .*/kept \(.*\); free some room, or"):
+        with pytest.raises(InputError, match=r"model can't be kept in .*/kept/checkpoints \(.*\); free some room, or"):
             float_model(model("tiny"), digits, kept)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    (lock,) = kept.iterdir()
+    (lock,) = (kept / "checkpoints").iterdir()
     first = float_model(model("tiny"), digits, kept)
     lock.unlink()
     lock.mkdir()  # one that can't be taken, as in a folder that may only be read

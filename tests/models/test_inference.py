@@ -89,7 +89,7 @@ def job(composed: Composed, tmp_path: Path) -> Callable[..., Config]:
 def refusal(config: Config, folder: Path) -> str:
     input_checks.check_inputs([config])
     with pytest.raises(NotFinite) as caught:
-        run.run_job(config, folder)
+        run.run_experiment(config, folder)
     assert not re.search("ReLU|fuse", str(caught.value))
     return str(caught.value)
 
@@ -101,7 +101,7 @@ def test_a_model_that_squeezes_its_logits_can_be_evaluated_image_by_image(
     def found(net: str, size: int) -> dict[str, float]:
         config = job(net, (), f"flow={flow}", f"evaluate.batch_size={size}", f"calib.batch_size={size}")
         input_checks.check_inputs([config])
-        return run.run_job(config, tmp_path / "run").metrics
+        return run.run_experiment(config, tmp_path / "run").metrics
 
     right, squeezed = found("Net", 20), found("Squeezed", 1)
     assert squeezed[Metric.accuracy_fp32] == right[Metric.accuracy_fp32]

@@ -25,7 +25,7 @@ from qexp.latency import shared_timings
 from qexp.metrics import Metric
 from qexp.models import architectures, inference
 from qexp.pipeline import measure, prepare
-from qexp.pipeline.run import run_job
+from qexp.pipeline.run import run_experiment
 from qexp.quantize import FLOWS
 from qexp.records import Precision, Result, Variant
 from qexp.runtimes import saved_models
@@ -47,7 +47,7 @@ def run(composed: Composed, checkpoint: Path, tmp_path: Path) -> Run:
     def job(folder: str, *overrides: str) -> Result:
         config = composed(f"model.checkpoint={checkpoint}", *overrides)
         (tmp_path / "outputs" / folder).mkdir(parents=True)
-        return run_job(config, tmp_path / "outputs" / folder)
+        return run_experiment(config, tmp_path / "outputs" / folder)
 
     return job
 

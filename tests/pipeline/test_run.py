@@ -21,7 +21,7 @@ from qexp.metrics import Metric, described
 from qexp.models import inference
 from qexp.pipeline import input_checks, run_metrics
 from qexp.pipeline.prepare import Saved
-from qexp.pipeline.run import run_job
+from qexp.pipeline.run import run_experiment
 from qexp.records import Precision, Predictions, Result, Variant, WarningCode
 from qexp.runtimes import RUNTIMES
 from tests.helpers import ROOT
@@ -41,7 +41,7 @@ def run(composed: Composed, checkpoint: Path, tmp_path: Path) -> Callable[..., R
         folder = tmp_path / "run"
         folder.mkdir(exist_ok=True)
         input_checks.check_inputs([config])
-        return run_job(config, folder)
+        return run_experiment(config, folder)
 
     return job
 
@@ -106,7 +106,7 @@ def test_torchscript_predicts_where_it_gives_the_same_bit_for_bit() -> None:
     def quickest(precision: Precision, runtimes: list[RuntimeName], all_int8: bool) -> str:
         variants = dict.fromkeys(Variant(one, runtime) for one in Precision for runtime in runtimes)
         saved = Saved([], variants, {}, {}, all_int8, 0, "")  # type: ignore[arg-type]
-        return str(saved.quickest(saved.first(precision)))
+        return str(saved.quickest(saved.reference_variant(precision)))
 
     both = [RuntimeName.eager, RuntimeName.torchscript]
     assert quickest(Precision.int8, both, True) == "int8_torchscript"
@@ -249,7 +249,7 @@ def test_a_relu_used_twice_is_refused_with_its_name_before_training_and_fails_th
     with pytest.raises(InputError, match=rf"{sentence}.* works with fusion=false or with flow=fx"):
         input_checks.check_inputs([config])
     with pytest.raises(RunError, match=sentence):
-        run_job(config, tmp_path / "run")
+        run_experiment(config, tmp_path / "run")
 
 
 def test_an_eager_model_with_a_bare_plus_is_refused_before_any_work(composed: Composed, tmp_path: Path) -> None:
@@ -331,7 +331,7 @@ def test_a_last_batch_that_is_not_full_is_taken_and_said(
         config = composed(
             "model=tiny", f"model.checkpoint={checkpoint}", "latency=off", "per_layer.images=0", *calibration
         )
-        results.append(run_job(config, tmp_path))
+        results.append(run_experiment(config, tmp_path))
     assert [result.metrics[Metric.calibration_images] for result in results] == [898, 898]
     assert results[0].metrics[Metric.accuracy_int8] == results[1].metrics[Metric.accuracy_int8]
     said = "calibrated on 898 images, all that digits has: the last of the 2 batches is not full."

@@ -57,11 +57,11 @@ def predicted(count: int, right: int) -> Predictions:
 
 def answered(
     *rows: emulation.LayerSums, source: AccuracySource = AccuracySource.executed, exact: int = 88
-) -> target_cpu.Answer:
+) -> target_cpu.TargetAccuracy:
     """What 100 images say, of which 80 are right with the sums that are executed."""
     every, executed = np.arange(100), predicted(100, 80)
     seen = SaturationStatus.observed if any(row.saturates for row in rows) else SaturationStatus.possible
-    return target_cpu.Answer(source, every, executed, seen, every, predicted(100, exact), executed, rows)
+    return target_cpu.TargetAccuracy(source, every, executed, seen, every, predicted(100, exact), executed, rows)
 
 
 def row(name: str, different: int, highest: int = 255) -> emulation.LayerSums:
@@ -103,7 +103,7 @@ def test_numbers_on_saturation_are_of_layers_that_saturate() -> None:
     assert Metric.saturation_sqnr in some
 
 
-def said(config: Config, layers: tuple[Layer, ...], *given: object, answer: target_cpu.Answer) -> list[str]:
+def said(config: Config, layers: tuple[Layer, ...], *given: object, answer: target_cpu.TargetAccuracy) -> list[str]:
     guard = prepare.resolved(config).overflow
     found = warnings.of_sums(config, guard, layers, given, answer)  # type: ignore[arg-type]
     return [sentences.warning(one) for one in found]

@@ -12,7 +12,7 @@ from qexp.config import schema
 from qexp.config.composition import CONF
 from qexp.config.schema import Engine, FlowName
 from qexp.models import float_model
-from qexp.pipeline.prepare import resolved, spec_of
+from qexp.pipeline.prepare import quantization_spec, resolved
 from qexp.quantize import FLOWS, QuantizationSpec
 
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "custom")
@@ -35,4 +35,4 @@ def test_every_model_takes_every_data_set(
 def test_a_shipped_model_that_was_refused_is_taken(composed: Callable[..., schema.Config]) -> None:
     config = composed("model=shufflenet_v2")
     module = float_model.check_model(config.model, 10, (3, 32, 32))
-    quantize.dry_run(module, FLOWS[config.flow], spec_of(config), torch.ones(1, 3, 32, 32))
+    quantize.dry_run(module, FLOWS[config.flow], quantization_spec(config), torch.ones(1, 3, 32, 32))

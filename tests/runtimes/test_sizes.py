@@ -98,7 +98,7 @@ def test_a_run_reports_what_its_owner_would_ship(composed: Callable[..., Config]
     )
     input_checks.check_inputs([config])
     (tmp_path / "run").mkdir()
-    sizes = run.run_job(config, tmp_path / "run").metrics
+    sizes = run.run_experiment(config, tmp_path / "run").metrics
     assert sizes[Metric.size_fp32] * 1e6 == pytest.approx(own_size(net, tmp_path), rel=0.01)
     int8 = (tmp_path / "run" / "model" / "int8_eager.pt").stat().st_size
     assert sizes[Metric.size_int8] * 1e6 == int8

@@ -344,4 +344,4 @@ def test_a_run_whose_int8_model_is_another_function_fails(
     spoil(monkeypatch, "blocks.1.conv1")
     config = composed("model=tiny", "flow=fx", "engine=qnnpack", "latency=off", f"model.checkpoint={checkpoint}")
     with pytest.raises(RunError, match=r"blocks\.1\.conv1 \(ConvReLU2d\) gives"):
-        run.run_job(config, tmp_path)
+        run.run_experiment(config, tmp_path)
