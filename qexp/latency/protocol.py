@@ -32,7 +32,7 @@ import numpy as np
 from qexp.config import schema
 from qexp.errors import ConfigError
 from qexp.records import Interval, Precision, Variant
-from qexp.system import machine
+from qexp.system import cpu_load
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -217,9 +217,9 @@ def time_blocks(
     are of the contenders (see `_contenders`). clock: gives nanoseconds.
     """
     with no_gc():
-        asleep = machine.work()
+        asleep = cpu_load.cpu_counters()
         time.sleep(SECONDS_ASLEEP)
-        awake, started = machine.work(), time.time()
+        awake, started = cpu_load.cpu_counters(), time.time()
         runners = [_Runner(variant, call, batches, threads, clock) for variant, call in variants.items()]
         for runner in runners:
             runner.warm_up(protocol)
@@ -227,14 +227,14 @@ def time_blocks(
             fastest_ = min((r for r in runners if r.variant in control_among), key=lambda runner: runner.estimate_ms)
             runners.append(fastest_.as_control())
         _rounds(runners, protocol, np.random.default_rng(seed), clock)
-        ended, end = time.time(), machine.work()
+        ended, end = time.time(), cpu_load.cpu_counters()
     conditions = Conditions(
         started=started,
         ended=ended,
         processors=os.cpu_count() or 1,
-        busy_before=machine.others(asleep, awake),
-        others=machine.others(awake, end),
-        stolen=machine.stolen(awake, end),
+        busy_before=cpu_load.others(asleep, awake),
+        others=cpu_load.others(awake, end),
+        stolen=cpu_load.stolen(awake, end),
     )
     return [runner.timing(batch_size, conditions) for runner in runners]
 

@@ -13,7 +13,7 @@ from qexp.config import validation
 from qexp.config.composition import Composition, as_yaml
 from qexp.config.error_messages import exit_with_message
 from qexp.errors import ConfigError
-from qexp.launch import folders, foreign_sweeper, resume
+from qexp.launch import folders, foreign_sweeper, rerun
 from qexp.launch.job import hydra_files, is_ours, job_from
 from qexp.system import console, credentials
 
@@ -26,7 +26,7 @@ class HydraCallback(Callback):
         with exit_with_message():
             job = job_from(Composition.of(config))
             validation.check(job.config)
-            resume.check(job)
+            rerun.check(job)
             folder = Path(config.hydra.run.dir)
             without_credentials(str(folder), "hydra.run.dir")
             folders.writable(folder)

@@ -23,7 +23,7 @@ def begin(master: DictConfig) -> None:
     from qexp import tracking
     from qexp.config.composition import Composition
     from qexp.errors import ConfigError
-    from qexp.launch import folders, resume, sweep, tracked_run
+    from qexp.launch import folders, sweep, tracked_run
     from qexp.launch.job import job_from, new_sweep, tags
 
     folder = Path(master.hydra.sweep.dir).absolute()
@@ -36,7 +36,7 @@ def begin(master: DictConfig) -> None:
     experiment = store.experiment_name(job.choices["dataset"])
     tracking.check_experiment(store, experiment)
     tracked_run.say_ignored(sweep=True)
-    resume.close_orphans(store)
+    tracked_run.close_orphans(store)
     title = f"sweep {job.config.study or folder.name}"
     parent = tracking.open_parent(store, experiment=experiment, name=title, tags=tags(job))
     master.hydra.overrides.task += [f"tracking.parent={parent.id}", f"sweep={new_sweep()}"]

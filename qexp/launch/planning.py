@@ -13,7 +13,7 @@ from tqdm import tqdm
 from qexp.config import identity, validation
 from qexp.config.composition import Composer, combinations, quoted, spelled
 from qexp.errors import ConfigError
-from qexp.launch import resume
+from qexp.launch import rerun
 from qexp.launch.callback import without_credentials
 from qexp.launch.job import GIVEN, Job, job_from, split
 from qexp.system import credentials
@@ -64,7 +64,7 @@ def plan(composer: Composer, params: Sequence[str], typed: Sequence[str]) -> lis
         try:
             job = job_from(composed)
             validation.check(job.config, swept)
-            resume.check(job)
+            rerun.check(job)
             if credentials.masked_tree(combination) != combination:
                 without_credentials(composer.subfolder(combination, 0), "hydra.sweep.subdir")
         except ConfigError as error:

@@ -20,12 +20,13 @@ from omegaconf import DictConfig
 
 from qexp.config.composition import Composer, as_yaml, quoted
 from qexp.config.error_messages import exit_with_message
-from qexp.launch import concurrent, folders, job_process, progress, resume
+from qexp.launch import concurrent, folders, job_process, progress
 from qexp.launch.job import command, new_sweep, tags
 from qexp.launch.planning import Planned, hide_from_names, plan
 from qexp.launch.signals import Stop, stoppable, until_stopped
+from qexp.launch.study import find_study
 from qexp.launch.summary import say_where, summary
-from qexp.launch.tracked_run import failed, say_ignored
+from qexp.launch.tracked_run import close_orphans, failed, say_ignored
 from qexp.metrics import Metric
 from qexp.records import RunRecord
 
@@ -65,8 +66,8 @@ def launch(
     for name in experiments:
         tracking.check_experiment(store, name)
     say_ignored(sweep=True)
-    resume.close_orphans(store)
-    study = resume.study(store, planned, experiments)
+    close_orphans(store)
+    study = find_study(store, planned, experiments)
     left = study.left(planned)
     if left:
         job_process.check_inputs([item.job.config for item in left])

@@ -5,18 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Generator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qexp.config import code_digest, identity, validation
 from qexp.config.error_messages import exit_with_message
 from qexp.config.schema import LogModel
-from qexp.launch import concurrent, folders, job_process, progress, resume
+from qexp.launch import concurrent, folders, job_process, progress
 from qexp.launch.job import Job, tags
 from qexp.launch.job_process import Begun
+from qexp.launch.rerun import find_earlier
 from qexp.launch.signals import stoppable, until_stopped
 from qexp.launch.summary import say_where, summary
 from qexp.records import WARNING_TAG, Result, RunRecord
 from qexp.report import sentences, tables
+
+if TYPE_CHECKING:
+    from qexp.tracking.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +46,8 @@ def single(job: Job) -> float | None:
         folders.check_free("hydra.sweep.subdir", job.folder)
     job_process.start_server()
     store = tracking.connect(job.config.tracking, Path(job.config.outputs), job.cwd)
-    resume.close_orphans(store)
-    earlier = resume.earlier(store, job)
+    close_orphans(store)
+    earlier = find_earlier(store, job)
     if earlier:
         job = earlier.job
     experiment = store.experiment_name(job.choices["dataset"])
@@ -65,6 +69,16 @@ def say_ignored(sweep: bool) -> None:
 
     for sentence in tracking.ignored(sweep):
         log.warning(sentence)
+
+
+def close_orphans(store: Store) -> None:
+    """Close, as KILLED, the runs that were left open by processes of this machine that are gone, and say so."""
+    from qexp import tracking
+
+    closed = tracking.close_orphans(store)
+    if closed:
+        names = ", ".join(repr(row.name) for row in closed[:3]) + (", …" if len(closed) > 3 else "")
+        log.warning("%d runs whose process is gone were still open, and are closed as KILLED: %s.", len(closed), names)
 
 
 def swept(job: Job) -> Generator[Begun, Result, float | None]:

@@ -112,8 +112,8 @@ def _arrow(metric: Metric, fp32: float, int8: float) -> str:
 
 def _notes(record: RunRecord) -> dict[str, list[str]]:
     """Footnotes to a run, by the column that each is about."""
-    carried = record.tags.get("carried_over")
-    accuracy, notes = effects.accuracy(record), {"run": [*record.warnings.values(), *([carried] if carried else [])]}
+    reused = record.tags.get("reused")
+    accuracy, notes = effects.accuracy(record), {"run": [*record.warnings.values(), *([reused] if reused else [])]}
     if accuracy and accuracy.source:
         # Not of what ran here, and maybe not of all images.
         images, target = record.metrics.get(Metric.target_images), effects.value(record, "target")

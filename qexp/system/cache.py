@@ -32,7 +32,7 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 from qexp.errors import InputError
 from qexp.system import machine_lock
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _SEAL = hashlib.sha256().digest_size
 _CHUNK = 1 << 22
@@ -124,7 +124,7 @@ def file(folder: Path | None, key: str, make: Callable[[Path], object], target: 
             return None
         found = digest_of(target)
         if found != digest.tobytes().hex():
-            logger.info(_DAMAGED, held, "its checksum is wrong")
+            log.info(_DAMAGED, held, "its checksum is wrong")
             target.unlink()
             return None
         with suppress(OSError):
@@ -206,7 +206,7 @@ def _make_room(folder: Path, added: int) -> None:
             # Another process that has it mapped keeps its content.
             _remove(path)
             taken -= size
-            logger.info("removed %s from the cache, which may hold %g GB", path, _limit / 1e9)
+            log.info("removed %s from the cache, which may hold %g GB", path, _limit / 1e9)
     _taken[folder] = taken
 
 
@@ -319,7 +319,7 @@ def _open(path: Path) -> Entry | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, EOFError) as error:
-        logger.info(_DAMAGED, path, error)
+        log.info(_DAMAGED, path, error)
         return None
     _mapped[values._mmap] = path.with_suffix(".npy")
     with suppress(OSError):  # a cache that can only be read is used all the same
@@ -371,7 +371,7 @@ def _remove(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
-        logger.debug("%s stays: %s", path, error)
+        log.debug("%s stays: %s", path, error)
 
 
 def _reserve(path: Path, size: int) -> None:

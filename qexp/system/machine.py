@@ -1,4 +1,4 @@
-"""What machine this is, and how busy it is. Neither torch nor mlflow; "unknown" where it can't be read."""
+"""The machine: its processor, memory and limits, which CPUs a process may use, and which processes run."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import math
 import os
 import platform
 import re
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from qexp.system.cpu_load import load_average
 
 UNKNOWN = "unknown"
 
@@ -79,7 +80,7 @@ def describe(root: Path = Path("/")) -> Machine:
         memory_limit=memory_limit(root),
         cpu_limit=cpu_limit(root),
         allowed_cores=allowed_cores(root),
-        load=load(),
+        load=load_average(),
         virtual=UNKNOWN if not text else "yes" if "hypervisor" in flags else "no",
         system=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
@@ -221,50 +222,6 @@ def pin(cores: Sequence[int]) -> None:
         for thread in psutil.Process().threads():
             with suppress(ProcessLookupError):  # it has just ended
                 os.sched_setaffinity(thread.id, cores)
-
-
-def load() -> float | None:
-    """Runnable tasks, mean of the last minute; None where the system doesn't say."""
-    try:
-        return os.getloadavg()[0]
-    except OSError:
-        return None
-
-
-@dataclass(frozen=True)
-class Work:
-    """Seconds of processor time since boot, over all processors, and of this process (all its threads) since its start.
-
-    busy: by whatever process; steal: in which a hypervisor ran something else although work was there; None where
-    the system doesn't say. clock: seconds, of a monotonic clock.
-    """
-
-    clock: float
-    busy: float
-    steal: float | None
-    own: float
-
-
-def work() -> Work:
-    """The counters now; two of them and their difference say what happened between."""
-    times = psutil.cpu_times()._asdict()
-    idle = ("idle", "iowait", "steal", "guest", "guest_nice")  # guests' time is in user time already
-    busy = sum(seconds for name, seconds in times.items() if name not in idle)
-    return Work(time.monotonic(), busy, times.get("steal"), time.process_time())
-
-
-def others(before: Work, after: Work) -> float:
-    """How many processors, on average, were busy with anything but this process between two counters."""
-    elapsed = after.clock - before.clock
-    # The system counts in ticks of 10 ms, and this process's own time is exact: the difference may fall below 0.
-    return max(0.0, (after.busy - before.busy - (after.own - before.own)) / elapsed) if elapsed > 0 else 0.0
-
-
-def stolen(before: Work, after: Work) -> float | None:
-    """How many processors, on average, a hypervisor gave to something else although this machine had work for them."""
-    if before.steal is None or after.steal is None or after.clock <= before.clock:
-        return None
-    return (after.steal - before.steal) / (after.clock - before.clock)
 
 
 def host() -> str:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from qexp.config import code_digest
+from qexp.config import code_digest, identity
+from qexp.config.schema import Config
 from tests.helpers.imports import PACKAGE, files_of, imported
 
 
@@ -111,3 +114,71 @@ def test_a_change_of_code_changes_the_keys_of_what_it_computes(copied: Path, fil
 def test_a_key_can_t_name_what_there_is_not() -> None:
     with pytest.raises(ValueError, match=r"qexp has no pipeline\.nothing"):
         code_digest.of("pipeline.nothing")
+
+
+@pytest.fixture
+def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with a user's code: a module, one beside it, a package imported within a function, and others."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    files = {
+        "usernet.py": "import torch\nfrom userwidth import WIDTH\n\ndef make():\n    import userpackage.deep\n",
+        "userwidth.py": "WIDTH = 8\n",
+        "userpackage/__init__.py": "",
+        "userpackage/deep/__init__.py": "from . import sibling\n",
+        "userpackage/deep/sibling.py": "",
+        "userpackage/.venv/ignored.py": "",
+        "unrelated.py": "",
+        "README.md": "a commit to this changes nothing",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    yield tmp_path
+    code_digest.code_hash.cache_clear()
+
+
+def test_the_files_of_a_target_are_its_own_and_what_they_import_but_nothing_installed(user: Path) -> None:
+    found = [str(file.relative_to(user)) for file in code_digest.files_of("usernet.make")]
+    assert found == [
+        "usernet.py", "userpackage/__init__.py", "userpackage/deep/__init__.py", "userpackage/deep/sibling.py",
+        "userwidth.py",
+    ]  # fmt: skip
+    assert "usernet" not in sys.modules  # nothing was run
+    assert code_digest.files_of("qexp.models.architectures.tiny") == []
+    assert code_digest.files_of("nosuchmodule.make") == []
+    installed = code_digest.files_of("filelock.FileLock")
+    assert installed
+    assert all("filelock" in file.parts for file in installed)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "counts"),
+    [
+        ("usernet.py", "def make(): pass\n", True),
+        ("userwidth.py", "WIDTH = 16\n", True),
+        ("userpackage/deep/sibling.py", "x = 1\n", True),
+        ("userpackage/deep/sibling.py", "def broken(\n", True),
+        ("unrelated.py", "x = 1\n", False),
+        ("README.md", "other words", False),
+    ],
+)
+def test_the_code_s_hash_changes_with_the_user_s_code_and_with_nothing_else(
+    user: Path, file: str, text: str, counts: bool
+) -> None:
+    before, without = code_digest.code_hash("usernet.make", "qexp.data.builtin.digits"), code_digest.code_hash()
+    (user / file).write_text(text)
+    code_digest.code_hash.cache_clear()
+    assert (code_digest.code_hash("usernet.make", "qexp.data.builtin.digits") != before) is counts
+    assert code_digest.code_hash() == without != before
+    assert code_digest.code_hash("qexp.models.architectures.tiny", "qexp.data.builtin.digits") == without
+
+
+def test_the_checkpoint_counts_by_its_content(composed: Callable[..., Config], tmp_path: Path) -> None:
+    config = composed(f"model.checkpoint={tmp_path / 'net.pt'}")
+    digests = [code_digest.checkpoint_digest(config)]
+    for content in (b"a", b"b"):
+        (tmp_path / "net.pt").write_bytes(content)
+        os.utime(tmp_path / "net.pt", ns=(len(digests), len(digests)))
+        digests.append(code_digest.checkpoint_digest(config))
+    assert digests[0] == identity.NOT_APPLICABLE
+    assert len(set(digests)) == 3

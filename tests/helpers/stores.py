@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,3 +77,33 @@ def server(empty: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
 
 def begin(store: tracking.Store, name: str = "run", parent: str | None = None, **params: str) -> tracking.Run:
     return tracking.start_run(store, experiment="qexp/digits", name=name, params=params, tags={}, parent=parent)
+
+
+def table(folder: Path) -> list[dict[str, Any]]:
+    """Every run under folder/outputs that wasn't deleted: its id, name, status and tags."""
+    store = folder / "outputs" / "mlflow.db"
+    if not store.exists():
+        return []
+    with contextlib.closing(sqlite3.connect(store, timeout=20)) as connection:
+        tags: dict[str, dict[str, str]] = {}
+        for run_id, key, value in connection.execute("select run_uuid, key, value from tags"):
+            tags.setdefault(run_id, {})[key] = value
+        rows = connection.execute(
+            "select run_uuid, name, status from runs where lifecycle_stage = 'active' order by start_time"
+        )
+        return [
+            {"id": run_id, "name": name, "status": status, "tags": tags.get(run_id, {})}
+            for run_id, name, status in rows.fetchall()
+        ]
+
+
+def jobs_of(folder: Path, study: str | None = None) -> list[dict[str, Any]]:
+    """The runs of jobs, without the sweeps' own."""
+    runs = [run for run in table(folder) if tracking.SWEEP_TAG not in run["tags"]]
+    return [run for run in runs if study is None or run["tags"].get("study") == study]
+
+
+def sweeps_of(folder: Path, study: str | None = None) -> list[dict[str, Any]]:
+    """The parent runs of sweeps."""
+    runs = [run for run in table(folder) if tracking.SWEEP_TAG in run["tags"]]
+    return [run for run in runs if study is None or run["tags"].get("study") == study]

@@ -15,7 +15,7 @@ from qexp import tracking
 from qexp.config import identity, schema, validation
 from qexp.config.composition import as_yaml
 from qexp.errors import ConfigError, InputError
-from qexp.launch import callback, job, resume
+from qexp.launch import callback, job, rerun
 from qexp.system import credentials
 from qexp.system.credentials import learn, masked, masked_tree
 from tests.helpers.stores import settings
@@ -168,11 +168,11 @@ def test_a_folder_is_not_named_after_one() -> None:
 def test_a_rerun_takes_them_from_what_is_given_now() -> None:
     recorded = {"dataset": {"token": "***", "url": ["https://me:***@h/a"]}, "tracking": {"uri": "http://a:***@b"}}
     now = {"dataset": {"token": "t", "url": ["https://me:pw@h/a"]}, "tracking": {"uri": None}}
-    whole = {name: resume._with_credentials("id", value, now[name], name) for name, value in recorded.items()}
+    whole = {name: rerun._with_credentials("id", value, now[name], name) for name, value in recorded.items()}
     assert whole == {"dataset": now["dataset"], "tracking": recorded["tracking"]}
     for other in ({"token": "t", "url": ["https://me:pw@elsewhere/a"]}, {"token": "t"}):
         with pytest.raises(InputError, match=r"rerun=id: dataset\.url=.* was given with a credential, .* give dataset"):
-            resume._with_credentials("id", recorded["dataset"], other, "dataset")
+            rerun._with_credentials("id", recorded["dataset"], other, "dataset")
 
 
 # --------------------------------------------------------------------------------------------------- MLflow

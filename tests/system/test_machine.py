@@ -1,3 +1,5 @@
+"""The machine is described as it is, and its processes are told apart."""
+
 from __future__ import annotations
 
 import os
@@ -7,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from qexp.system import machine
@@ -151,29 +154,19 @@ def test_this_machine_has_a_cpu_and_memory() -> None:
     assert found.memory is None or found.memory > 2**28
 
 
-def test_work_by_others_is_what_the_machine_did_less_what_this_process_did() -> None:
-    before = machine.Work(clock=10.0, busy=100.0, steal=5.0, own=2.0)
-    after = machine.Work(clock=14.0, busy=107.0, steal=5.4, own=5.0)
-    assert machine.others(before, after) == 1.0
-    assert machine.stolen(before, after) == pytest.approx(0.1)
-    # Own time is finer than the system's ticks.
-    assert machine.others(before, machine.Work(14.0, 102.99, None, 5.0)) == 0
-    assert machine.stolen(before, machine.Work(14.0, 107.0, None, 5.0)) is None
-
-
-def test_a_busy_process_beside_this_one_is_seen_and_this_one_is_not() -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE
-    ) as loop:
-        assert loop.stdout is not None
-        loop.stdout.readline()
-        before = machine.work()
-        time.sleep(0.5)
-        after = machine.work()
-        loop.kill()
-    assert machine.others(before, after) > 0.1
-    assert after.busy > before.busy
-    own = machine.work()
-    while time.process_time() < own.own + 0.2:
-        pass
-    assert machine.work().own >= own.own + 0.2
+def test_a_process_is_told_from_one_that_has_its_id_now() -> None:
+    own = psutil.Process()
+    started = machine.since_boot(own)
+    assert machine.is_running(own.pid, started)
+    assert not machine.is_running(own.pid, started - 60)
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    started = machine.since_boot(psutil.Process(child.pid))
+    assert machine.is_running(child.pid, started)
+    child.kill()
+    deadline = time.monotonic() + 20
+    while machine.is_running(child.pid, started) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not machine.is_running(child.pid, started)  # a zombie, since nobody has waited for it
+    assert psutil.pid_exists(child.pid)
+    child.communicate()
+    assert not machine.is_running(child.pid, started)

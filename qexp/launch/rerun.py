@@ -1,13 +1,12 @@
-"""What was done before: a study goes on where it stopped, and a run is repeated and compared with what it was."""
+"""A run is repeated as it was, and compared with what it was."""
 
 from __future__ import annotations
 
 import json
-import logging
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from tabulate import tabulate
 from qexp.config import conversion, identity
 from qexp.config.schema import Config
 from qexp.errors import ConfigError, InputError
-from qexp.launch import job_process
+from qexp.launch.study import DEPENDS_ON
 from qexp.metrics import Metric
 from qexp.records import PRECISIONS, RunRecord
 from qexp.report.effects import together
@@ -26,22 +25,7 @@ from qexp.system.credentials import MASK, masked, masked_tree
 
 if TYPE_CHECKING:
     from qexp.launch.job import Job
-    from qexp.launch.planning import Planned
-    from qexp.tracking.run import Run
     from qexp.tracking.store import Store
-
-log = logging.getLogger(__name__)
-
-# The tags that say what a result depends on beside its settings, in words.
-DEPENDS_ON = {
-    "code_hash": "code",
-    "checkpoint_digest": "checkpoint",
-    "data_digest": "data",
-    "calib_digest": "calibration images",
-    "kernel_signature": "INT8 kernels",
-    "torch": "torch",
-    "cpu": "CPU",
-}
 
 # What may be given beside `rerun`: it says where a run is recorded, not what it computes.
 BESIDE_RERUN = ("rerun", "outputs", "study", "tracking")
@@ -63,118 +47,8 @@ def check(job: Job) -> None:
         )
 
 
-def close_orphans(store: Store) -> None:
-    """Close, as KILLED, the runs that were left open by processes of this machine that are gone, and say so."""
-    from qexp import tracking
-
-    closed = tracking.close_orphans(store)
-    if closed:
-        names = ", ".join(repr(row.name) for row in closed[:3]) + (", …" if len(closed) > 3 else "")
-        log.warning("%d runs whose process is gone were still open, and are closed as KILLED: %s.", len(closed), names)
-
-
-# ----------------------------------------------------------------------------------------------- a study goes on
-
-
-@dataclass(frozen=True)
-class Study:
-    """What there is of a study when a sweep of it begins.
-
-    A study has one run for all its sweeps, which each of them opens again, so that its runs are found under one
-    parent. parent: that run's id, None where there is none; before: ids of all runs of the study; done: by
-    config_hash, the finished runs whose result would be the same today.
-    """
-
-    name: str = ""
-    parent: str | None = None
-    before: frozenset[str] = frozenset()
-    done: Mapping[str, RunRecord] = field(default_factory=dict)
-
-    def left(self, planned: Sequence[Planned]) -> list[Planned]:
-        """The jobs that have to be run."""
-        return [item for item in planned if identity.config_hash(item.job.config) not in self.done]
-
-    def open(self, store: Store, **given: Any) -> Run:
-        """The parent run, with what is done under it. given: as `tracking.open_parent` takes it."""
-        from qexp import tracking
-
-        parent = tracking.open_parent(store, again=self.parent, **given)
-        try:
-            tracking.adopt(store, parent.id, list(self.done.values()))
-        except BaseException:
-            parent.kill()
-            raise
-        return parent
-
-    def new(self, rows: Sequence[RunRecord]) -> list[RunRecord]:
-        """Those of the parent's runs that this sweep started."""
-        return [row for row in rows if row.run_id not in self.before]
-
-    def with_done(self, planned: Sequence[Planned], rows: Sequence[RunRecord]) -> list[RunRecord]:
-        """This sweep's runs and those that it need not repeat, in the order in which the jobs were planned.
-
-        What was done has the names and params that this sweep gives it, since both depend on what is swept.
-        """
-        rows = list(rows)
-        for item in planned:
-            row = self.done.get(identity.config_hash(item.job.config))
-            if row is not None:
-                resolved = {name: value for name, value in row.params.items() if name.startswith("resolved.")}
-                tags = {**row.tags, "carried_over": f"carried over: finished earlier under study={self.name}."}
-                rows.append(replace(row, name=item.name, params={**item.job.params, **resolved}, tags=tags))
-        place = {item.name: index for index, item in enumerate(planned)}
-        return sorted(rows, key=lambda row: place.get(row.name, len(place)))
-
-
-def study(store: Store, planned: Sequence[Planned], experiments: Sequence[str]) -> Study:
-    """What there is of the study that these jobs belong to, and say what of it is not run again."""
-    from qexp import tracking
-
-    config = planned[0].job.config
-    if not (config.study and config.resume):
-        return Study()
-    rows = tracking.of_study(store, config.study, experiments)
-    # One that is still open is another process's.
-    parents = [row.run_id for row in rows if tracking.SWEEP_TAG in row.tags and row.status != "RUNNING"]
-    if any(tracking.SWEEP_TAG in row.tags and row.status == "RUNNING" for row in rows):
-        log.warning("another sweep of study=%s is open; what it has not finished yet is run here too.", config.study)
-    finished: dict[str, list[RunRecord]] = {}
-    for row in rows:
-        if row.status == "FINISHED" and "config_hash" in row.tags:
-            finished.setdefault(row.tags["config_hash"], []).append(row)
-    asked = [item.job.config for item in planned if identity.config_hash(item.job.config) in finished]
-    done: dict[str, RunRecord] = {}
-    changed: dict[str, None] = {}
-    for job, today in zip(asked, job_process.provenance_tags(asked) if asked else [], strict=True):
-        key = today["config_hash"]
-        differences = [(row, differing(row.tags, today, job.latency.enabled)) for row in finished[key]]
-        same = [row for row, names in differences if not names]
-        if same:
-            done[key] = same[-1]
-        else:
-            changed |= dict.fromkeys(differences[-1][1])
-    if done:
-        log.warning(
-            "%d of %d jobs are finished already under study=%s and are not run again; resume=false runs all.",
-            len(done), len(planned), config.study,
-        )  # fmt: skip
-    if changed:
-        again = len(asked) - len(done)
-        log.warning("%d were finished under it with another %s, and are run again.", again, ", ".join(changed))
-    return Study(config.study, parents[-1] if parents else None, frozenset(row.run_id for row in rows), done)
-
-
-def differing(then: Mapping[str, str], now: Mapping[str, str], timed: bool) -> list[str]:
-    """In words, what differs of all that a result depends on. timed: on the CPU too, and not on its kernels alone."""
-    names = [tag for tag in DEPENDS_ON if tag != "cpu" or timed]
-    return [DEPENDS_ON[tag] for tag in names if then.get(tag) != now.get(tag)]
-
-
-# --------------------------------------------------------------------------------------------- a run once more
-
-
 @dataclass(frozen=True, eq=False)
-class Earlier:
+class EarlierRun:
     """A run that is to be repeated. job: what repeats it; row: as MLflow has it.
 
     predictions: the arrays of its `predictions.npz`, None where it has none; added: settings that it did not have, with
@@ -197,7 +71,7 @@ class Earlier:
         return "\n".join(lines)
 
 
-def earlier(store: Store, job: Job) -> Earlier | None:
+def find_earlier(store: Store, job: Job) -> EarlierRun | None:
     """The run that `job` is to repeat, None where it is a job of its own.
 
     Raises InputError where there is no such run, or it can't be repeated.
@@ -226,7 +100,7 @@ def earlier(store: Store, job: Job) -> Earlier | None:
     where = replace(job.config.tracking, experiment=store.experiment or experiment, name=name)
     config = replace(config, tracking=where, outputs=job.config.outputs, study=job.config.study, rerun=rerun)
     choices, overrides = _as_asked(row.params)
-    return Earlier(replace(job, config=config, choices=choices, overrides=overrides), row, arrays, added)
+    return EarlierRun(replace(job, config=config, choices=choices, overrides=overrides), row, arrays, added)
 
 
 def _recorded(rerun: str, text: str, now: Config) -> tuple[Config, dict[str, Any]]:

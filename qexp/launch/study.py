@@ -1,0 +1,124 @@
+"""A study goes on where an earlier sweep of it stopped: what is finished and would be the same is not run again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from qexp.config import identity
+from qexp.launch import job_process
+from qexp.records import RunRecord
+
+if TYPE_CHECKING:
+    from qexp.launch.planning import Planned
+    from qexp.tracking.run import Run
+    from qexp.tracking.store import Store
+
+log = logging.getLogger(__name__)
+
+# The tags that say what a result depends on beside its settings, in words.
+DEPENDS_ON = {
+    "code_hash": "code",
+    "checkpoint_digest": "checkpoint",
+    "data_digest": "data",
+    "calib_digest": "calibration images",
+    "kernel_signature": "INT8 kernels",
+    "torch": "torch",
+    "cpu": "CPU",
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """What there is of a study when a sweep of it begins.
+
+    A study has one run for all its sweeps, which each of them opens again, so that its runs are found under one
+    parent. parent: that run's id, None where there is none; before: ids of all runs of the study; done: by
+    config_hash, the finished runs whose result would be the same today.
+    """
+
+    name: str = ""
+    parent: str | None = None
+    before: frozenset[str] = frozenset()
+    done: Mapping[str, RunRecord] = field(default_factory=dict)
+
+    def left(self, planned: Sequence[Planned]) -> list[Planned]:
+        """The jobs that have to be run."""
+        return [item for item in planned if identity.config_hash(item.job.config) not in self.done]
+
+    def open(self, store: Store, **given: Any) -> Run:
+        """The parent run, with what is done under it. given: as `tracking.open_parent` takes it."""
+        from qexp import tracking
+
+        parent = tracking.open_parent(store, again=self.parent, **given)
+        try:
+            tracking.adopt(store, parent.id, list(self.done.values()))
+        except BaseException:
+            parent.kill()
+            raise
+        return parent
+
+    def new(self, rows: Sequence[RunRecord]) -> list[RunRecord]:
+        """Those of the parent's runs that this sweep started."""
+        return [row for row in rows if row.run_id not in self.before]
+
+    def with_done(self, planned: Sequence[Planned], rows: Sequence[RunRecord]) -> list[RunRecord]:
+        """This sweep's runs and those that it need not repeat, in the order in which the jobs were planned.
+
+        What was done has the names and params that this sweep gives it, since both depend on what is swept.
+        """
+        rows = list(rows)
+        for item in planned:
+            row = self.done.get(identity.config_hash(item.job.config))
+            if row is not None:
+                resolved = {name: value for name, value in row.params.items() if name.startswith("resolved.")}
+                tags = {**row.tags, "reused": f"reused: finished earlier under study={self.name}."}
+                rows.append(replace(row, name=item.name, params={**item.job.params, **resolved}, tags=tags))
+        place = {item.name: index for index, item in enumerate(planned)}
+        return sorted(rows, key=lambda row: place.get(row.name, len(place)))
+
+
+def find_study(store: Store, planned: Sequence[Planned], experiments: Sequence[str]) -> Study:
+    """What there is of the study that these jobs belong to, and say what of it is not run again."""
+    from qexp import tracking
+
+    config = planned[0].job.config
+    if not (config.study and config.resume):
+        return Study()
+    rows = tracking.of_study(store, config.study, experiments)
+    # One that is still open is another process's.
+    parents = [row.run_id for row in rows if tracking.SWEEP_TAG in row.tags and row.status != "RUNNING"]
+    if any(tracking.SWEEP_TAG in row.tags and row.status == "RUNNING" for row in rows):
+        log.warning("another sweep of study=%s is open; what it has not finished yet is run here too.", config.study)
+    finished: dict[str, list[RunRecord]] = {}
+    for row in rows:
+        if row.status == "FINISHED" and "config_hash" in row.tags:
+            finished.setdefault(row.tags["config_hash"], []).append(row)
+    asked = [item.job.config for item in planned if identity.config_hash(item.job.config) in finished]
+    done: dict[str, RunRecord] = {}
+    changed: dict[str, None] = {}
+    for job, today in zip(asked, job_process.provenance_tags(asked) if asked else [], strict=True):
+        key = today["config_hash"]
+        differences = [(row, differing(row.tags, today, job.latency.enabled)) for row in finished[key]]
+        same = [row for row, names in differences if not names]
+        if same:
+            done[key] = same[-1]
+        else:
+            changed |= dict.fromkeys(differences[-1][1])
+    if done:
+        log.warning(
+            "%d of %d jobs are finished already under study=%s and are not run again; resume=false runs all.",
+            len(done), len(planned), config.study,
+        )  # fmt: skip
+    if changed:
+        again = len(asked) - len(done)
+        log.warning("%d were finished under it with another %s, and are run again.", again, ", ".join(changed))
+    return Study(config.study, parents[-1] if parents else None, frozenset(row.run_id for row in rows), done)
+
+
+def differing(then: Mapping[str, str], now: Mapping[str, str], timed: bool) -> list[str]:
+    """In words, what differs of all that a result depends on. timed: on the CPU too, and not on its kernels alone."""
+    names = [tag for tag in DEPENDS_ON if tag != "cpu" or timed]
+    return [DEPENDS_ON[tag] for tag in names if then.get(tag) != now.get(tag)]
