@@ -1,7 +1,7 @@
-"""The three ways in which a run is refused or fails; Hydra prints each as its sentence, without a traceback.
+"""The errors with which qexp refuses or ends a run; Hydra prints each as its sentence, without a traceback.
 
-And what is said of any other error: the text of somebody's exception becomes a part of a message only by `first_line`,
-`one_line` or `without_values`, for it may hold a whole tensor.
+The text of other libraries' exceptions may contain a whole tensor: it becomes part of a message only through
+`first_line`, `one_line` or `without_values`.
 """
 
 import re
@@ -15,31 +15,31 @@ class QexpError(CompactHydraException):
 
 
 class ConfigError(QexpError):
-    """The configuration alone shows that this can't work: raised before any work."""
+    """The configuration can't work, whatever the inputs are: raised before any work."""
 
 
 class InputError(QexpError):
-    """A checkpoint, a data set, a model or a server is not what the configuration says: raised before a run starts."""
+    """A checkpoint, data set, model or server doesn't match the configuration: raised before a run starts."""
 
 
 class RunError(QexpError):
-    """A run that had started can't be finished, or its result can't be trusted: the run ends as FAILED."""
+    """A started run can't be finished, or its result can't be trusted: it ends as FAILED."""
 
 
 class NotFinite(RunError):
-    """The model gives NaN or infinity, for one image or for all of them."""
+    """The model returns NaN or infinity, for at least one image."""
 
 
-# ------------------------------------------------------------------------------- what errors of other code say here
+# ----------------------------------------------------------------------------- messages of other libraries' errors
 
 _WORD = re.compile(r"(?:(?!\\n)[^\s,;\[\]()])+")
 _NUMBER = re.compile(r"(?=\D*\d)[-+.e\d]+|[-+]?(?:nan|inf)")
 _VALUE = re.compile(r"(?<![\w.])(tensor|array)\(")
-_SHAPE = 8  # as many whole numbers may be sizes; more, or any with a point, are values of a tensor
+_SHAPE = 8  # up to so many whole numbers may be a shape; more, or any with a point, are values of a tensor
 
 
 def without_values(text: str) -> str:
-    """The text of an error that isn't ours without the values of tensors and arrays, however they are printed there."""
+    """The text of another library's error without the values of tensors and arrays, however they are printed."""
     told, start = [], 0
     for found in _VALUE.finditer(text):
         if found.start() >= start:
@@ -71,13 +71,13 @@ def _closing(text: str, start: int) -> int:
 
 
 def first_line(error: BaseException, limit: int = 160) -> str:
-    """What an error that isn't ours says first, without values, a full stop and what is beyond `limit` characters; its
-    type where it says nothing."""
+    """The first line of another library's error, without values and a final full stop, cut at `limit` characters; its
+    type where it has no text."""
     lines = without_values(str(error)).strip().splitlines()
     return lines[0][:limit].rstrip(".") if lines else type(error).__name__
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """Type and message of an error that isn't ours on one line, without values, cut at `limit` characters."""
+    """Type and message of another library's error on one line, without values, cut at `limit` characters."""
     text = " ".join(f"{type(error).__name__}: {without_values(str(error))}".split()).rstrip(":. ")
     return text if len(text) <= limit else text[: limit - 1] + "…"

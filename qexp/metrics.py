@@ -1,7 +1,7 @@
-"""The metrics of a run: the name that each is logged under, its unit, digits and heading, and what it means.
+"""The metrics of a run: the name that each is logged under, its unit, digits, heading and meaning.
 
-Every part of qexp refers to a metric by a member of `Metric`, and its name is spelled here alone. MLflow's charts have
-a section for each prefix, and the first sections hold what a person compares.
+All other modules refer to a metric by its member of `Metric`; names are spelled only here. MLflow's charts have a
+section for each prefix, in this order.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Metric(StrEnum):
         }
 
     def text(self, value: float) -> str:
-        """The value as it is shown, without its unit: `0.8502`, `4.90`; a small one, as 0.034 ms, with a digit more."""
+        """The value as text, without its unit: `0.8502`, `4.90`; a small one, such as 0.034 ms, with one digit more."""
         small = self.digits and 0 < abs(value) < 10 ** (1 - self.digits)
         return f"{value:.{self.digits + bool(small)}f}"
 

@@ -1,4 +1,4 @@
-"""The plain values that packages, processes and the tracking store hand to each other. No torch, no mlflow."""
+"""Plain values that packages, processes and the tracking store pass to each other. No torch, no mlflow."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ class Fidelity:
     their place; infinite where they are equal. 6 dB are one bit.
 
     sqnr_db: y is the layer's output inside the whole INT8 model, the errors of all layers before it included.
-    own_sqnr_db: y is the INT8 layer's answer to the float model's input, quantized as the INT8 model does it. The noise
-        of that rounding, of the weights, of the output's grid (clipping too) and of the kernel's sums is in it, and no
-        other layer's. None where the layer's inputs in the two models don't correspond.
+    own_sqnr_db: y is the INT8 layer's output for the float model's input, quantized as in the INT8 model. It includes
+        the noise of that rounding, of the weights, of the output's grid (clipping too) and of the kernel's
+        accumulators, and no other layer's. None where the layer's inputs in the two models don't correspond.
     weight_sqnr_db: of the weights that the INT8 layer holds; None where it holds none.
-    clipped: share of the float values that lie more than one step outside what the codes can say, (0 − zero point) ×
-        scale to (highest − zero point) × scale, and that are therefore moved to one of these ends. Up to a step it is a
-        matter of rounding: of 1.0 on sigmoid's fixed grid, whose highest value is 255/256. highest is 255, or that of
-        the bits asked for; a grid that a guard narrowed to 7 bits goes on to 255 (see grid.Grid).
+    clipped: share of the float values that lie more than one step outside the range of the codes, (0 − zero point) ×
+        scale to (highest − zero point) × scale, and are therefore clipped to its ends. Up to a step it is a matter of
+        rounding: such as 1.0 on sigmoid's fixed grid, whose highest value is 255/256. highest is 255, or that of the
+        bits asked for; a range that a guard reduced to 7 bits goes on to 255 (see grid.Grid).
     scale: one step of the output's grid.
     """
 
@@ -88,7 +88,7 @@ CUDA = "cuda"
 
 @dataclass(frozen=True)
 class Variant:
-    """A model of one precision as one runtime executes it. str() is its name in files and metrics: fp32_eager."""
+    """A precision of the model in one runtime. str() is its name in files and metrics: fp32_eager."""
 
     precision: Precision
     runtime: str
@@ -103,7 +103,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Artifact:
-    """One variant as it was saved. engine: what an INT8 model was converted for, empty for FP32."""
+    """A saved variant. engine: the one that an INT8 model was converted for, empty for FP32."""
 
     variant: Variant
     path: str
@@ -116,7 +116,7 @@ class Artifact:
 class Predictions:
     """logits: float32 [N, classes]; labels: int64 [N]; image_ids: N names, in the order of the logits.
 
-    Raises ValueError for a logit that is NaN or infinite: the largest of several is no class then.
+    Raises ValueError for a logit that is NaN or infinite, since the largest logit is no prediction then.
     """
 
     logits: np.ndarray
@@ -134,7 +134,7 @@ class Predictions:
 
     @property
     def correct(self) -> np.ndarray:
-        """bool [N]: whether the top-1 class is the label."""
+        """bool [N]: True where the top-1 class is the label."""
         return self.logits.argmax(axis=1) == self.labels
 
 
@@ -147,15 +147,15 @@ class AccuracySource(StrEnum):
 
 
 class SaturationStatus(StrEnum):
-    """The saturation of 16-bit sums in a model."""
+    """The saturation of 16-bit accumulators in a model."""
 
     impossible = "impossible"
     possible = "possible"
     observed = "observed"
 
 
+# In the order in which tables list them.
 PRECISIONS = tuple(Precision)
-# As tables list them.
 
 
 class VerdictKind(StrEnum):
@@ -170,10 +170,10 @@ class VerdictKind(StrEnum):
 class Verdict:
     """INT8 accuracy against FP32's, as far as the test images can tell. Fractions of 1, but for counts of images.
 
-    margin: the loss that is tolerated; images: how many were tested; images_needed: how many would probably settle it,
-    where it is undecided. Where 16-bit sums that saturate are shown to be a cause: lost, FP32 minus INT8 accuracy;
-    lost_to_saturation, how much of it they cost; saturation_only, whether they explain all of it; remedy, the setting
-    that avoids it.
+    margin: the tolerated loss; images: the number tested; images_needed: the number that would probably settle it,
+    where it is undecided. Where saturating 16-bit accumulators are shown to be a cause: lost, FP32 minus INT8 accuracy;
+    lost_to_saturation, the part of it that they cost; saturation_only, True if they explain all of it; remedy, the
+    setting that avoids it.
     """
 
     kind: VerdictKind
@@ -230,7 +230,7 @@ class WarningCode(StrEnum):
 
 @dataclass(frozen=True)
 class RunWarning:
-    """A warning about a run's numbers. data: what its sentence tells, see `report.sentences.warning`."""
+    """A warning about a run's numbers. data: for its sentence (see `report.sentences.warning`)."""
 
     code: WarningCode
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -238,12 +238,12 @@ class RunWarning:
 
 @dataclass(frozen=True)
 class Result:
-    """The outcome of a job: numbers, and paths of what it wrote into its folder.
+    """The outcome of a job: numbers, and the paths of its files.
 
-    metrics: by the names of `Metric`; resolved: what was executed, beside what was asked; tags: by name;
-    files: artifact path in the run -> path on disk;
-    datasets: name, digest, source, context and profile of the images that were used; flavor: what MLflow needs to
-    keep the INT8 model as one that it can serve, empty where there is no TorchScript.
+    metrics: by the names of `Metric`; resolved: params that record what was executed, beside what was asked; tags: by
+    name; files: artifact path in the run -> path on disk; datasets: name, digest, source, context and profile of the
+    images used; flavor: the arguments with which MLflow logs the INT8 model as one that it can serve, empty where there
+    is no TorchScript.
     """
 
     metrics: dict[str, float]
@@ -258,7 +258,7 @@ class Result:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run as it is read back from the store, or as it will be.
+    """A run as it is read from the store, or as it will be.
 
     status: MLflow's, RUNNING, FINISHED, FAILED or KILLED; start, end: in seconds since 1970, end None while it runs;
     params: every setting that the result depends on, the groups' choices, and what was executed as `resolved.*`;

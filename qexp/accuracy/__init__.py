@@ -1,1 +1,1 @@
-"""Predictions, and the CPU that the model ships on."""
+"""INT8 accuracy on the target CPU."""

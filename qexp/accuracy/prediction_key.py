@@ -1,4 +1,4 @@
-"""Predictions that another run has made already."""
+"""The cache key of predictions."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from qexp.quantize.saturation import kernels
 
 
 def prediction_key(config: Config, data: Data, model: Sequence[str], images: np.ndarray | None = None) -> str:
-    """Everything that a model's answers on evaluation images depend on, in their last bit too.
+    """The key of a model's logits on evaluation images, to their last bit.
 
-    model: `content`, and in words what was done with it; images: int64 indices, None for all of them.
+    model: its identity (see `saved_models.content`), and words that name how it was changed; images: int64 indices,
+    None for all of them.
     """
     chosen = None if images is None else hashlib.sha256(np.ascontiguousarray(images, np.int64).tobytes()).hexdigest()
     shown = [data.test.digest, data.mean, data.std, config.evaluate.batch_size, chosen]

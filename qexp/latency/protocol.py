@@ -1,13 +1,13 @@
-"""How long a call takes: the timing protocol, what it records, and what follows from the records.
+"""The timing protocol: latency of calls, measured side by side, and the speedups and validity that follow.
 
-All variants are timed side by side. A round holds two blocks of each, in random order and then in the mirrored order
-(A B C C B A), so that a machine that slows down or speeds up steadily during a round does so for all variants alike.
-A block is some calls of one variant in a row, at least `block_ms` long. Every call's duration is kept. Once all
-variants have `min_blocks`, rounds go on with the fastest of either precision alone, for the sake of the headline.
+A round holds two blocks of each variant, in random order and then in the mirrored order (A B C C B A), so that a
+machine that slows down or speeds up steadily during a round does so for all variants alike. A block is a number of
+consecutive calls of one variant, at least `block_ms` long. Every call's duration is stored. Once all variants have
+`min_blocks`, rounds go on with only the fastest of either precision, which the headline metrics compare.
 
-Beside the durations, a block records what else happened meanwhile, from which `validity` says whether to trust it;
-and the fastest of the variants named can be timed twice, as its own control. What fresh processes measured, one after
-the other (qexp/latency/worker.py), is `merged`: what one process measures varies together, so the process is what is
+Each block also records disturbances (processor time, context switches), from which `validity` concludes whether to
+trust the timings; one variant can be timed twice, as its own control. Measurements of fresh processes, one after the
+other (qexp/latency/worker.py), are merged: those within one process vary together, so the process is the unit that is
 repeated.
 
 torch is imported only where threads are set and models are called.
@@ -37,17 +37,17 @@ from qexp.system import cpu_load
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qexp import statistics  # imported where it is used: processes that only time need no scipy
+    from qexp import statistics  # imported where it is used: processes that only measure latency need no scipy
 
-# torch.utils.benchmark.Timer finds a block's size in the same way, but keeps only the mean of each block, from which
-# no percentile of calls follows.
+# torch.utils.benchmark.Timer finds a block's size in the same way, but stores only the mean of each block, which has no
+# percentiles of calls.
 MAX_CALLS_PER_BLOCK = 1 << 20
 
-# How long to sleep before a measurement, to see what else is running.
+# The sleep before a measurement, during which other processes' load is measured.
 SECONDS_ASLEEP = 0.2
 
-# From where on a measurement is not to be trusted. The control, against itself: its interval, and how far that may
-# reach to either side of 1.
+# The limits beyond which a measurement isn't trusted. For the control: the confidence of its interval, and how far that
+# may reach to either side of 1.
 CONTROL_CONFIDENCE = 0.99
 CONTROL_WIDTH = 0.05
 # A block whose wall time exceeds its thread's processor time by more than this is late; a few blocks in a hundred are
@@ -67,11 +67,11 @@ DRIFT = 0.1
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the machine did besides, during the measurement of all variants.
+    """The load on the machine during the measurement of all variants.
 
     started, ended: seconds since the epoch, warm-up included. Processors on average, None where unknown: busy_before,
-    at work just before while this process slept; others, at work for other processes meanwhile; stolen, taken by a
-    hypervisor meanwhile. processors: how many there are.
+    busy just before, while this process slept; others, busy with other processes during the measurement; stolen, taken
+    by a hypervisor during it. processors: their number.
     """
 
     started: float
@@ -84,16 +84,15 @@ class Conditions:
 
 @dataclass(frozen=True, eq=False)
 class Timing:
-    """What was measured of one variant at one batch size and number of threads, by one process or, merged, by several.
+    """The measurements of one variant at one batch size and number of threads, by one process or, merged, by several.
 
-    samples: float32 [calls], milliseconds of each call, in the order of the calls; block: int32 [calls], which block
-    a call belongs to, from 0. Of each block [blocks]: worker: int32, the process, from 0; round: int32, the round of
+    samples: float32 [calls], milliseconds of each call, in the order of the calls; block: int32 [calls], the block
+    of each call, from 0. For each block [blocks]: worker: int32, the process, from 0; round: int32, the round of
     that process, from 0; position: int32, its place among the blocks of all variants of its process; wall_ms, cpu_ms:
-    float64, its duration and the processor time of the calling thread in it; switches: int32, how often the system
-    took the processor away (of all threads where there are several). first_ms: the first call; like all of the
-    warm-up it is no sample. compile_ms: what the compilation before it took, None where nothing is compiled (both are
-    medians over processes). conditions: of each process. control: whether it is the variant timed a second time, beside
-    itself.
+    float64, its duration and the processor time of the calling thread in it; switches: int32, involuntary context
+    switches (of all threads where there are several). first_ms: the first call; like all of the
+    warm-up it is no sample. compile_ms: the compilation before it, None where nothing is compiled (both are medians
+    over processes). conditions: of each process. control: True for the second timing of a variant, beside itself.
     """
 
     variant: Variant
@@ -193,7 +192,7 @@ def time_side_by_side(
 
 
 def make_batches(inputs: Tensor, batch_size: int) -> list[Tensor]:
-    """The inputs as batches of one size; what is left over is dropped, and too few images are repeated."""
+    """The inputs as batches of one size: a rest is dropped, too few images are repeated."""
     if len(inputs) < batch_size:
         inputs = inputs.repeat(-(-batch_size // len(inputs)), 1, 1, 1)
     count = len(inputs) // batch_size
@@ -214,7 +213,7 @@ def time_blocks(
     """The protocol itself, for any callables: warm-up, block sizes, then rounds of blocks.
 
     Rounds go on until `protocol.seconds` are over and every variant has `protocol.min_blocks` blocks; those after that
-    are of the contenders (see `_contenders`). clock: gives nanoseconds.
+    are of the contenders (see `_contenders`). clock: returns nanoseconds.
     """
     with no_gc():
         asleep = cpu_load.cpu_counters()
@@ -240,7 +239,7 @@ def time_blocks(
 
 
 def fp32_on_cpu(variants: Collection[Variant]) -> list[Variant]:
-    """Those among which the control is chosen."""
+    """The FP32 variants on the CPU, among which the control is chosen."""
     return [variant for variant in variants if variant.precision is Precision.fp32 and variant.on_cpu]
 
 
@@ -250,13 +249,13 @@ NOT_PLAIN = (*PER_CALL, *PER_BLOCK, "variant", "conditions")
 
 
 def merged(workers: Sequence[Timing]) -> Timing:
-    """What several processes measured of one variant, as one record, in their order.
+    """The measurements of several processes of one variant as one Timing, in the order of the processes.
 
-    Raises ValueError where there is none, or they measured different things.
+    Raises ValueError where there is none, or they are of different variants, batch sizes or numbers of threads.
     """
     if len({(w.variant, w.control, w.batch_size, w.threads) for w in workers}) != 1:
         raise ValueError("only timings of one variant, batch size and number of threads can be merged")
-    # What is counted from 0 in each process goes on from one to the next.
+    # Counters that start at 0 in each process continue from one process to the next.
     before = {"block": np.cumsum([0, *(len(w.round) for w in workers)]), "worker": np.arange(len(workers))}
 
     def column(name: str) -> np.ndarray:
@@ -288,7 +287,7 @@ def load(path: Path) -> list[Timing]:
 
 
 def to_arrays(timings: Sequence[Timing]) -> dict[str, np.ndarray]:
-    """Timings as plain arrays by name, which `from_arrays` takes."""
+    """Timings as plain arrays by name, for `from_arrays`."""
     arrays = {f"{i}.{name}": getattr(t, name) for i, t in enumerate(timings) for name in (*PER_CALL, *PER_BLOCK)}
     plain = [
         {f.name: getattr(t, f.name) for f in fields(t) if f.name not in NOT_PLAIN}
@@ -299,7 +298,7 @@ def to_arrays(timings: Sequence[Timing]) -> dict[str, np.ndarray]:
 
 
 def from_arrays(arrays: Mapping[str, Any]) -> list[Timing]:
-    """The timings that `to_arrays` took apart."""
+    """The timings of which `to_arrays` made these arrays."""
     return [
         Timing(
             **{name: arrays[f"{i}.{name}"] for name in (*PER_CALL, *PER_BLOCK)},
@@ -327,8 +326,8 @@ def _rounds(
 
 
 def _contenders(runners: Sequence[_Runner]) -> Sequence[_Runner]:
-    """What the headline is made of: on the CPU the fastest of either precision so far, and the control with what it
-    repeats."""
+    """The variants that the headline metrics compare: on the CPU the fastest of either precision so far, and the
+    control with the variant that it repeats."""
     chosen = {runner.variant for runner in runners if runner.control}
     plain = [runner for runner in runners if not runner.control and runner.variant.on_cpu]
     for precision in {runner.variant.precision for runner in plain}:
@@ -337,7 +336,7 @@ def _contenders(runners: Sequence[_Runner]) -> Sequence[_Runner]:
 
 
 class _Runner:
-    """One variant while it is timed: what it is called with next, how many calls are a block, what was measured."""
+    """One variant while it is timed: the position in the batches, the calls per block, and the measurements so far."""
 
     def __init__(
         self,
@@ -363,7 +362,7 @@ class _Runner:
 
     @property
     def p50(self) -> float:
-        """Milliseconds a call, of what was measured so far."""
+        """The median of all calls so far, in milliseconds."""
         return float(np.median(np.concatenate(self.durations)))
 
     def as_control(self) -> _Runner:
@@ -397,13 +396,13 @@ class _Runner:
         while self.estimate_ms * self.calls < protocol.block_ms and self.calls < MAX_CALLS_PER_BLOCK:
             self.calls *= 2
             self.estimate_ms = float(self.run(self.calls).min())
-        # No more than it takes: the more rounds, the less does what the machine does meanwhile differ within one.
+        # Blocks as short as `block_ms` allows: in short rounds the machine's state is nearly the same for all variants.
         self.calls = min(self.calls, math.ceil(protocol.block_ms / self.estimate_ms))
         if protocol.warmup_seconds > 0:
             self._until_steady()
 
     def _until_steady(self) -> None:
-        """Blocks until two in a row take the same time, a few at most: `validity` tells where the drift went on."""
+        """Run blocks until two in a row take the same time, a few at most; `validity` finds a drift that goes on."""
         before = float(np.median(self.run(self.calls)))
         for _ in range(BLOCKS_TO_STEADY):
             now = float(np.median(self.run(self.calls)))
@@ -412,7 +411,7 @@ class _Runner:
             before = now
 
     def measure(self, round_: int, position: int) -> None:
-        """One block."""
+        """Time one block."""
         switches, cpu, wall = self._switches(), time.thread_time_ns(), self.clock()
         durations = self.run(self.calls)
         wall, cpu = self.clock() - wall, time.thread_time_ns() - cpu
@@ -425,7 +424,7 @@ class _Runner:
         return resource.getrusage(who).ru_nivcsw
 
     def timing(self, batch_size: int, conditions: Conditions) -> Timing:
-        """What was measured, as a record."""
+        """The measurements as a Timing."""
         block = np.repeat(np.arange(len(self.durations)), [len(durations) for durations in self.durations])
         round_, position, wall, cpu, switches = (np.array(column) for column in zip(*self.blocks, strict=True))
         return Timing(
@@ -458,8 +457,8 @@ def fastest(timings: Sequence[Timing]) -> Timing:
 
 
 def speedup(fp32: Timing, int8: Timing, confidence: float = 0.95) -> Interval:
-    """How many times faster INT8 is: the median over rounds of FP32's time over INT8's, with a bootstrap interval that
-    resamples processes, then rounds (see `stats.median_ratio`). Rounds count in which both were timed.
+    """INT8's speedup: the median over rounds of FP32's over INT8's time, with a bootstrap interval that resamples
+    processes, then rounds (see `statistics.median_ratio`). Only rounds in which both were timed count.
 
     Raises ValueError where the two were not timed side by side.
     """
@@ -473,7 +472,7 @@ def speedup(fp32: Timing, int8: Timing, confidence: float = 0.95) -> Interval:
 
 
 def pairs(timings: Sequence[Timing]) -> Iterator[tuple[Timing, Timing, Interval]]:
-    """Every FP32 variant and every INT8 variant that were timed side by side, and how many times faster INT8 is."""
+    """Every pair of an FP32 and an INT8 variant that were timed side by side, and its speedup."""
     variants = [timing for timing in timings if not timing.control]
     for fp32 in (timing for timing in variants if timing.variant.precision is Precision.fp32):
         for int8 in (timing for timing in variants if timing.variant.precision is Precision.int8):
@@ -482,10 +481,10 @@ def pairs(timings: Sequence[Timing]) -> Iterator[tuple[Timing, Timing, Interval]
 
 
 def validity(timings: Sequence[Timing]) -> tuple[bool, tuple[str, ...]]:
-    """Whether a measurement can be trusted, and if not, every reason against it, a sentence each.
+    """True and () for a measurement that can be trusted; else False and every reason against it, a clause each.
 
-    timings: all of one measurement, its control among them; what other processes do shows in different ways, since a
-    steady disturbance hits both sides of every pair, and the control alone can't see it.
+    timings: all of one measurement, its control among them. The control alone can't show a steady disturbance, which
+    slows both sides of every pair, so load and context switches are checked too.
     """
     of_machine = [reason for conditions in timings[0].conditions for reason in _of_machine(conditions)]
     reasons = dict.fromkeys([*_of_control(timings), *_of_blocks(timings), *of_machine])
@@ -516,8 +515,8 @@ def _of_blocks(timings: Sequence[Timing]) -> Iterator[str]:
     rate = sum(int(timing.switches.sum()) for timing in timings) / (wall.sum() / 1000)
     if rate > SWITCHES_A_SECOND:
         yield f"{rate:.0f} involuntary context switches a second: another process wanted the same core"
-    # What all variants do alike is the machine's doing, and the same on both sides of every ratio. Of those that were
-    # timed from the first round to the last.
+    # A change that all variants share is the machine's, and cancels out in every ratio: so each is compared with the
+    # mean of those that were timed from the first round to the last.
     whole = max(len(timing.rounds) for timing in timings)
     throughout = [timing for timing in timings if len(timing.rounds) == whole]
     alike = np.exp(np.mean([np.log(timing.round_ms) for timing in throughout], axis=0))
@@ -531,7 +530,7 @@ def _of_blocks(timings: Sequence[Timing]) -> Iterator[str]:
 
 
 def _drift(rounds: np.ndarray) -> float:
-    """How much slower the first quarter of the rounds is than the rest, by medians."""
+    """The first quarter of the rounds over the rest, by medians, minus 1: positive where it was slower."""
     first = max(len(rounds) // 4, 1)
     return float(np.median(rounds[:first]) / np.median(rounds[first:]) - 1) if len(rounds) > first else 0.0
 
@@ -549,7 +548,7 @@ def _of_machine(conditions: Conditions) -> Iterator[str]:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """torch's intra-op threads set to `count`, and set back afterwards."""
+    """Set torch's intra-op threads to `count`, and restore them afterwards."""
     import torch
 
     before = torch.get_num_threads()
@@ -562,7 +561,7 @@ def threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def no_gc() -> Iterator[None]:
-    """Garbage collected once, and then not before the end: a collection would be counted as some call's time."""
+    """Collect garbage once and disable collection until the end, since it would count as a call's time."""
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -576,7 +575,7 @@ def no_gc() -> Iterator[None]:
 def check_threads(threads: Sequence[int], allowed: int) -> None:
     """Raise ConfigError where more threads are asked for than can run at once (see `machine.allowed_cores`).
 
-    Threads that share a core are not what anybody ships, and their times say nothing.
+    Nobody ships threads that share a core, so their times would mean nothing.
     """
     if max(threads) > allowed:
         raise ConfigError(

@@ -125,7 +125,7 @@ def result(
         Metric.calibration_images: float(measured.calibration.images),
         Metric.calibration_seconds: measured.calibration.seconds,
     }
-    written = run_files.written(
+    files = run_files.write_files(
         folder,
         config,
         predictions,
@@ -134,21 +134,21 @@ def result(
         measured.latency_from,
         measured.saved.artifacts,
     )
-    of_layers = run_files.layers_written(
+    layer_files = run_files.write_layers(
         folder, config, layers, measured.layer_errors, measured.on_target.layers, reduced
     )
-    of_data = run_files.data_tags(config, data, measured.calibration.digest)
+    data_tags = run_files.data_tags(config, data, measured.calibration.digest)
     return Result(
         metrics=numbers,
         resolved={"resolved.runtime": measured.headline.runtime} | resolved_params(qconfig, config, reduced),
-        tags={**provenance, **of_data, **outcome, "float_model": fp32.source},
+        tags={**provenance, **data_tags, **outcome, "float_model": fp32.source},
         verdict=run_metrics.verdict(predictions["fp32"], measured.on_target, margin, qconfig.overflow),
         warnings=(
             *warnings.general(config, data, layers, {**numbers, **outcome}),
             *warnings.of_sums(config, qconfig.overflow, layers, reduced, measured.on_target),
             *warnings.of_slow_kernels(config, slow_kernels(config, measured.int8.module)),
         ),
-        files={**written, **of_layers},
+        files={**files, **layer_files},
         datasets=run_files.datasets_used(config, data, measured.calibration.images),
         flavor=run_files.flavor(config, data, measured.saved.artifacts),
     )

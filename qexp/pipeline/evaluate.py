@@ -25,21 +25,21 @@ from qexp.system.steps import step
 
 @step("evaluate")
 def predict(config: Config, data: Data, saved: Saved) -> dict[Variant, Predictions]:
-    """Predictions on all evaluation images, of FP32 in the first of its runtimes, of INT8 in each.
+    """Predictions on all evaluation images: of FP32 in its reference runtime, of INT8 in every runtime.
 
-    A runtime that gives the logits of another bit for bit has its predictions, after a comparison of the two on the
-    first images. All are cached, and so are the FP32 logits of these, which all runs of a model share. Raises RunError
-    where the logits of a runtime, or of the model that was saved, are too far from the first's on these, or where the
-    INT8 logits are the FP32 ones.
+    Runtimes whose logits must be equal bit for bit share predictions, once they agree on the first images. Predictions
+    are cached, and so are FP32 logits of the first images, which all runs of a model share. Raises RunError where the
+    logits of a runtime, or of the model in memory, differ by more than its tolerance from the reference's on the first
+    images, or where the INT8 logits equal the FP32 logits.
     """
-    few = np.arange(min(len(data.test), AGREEMENT_IMAGES))
-    # Where activations are quantized as they come, an image's logits depend on the others of its batch.
+    first_images = np.arange(min(len(data.test), AGREEMENT_IMAGES))
+    # Dynamic quantization takes ranges from the whole batch, so an image's logits depend on the batch it is in.
     shuffled = quantize.FLOWS[config.flow].calibrates
 
     def title(precision: Precision) -> str:
         return f"evaluating {precision.upper()}"
 
-    def predict(
+    def run_model(
         model: inference.Model,
         precision: Precision,
         indices: np.ndarray | None = None,
@@ -51,39 +51,41 @@ def predict(config: Config, data: Data, saved: Saved) -> dict[Variant, Predictio
             model, data.test, data.mean, data.std, size, name, indices, copies, shuffled and indices is None
         ).logits
 
-    def answers(variant: Variant, indices: np.ndarray | None = None) -> np.ndarray:
-        model = saved.variants[variant]  # one whose answers are kept is not even read
-        # To make copies takes longer than a few images do.
+    def logits_of(variant: Variant, indices: np.ndarray | None = None) -> np.ndarray:
+        model = saved.variants[variant]  # isn't even read from disk where its logits are cached
+        # For a few images, making copies would take longer than it saves.
         copies = model.copies(config.compute.threads - 1) if indices is None else ()
-        return predict(model, variant.precision, indices, copies)
+        return run_model(model, variant.precision, indices, copies)
 
     def key(content: str, indices: np.ndarray | None = None) -> str:
         return prediction_key(config, data, [content], indices)
 
-    def checked(logits: np.ndarray, precision: Precision) -> Predictions:
+    def as_predictions(logits: np.ndarray, precision: Precision) -> Predictions:
         return inference.predictions(logits, data.test, title(precision))
 
-    def everywhere(variant: Variant) -> np.ndarray:
-        return cache.array(folder, key(saved.contents[variant]), partial(answers, saved.quickest(variant)))
+    def all_logits(variant: Variant) -> np.ndarray:
+        return cache.array(folder, key(saved.contents[variant]), partial(logits_of, saved.quickest(variant)))
 
     found, folder = dict[Variant, Predictions](), cache_folder(config)
     with quantize.engine(config.engine):
         for precision, model in saved.in_memory.items():
-            first = saved.reference_variant(precision)
-            # What was cached may be of another process: then all are checked.
-            computed = {saved.quickest(first)} if cache.find(folder, key(saved.contents[first])) is None else set()
-            logits = everywhere(first)
-            in_memory = f"{saved.contents[first]}, in memory", partial(predict, model, precision, few)
+            reference = saved.reference_variant(precision)
+            # Cached logits may be another process's: then this process checks all variants.
+            is_cached = cache.find(folder, key(saved.contents[reference])) is not None
+            computed = set() if is_cached else {saved.quickest(reference)}
+            logits = all_logits(reference)
+            in_memory = f"{saved.contents[reference]}, in memory", partial(run_model, model, precision, first_images)
             others = [one for one in saved.of(precision) if one not in computed]
-            of_others = [(one, saved.contents[one], partial(answers, one, few)) for one in others]
-            for variant, content, answer in [(first, *in_memory), *of_others]:
-                again = cache.array(folder, key(content, few), answer) if precision is Precision.fp32 else answer()
-                agree(logits[few], again, precision, saved.tolerance(variant))
-            found[first] = checked(logits, precision)
+            of_others = [(one, saved.contents[one], partial(logits_of, one, first_images)) for one in others]
+            for variant, content, compute in [(reference, *in_memory), *of_others]:
+                shared = precision is Precision.fp32
+                again = cache.array(folder, key(content, first_images), compute) if shared else compute()
+                agree(logits[first_images], again, precision, saved.tolerance(variant))
+            found[reference] = as_predictions(logits, precision)
             if precision is Precision.int8:
                 for variant in saved.of(precision):
-                    same = variant in saved.same(first)
-                    found[variant] = found[first] if same else checked(everywhere(variant), precision)
+                    same = variant in saved.same(reference)
+                    found[variant] = found[reference] if same else as_predictions(all_logits(variant), precision)
     fp32, int8 = (found[saved.reference_variant(precision)].logits for precision in Precision)
     if np.array_equal(fp32, int8):
         raise RunError("the INT8 logits equal the FP32 logits bit for bit: nothing was quantized.")

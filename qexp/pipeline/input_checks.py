@@ -1,4 +1,4 @@
-"""Inputs checked before any run is started, and what a run's result depends on."""
+"""Checks of inputs before any run starts, and the provenance tags by which finished runs are recognised."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ STATISTICS_IMAGES = 4
 
 
 def check_inputs(configs: Sequence[Config]) -> None:
-    """Open each data set and checkpoint of these jobs, draw as many calibration images as each asks for, and take each
-    model through each flow once.
+    """Open each data set and checkpoint of these jobs, draw as many calibration images as each asks for, and quantize
+    each model once in each flow.
 
     Raises InputError (ConfigError where the machine allows fewer threads than asked for) before any run is started.
     """
@@ -79,9 +79,9 @@ def check_inputs(configs: Sequence[Config]) -> None:
 
 
 def check_runtimes(config: Config) -> None:
-    """Raise InputError where a runtime asked for can't be used here, or none executes INT8 models of the flow."""
+    """Raise InputError where a runtime asked for can't be used here, or none executes the flow's INT8 models."""
     for name in config.runtimes:
-        # What compiles is used by processes that time alone.
+        # Runtimes that compile are used only by processes that measure latency.
         used = config.latency.enabled or not name.compiles
         if used and (reason := RUNTIMES[name].unavailable()):
             raise InputError(f"runtimes has {name}, and {reason}, or take {name} out.")
@@ -91,14 +91,15 @@ def check_runtimes(config: Config) -> None:
 
 
 def _plain(looked_at: object) -> str:
-    """Settings as text, the same for those that are alike."""
+    """Settings as text; equal settings have equal text."""
     return json.dumps(looked_at, default=asdict, sort_keys=True)
 
 
 def provenance_tags(configs: Sequence[Config]) -> list[dict[str, str]]:
-    """For each of these, the tags of what its result would depend on: settings, code, weights, images, machine.
+    """For each job the tags of everything that its result would depend on: settings, code, weights, images, machine.
 
-    Opens each data set once. Raises as `check_inputs` does where one can't be used.
+    Resuming compares them with those of finished runs. Opens each data set once. Raises InputError, as `check_inputs`,
+    where one can't be used.
     """
 
     @once

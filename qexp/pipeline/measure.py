@@ -1,4 +1,4 @@
-"""The stage *measure*: every variant timed side by side, or timings that another run has made."""
+"""The stage *measure*: the latency of every variant, side by side, or timings shared by another run."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ LATENCY_IMAGES = 64
 def measure_latency(
     config: Config, data: Data, saved: Saved, predictions: Mapping[Variant, Predictions], folder: Path
 ) -> tuple[list[protocol.Timing], str]:
-    """The timings of every variant, measured one job at a time on the whole machine, and ""; with `latency.reuse` those
-    of another run whose INT8 model executes the same (see `timing_key`), and that run."""
+    """The timings of every variant, and "", measured by one job at a time on the whole machine; with `latency.reuse`
+    the timings of another run whose INT8 model executes the same operators (see `timing_key`), and that run's name."""
     if not config.latency.enabled:
         return [], ""
     measure = partial(side_by_side, config, data, saved, predictions, folder)
@@ -43,7 +43,7 @@ def measure_latency(
 def side_by_side(
     config: Config, data: Data, saved: Saved, predictions: Mapping[Variant, Predictions], folder: Path
 ) -> list[protocol.Timing]:
-    """Every variant timed side by side, at every batch size and number of threads asked for."""
+    """Time every variant side by side, at every batch size and number of threads asked for."""
     images = min(len(data.test), LATENCY_IMAGES)
     inputs = images_of(data, data.test.pixels(np.arange(images)))
     with quantize.engine(config.engine):

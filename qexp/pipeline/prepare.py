@@ -1,4 +1,4 @@
-"""The stage *prepare*: fusion checked, calibration, layers checked, sizes."""
+"""The stage *prepare*: check fusion, calibrate, convert, check layers, save."""
 
 from __future__ import annotations
 
@@ -46,41 +46,41 @@ SATURATION_IMAGES = 64
 
 
 def images_of(data: Data, pixels: np.ndarray) -> Tensor:
-    """float32 [n, 3, H, W], normalised, of uint8 pixels of the same shape."""
+    """Pixels, uint8 [n, 3, H, W], as the model's input: normalised, float32 [n, 3, H, W]."""
     return normalise(pixels, data.mean, data.std)
 
 
 def comparison_images(data: Data) -> Tensor:
-    """The evaluation images on which models are compared with one another: float32 [n, 3, H, W]."""
+    """The first evaluation images, on which models are compared with each other: float32 [n, 3, H, W]."""
     return images_of(data, data.test.pixels(np.arange(min(len(data.test), AGREEMENT_IMAGES))))
 
 
 def resolved(config: Config) -> QConfig:
-    """The qconfig with `overflow` as it will be executed on the CPU that the model ships on."""
+    """The qconfig with what `overflow=auto` means on the target CPU."""
     overflow = kernels.resolve_overflow(config.qconfig, config.engine, config.flow, config.target, kernels.probe())
     return replace(config.qconfig, overflow=overflow)
 
 
 def quantization_spec(config: Config) -> quantize.QuantizationSpec:
-    """What the model is quantized with."""
+    """The settings that the model is quantized with."""
     return quantize.QuantizationSpec(resolved(config), config.observer, config.engine, config.fusion)
 
 
 @step("check fusion")
 def check_fusion(config: Config, data: Data, fp32: float_model.FloatModel, fused: nn.Module, images: Tensor) -> float:
-    """How far the fused model is from the float model, as a share of the largest logit.
+    """The largest difference of the fused model's logits from the float model's, as a share of the largest logit.
 
-    images: the first evaluation images, float32 [n, 3, H, W]. What was found is kept. Raises NotFinite where the float
-    model's own logits are not finite, RunError where the two models are not the same.
+    images: float32 [n, 3, H, W]. The result is cached. Raises NotFinite where the float model's own logits are not
+    finite, RunError where the two models don't compute the same.
     """
 
-    def measured() -> np.ndarray:
+    def measure() -> np.ndarray:
         with torch.inference_mode():
             expected, actual = fp32.module(images), fused(images)
         inference.predictions(expected.numpy(), data.test, "evaluating FP32", np.arange(len(images)))
         return np.array([quantize.difference(expected, actual)])
 
-    difference = float(cache.array(cache_folder(config), cache_keys.fusion_key(config, data, fp32.digest), measured)[0])
+    difference = float(cache.array(cache_folder(config), cache_keys.fusion_key(config, data, fp32.digest), measure)[0])
     if difference > quantize.TOLERANCE:
         raise RunError(quantize.explained(fp32.module, fused, quantize.FLOWS[config.flow], images))
     return difference
@@ -88,8 +88,8 @@ def check_fusion(config: Config, data: Data, fp32: float_model.FloatModel, fused
 
 @dataclass(frozen=True)
 class Calibration:
-    """What calibration saw, uint8 [n, 3, H, W], and the seconds that it took. digest: of the images, empty where there
-    were none."""
+    """The calibration images, uint8 [n, 3, H, W], the seconds that calibration took, and the images' digest, empty
+    where there were none."""
 
     pixels: np.ndarray
     seconds: float = 0.0
@@ -102,7 +102,7 @@ class Calibration:
 
 @step("calibrate")
 def calibrate(prepared: quantize.Prepared, config: Config, data: Data, float_digest: str) -> Calibration:
-    """Feed the observers with the drawn training images; what they see is cached, for all but torch's own histogram."""
+    """Run the calibration images through the observers, whose statistics are cached but for torch's own histogram."""
     if not prepared.flow.calibrates:
         return Calibration(np.empty((0, *data.train.shape), np.uint8))
     drawn = draw(data.train, config.calib)
@@ -133,7 +133,7 @@ def calibrate(prepared: quantize.Prepared, config: Config, data: Data, float_dig
 
 @small_steps()
 def convert(prepared: quantize.Prepared) -> quantize.QuantizedModel:
-    """The INT8 model of a calibrated one."""
+    """The INT8 model of a calibrated model."""
     return prepared.flow.convert(prepared)
 
 
@@ -141,27 +141,27 @@ def convert(prepared: quantize.Prepared) -> quantize.QuantizedModel:
 def reduce_range(
     int8: quantize.QuantizedModel, config: Config, data: Data, calibration: Calibration
 ) -> tuple[quantize.QuantizedModel, tuple[quantize.Narrowed, ...]]:
-    """With overflow=layers, the model with 7 bits on one side of each layer whose 16-bit sums saturate on calibration
-    images, and which these are; otherwise the model itself."""
+    """With overflow=layers, reduce the range to 7 bits on one side of each layer whose 16-bit accumulators saturate on
+    calibration images. Returns the model and these layers; otherwise the model as it is."""
     if int8.qconfig.overflow is not Overflow.layers or not calibration.images:
         return int8, ()
     return quantize.narrow(int8, config.target, images_of(data, calibration.pixels[:SATURATION_IMAGES]))
 
 
 def shipped_size(config: Config, fp32: float_model.FloatModel, images: Tensor) -> int:
-    """Bytes of the float model as its owner would ship it; what was found is kept. images: float32 [n, 3, H, W]."""
+    """Bytes of the float model as its owner would ship it, cached. images: float32 [n, 3, H, W]."""
 
-    def measured() -> np.ndarray:
+    def measure() -> np.ndarray:
         return np.array([saved_models.float_size(fp32.module, images)])
 
-    return int(cache.array(cache_folder(config), cache_keys.float_size_key(fp32.digest), measured)[0])
+    return int(cache.array(cache_folder(config), cache_keys.float_size_key(fp32.digest), measure)[0])
 
 
 def why_guarded(
     config: Config, overflow: Overflow, layers: tuple[Layer, ...], reduced: tuple[quantize.Narrowed, ...]
 ) -> str:
-    """What `qconfig.overflow=auto` became for these layers and why, in a sentence; empty where it concerns none of
-    them, or isn't what was asked for."""
+    """A sentence: the guard that `qconfig.overflow=auto` chose for these layers, and the reason. Empty where it
+    concerns none of them, or another setting was asked for."""
     if config.qconfig.overflow is not Overflow.auto or "qconfig.overflow" in identity.without_effect(config):
         return ""
     where = f"target={config.target}" if config.target is not Target.native else "this CPU"
@@ -187,9 +187,9 @@ def why_guarded(
 def check_int8(
     config: Config, int8: quantize.QuantizedModel, reduced: tuple[quantize.Narrowed, ...], images: Tensor
 ) -> None:
-    """Raise RunError where no layer runs in INT8, or one computes another function than in the float model.
+    """Raise RunError where no layer runs in INT8, or one computes another function than its float counterpart.
 
-    reduced: as from `reduce_range`; images: the first evaluation images, float32 [n, 3, H, W].
+    reduced: as `reduce_range` returns them; images: float32 [n, 3, H, W].
     """
     if not any(layer.int8 for layer in int8.layers):
         reasons = "; ".join(dict.fromkeys(layer.reason for layer in int8.layers if layer.reason))
@@ -201,12 +201,12 @@ def check_int8(
 
 @dataclass(frozen=True)
 class Saved:
-    """The models of a run as they were saved for each runtime, and what is known of them.
+    """The models of a run, saved for each runtime and read back.
 
-    artifacts: what was written; variants: read back; contents: the identity of each as it
-    is executed; in_memory: what was saved, by precision; all_int8: whether no layer stayed in FP32; float_bytes: of the
-    float model as its owner would ship it; timing_key: what timings are shared under, empty where they are the run's
-    own.
+    artifacts: the saved files; variants: the models read from them; contents: the identity of each variant as it is
+    executed; in_memory: the models that were saved, by precision; all_int8: True if no layer stayed in FP32;
+    float_bytes: size of the float model as its owner would ship it; timing_key: the key under which runs share timings,
+    empty where they don't.
     """
 
     artifacts: list[Artifact]
@@ -218,28 +218,28 @@ class Saved:
     timing_key: str
 
     def reference_variant(self, precision: Precision) -> Variant:
-        """The variant whose predictions count: that of the first runtime which executes the precision."""
+        """The variant whose predictions count: the precision in the first runtime that executes it."""
         return self.of(precision)[0]
 
     def of(self, precision: Precision) -> list[Variant]:
         return [variant for variant in self.variants if variant.precision is precision]
 
     def tolerance(self, variant: Variant) -> float:
-        """How far its logits may lie from those of the model in memory, as a share of the largest."""
+        """The allowed difference of its logits from those of the model in memory, as a share of the largest."""
         return RUNTIMES[variant.runtime].tolerance(variant.precision, self.all_int8)
 
     def same(self, variant: Variant) -> list[Variant]:
-        """The variants that give its logits bit for bit, itself first."""
+        """The variants that return the same logits bit for bit, itself first."""
         exact = self.tolerance(variant) == 0
         others = [one for one in self.of(variant.precision) if one != variant and exact and self.tolerance(one) == 0]
         return [variant, *others]
 
     def quickest(self, variant: Variant) -> Variant:
-        """The variant that predicts in its place: one that gives the same with less around its kernels."""
+        """The variant that predicts in its place: one with the same logits and less overhead around its kernels."""
         return next((one for one in self.same(variant) if RUNTIMES[one.runtime].predicts_for_others), variant)
 
     def content_key(self, precision: Precision) -> str:
-        """The identity of the model whose predictions count."""
+        """The identity of the model whose predictions count, for cache keys."""
         return self.contents[self.reference_variant(precision)]
 
 
@@ -256,7 +256,7 @@ def contents_of(
 
 
 def timing_key(config: Config, data: Data, float_digest: str, int8: nn.Module) -> str:
-    """What this run's timings are kept under; empty where they are its own."""
+    """The key under which runs share timings; empty where this run measures its own."""
     if not config.latency.enabled or not shared_timings.reuses_timings(config):
         return ""
     return shared_timings.timing_key(config, data, float_digest, int8, images_of(data, data.test.pixels(np.arange(1))))
@@ -279,7 +279,7 @@ def save(
     }
     in_memory = {Precision.fp32: int8.fused, Precision.int8: int8.module}
     artifacts = saved_models.write(config, fp32.digest, in_memory, images, folder, run_files.images_expected(data))
-    # torch.compile takes half a minute, and only the processes that time need it.
+    # torch.compile takes half a minute, and only processes that measure latency need it.
     here = [one for one in saved_models.variants(config) if not RuntimeName(one.runtime).compiles]
     variants = saved_models.read(config, structures, folder, here)
     contents = contents_of(config, fp32.digest, artifacts, variants)

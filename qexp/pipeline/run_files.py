@@ -1,4 +1,4 @@
-"""What a run leaves behind: the files in its folder, and the tags that say which code and machine made it."""
+"""The files that a run writes into its folder, and the tags that record the code, machine and data behind it."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from qexp.system import machine
 
 
 def tags(config: Config) -> dict[str, str]:
-    """Which machine and which code a result holds for."""
+    """The tags of the machine and the code that a result holds for."""
     here = machine.describe()
     return {
         "cpu": here.cpu,
         "isa": here.isa,
-        "torch": str(torch.__version__),  # of a class of torch's, which would be imported wherever this is unpickled
+        "torch": str(torch.__version__),  # a plain str: torch's own class would import torch wherever this is unpickled
         "kernel_signature": kernels.probe().id,
         **code_digest.tags(config),
         "git_sha": git_sha(),
@@ -41,10 +41,10 @@ def tags(config: Config) -> dict[str, str]:
 
 
 def data_tags(config: Config, data: Data, calibration: str) -> dict[str, str]:
-    """Which images a result holds for. calibration: digest of the images drawn, empty where there are none.
+    """The tags of the images that a result holds for. calibration: digest of those drawn, empty where there are none.
 
-    The digest of the data is of the evaluation images and all labels, and, where the model is trained here, of the
-    training images.
+    The data's digest covers the evaluation images and all labels, and the training images too where the model is
+    trained here.
     """
     trained = not (config.model.get("checkpoint") or config.model.get("weights"))
     parts = [data.digest, data.train.digest] if trained else [data.digest]
@@ -53,7 +53,7 @@ def data_tags(config: Config, data: Data, calibration: str) -> dict[str, str]:
 
 
 def images_expected(data: Data) -> dict[str, Any]:
-    """What a model takes: images of this shape, scaled to 0 to 1 and normalised so, for these classes."""
+    """The model's input and output: the images' shape, mean and std (of pixels scaled to 0..1), and the classes."""
     mean, std = list(data.mean), list(data.std)
     return {
         "shape": list(data.test.shape),
@@ -82,7 +82,7 @@ def flavor(config: Config, data: Data, artifacts: list[Artifact]) -> dict[str, A
 def loading_code(config: Config, artifacts: list[Artifact]) -> str:
     """A script that loads the INT8 model beside it."""
     int8 = [one for one in artifacts if one.variant.precision is Precision.int8]
-    chosen = max(int8, key=_served)  # which is loaded without qexp
+    chosen = max(int8, key=_served)  # one that MLflow can serve is loaded without qexp
     head = (
         '"""Loads the INT8 model beside it: float32 [n, 3, H, W], normalised as images.json says, to logits."""'
         "\n\nfrom pathlib import Path\n\nimport torch\n"
@@ -100,7 +100,7 @@ def _served(artifact: Artifact) -> bool:
 
 
 def datasets_used(config: Config, data: Data, calibrated_on: int) -> tuple[dict[str, Any], ...]:
-    """What was calibrated on and what was evaluated on, for MLflow's record of inputs."""
+    """The data sets of evaluation and calibration, for MLflow's record of inputs."""
     common = {"name": data.name, "source": str(config.dataset.get("root") or config.dataset["_target_"])}
     shape = list(data.test.shape)
     evaluation = {**common, "digest": data.digest[:32], "context": "evaluation"}
@@ -114,7 +114,7 @@ def datasets_used(config: Config, data: Data, calibrated_on: int) -> tuple[dict[
 
 @cache
 def git_sha() -> str:
-    """The commit of the current folder's checkout, `+` where it was changed; `none` outside of one."""
+    """The commit of the current folder's checkout, with `+` where it has changes; `none` outside of one."""
     try:
         sha = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
         dirty = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True)
@@ -123,7 +123,7 @@ def git_sha() -> str:
     return sha.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
-def written(
+def write_files(
     folder: Path,
     config: Config,
     predictions: Mapping[str, Predictions],
@@ -132,7 +132,7 @@ def written(
     latency_from: str,
     artifacts: list[Artifact],
 ) -> dict[str, str]:
-    """Write what is kept of a run into its folder; the paths by their place in the run's artifacts."""
+    """Write all files but the table of layers into the run's folder. Returns artifact path -> path on disk."""
     fp32, int8 = predictions["fp32"], predictions["int8"]
     np.savez_compressed(
         folder / "predictions.npz",
@@ -164,7 +164,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def layers_written(
+def write_layers(
     folder: Path,
     config: Config,
     layers: tuple[Layer, ...],
@@ -172,11 +172,11 @@ def layers_written(
     sums: tuple[LayerSums, ...],
     narrowed: tuple[Narrowed, ...],
 ) -> dict[str, str]:
-    """Write the table of layers (layers.csv, in the order in which they run) and its chart; the paths as `written`.
+    """Write the table of layers (layers.csv, in execution order) and its chart. Returns paths as `write_files`.
 
-    saturated: share of the layer's outputs that 16-bit sums changed, where that was looked at; highest: the largest
-    activation that it got there, as a code, if its weights let sums overflow (a guard's 7 bits end at 127); narrowed:
-    the side that overflow=layers gave 7 bits.
+    saturated: share of the layer's outputs that 16-bit accumulators changed, where both were run; highest: the largest
+    activation code that entered the layer there, if its weights let accumulators overflow (a range of 7 bits ends at
+    127); narrowed: the side whose range overflow=layers reduced to 7 bits.
     """
     of_layers, measured = {layer.name: layer for layer in layers}, {row.name: row for row in fidelity}
     shares, sides = {row.name: row.share for row in sums}, {row.name: str(row.side) for row in narrowed}

@@ -1,4 +1,4 @@
-"""From predictions, timings, layers and files to the numbers that are logged."""
+"""The metrics that a run logs, computed from predictions, timings, layers and files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qexp.records import Artifact, Interval, Layer, Precision, Predictions, Vari
 
 
 def of_accuracy(fp32: Predictions, int8: Predictions) -> dict[str, float]:
-    """Both accuracies on the same images, and their paired difference with what is known of it."""
+    """Both accuracies on the same images, and their paired difference with its interval and tests."""
     fp32_only, int8_only, n = statistics.discordant(fp32, int8)
     delta = statistics.tango(fp32_only, int8_only, n)
     fp32_accuracy, int8_accuracy = (statistics.wilson(int(found.correct.sum()), n) for found in (fp32, int8))
@@ -40,7 +40,7 @@ def of_accuracy(fp32: Predictions, int8: Predictions) -> dict[str, float]:
 
 
 def of_runtimes(predictions: Mapping[Variant, Predictions], reference: Variant) -> dict[str, float]:
-    """INT8 accuracy in each runtime, and the share of images on which it predicts what the reference does."""
+    """INT8 accuracy in each runtime, and the share of images with the same prediction as in the reference."""
     numbers = {}
     for variant in predictions:
         if variant.precision is Precision.int8:
@@ -51,7 +51,7 @@ def of_runtimes(predictions: Mapping[Variant, Predictions], reference: Variant) 
 
 
 def of_target(fp32: Predictions, on_target: TargetAccuracy, margin: float) -> dict[str, float]:
-    """INT8 accuracy on the CPU that `target` means, and what 16-bit sums cost on whichever CPU has them."""
+    """INT8 accuracy on the target CPU, and the accuracy that 16-bit accumulators cost."""
     first_only, second_only, n = statistics.discordant(fp32.at(on_target.images), on_target.predictions)
     delta = statistics.tango(first_only, second_only, n)
     found: dict[str, float] = {
@@ -71,7 +71,7 @@ def of_target(fp32: Predictions, on_target: TargetAccuracy, margin: float) -> di
         Metric.exact_images: float(len(on_target.exact.labels)),
     }
     if not on_target.saturating_layers:
-        # What differs between the two is how libraries round.
+        # Nothing saturated, so the two differ only by how libraries round.
         return found
     sqnr = statistics.sqnr(on_target.exact.logits, on_target.saturating.logits)
     return found | {
@@ -84,16 +84,17 @@ def of_target(fp32: Predictions, on_target: TargetAccuracy, margin: float) -> di
 
 
 def _lost_to_saturation(on_target: TargetAccuracy) -> Interval | None:
-    """Exact minus saturating accuracy, paired by image; None where the two were not compared."""
+    """Accuracy with exact minus with saturating accumulators, paired by image; None where they were not compared."""
     if on_target.exact is None or on_target.saturating is None:
         return None
     return statistics.tango(*statistics.discordant(on_target.saturating, on_target.exact))
 
 
 def verdict(fp32: Predictions, on_target: TargetAccuracy, margin: float, guard: Overflow = Overflow.none) -> Verdict:
-    """The verdict on the target's accuracy, with 16-bit saturation as its cause where that is shown.
+    """The verdict on the target's accuracy, with 16-bit saturation as a cause where that is shown.
 
-    guard: what was executed, not auto."""
+    guard: the one executed, not auto.
+    """
     first_only, second_only, n = statistics.discordant(fp32.at(on_target.images), on_target.predictions)
     found = statistics.verdict(first_only, second_only, n, margin)
     lost = _lost_to_saturation(on_target)
@@ -105,19 +106,21 @@ def verdict(fp32: Predictions, on_target: TargetAccuracy, margin: float, guard: 
         lost=(first_only - second_only) / n,
         lost_to_saturation=lost.value,
         saturation_only=rest.high >= 0,
-        remedy=instead_of(guard),
+        remedy=recommended_guard(guard),
     )
 
 
-def instead_of(guard: Overflow) -> str:
-    """The guard that avoids what this one lets happen: those that look at images, or at a range, do so on calibration
-    images."""
+def recommended_guard(guard: Overflow) -> str:
+    """The setting to recommend where saturation costs accuracy in spite of this guard.
+
+    Without a guard: auto. All others but `weights` depend on calibration images, which evaluation images can exceed.
+    """
     return f"qconfig.overflow={Overflow.auto if guard is Overflow.none else Overflow.weights}"
 
 
 def of_latency(timings: list[protocol.Timing], headline: Variant) -> dict[str, float]:
-    """p50, p90 and p99 of each variant at the first batch size and number of threads, and how much faster than the
-    fastest FP32 variant the INT8 variant is that the headline metrics are of."""
+    """p50, p90 and p99 of each variant at the first batch size and number of threads, and the headline variant's
+    speedup over the fastest FP32 variant."""
     first = [timing for timing in side_by_side(timings) if not timing.control]
     if not first:
         return {}
@@ -141,34 +144,34 @@ def of_latency(timings: list[protocol.Timing], headline: Variant) -> dict[str, f
 
 
 def side_by_side(timings: list[protocol.Timing]) -> list[protocol.Timing]:
-    """The timings at the first batch size and the first number of threads: those that metrics hold."""
+    """The timings at the first batch size and the first number of threads, which are logged as metrics."""
     return [t for t in timings if (t.batch_size, t.threads) == (timings[0].batch_size, timings[0].threads)]
 
 
 def fastest(timings: list[protocol.Timing], precision: Precision) -> protocol.Timing:
-    """That of the fastest variant of a precision on the CPU."""
+    """The timing of the fastest variant of a precision on the CPU."""
     of_models = [timing for timing in timings if not timing.control and timing.variant.on_cpu]
     return protocol.fastest([timing for timing in of_models if timing.variant.precision is precision])
 
 
 def headline_variant(config: Config, first: Variant, timings: list[protocol.Timing]) -> Variant:
-    """The INT8 variant that the headline metrics and the verdict are of: the fastest, where the timings can be trusted,
-    else the first asked for."""
+    """The INT8 variant that the headline metrics and the verdict are about: the fastest where the timings can be
+    trusted, else `first`."""
     if not timings or reasons_against(config, timings):
         return first
     return fastest(side_by_side(timings), Precision.int8).variant
 
 
 def reasons_against(config: Config, timings: list[protocol.Timing]) -> tuple[str, ...]:
-    """Why the timings that metrics hold can't be trusted, or say nothing of the target."""
+    """The reasons why the logged timings can't be trusted, or don't hold for the target; empty where there are none."""
     _, reasons = protocol.validity(side_by_side(timings))
     other_kernels = target_cpu.other_kernels(config)
     return (*reasons, other_kernels) if other_kernels else reasons
 
 
 def latency_tags(config: Config, timings: list[protocol.Timing]) -> dict[str, str]:
-    """Which FP32 variant the speedup compares with, and whether the measurement can be trusted, with every reason if
-    not."""
+    """Tags: the FP32 variant that the speedup compares with, and whether the timings can be trusted, with every reason
+    if not."""
     if not timings:
         return {}
     reasons = reasons_against(config, timings)
@@ -180,13 +183,14 @@ def latency_tags(config: Config, timings: list[protocol.Timing]) -> dict[str, st
 
 
 def of_size(float_bytes: int, artifacts: list[Artifact], headline: Variant) -> dict[str, float]:
-    """Megabytes of the float model as its owner would ship it, and of the INT8 model as the headline's runtime has
-    it."""
+    """Megabytes of the float model as its owner would ship it, and of the INT8 model as saved for the headline's
+    runtime."""
     int8 = next(artifact.bytes for artifact in artifacts if artifact.variant == headline)
     return {Metric.size_fp32: float_bytes / 1e6, Metric.size_int8: int8 / 1e6, Metric.size_ratio: float_bytes / int8}
 
 
 def of_layers(layers: tuple[Layer, ...]) -> dict[str, float]:
+    """The numbers of layers in INT8 and in FP32, and of BatchNorms that were not folded."""
     weighted = [layer for layer in layers if layer.kind != "batchnorm"]
     return {
         Metric.layers_int8: float(sum(layer.int8 for layer in weighted)),

@@ -11,7 +11,7 @@ from qexp.accuracy.target_cpu import TargetAccuracy
 from qexp.config.schema import Config, Engine, Overflow, Scheme, Target
 from qexp.data.loading import Data
 from qexp.metrics import Metric
-from qexp.pipeline.run_metrics import instead_of
+from qexp.pipeline.run_metrics import recommended_guard
 from qexp.quantize import FLOWS, Narrowed, supported
 from qexp.quantize.saturation import kernels
 from qexp.records import AccuracySource, Layer, RunWarning, SaturationStatus, WarningCode
@@ -24,12 +24,12 @@ def of_sums(
     reduced: tuple[Narrowed, ...],
     on_target: TargetAccuracy,
 ) -> Iterator[RunWarning]:
-    """Warnings about 16-bit sums. guard: what was executed, not auto."""
+    """Warnings about 16-bit accumulators. guard: the one executed, not auto."""
     saturating, signature = on_target.saturating_layers, kernels.probe()
     of_kind = {layer.name: layer.kind for layer in layers if layer.int8}
 
     def or_onednn(names: Collection[str]) -> bool:
-        """Return whether engine=onednn takes the weights and has exact sums for these layers."""
+        """True if engine=onednn takes the weights and can't saturate in these layers."""
         kinds = kernels.overflowing_kinds(config.qconfig, Engine.onednn, config.flow, config.target, signature)
         takes = config.qconfig.weight.scheme is Scheme.symmetric and Engine.onednn in supported()
         return takes and not kinds & {of_kind[name] for name in names if name in of_kind}
@@ -46,14 +46,14 @@ def of_sums(
                 "layers": saturating,
                 "guard": guard,
                 "beyond": highest if highest > quantize.SAFE_CODE else None,
-                "remedy": instead_of(guard),
+                "remedy": recommended_guard(guard),
                 "onednn": or_onednn(saturating),
             },
         )
     kinds = kernels.overflowing_kinds(config.qconfig, config.engine, config.flow, Target.native, signature)
     risky = [name for name, kind in of_kind.items() if kind in kinds]
     executed = on_target.source is AccuracySource.executed and on_target.saturation is not SaturationStatus.impossible
-    # What auto left alone it can't be recommended for: the model ships on another CPU then.
+    # Only for overflow=none: where auto chose no guard, the target CPU needs none, whatever this CPU does.
     if config.qconfig.overflow is Overflow.none and risky and executed:
         yield RunWarning(
             WarningCode.saturation_unguarded,
@@ -62,14 +62,14 @@ def of_sums(
 
 
 def of_slow_kernels(config: Config, slow: tuple[str, ...]) -> Iterator[RunWarning]:
-    """A warning about layers that take long. slow: their names, as of `slow_depthwise.without_fast_kernel`."""
+    """A warning about layers without a fast kernel. slow: their names (see `slow_depthwise.without_fast_kernel`)."""
     if slow:
         onednn = config.qconfig.weight.scheme is Scheme.symmetric and Engine.onednn in supported()
         yield RunWarning(WarningCode.slow_depthwise, {"engine": config.engine, "layers": slow, "onednn": onednn})
 
 
 def general(config: Config, data: Data, layers: tuple[Layer, ...], found: Mapping[str, Any]) -> Iterator[RunWarning]:
-    """Warnings beside those of sums and kernels. found: the run's metrics and tags."""
+    """All warnings but those about accumulators and kernels. found: the run's metrics and tags."""
     if config.dataset["_target_"] == "qexp.data.builtin.digits":
         yield RunWarning(WarningCode.data_set_for_trying, {"images": len(data.test)})
     if not FLOWS[config.flow].calibrates and config.engine is Engine.onednn:

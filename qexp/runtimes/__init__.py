@@ -1,4 +1,4 @@
-"""What executes a saved model: the runtimes, a file each, and `RUNTIMES`, where each is found by its name."""
+"""Runtimes: the ways to execute a saved model, one per module, and `RUNTIMES`, where each is found by its name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The interface of every runtime, and what `load` of each returns: a callable that runs under one engine only."""
+"""The interface of every runtime, and Loaded, a model read back from disk, which runs under one engine only."""
 
 from __future__ import annotations
 
@@ -24,38 +24,38 @@ HERE = "Path(__file__).resolve().parent"  # in a script
 class Runtime(ABC):
     """One way to execute models.
 
-    name: as in the setting `runtimes`, which also knows what holds of the runtime without torch. predicts_for_others:
-    it has so little around its kernels that it predicts in place of those whose logits it gives bit for bit.
+    name: as in the setting `runtimes`, with the runtime's traits. predicts_for_others: it has so little overhead around
+    its kernels that it predicts in place of runtimes whose logits equal its own bit for bit.
     """
 
     name: schema.RuntimeName
     predicts_for_others = False
 
     def unavailable(self) -> str | None:
-        """Why this runtime can't be used here and what to do about it, as a clause; None where it can."""
+        """A clause that says why this runtime can't be used here and what to do about it; None where it can."""
         return None
 
     def executes(self, flow: FlowName, precision: Precision) -> bool:
-        """Whether it executes the models of this precision that a flow makes."""
+        """True if it executes the models of this precision that a flow makes."""
         return precision is Precision.fp32 or self.name.int8
 
     def tolerance(self, precision: Precision, all_int8: bool) -> float:
-        """How far its logits may lie from the reference's, the model's as torch executes it: as a share of the largest
-        logit, 0 where they are the same bit for bit.
+        """The allowed difference of its logits from those of the model in memory, as a share of the largest logit; 0
+        where they must be equal bit for bit.
 
-        all_int8: no layer of the INT8 model is left in FP32, whose last bits could move an activation to the next step
-        of its grid.
+        all_int8: True if no layer of the INT8 model is left in FP32, whose last bits could round an activation to the
+        neighbouring code.
         """
         if precision is Precision.fp32:
             return 1e-4
         return 0.0 if all_int8 else 1e-2
 
     def file(self, precision: Precision) -> str:
-        """The name of the file that a model is saved to; the same for runtimes that begin with the same file."""
+        """The name of the file that a model is saved to; the same for runtimes that load the same file."""
         return f"{Variant(precision, self.name)}.pt"
 
     def loading_code(self, file: str) -> tuple[str, str]:
-        """What to import, and a line that sets `model` to the INT8 model, for a script beside the file."""
+        """An import, and a line that sets `model` to the INT8 model, for a script beside the file."""
         return "\nfrom qexp.runtimes.saved_models import load_int8\n", f"model = load_int8({HERE}.parent)\n"
 
     @abstractmethod
@@ -74,8 +74,8 @@ class Runtime(ABC):
 
 @contextmanager
 def packing_for(engine: Engine | None) -> Iterator[None]:
-    """While INT8 weights are read from a file. They are packed as they are read, for the engine of that moment, and it
-    is the packing that decides whose kernels run, whatever the engine is later. None: FP32, where it doesn't matter."""
+    """Set the engine while INT8 weights are read from a file: they are packed then, and the packing decides whose
+    kernels run, whatever the engine is later. None: FP32, where it doesn't matter."""
     with quantize.engine(engine) if engine is not None else nullcontext():
         yield
 
@@ -84,8 +84,8 @@ def packing_for(engine: Engine | None) -> Iterator[None]:
 class Loaded:
     """A model read back from disk: float32 [n, 3, H, W] to float32 [n, classes], for any n.
 
-    engine: what an INT8 model was converted for (None: FP32); calling it under another raises RunError. again: reads it
-    once more, where no copy in memory would be a model of its own: what freezing made constants is shared.
+    engine: what an INT8 model was converted for (None: FP32); calling it under another raises RunError. again: reloads
+    the file. Needed for frozen TorchScript, where deepcopy would share the constants.
     """
 
     module: nn.Module
@@ -103,11 +103,11 @@ class Loaded:
         return logits
 
     def copies(self, count: int) -> list[Loaded]:
-        """So many more that can run at the same time, whatever the model keeps in itself while it runs.
+        """`count` copies that can run at the same time as the model, whatever state it has while it runs.
 
-        Weights are shared, but for those that are packed for INT8 kernels. A traced and frozen model keeps nothing in
-        itself, but oneDNN's dynamic linear layer keeps what it needs for the range of its input: called twice at a
-        time, it answers with the range of the other call (torch 2.13).
+        Weights are shared, but for those packed for INT8 kernels. A frozen TorchScript model has no state, but for
+        oneDNN's dynamic linear layer, which stores the range of its input: of two calls at a time, one would use the
+        other's range (torch 2.13).
         """
         if self.again is not None:
             return [self.again() if self.engine is Engine.onednn else self for _ in range(count)]
@@ -116,7 +116,7 @@ class Loaded:
 
 
 class OnDemand(Mapping[Variant, Loaded]):
-    """Models by variant, each of which is read from disk when it is first asked for."""
+    """Models by variant, each read from disk at its first use."""
 
     def __init__(self, read: Mapping[Variant, Callable[[], Loaded]]) -> None:
         self._read, self._loaded = read, dict[Variant, Loaded]()
@@ -137,7 +137,7 @@ class OnDemand(Mapping[Variant, Loaded]):
 
 
 def agree(expected: np.ndarray, actual: np.ndarray, precision: Precision, tolerance: float) -> float:
-    """Largest difference of the same images' logits, as a share of the largest.
+    """The largest difference of the same images' logits, as a share of the largest logit.
 
     expected, actual: float32 [n, classes] of two variants of one model of this precision, computed in batches of one
     size. Raises RunError where the two differ by more than `tolerance`.

@@ -1,6 +1,6 @@
-"""PyTorch as it is: what is saved is a state_dict, and the structure is made again from the model and the settings.
+"""PyTorch's eager mode: saves a state_dict; the structure is built again from the model and the settings.
 
-A pickled INT8 module saves but does not load; a state_dict does, and without running any code of the file's.
+A pickled INT8 module saves but does not load; a state_dict does, and without running any code in the file.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class Eager(Runtime):
         return f"{Variant(precision, schema.RuntimeName.eager)}.pt"
 
     def export(self, model: nn.Module, example: Tensor, path: Path) -> Path:
-        """Save the state_dict, what layers share once."""
+        """Save the state_dict; tensors that layers share are saved once."""
         state = model.state_dict()
         _share(state)
         torch.save(state, path)
         return path
 
     def load(self, path: Path, structure: Callable[[], nn.Module], engine: Engine | None) -> Loaded:
-        """Give a structure what `path` holds in place of its own tensors, which are left as they are."""
+        """Load the file into a new structure, whose own tensors are replaced, not overwritten."""
         with warnings.catch_warnings():
             # torch.load's own doing: it rebuilds quantized tensors from typed storages.
             warnings.filterwarnings("ignore", message="TypedStorage is deprecated", category=UserWarning)
@@ -50,10 +50,10 @@ class Eager(Runtime):
 
 
 def _share(state: MutableMapping[str, Any]) -> None:
-    """Put one tensor, which torch.save writes once, in the place of all that are equal.
+    """Replace equal tensors by one, which torch.save writes once.
 
-    A layer that is called at several places has a copy for each of them after fusing, and its weights are packed for
-    each of them.
+    A layer that is called at several places has one copy per call after fusing, and its weights are packed for
+    each.
     """
     found: dict[tuple[object, ...], list[Tensor]] = {}
 
@@ -74,8 +74,8 @@ def _share(state: MutableMapping[str, Any]) -> None:
 
 
 def with_cuda(variants: Mapping[Variant, Loaded]) -> dict[Variant, Callable[[Tensor], Tensor]]:
-    """The variants, and where torch finds a GPU the eager float model on it: a call takes an image from the CPU and
-    gives its logits back there."""
+    """The variants, and where there is a GPU the eager float model on it; a call copies the images there and the logits
+    back."""
     eager = Variant(Precision.fp32, schema.RuntimeName.eager)
     if not torch.cuda.is_available() or eager not in variants:
         return dict(variants)

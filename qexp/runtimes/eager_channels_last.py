@@ -1,4 +1,4 @@
-"""PyTorch as it is, with weights and images in the memory format of channels-last."""
+"""PyTorch's eager mode with weights and images in channels-last memory format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch.compile with freezing: FP32 only, compiled where it runs, for each batch size anew."""
+"""torch.compile with freezing: FP32 only, compiled in the process that runs it, once per batch size."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from qexp.runtimes.eager import Eager
 
 
 class Inductor(Eager):
-    """What is saved is what the eager runtime saves: there is no compiled file."""
+    """Saves the same file as the eager runtime: nothing compiled is saved."""
 
     name = schema.RuntimeName.inductor
 
     def unavailable(self) -> str | None:
-        """Whether there is no C++ compiler that torch.compile could use."""
+        """As in the base class: a clause where torch.compile finds no C++ compiler."""
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
 
@@ -36,7 +36,7 @@ class Inductor(Eager):
         return None
 
     def load(self, path: Path, structure: Callable[[], nn.Module], engine: Engine | None) -> Loaded:
-        """As the eager runtime; the first call with each batch size compiles, for seconds."""
+        """Load as the eager runtime; the first call with each batch size compiles, which takes seconds."""
         module = super().load(path, structure, engine).module
         options: dict[str, Any] = {"freezing": True}
         compiled = torch.compile(module, options=options, dynamic=False)

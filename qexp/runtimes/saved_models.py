@@ -1,4 +1,4 @@
-"""A run's models on disk: written for every runtime, and read back. What is evaluated and timed is what was saved."""
+"""A run's models on disk: saved for every runtime and read back, so that the saved models are evaluated and timed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from qexp.system import cache
 
 
 def variants(config: Config) -> list[Variant]:
-    """What the runtimes asked for execute, FP32 first."""
+    """The variants that the runtimes asked for execute, FP32 first."""
     each = [Variant(precision, name) for precision in Precision for name in config.runtimes]
     return [one for one in each if RUNTIMES[one.runtime].executes(config.flow, one.precision)]
 
@@ -39,8 +39,8 @@ def write(
 ) -> list[Artifact]:
     """Save both models (by precision) for every runtime asked for, into folder/model.
 
-    All runs of a float model share its files. images: float32 [n, 3, H, W], for the trace; takes: which images the
-    models take (see `record.images_expected`).
+    All runs of a float model share its files. images: float32 [n, 3, H, W], for the trace; takes: describes the
+    models' input (see `run_files.images_expected`).
     """
     where = folder / "model"
     where.mkdir(exist_ok=True)
@@ -63,10 +63,10 @@ def write(
 
 
 def float_size(module: nn.Module, images: Tensor) -> int:
-    """Bytes of a float model as its owner would ship it: a file with its state_dict, in which masks of pruning and what
-    else computes weights are settled, and a tensor that layers share stands once.
+    """Bytes of a float model as its owner would ship it: its state_dict, with pruning masks and other
+    parametrizations applied, and a tensor that layers share saved once.
 
-    images: float32 [n, 3, H, W]. What is saved to be executed is fused, which parts what was shared.
+    images: float32 [n, 3, H, W]. Not the size of the saved file, since fusing splits shared tensors.
     """
     counted = _Counted()
     with io.BufferedWriter(counted) as file:
@@ -75,7 +75,7 @@ def float_size(module: nn.Module, images: Tensor) -> int:
 
 
 class _Counted(io.RawIOBase):
-    """A file of which nothing is kept but its size."""
+    """A file that stores nothing but its size."""
 
     size = 0
 
@@ -92,13 +92,13 @@ def _path(folder: Path, variant: Variant) -> Path:
 
 
 Structure = Callable[[], nn.Module]
-"""Makes the modules of a model anew, with meaningless weights."""
+"""Builds the modules of a model, with meaningless weights."""
 
 
 def read(
     config: Config, structures: Mapping[Precision, Structure], folder: Path, wanted: Collection[Variant]
 ) -> OnDemand:
-    """Those of the models wanted that `write` saved and there is a structure for."""
+    """The saved models of the variants wanted, as far as there is a structure for their precision."""
 
     def load(variant: Variant) -> Loaded:
         engine = config.engine if variant.precision is Precision.int8 else None
@@ -108,7 +108,7 @@ def read(
 
 
 def structures(config: Config, folder: Path) -> dict[Precision, Structure]:
-    """The structures of a run's models by precision, made again from what is in its folder."""
+    """The structures of a run's models by precision, built from the files in its folder."""
     images = json.loads((folder / "model" / "images.json").read_text())
     module = float_model.build(config.model, images["classes"], config.seed)
     example = torch.zeros(2, *images["shape"])
@@ -136,7 +136,7 @@ def load_int8(folder: Path) -> Loaded:
 def content(config: Config, float_digest: str, artifact: Artifact, int8: Loaded | None) -> str:
     """The identity of a saved model as it is executed: the file, the structure that it was read into, the engine.
 
-    int8: the model, if it is one; the structure of others follows from the float model's.
+    int8: the model, None for FP32, whose structure follows from the float model's.
     """
     structure = [repr(int8.module), str(getattr(int8.module, "code", ""))] if int8 is not None else []
     made_of = [float_digest, config.flow, config.fusion]
@@ -144,7 +144,7 @@ def content(config: Config, float_digest: str, artifact: Artifact, int8: Loaded 
 
 
 def float_file_key(config: Config, float_digest: str, name: str, shape: Sequence[int]) -> str:
-    """Everything that a file of the fused float model depends on. name: of the file; shape: of an image."""
+    """The key of a file of the fused float model. name: of the file; shape: of an image."""
     made_of = [float_digest, config.flow, config.fusion, list(shape)]
     code = code_digest.of("runtimes")
     return json.dumps(["file", name, made_of, kernels.computed_by(config.compute.threads), code])

@@ -17,12 +17,12 @@ from qexp.runtimes.base import HERE, Loaded, Runtime, packing_for
 
 
 class _Shell(nn.Module):
-    """Gives what `module` gives, to be traced and frozen: torch makes a scripted module of every module that belongs to
-    a traced one, which takes far longer than the trace, and freezing leaves nothing of them.
+    """Wraps `module` for tracing, and hides its submodules: torch would script every submodule of a traced module,
+    which takes far longer than the trace, and freezing removes them all.
 
-    Only what a trace can't take as a constant belongs to it: packed weights, and modules that are scripted already.
-    Calls of one shared layer keep their own packed weights, though the file would be smaller with one for all: kernels
-    of oneDNN and QNNPACK hold in them what belongs to the scales of one call, and took up to a third longer.
+    Only values that a trace can't take as constants are registered: packed weights, and modules that are scripted
+    already. Each call of a shared layer has its own packed weights, though one for all would make a smaller file:
+    kernels of oneDNN and QNNPACK cache in them data for the scales of one call, and took up to a third longer.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -64,6 +64,6 @@ class TorchScript(Runtime):
         return path
 
     def load(self, path: Path, structure: Callable[[], nn.Module], engine: Engine | None) -> Loaded:
-        """Read the model, whose file holds its structure too."""
+        """Read the model; the file contains its structure."""
         with known_deprecations_silenced(), packing_for(engine):
             return Loaded(torch.jit.load(path), engine, again=partial(self.load, path, structure, engine))
