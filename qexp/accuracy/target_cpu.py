@@ -45,7 +45,7 @@ class TargetAccuracy:
     compared: np.ndarray = field(default_factory=lambda: np.arange(0))
     exact: Predictions | None = None
     saturating: Predictions | None = None
-    layers: tuple[emulation.LayerSums, ...] = ()
+    layers: tuple[emulation.LayerSaturation, ...] = ()
 
     @property
     def target_is_exact(self) -> bool:
@@ -92,7 +92,7 @@ def target_accuracy(
     if left := emulation.not_emulated(module):
         said = "%d layers add up as they do on this CPU, since their 16-bit sums can't be emulated: %s."
         log.warning(said, len(left), ", ".join(left))
-    emulated = partial(emulation.with_emulated_sums, module, engine)
+    emulated = partial(emulation.with_emulated_accumulators, module, engine)
     found, layers = _run(emulated, module, content, config, data, compared, "emulating 16-bit sums")
     exact = executed.at(compared)
     return TargetAccuracy(AccuracySource.emulated, compared, found, _seen(layers), compared, exact, found, layers)
@@ -116,7 +116,7 @@ def spread(available: int, wanted: int) -> np.ndarray:
     return np.arange(count) * available // max(count, 1)
 
 
-def _seen(layers: tuple[emulation.LayerSums, ...]) -> SaturationStatus:
+def _seen(layers: tuple[emulation.LayerSaturation, ...]) -> SaturationStatus:
     return SaturationStatus.observed if any(layer.saturates for layer in layers) else SaturationStatus.possible
 
 
@@ -129,7 +129,7 @@ def _run(
     images: np.ndarray,
     title: str,
     whole: bool = False,
-) -> tuple[Predictions, tuple[emulation.LayerSums, ...]]:
+) -> tuple[Predictions, tuple[emulation.LayerSaturation, ...]]:
     """Predictions of the model that `make` returns, and a comparison of each of its layers with the same one in `int8`.
 
     content: of int8, a part of the cache key; title: in the progress bar, names how the model differs from int8; whole:
@@ -145,5 +145,5 @@ def _run(
 
     key = prediction_key(config, data, [content, title, *(["whole"] if whole else [])], images)
     found = cache.arrays(cache_folder(config), key, run)
-    layers = tuple(emulation.LayerSums(**values) for values in json.loads(str(found["layers"])))
+    layers = tuple(emulation.LayerSaturation(**values) for values in json.loads(str(found["layers"])))
     return inference.predictions(found["logits"], data.test, title, images), layers

@@ -31,7 +31,9 @@ from qexp.records import Fidelity, Precision, Predictions, Result, Variant
 from qexp.system.steps import step
 
 
-def resolved_params(qconfig: QConfig, config: Config, reduced: tuple[quantize.Narrowed, ...] = ()) -> dict[str, str]:
+def resolved_params(
+    qconfig: QConfig, config: Config, reduced: tuple[quantize.ReducedRange, ...] = ()
+) -> dict[str, str]:
     """The params that record what was executed, beside those that record what was asked for.
 
     activation_bits: of the scale; where a guard reduced the range to 7 bits, codes go up to activation_highest_code.
@@ -44,7 +46,7 @@ def resolved_params(qconfig: QConfig, config: Config, reduced: tuple[quantize.Na
         "overflow": qconfig.overflow,
         "weight_bits": quantize.executed_bits(qconfig, weights),
         "activation_bits": quantize.executed_bits(qconfig, activations),
-        "activation_highest_code": quantize.highest_activation(qconfig),
+        "activation_highest_code": quantize.executed_quant_max(qconfig),
         "narrowed_weights": sum(layer.side is weights for layer in reduced),
         "narrowed_activations": sum(layer.side is activations for layer in reduced),
     }
@@ -82,7 +84,7 @@ class Measured:
     fusion_difference: float
     calibration: Calibration
     int8: quantize.QuantizedModel
-    reduced: tuple[quantize.Narrowed, ...]
+    reduced: tuple[quantize.ReducedRange, ...]
     saved: Saved
     predictions: Mapping[Variant, Predictions]
     headline: Variant

@@ -140,12 +140,12 @@ def convert(prepared: quantize.Prepared) -> quantize.QuantizedModel:
 @step("guard")
 def reduce_range(
     int8: quantize.QuantizedModel, config: Config, data: Data, calibration: Calibration
-) -> tuple[quantize.QuantizedModel, tuple[quantize.Narrowed, ...]]:
+) -> tuple[quantize.QuantizedModel, tuple[quantize.ReducedRange, ...]]:
     """With overflow=layers, reduce the range to 7 bits on one side of each layer whose 16-bit accumulators saturate on
     calibration images. Returns the model and these layers; otherwise the model as it is."""
     if int8.qconfig.overflow is not Overflow.layers or not calibration.images:
         return int8, ()
-    return quantize.narrow(int8, config.target, images_of(data, calibration.pixels[:SATURATION_IMAGES]))
+    return quantize.reduce_range(int8, config.target, images_of(data, calibration.pixels[:SATURATION_IMAGES]))
 
 
 def shipped_size(config: Config, fp32: float_model.FloatModel, images: Tensor) -> int:
@@ -158,7 +158,7 @@ def shipped_size(config: Config, fp32: float_model.FloatModel, images: Tensor) -
 
 
 def why_guarded(
-    config: Config, overflow: Overflow, layers: tuple[Layer, ...], reduced: tuple[quantize.Narrowed, ...]
+    config: Config, overflow: Overflow, layers: tuple[Layer, ...], reduced: tuple[quantize.ReducedRange, ...]
 ) -> str:
     """A sentence: the guard that `qconfig.overflow=auto` chose for these layers, and the reason. Empty where it
     concerns none of them, or another setting was asked for."""
@@ -185,7 +185,7 @@ def why_guarded(
 @step("check layers")
 @small_steps()
 def check_int8(
-    config: Config, int8: quantize.QuantizedModel, reduced: tuple[quantize.Narrowed, ...], images: Tensor
+    config: Config, int8: quantize.QuantizedModel, reduced: tuple[quantize.ReducedRange, ...], images: Tensor
 ) -> None:
     """Raise RunError where no layer runs in INT8, or one computes another function than its float counterpart.
 

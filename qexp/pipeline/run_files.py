@@ -19,9 +19,9 @@ from qexp.config import code_digest, identity
 from qexp.config.schema import Config, RuntimeName
 from qexp.data.loading import Data
 from qexp.latency import protocol
-from qexp.quantize import Narrowed
+from qexp.quantize import ReducedRange
 from qexp.quantize.saturation import kernels
-from qexp.quantize.saturation.emulation import LayerSums
+from qexp.quantize.saturation.emulation import LayerSaturation
 from qexp.records import Artifact, Fidelity, Interval, Layer, Precision, Predictions, QParams
 from qexp.runtimes import RUNTIMES
 from qexp.system import machine
@@ -169,8 +169,8 @@ def write_layers(
     config: Config,
     layers: tuple[Layer, ...],
     fidelity: tuple[Fidelity, ...],
-    sums: tuple[LayerSums, ...],
-    narrowed: tuple[Narrowed, ...],
+    sums: tuple[LayerSaturation, ...],
+    narrowed: tuple[ReducedRange, ...],
 ) -> dict[str, str]:
     """Write the table of layers (layers.csv, in execution order) and its chart. Returns paths as `write_files`.
 

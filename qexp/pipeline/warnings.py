@@ -12,7 +12,7 @@ from qexp.config.schema import Config, Engine, Overflow, Scheme, Target
 from qexp.data.loading import Data
 from qexp.metrics import Metric
 from qexp.pipeline.run_metrics import recommended_guard
-from qexp.quantize import FLOWS, Narrowed, supported
+from qexp.quantize import FLOWS, ReducedRange, supported
 from qexp.quantize.saturation import kernels
 from qexp.records import AccuracySource, Layer, RunWarning, SaturationStatus, WarningCode
 
@@ -21,7 +21,7 @@ def of_sums(
     config: Config,
     guard: Overflow,
     layers: tuple[Layer, ...],
-    reduced: tuple[Narrowed, ...],
+    reduced: tuple[ReducedRange, ...],
     on_target: TargetAccuracy,
 ) -> Iterator[RunWarning]:
     """Warnings about 16-bit accumulators. guard: the one executed, not auto."""

@@ -1,4 +1,4 @@
-"""From a float model to an INT8 one: the only package that knows torch.ao.quantization.
+"""From a float model to an INT8 one, by the flows of torch.ao.quantization.
 
 flow = FLOWS[config.flow]
 fused = flow.fuse(model, spec, example)
@@ -11,44 +11,37 @@ from __future__ import annotations
 
 from qexp.quantize.calibration.cached import calibrate_once
 from qexp.quantize.calibration.grid import (
-    SAFE_BITS,
     SAFE_CODE,
-    Grid,
     Side,
     executed_bits,
-    grid,
-    highest_activation,
+    executed_quant_max,
 )
 from qexp.quantize.calibration.passes import calibrate
 from qexp.quantize.dry_run import dry_run
-from qexp.quantize.flow import Flow, Prepared, QuantizationSpec, QuantizedModel
+from qexp.quantize.flow import Prepared, QuantizationSpec, QuantizedModel
 from qexp.quantize.flows import FLOWS
 from qexp.quantize.graph.copies import evaluation_copy, sharing_copy
 from qexp.quantize.inspection.executed_operators import executed
 from qexp.quantize.inspection.float_model_checks import TOLERANCE, difference
-from qexp.quantize.inspection.fusion_check import blame, explained, fusion_difference
+from qexp.quantize.inspection.fusion_check import explained
 from qexp.quantize.inspection.layer_equivalence import check_layers
 from qexp.quantize.inspection.layer_errors import layer_fidelity
 from qexp.quantize.inspection.layers import layers, read_qparams
-from qexp.quantize.saturation.guard import exact, narrow
-from qexp.quantize.saturation.reduced_range import Narrowed
+from qexp.quantize.saturation.guard import exact, reduce_range
+from qexp.quantize.saturation.reduced_range import ReducedRange
 from qexp.quantize.skeletons import blank_copy, skeleton
 from qexp.quantize.torch_backend.deprecations import say_once_silently
 from qexp.quantize.torch_backend.engines import engine, require, supported
 
 __all__ = [
     "FLOWS",
-    "SAFE_BITS",
     "SAFE_CODE",
     "TOLERANCE",
-    "Flow",
-    "Grid",
-    "Narrowed",
     "Prepared",
     "QuantizationSpec",
     "QuantizedModel",
+    "ReducedRange",
     "Side",
-    "blame",
     "blank_copy",
     "calibrate",
     "calibrate_once",
@@ -60,14 +53,12 @@ __all__ = [
     "exact",
     "executed",
     "executed_bits",
+    "executed_quant_max",
     "explained",
-    "fusion_difference",
-    "grid",
-    "highest_activation",
     "layer_fidelity",
     "layers",
-    "narrow",
     "read_qparams",
+    "reduce_range",
     "require",
     "sharing_copy",
     "skeleton",

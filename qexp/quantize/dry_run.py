@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp.errors import InputError, NotFinite, QexpError, first_line, one_line
-from qexp.quantize.calibration.grid import HIGHEST
+from qexp.quantize.calibration.grid import QUANT_MAX
 from qexp.quantize.calibration.passes import calibrate
 from qexp.quantize.flow import Flow, QuantizationSpec
 from qexp.quantize.flows import FLOWS
@@ -22,7 +22,7 @@ from qexp.quantize.inspection.layer_equivalence import check_layers
 from qexp.quantize.inspection.untrusted_operators import run_or_refuse
 from qexp.quantize.torch_backend.deprecations import unprinted
 from qexp.quantize.torch_backend.engines import engine, supported
-from qexp.quantize.torch_backend.ignored_quant_max import highest_code
+from qexp.quantize.torch_backend.ignored_quant_max import quant_max_of
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +69,8 @@ def _through(model: nn.Module, flow: Flow, spec: QuantizationSpec, one: Tensor, 
     with engine(spec.engine):
         # Two images: with one, a batch that is taken for channels goes unnoticed.
         run_or_refuse(quantized.module, flow, torch.cat([one, one]))
-    highest = highest_code(quantized.module)
-    if highest < HIGHEST and (operator := beyond(quantized.module, spec.engine, one, highest)):
+    quant_max = quant_max_of(quantized.module)
+    if quant_max < QUANT_MAX and (operator := beyond(quantized.module, spec.engine, one, quant_max)):
         raise InputError(
             f"flow={flow.name} can't keep what {operator} gives within qconfig.activation.bits="
             f"{spec.qconfig.activation.bits}, for torch's kernel knows 8 alone: call it as a module of torch.nn, or "

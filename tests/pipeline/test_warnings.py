@@ -15,7 +15,7 @@ from qexp.accuracy import target_cpu
 from qexp.config.schema import Config, Engine, FlowName, Overflow, Scheme
 from qexp.metrics import Metric
 from qexp.pipeline import analyse, prepare, run_metrics, warnings
-from qexp.quantize import FLOWS, Narrowed, Side
+from qexp.quantize import FLOWS, ReducedRange, Side
 from qexp.quantize.saturation import emulation, kernels
 from qexp.quantize.saturation.kernels import KernelSignature, Probe
 from qexp.quantize.torch_backend.slow_depthwise import without_fast_kernel
@@ -56,7 +56,7 @@ def predicted(count: int, right: int) -> Predictions:
 
 
 def answered(
-    *rows: emulation.LayerSums, source: AccuracySource = AccuracySource.executed, exact: int = 88
+    *rows: emulation.LayerSaturation, source: AccuracySource = AccuracySource.executed, exact: int = 88
 ) -> target_cpu.TargetAccuracy:
     """What 100 images say, of which 80 are right with the sums that are executed."""
     every, executed = np.arange(100), predicted(100, 80)
@@ -64,12 +64,12 @@ def answered(
     return target_cpu.TargetAccuracy(source, every, executed, seen, every, predicted(100, exact), executed, rows)
 
 
-def row(name: str, different: int, highest: int = 255) -> emulation.LayerSums:
-    return emulation.LayerSums(name, "conv", 100, different, 9 * bool(different), highest)
+def row(name: str, different: int, highest: int = 255) -> emulation.LayerSaturation:
+    return emulation.LayerSaturation(name, "conv", 100, different, 9 * bool(different), highest)
 
 
-def narrowed(*names: str, side: Side = Side.weights) -> tuple[Narrowed, ...]:
-    return tuple(Narrowed(name, side, 0.1, 0.2) for name in names)
+def narrowed(*names: str, side: Side = Side.weights) -> tuple[ReducedRange, ...]:
+    return tuple(ReducedRange(name, side, 0.1, 0.2) for name in names)
 
 
 def test_the_guard_is_explained_where_it_concerns_the_network(composed: Composed, on: Callable[..., None]) -> None:

@@ -64,7 +64,7 @@ def test_a_model_that_nothing_saturates_in_is_handed_on_as_it_is() -> None:
     model = quantized(Chain(), FlowName.fx, overflow="layers")
     exact = replace(model, prepared=replace(model.prepared, spec=replace(model.prepared.spec, engine=Engine.qnnpack)))
     assert model.qconfig.overflow is Overflow.layers
-    assert quantize.narrow(exact, Target.native, TWO) == (exact, ())
+    assert quantize.reduce_range(exact, Target.native, TWO) == (exact, ())
 
 
 NETS: dict[str, Callable[[], nn.Module]] = {"tiny": architectures.tiny, "chain": Chain, "plain": Plain}

@@ -15,6 +15,7 @@ from qexp import quantize
 from qexp.config.schema import Engine, FlowName
 from qexp.errors import InputError
 from qexp.quantize import FLOWS
+from qexp.quantize.inspection import fusion_check
 from qexp.quantize.inspection.layer_equivalence import FEW, check_layers
 from tests.helpers.fake_quantized import FakeQuantized
 from tests.helpers.networks import CLASSES, NETWORKS, built, images
@@ -61,7 +62,7 @@ def check(name: str, flow: FlowName, engine: Engine, weight_bits: int = 8) -> No
     with torch.inference_mode():
         expected = net(batch)
     fused = FLOWS[flow].fuse(net, spec(), calibration)
-    assert quantize.fusion_difference(net, fused, batch) < 1e-4
+    assert fusion_check.fusion_difference(net, fused, batch) < 1e-4
     prepared = FLOWS[flow].prepare(fused, spec(qconfig, engine=engine), calibration)
     quantize.calibrate(prepared, calibration.split(16))
     converted = FLOWS[flow].convert(prepared).module

@@ -8,7 +8,7 @@ from enum import StrEnum
 from qexp.config.schema import Overflow, QConfig
 
 FULL_BITS = 8
-HIGHEST = 2**FULL_BITS - 1
+QUANT_MAX = 2**FULL_BITS - 1
 """The largest code of an activation that kernels know."""
 SAFE_BITS = 7
 """With 7 bits on either side two products of u8 by s8 fit into 16 bits: 255*64*2 = 32640 and 127*128*2 = 32512."""
@@ -54,7 +54,7 @@ def executed_bits(qconfig: QConfig, side: Side) -> int:
     return min(asked, SAFE_BITS) if qconfig.overflow == side.value else asked
 
 
-def highest_activation(qconfig: QConfig) -> int:
+def executed_quant_max(qconfig: QConfig) -> int:
     """The largest code of an activation that is executed: a guard's grid is one of the scale alone."""
     return int(2**qconfig.activation.bits - 1)
 

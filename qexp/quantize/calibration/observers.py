@@ -18,7 +18,7 @@ from torch.ao.quantization.observer import (
 )
 
 from qexp.config.schema import ActivationObserver, Granularity, Observer, QConfig, Scheme, WeightObserver
-from qexp.quantize.calibration.grid import HIGHEST, Grid, Side, grid, highest_activation
+from qexp.quantize.calibration.grid import QUANT_MAX, Grid, Side, executed_quant_max, grid
 from qexp.quantize.calibration.ranges import range_mse, range_mse_rows
 from qexp.quantize.calibration.recording_observer import RecordingObserver, destination
 from qexp.quantize.calibration.statistics_collector import statistics
@@ -41,35 +41,35 @@ def activation_observer(qconfig: QConfig, observer: Observer) -> Any:
         "qscheme": _TENSOR_SCHEME[qconfig.activation.scheme],
         **_bounds(grid(qconfig, Side.activations)),
     }
-    highest = highest_activation(qconfig)
+    executed = executed_quant_max(qconfig)
     if observer.name is not ActivationObserver.histogram:
-        return RecordingObserver.with_args(observer=observer, highest=highest, **keywords)
+        return RecordingObserver.with_args(observer=observer, executed_quant_max=executed, **keywords)
     bins = {} if observer.bins is None else {"bins": observer.bins}
-    return Histogram.with_args(highest=highest, **bins, **keywords)
+    return Histogram.with_args(executed_quant_max=executed, **bins, **keywords)
 
 
 class Histogram(HistogramObserver):
-    """torch's own; highest: as of a RecordingObserver."""
+    """torch's own; quant_max: as of a RecordingObserver."""
 
-    def __init__(self, highest: int = HIGHEST, **keywords: Any) -> None:
+    def __init__(self, executed_quant_max: int = QUANT_MAX, **keywords: Any) -> None:
         super().__init__(**keywords)
-        self.highest = highest
+        self.executed_quant_max = executed_quant_max
 
 
-def highest_observed(prepared: nn.Module) -> int:
+def quant_max_of_observers(prepared: nn.Module) -> int:
     """The largest code of an activation that is let through once the model is converted."""
     found = [one for one in observers(prepared).values() if isinstance(one, RecordingObserver | Histogram)]
-    return min((observer.highest for observer in found), default=HIGHEST)
+    return min((observer.executed_quant_max for observer in found), default=QUANT_MAX)
 
 
-def fix_fewer_levels(prepared: nn.Module, highest: int) -> None:
-    """In place, let observers with fixed parameters (of sigmoid and its like) have highest + 1 levels between their
+def fix_fewer_levels(prepared: nn.Module, quant_max: int) -> None:
+    """In place, let observers with fixed parameters (of sigmoid and its like) have quant_max + 1 levels between their
     ends."""
-    levels = (HIGHEST + 1) // (highest + 1)
+    levels = (QUANT_MAX + 1) // (quant_max + 1)
     for observer in {id(o): o for o in observers(prepared).values() if isinstance(o, FixedQParamsObserver)}.values():
         observer.scale.mul_(levels)
         observer.zero_point.div_(levels, rounding_mode="floor")
-        observer.quant_max = highest
+        observer.quant_max = quant_max
 
 
 class MseObserver(MinMaxObserver):
@@ -167,6 +167,6 @@ def to_qparams(observer: Any, axis: int | None = None) -> QParams:
         scale=scale.detach().to(torch.float32).reshape(-1).numpy().copy(),
         zero_point=zero_point.detach().to(torch.int64).reshape(-1).numpy().copy(),
         qmin=int(observer.quant_min),
-        qmax=int(getattr(observer, "highest", observer.quant_max)),
+        qmax=int(getattr(observer, "executed_quant_max", observer.quant_max)),
         axis=axis,
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from qexp.config.schema import Observer, Scheme
 from qexp.quantize.calibration.grid import Grid
 from qexp.quantize.calibration.ranges import solver
-from qexp.quantize.calibration.statistics_collector import Seen
+from qexp.quantize.calibration.statistics_collector import StatisticsCollector
 from qexp.quantize.calibration.tensor_statistics import TensorStats, merge
 
 
@@ -30,7 +30,7 @@ class Recorder:
     def __init__(self, observer: Observer) -> None:
         self.observer = observer
         self._closed: TensorStats | None = None
-        self._open = Seen()
+        self._open = StatisticsCollector()
         self._ranges = _Ranges()
 
     def add(self, values: Tensor) -> None:
@@ -49,7 +49,7 @@ class Recorder:
         if self._open:
             found = self._open.stats()
             self._closed = found if self._closed is None else merge(self._closed, found)
-            self._open = Seen()
+            self._open = StatisticsCollector()
         return self._closed
 
     @property
@@ -73,7 +73,7 @@ class Recorder:
 
     def resume(self, stats: TensorStats) -> None:
         """Be as if it had seen what `stats` are of, and nothing else."""
-        self._closed, self._open, self._ranges = stats, Seen(), _Ranges()
+        self._closed, self._open, self._ranges = stats, StatisticsCollector(), _Ranges()
 
     def range(self, grid: Grid, scheme: Scheme) -> tuple[float, float]:
         """The ends of what is quantized onto `grid`. Raises ValueError where nothing was seen."""

@@ -1,4 +1,4 @@
-"""A recorder as torch.ao sees it: an observer as any other."""
+"""An observer of torch.ao's interface around a `Recorder`."""
 
 from __future__ import annotations
 
@@ -12,30 +12,29 @@ from torch import Tensor
 from torch.ao.quantization.observer import UniformQuantizationObserverBase
 
 from qexp.config.schema import Observer, Scheme
-from qexp.quantize.calibration.grid import HIGHEST, Grid
+from qexp.quantize.calibration.grid import QUANT_MAX, Grid
 from qexp.quantize.calibration.recorder import Recorder
 
 
 def destination(observer: Any) -> tuple[Grid, Scheme]:
-    """The integers that an observer of torch's kind maps a range onto, and how."""
+    """Return the grid that an observer of torch's interface maps a range onto, and the scheme."""
     symmetric = observer.qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
     return Grid(observer.quant_min, observer.quant_max), Scheme.symmetric if symmetric else Scheme.asymmetric
 
 
 class RecordingObserver(UniformQuantizationObserverBase):
-    """Stands for the activation observer `observer`; keywords as for any of torch's (dtype, qscheme, quant_min, …).
+    """torch's interface to the activation observer `observer`; keywords are torch's (dtype, qscheme, quant_min, …).
 
-    torch's own formula makes scale and zero point from the range that the recorder finds, and convert reads them.
+    torch's formula computes scale and zero point from the range that the recorder finds, and `convert` reads them.
 
-    highest: the largest code that is let through when the model is executed, beyond quant_max where that is a guard's.
-    in_sequence: whether it is one of the parts that a fused module of torch's (an `nn.Sequential`) calls one after the
-    other, and so gets each tensor twice. To a moving average that is two batches, as with torch's own observers; the
-    values are counted once.
+    executed_quant_max: the largest code that kernels let through; it exceeds quant_max where a guard reduces the range.
+    in_sequence: True for an observer inside one of torch's fused modules (an `nn.Sequential`), which calls it twice for
+    each tensor. A moving average then counts two batches, as torch's own observers do; values are counted once.
     """
 
-    def __init__(self, observer: Observer, highest: int = HIGHEST, **keywords: Any) -> None:
+    def __init__(self, observer: Observer, executed_quant_max: int = QUANT_MAX, **keywords: Any) -> None:
         super().__init__(**keywords)
-        self.recorder, self.highest = Recorder(observer), highest
+        self.recorder, self.executed_quant_max = Recorder(observer), executed_quant_max
         self.in_sequence = False
         self._latest: weakref.ref[Tensor] | None = None
 
@@ -58,6 +57,6 @@ class RecordingObserver(UniformQuantizationObserverBase):
         return other
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        # The grid may have been narrowed since calibration.
+        # The grid may have been reduced since calibration.
         low, high = self.recorder.range(*destination(self)) if self.recorder.fed else (math.inf, -math.inf)
         return self._calculate_qparams(torch.tensor(low), torch.tensor(high))

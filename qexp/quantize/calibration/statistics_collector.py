@@ -83,7 +83,7 @@ def _leading_bits(value: float) -> int:
     return int(np.float32(abs(value)).view(np.int32)) >> SHIFT
 
 
-class Seen:
+class StatisticsCollector:
     """What was seen of a tensor so far. Small ones wait, eight and a megabyte at most, to be looked at together."""
 
     def __init__(self) -> None:
@@ -102,10 +102,10 @@ class Seen:
         self._times.append(1)
         one = values.reshape(1, -1)
         if self._waiting is not None and self._waiting.shape[1] != one.shape[1]:
-            self._see_what_waits()
+            self._collect_waiting()
             self._waiting = None
         if one.shape[1] > _PORTION // 2:
-            self._see(one)
+            self._collect(one)
             return
         if self._waiting is None:
             with torch.inference_mode(False):  # what is made in it can't be changed outside
@@ -113,18 +113,18 @@ class Seen:
         self._waiting[self._filled].copy_(one[0])
         self._filled += 1
         if self._filled == len(self._waiting):
-            self._see_what_waits()
+            self._collect_waiting()
 
     def again(self) -> None:
         """The last tensor counts as a batch once more, but its values don't."""
         self._times[-1] += 1
 
-    def _see_what_waits(self) -> None:
+    def _collect_waiting(self) -> None:
         if self._waiting is not None and self._filled:
-            self._see(self._waiting[: self._filled])
+            self._collect(self._waiting[: self._filled])
             self._filled = 0
 
-    def _see(self, tensors: Tensor) -> None:
+    def _collect(self, tensors: Tensor) -> None:
         self._minima += tensors.amin(1).tolist()
         self._maxima += tensors.amax(1).tolist()
         if self._histogram is None:
@@ -135,12 +135,12 @@ class Seen:
     @property
     def finite(self) -> bool:
         """Whether all values are."""
-        self._see_what_waits()
+        self._collect_waiting()
         return bool(np.isfinite(self._minima).all() and np.isfinite(self._maxima).all())
 
     def stats(self) -> TensorStats:
         """Of one tensor or more. Raises ValueError where a value was NaN or infinite."""
-        self._see_what_waits()
+        self._collect_waiting()
         assert self._histogram is not None
         minima, maxima = (np.repeat(np.array(ends, np.float32), self._times) for ends in (self._minima, self._maxima))
         return TensorStats(minima, maxima, *self._histogram.sparse(min(self._minima), max(self._maxima)))
@@ -148,6 +148,6 @@ class Seen:
 
 def statistics(values: Tensor) -> TensorStats:
     """Of a tensor, float32 with one value or more, that is seen at once."""
-    seen = Seen()
-    seen.add(values)
-    return seen.stats()
+    collector = StatisticsCollector()
+    collector.add(values)
+    return collector.stats()

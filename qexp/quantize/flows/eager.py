@@ -1,4 +1,4 @@
-"""The tutorial's flow: fuse modules, put stubs around them, and swap each for its INT8 twin.
+"""The tutorial's flow: fuse modules, put stubs around them, and swap each for its INT8 counterpart.
 
 torch's documentation calls it eager mode quantization: https://docs.pytorch.org/docs/stable/quantization.html
 """
@@ -24,15 +24,15 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from qexp.config import schema
 from qexp.config.schema import Granularity, Observer, QConfig
 from qexp.errors import InputError, one_line
-from qexp.quantize.calibration.grid import highest_activation
-from qexp.quantize.calibration.observers import ClampFirst, fix_fewer_levels, highest_observed, torch_qconfig
+from qexp.quantize.calibration.grid import executed_quant_max
+from qexp.quantize.calibration.observers import ClampFirst, fix_fewer_levels, quant_max_of_observers, torch_qconfig
 from qexp.quantize.calibration.recording_observer import RecordingObserver
 from qexp.quantize.flow import Flow, Prepared, QuantizationSpec, QuantizedModel
-from qexp.quantize.graph.clamps import Interval, clamp_after
+from qexp.quantize.graph.clamps import ValueRange, clamp_after
 from qexp.quantize.graph.copies import by_modules, each_once, evaluation_copy, sharing_copy
 from qexp.quantize.graph.hooks import attached
 from qexp.quantize.graph.in_place import mark_writers, write_back, writes_back
-from qexp.quantize.graph.tensor_names import place, public
+from qexp.quantize.graph.tensor_names import OBSERVER, place, public
 from qexp.quantize.graph.tracing import UntraceableError, trace
 from qexp.quantize.torch_backend.deprecations import known_deprecations_silenced
 from qexp.quantize.torch_backend.engines import engine
@@ -100,7 +100,7 @@ class EagerFlow(Flow):
         with engine(spec.engine), known_deprecations_silenced(), each_once(module):
             prepared = torch_prepare(module, inplace=True)
         _adapt(prepared, clamped)
-        fix_fewer_levels(prepared, highest_activation(spec.qconfig))
+        fix_fewer_levels(prepared, executed_quant_max(spec.qconfig))
         return Prepared(self, spec, fused, prepared)
 
     def convert(self, prepared: Prepared) -> QuantizedModel:
@@ -109,13 +109,10 @@ class EagerFlow(Flow):
         with engine(name):
             with known_deprecations_silenced(), each_once(module):
                 converted = torch_convert(module, inplace=True)
-            return QuantizedModel(prepared, worked_around(converted, highest_observed(prepared.module), name))
+            return QuantizedModel(prepared, worked_around(converted, quant_max_of_observers(prepared.module), name))
 
 
-_POST = "activation_post_process"
-
-
-def _adapt(prepared: nn.Module, clamped: Mapping[str, Interval]) -> None:
+def _adapt(prepared: nn.Module, clamped: Mapping[str, ValueRange]) -> None:
     """In place, what torch's `prepare` leaves undone: attention's product with a number takes no range, and observers
     are told what they see twice, and what a clamp leaves of a tensor.
 
@@ -124,12 +121,12 @@ def _adapt(prepared: nn.Module, clamped: Mapping[str, Interval]) -> None:
     for part in prepared.modules():
         if isinstance(part, MultiheadAttention):
             part.q_scaling_product = ByNumbers()
-        watching = getattr(part, _POST, None)
+        watching = getattr(part, OBSERVER, None)
         if isinstance(part, _FusedModule) and isinstance(watching, RecordingObserver):
             watching.in_sequence = True
     for name, interval in clamped.items():
         owner = prepared.get_submodule(name)
-        target = getattr(owner, _POST, None) if name.rpartition(".")[2] != _POST else owner
+        target = getattr(owner, OBSERVER, None) if name.rpartition(".")[2] != OBSERVER else owner
         if isinstance(target, nn.Module):
             target.register_forward_pre_hook(ClampFirst(interval.low, interval.high))
 
@@ -285,7 +282,7 @@ def _choose(module: nn.Module, qconfig: QConfig, observer: Observer, example: Te
             m.never_runs = never  # read by layers.py: convert takes the qconfig away
 
 
-def _clamped(module: nn.Module, example: Tensor) -> dict[str, Interval]:
+def _clamped(module: nn.Module, example: Tensor) -> dict[str, ValueRange]:
     """By first name, the modules whose output feeds only a clamp, wherever they are called."""
     try:
         graph_module = trace(module, example)
@@ -298,7 +295,7 @@ def _clamped(module: nn.Module, example: Tensor) -> dict[str, Interval]:
         return {}
     modules = dict(graph_module.named_modules(remove_duplicate=False))
     first = {part: name for name, part in module.named_modules()}
-    found: dict[str, Interval | None] = {}
+    found: dict[str, ValueRange | None] = {}
     for node in graph_module.graph.nodes:
         if node.op != "call_module":
             continue

@@ -26,19 +26,19 @@ from torch.ao.quantization.quantize_fx import convert_fx, fuse_fx, prepare_fx
 from qexp.config import schema
 from qexp.config.schema import Engine, Granularity, Observer, QConfig
 from qexp.errors import InputError
-from qexp.quantize.calibration.grid import highest_activation
+from qexp.quantize.calibration.grid import executed_quant_max
 from qexp.quantize.calibration.observers import (
     ClampFirst,
     activation_observer,
     fix_fewer_levels,
-    highest_observed,
     observers,
+    quant_max_of_observers,
     torch_qconfig,
 )
 from qexp.quantize.calibration.recording_observer import RecordingObserver
 from qexp.quantize.flow import Flow, Prepared, QuantizationSpec, QuantizedModel
-from qexp.quantize.graph.canonical import normalise
-from qexp.quantize.graph.clamps import EVERYTHING, Interval, clamp_after, clamp_of
+from qexp.quantize.graph.canonical import canonicalise
+from qexp.quantize.graph.clamps import EVERYTHING, ValueRange, clamp_after, clamp_of
 from qexp.quantize.graph.copies import sharing_copy
 from qexp.quantize.graph.tensor_names import carry_to_converted, carry_to_prepared, name_tensors, note_origins, place
 from qexp.quantize.graph.tracing import UntraceableError
@@ -93,7 +93,7 @@ class FxFlow(Flow):
     def fuse(self, model: nn.Module, spec: QuantizationSpec, example: Tensor) -> nn.Module:
         """A traced copy with every BatchNorm folded that follows a convolution; InputError where it can't be traced."""
         try:
-            graph_module = normalise(model, example)
+            graph_module = canonicalise(model, example)
         except UntraceableError as error:
             what = f"{place(error.module, error.kind)} {error.reason}"
             raise InputError(f"flow={self.name} can't trace {type(model).__name__}: its {what}") from error
@@ -112,7 +112,7 @@ class FxFlow(Flow):
         _part_from_scaled(prepared)
         if spec.qconfig.range_after_clamp:
             _clamp_first(prepared)
-        fix_fewer_levels(prepared, highest_activation(spec.qconfig))
+        fix_fewer_levels(prepared, executed_quant_max(spec.qconfig))
         return Prepared(self, spec, fused, prepared)
 
     def convert(self, prepared: Prepared) -> QuantizedModel:
@@ -125,7 +125,7 @@ class FxFlow(Flow):
                 converted = convert_fx(copied)
             carry_to_converted(observed, converted)
             _clamp_weights(converted, observed)
-            return QuantizedModel(prepared, worked_around(converted, highest_observed(observed), name))
+            return QuantizedModel(prepared, worked_around(converted, quant_max_of_observers(observed), name))
 
 
 def _named(fused: fx.GraphModule) -> fx.GraphModule:
@@ -230,9 +230,9 @@ def _clamp_weights(converted: fx.GraphModule, prepared: nn.Module) -> None:
         made_from: Any = prepared.get_submodule(name)
         observer, weight = made_from.qconfig.weight(), module.weight()
         codes = weight.int_repr()
-        held = codes.clamp(observer.quant_min, observer.quant_max)
-        if not torch.equal(held, codes):
-            module.set_weight_bias(_with_codes(weight, held), module.bias())
+        clamped = codes.clamp(observer.quant_min, observer.quant_max)
+        if not torch.equal(clamped, codes):
+            module.set_weight_bias(_with_codes(weight, clamped), module.bias())
 
 
 def _with_codes(weight: Tensor, codes: Tensor) -> Tensor:
@@ -273,9 +273,9 @@ def _alone(observer_call: fx.Node) -> bool:
     return all(len(source.users) == 1 for source in observer_call.all_input_nodes)
 
 
-def _bounds(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[fx.Node, Interval]:
+def _bounds(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[fx.Node, ValueRange]:
     """For each node, an interval that holds its values whatever the input."""
-    bounds: dict[fx.Node, Interval] = {}
+    bounds: dict[fx.Node, ValueRange] = {}
     for node in graph.nodes:
         sources = [bounds.get(source, EVERYTHING) for source in node.all_input_nodes]
         clamp = clamp_of(node, modules)

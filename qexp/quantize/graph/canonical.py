@@ -32,7 +32,7 @@ _DROPOUTS = (F.dropout, F.dropout2d, F.alpha_dropout)
 _QUANTIZABLE_PAIRS = (operator.add, operator.mul, torch.add, torch.mul)
 
 
-def normalise(module: nn.Module, example: Tensor) -> fx.GraphModule:
+def canonicalise(module: nn.Module, example: Tensor) -> fx.GraphModule:
     """A traced copy that computes the same; raises trace.UntraceableError.
 
     example: float32 [n, 3, H, W]; the graph holds for this H and W.
@@ -217,15 +217,11 @@ def _make_plain(graph_module: fx.GraphModule) -> None:
     for node in _nodes(graph_module, "call_module"):
         module = _module(graph_module, node)
         kind = standard_type(module)
-        if kind is None or kind is type(module) or _has_hooks(module):
+        if kind is None or kind is type(module) or module._forward_pre_hooks or module._forward_hooks:
             continue
         if id(module) not in done:
             done[id(module)] = _as_plain(module, kind)
         graph_module.set_submodule(str(node.target), done[id(module)])
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
 def _as_plain(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
@@ -316,7 +312,7 @@ def _make_modules(graph_module: fx.GraphModule) -> None:
         except LookupError:
             continue
         source = _argument(node, 0, "input")
-        module = maker(*arguments, ndim=_ndim(node), **named)
+        module = maker(*arguments, ndim=node.meta.get("ndim", 4), **named)
         if module is None or not isinstance(source, fx.Node):
             continue
         name = _name_for(graph_module, node)
@@ -325,10 +321,6 @@ def _make_modules(graph_module: fx.GraphModule) -> None:
             call = graph_module.graph.call_module(name, (source,))
         node.replace_all_uses_with(call)
         graph_module.graph.erase_node(node)
-
-
-def _ndim(node: fx.Node) -> int:
-    return int(node.meta.get("ndim", 4))
 
 
 def _conv_maker(kind: type[nn.Conv1d] | type[nn.Conv2d]) -> Callable[..., nn.Module | None]:
@@ -486,7 +478,7 @@ def _number_padding(graph_module: fx.GraphModule) -> None:
 
 
 def _pad_before(graph_module: fx.GraphModule) -> None:
-    """Padding that repeats the image, or its border, moves before the convolution, whose INT8 twin doesn't know it."""
+    """Move circular and replicate padding out of convolutions, whose INT8 counterparts don't support it."""
     for node in _nodes(graph_module, "call_module"):
         conv = _module(graph_module, node)
         if isinstance(conv, _ConvNd) and conv.padding_mode in ("circular", "replicate"):
@@ -532,7 +524,7 @@ def _fold_transposed(graph_module: fx.GraphModule) -> None:
 def _move_padding(graph_module: fx.GraphModule) -> None:
     """Symmetric zero padding that only a convolution reads moves inside that convolution."""
     for node in list(graph_module.graph.nodes):
-        pads = _zero_padding(graph_module, node)
+        pads = _zero_padding(node)
         if pads is None:
             continue
         if any(pads) and not _absorbed(graph_module, node, pads):
@@ -562,7 +554,7 @@ def _absorbed(graph_module: fx.GraphModule, node: fx.Node, pads: list[int]) -> b
     return True
 
 
-def _zero_padding(graph_module: fx.GraphModule, node: fx.Node) -> list[int] | None:
+def _zero_padding(node: fx.Node) -> list[int] | None:
     """The pads of a padding with zeros, two for each dimension from the last on; None where it is something else."""
     if node.op != "call_function" or node.target is not F.pad:
         return None

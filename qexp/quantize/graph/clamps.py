@@ -16,24 +16,24 @@ _CLAMP = {torch.clamp, torch.clip, "clamp", "clip"}
 
 
 @dataclass(frozen=True)
-class Interval:
+class ValueRange:
     """Values from `low` to `high`, either of which may be infinite."""
 
     low: float
     high: float
 
-    def holds(self, other: Interval) -> bool:
+    def holds(self, other: ValueRange) -> bool:
         return self.low <= other.low and other.high <= self.high
 
-    def joined(self, other: Interval) -> Interval:
-        return Interval(min(self.low, other.low), max(self.high, other.high))
+    def joined(self, other: ValueRange) -> ValueRange:
+        return ValueRange(min(self.low, other.low), max(self.high, other.high))
 
 
-EVERYTHING = Interval(-math.inf, math.inf)
-RELU = Interval(0.0, math.inf)
+EVERYTHING = ValueRange(-math.inf, math.inf)
+RELU = ValueRange(0.0, math.inf)
 
 
-def clamp_of(node: fx.Node, modules: dict[str, nn.Module]) -> Interval | None:
+def clamp_of(node: fx.Node, modules: dict[str, nn.Module]) -> ValueRange | None:
     """The interval to which `node` clamps its first argument; None where it is no clamp by constants."""
     if node.op == "call_module":
         return _clamp_of_module(modules[str(node.target)])
@@ -42,7 +42,7 @@ def clamp_of(node: fx.Node, modules: dict[str, nn.Module]) -> Interval | None:
     if node.target in _RELUS:
         return RELU
     if node.target is F.relu6:
-        return Interval(0.0, 6.0)
+        return ValueRange(0.0, 6.0)
     if node.target is F.hardtanh:
         return _constants(node, "min_val", "max_val", (-1.0, 1.0))
     if node.target in _CLAMP:
@@ -50,25 +50,25 @@ def clamp_of(node: fx.Node, modules: dict[str, nn.Module]) -> Interval | None:
     return None
 
 
-def _clamp_of_module(module: nn.Module) -> Interval | None:
+def _clamp_of_module(module: nn.Module) -> ValueRange | None:
     # ReLU6 is a Hardtanh with bounds of its own.
     if isinstance(module, nn.Hardtanh):
-        return Interval(float(module.min_val), float(module.max_val))
+        return ValueRange(float(module.min_val), float(module.max_val))
     return RELU if isinstance(module, nn.ReLU) else None
 
 
-def _constants(node: fx.Node, low: str, high: str, default: tuple[float | None, float | None]) -> Interval | None:
+def _constants(node: fx.Node, low: str, high: str, default: tuple[float | None, float | None]) -> ValueRange | None:
     bounds: list[Any] = []
     for position, (name, otherwise) in enumerate(zip((low, high), default, strict=True), start=1):
         bounds.append(node.args[position] if len(node.args) > position else node.kwargs.get(name, otherwise))
     if any(isinstance(bound, fx.Node) for bound in bounds):
         return None
-    return Interval(
+    return ValueRange(
         -math.inf if bounds[0] is None else float(bounds[0]), math.inf if bounds[1] is None else float(bounds[1])
     )
 
 
-def clamp_after(node: fx.Node, modules: dict[str, nn.Module]) -> Interval | None:
+def clamp_after(node: fx.Node, modules: dict[str, nn.Module]) -> ValueRange | None:
     """The clamp that is the only consumer of `node`'s value, as an interval; None where there is none."""
     users = list(node.users)
     if len(users) != 1 or users[0].args[:1] != (node,):

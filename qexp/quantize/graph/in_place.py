@@ -311,8 +311,8 @@ def out_of_place(node: fx.Node, found: Memory) -> None:
         node.op, node.target = "call_function", _FILLING[name]
     elif name == "copy_" and _same_size(node.args[1], found):
         node.op, node.target, node.args, node.kwargs = "call_method", "clone", (node.args[1],), {}
-    elif (twin := _twin_of(node, name)) is not None and isinstance(written, fx.Node):
-        node.target = twin
+    elif (counterpart := _counterpart_of(node, name)) is not None and isinstance(written, fx.Node):
+        node.target = counterpart
     elif not _without_inplace(node):
         raise UnsafeWriteError(found.module, f"writes in place ({name}), for which torch has no other form")
 
@@ -322,7 +322,7 @@ def _same_size(value: Any, found: Memory) -> bool:
     return [(p.size, p.dtype) for p in places] == [(p.size, p.dtype) for p in found.places]
 
 
-def _twin_of(node: fx.Node, name: str) -> Any:
+def _counterpart_of(node: fx.Node, name: str) -> Any:
     """torch's operator of this name without the `_` at its end; None where there is none."""
     if not name.endswith("_") or name.endswith("__"):
         return None
@@ -373,10 +373,10 @@ _WRITE_IN_INT8 = (nn.ReLU, nn.Hardtanh)  # ReLU6 is one of these
 
 
 def mark_writers(module: nn.Module, image: Tensor) -> None:
-    """Note, in place, which layers write in place what the model reads by another name afterwards, and have INT8 twins
-    that ignore `inplace`.
+    """Mark, in place, the layers that write to a tensor which the model reads by another name afterwards, and whose
+    INT8 counterparts ignore `inplace`.
 
-    image: float32 [1, 3, H, W]. Such a layer is one without which writing the model gives another answer.
+    image: float32 [1, 3, H, W]. A layer is marked if the model's output changes once it no longer works in place.
     """
     layers: list[Any] = [
         layer
@@ -385,17 +385,15 @@ def mark_writers(module: nn.Module, image: Tensor) -> None:
     ]
     with torch.inference_mode():
 
-        def answer(writing: list[Any]) -> Any:
+        def run(writing: list[Any]) -> Any:
             for layer in layers:
                 layer.inplace = layer in writing
             return module(image.clone())
 
-        if not layers or _same(expected := answer(layers), answer([])):
+        if not layers or _same(expected := run(layers), run([])):
             found = []
         else:
-            found = [
-                layer for layer in layers if not _same(expected, answer([one for one in layers if one is not layer]))
-            ]
+            found = [layer for layer in layers if not _same(expected, run([one for one in layers if one is not layer]))]
     for layer in layers:
         layer.inplace = True
     for layer in found:

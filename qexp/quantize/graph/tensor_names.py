@@ -20,7 +20,8 @@ from qexp.quantize.torch_backend.float_layers import InFloat
 from qexp.quantize.torch_backend.ignored_quant_max import torch_function
 from qexp.quantize.torch_backend.stride_bugs import AfterStride
 
-_POST = "activation_post_process"
+OBSERVER = "activation_post_process"
+"""The attribute under which torch keeps the observer of a module's output."""
 _TENSOR = "tensor"
 
 
@@ -39,9 +40,9 @@ def tensor_names(prepared: nn.Module) -> dict[str, str]:
     if isinstance(prepared, fx.GraphModule):
         return {str(node.target): tensor_of(node) for node in prepared.graph.nodes if _is_observer(node)}
     return {
-        name: public(name.removesuffix(f".{_POST}"), prepared)
+        name: public(name.removesuffix(f".{OBSERVER}"), prepared)
         for name, _ in prepared.named_modules()
-        if name.endswith(f".{_POST}")
+        if name.endswith(f".{OBSERVER}")
     }
 
 
@@ -108,6 +109,11 @@ def hands_on(node: fx.Node) -> bool:
     return torch_function(node.target) in (torch.quantize_per_tensor, "dequantize", "to")
 
 
+def called(node: fx.Node) -> str:
+    """The name of the function or method that a node calls."""
+    return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
 def took_relu(node: fx.Node) -> bool:
     """Whether a node of a converted graph is an operation into which torch took the ReLU behind it."""
     operation = str(node.target)
@@ -115,7 +121,7 @@ def took_relu(node: fx.Node) -> bool:
 
 
 def _is_observer(node: fx.Node) -> bool:
-    return node.op == "call_module" and _POST in str(node.target)
+    return node.op == "call_module" and OBSERVER in str(node.target)
 
 
 # ------------------------------------------------------------------------------------------------ sentences

@@ -101,14 +101,11 @@ class _ShapeProxy(fx.Proxy):
         if k == "concrete" or (k.startswith("__") and k.endswith("__")):
             return super().__getattr__(k)
         value = getattr(self.concrete, k)
-        if isinstance(self.concrete, tuple) and not callable(value):
-            return self[next(i for i, part in enumerate(self.concrete) if part is value)]  # `x.max(1).values`
         if callable(value):
             return super().__getattr__(k)
-        if isinstance(self.concrete, tuple) and isinstance(value, Tensor):
+        if isinstance(self.concrete, tuple):
             # `x.max(1).values` by its position: others who run the graph make plain tuples of torch's named ones.
-            position = [part is value for part in self.concrete].index(True)
-            return self.tracer.create_proxy("call_function", operator.getitem, (self, position), {})
+            return self[next(i for i, part in enumerate(self.concrete) if part is value)]
         return self.tracer.create_proxy("call_function", getattr, (self, k), {}) if isinstance(value, Tensor) else value
 
     @property
@@ -340,12 +337,12 @@ def trace(module: nn.Module, example: Tensor) -> fx.GraphModule:
         # Only the batch sizes that nobody used: a module may be there for what its hooks do.
         traced.graph.eliminate_dead_code(lambda node: not (node.op == "call_method" and node.target == "size"))
         traced.recompile()
-        if rewired and not _same_answers(module, traced, torch.cat([example[:1], -example[:1]])):
+        if rewired and not _same_outputs(module, traced, torch.cat([example[:1], -example[:1]])):
             raise UntraceableError("", type(module).__name__, "writes in place in a way that can't be followed")
     return traced
 
 
-def _same_answers(module: nn.Module, traced: nn.Module, images: Tensor) -> bool:
+def _same_outputs(module: nn.Module, traced: nn.Module, images: Tensor) -> bool:
     expected, actual = module(images.clone()), traced(images.clone())
     return not isinstance(expected, Tensor) or torch.allclose(actual, expected, rtol=1e-3, atol=1e-5, equal_nan=True)
 

@@ -31,7 +31,7 @@ def executed(converted: nn.Module, engine_name: Engine, images: Tensor) -> tuple
     """
     calls: list[str] = []
 
-    def record(function: Any, given: Mapping[str, Any], answer: object) -> None:
+    def record(function: Any, given: Mapping[str, Any], result: object) -> None:
         ends = ("min", "max") if function is _CLAMP and given["self"].is_quantized else ()
         # These ends are steps of the tensor's grid (see held.py).
         told = [(name, "end" if name in ends else _described(name, value)) for name, value in given.items()]
@@ -42,20 +42,20 @@ def executed(converted: nn.Module, engine_name: Engine, images: Tensor) -> tuple
     return tuple(calls)
 
 
-def beyond(converted: nn.Module, engine_name: Engine, images: Tensor, highest: int) -> str:
-    """The first operator whose answer, read by another one, has activations with codes beyond `highest`; "" if none.
+def beyond(converted: nn.Module, engine_name: Engine, images: Tensor, quant_max: int) -> str:
+    """The first operator whose result, read by another one, has activations with codes beyond `quant_max`; "" if none.
 
     images: float32 [n, 3, H, W].
     """
     made: dict[int, tuple[Tensor, str]] = {}  # with the tensors, so that no id is used twice
     found: list[str] = []
 
-    def look(function: Any, given: Mapping[str, Any], answer: object) -> None:
-        answers = list(_leaves([answer]))
-        if answers and function not in (_CLAMP, torch.ops.aten.int_repr.default):
+    def look(function: Any, given: Mapping[str, Any], result: object) -> None:
+        results = list(_leaves([result]))
+        if results and function not in (_CLAMP, torch.ops.aten.int_repr.default):
             found.extend(made[id(value)][1] for value in _leaves(given.values()) if id(value) in made)
-        for value in answers:
-            if value.dtype is torch.quint8 and int(torch.int_repr(value).max()) > highest:
+        for value in results:
+            if value.dtype is torch.quint8 and int(torch.int_repr(value).max()) > quant_max:
                 made[id(value)] = value, str(function).split(".")[1]
 
     with _watched(look), engine(engine_name), torch.inference_mode():
@@ -85,7 +85,7 @@ class DispatchMode(TorchDispatchMode):
 @contextmanager
 def _watched(see: Callable[[Any, Mapping[str, Any], object], None]) -> Iterator[None]:
     """While in this context, tell of each call of torch's operators, as the dispatcher gets them (functions, methods
-    and modules alike, in the eager flow as in fx), its arguments by name, and its answer."""
+    and modules alike, in the eager flow as in fx), its arguments by name, and its result."""
 
     class Watcher(DispatchMode):
         def __torch_dispatch__(
@@ -93,9 +93,9 @@ def _watched(see: Callable[[Any, Mapping[str, Any], object], None]) -> Iterator[
         ) -> Any:
             names = [argument.name for argument in func._schema.arguments]
             given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
-            answer = func(*args, **(kwargs or {}))
-            see(func, given, answer)
-            return answer
+            result = func(*args, **(kwargs or {}))
+            see(func, given, result)
+            return result
 
     with Watcher():
         yield

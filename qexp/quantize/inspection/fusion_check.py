@@ -56,7 +56,7 @@ def _advice(float_module: nn.Module, fused: nn.Module, flow: Flow, image: Tensor
     return "tracing follows one call of forward, and what that decides anew in each call is lost"
 
 
-def blame(float_module: nn.Module, fused: nn.Module, batch: Tensor, tolerance: float = TOLERANCE) -> str:
+def blame(float_module: nn.Module, fused: nn.Module, batch: Tensor) -> str:
     """The first block of `fused` (or the first module, where a flow has dissolved the blocks) that computes another
     output than in the float model.
 
@@ -68,17 +68,16 @@ def blame(float_module: nn.Module, fused: nn.Module, batch: Tensor, tolerance: f
     blocks = {name for name, m in fused.named_modules() if list(m.children()) and not isinstance(m, _FusedModule)}
     found: list[str] = []
 
+    def close(output: Tensor, other: Tensor) -> bool:
+        return float((output - other).abs().max()) <= TOLERANCE * max(float(other.abs().max()), 1e-30)
+
     def look(name: str, output: Tensor) -> None:
         others = [other for known, other in expected if name not in blocks or known == name]
-        if not found and not any(_close(output, other, tolerance) for other in others if other.shape == output.shape):
+        if not found and not any(close(output, other) for other in others if other.shape == output.shape):
             found.append(name)
 
     _run(fused, batch, look)
     return found[0] if found else "its own forward"
-
-
-def _close(output: Tensor, other: Tensor, tolerance: float) -> bool:
-    return float((output - other).abs().max()) <= tolerance * max(float(other.abs().max()), 1e-30)
 
 
 def _run(module: nn.Module, batch: Tensor, see: Callable[[str, Tensor], None]) -> None:

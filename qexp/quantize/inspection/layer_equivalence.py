@@ -1,8 +1,8 @@
-"""Whether every layer of the INT8 model computes the function of its float twin, only coarser.
+"""Whether every layer of the INT8 model computes the function of its float counterpart, only coarser.
 
 The INT8 model runs on a few images, and what each of its layers reads and gives is kept. Then the float model runs as
 its shadow: each layer is given what the INT8 layer read, with the INT8 layer's weights, so that no noise of a layer
-before it and none of rounded weights is in its answer, and what it hands on is the INT8 layer's answer. So the float
+before it and none of rounded weights is in its output, and what it hands on is the INT8 layer's output. So the float
 model's own Python carries the values of the INT8 model from layer to layer, and three things are seen by themselves:
 
 - what a layer reads: if the float model brings another tensor to it, something between it and the layers before was
@@ -34,14 +34,14 @@ from torch.fx.node import map_aggregate
 
 from qexp.config.schema import Engine, Scheme
 from qexp.errors import RunError
-from qexp.quantize.calibration.grid import HIGHEST
+from qexp.quantize.calibration.grid import QUANT_MAX
 from qexp.quantize.flow import QuantizedModel
-from qexp.quantize.graph.tensor_names import hands_on, public, tensor_of, took_relu
+from qexp.quantize.graph.tensor_names import called, hands_on, public, tensor_of, took_relu
 from qexp.quantize.graph.tracing import standard_type
 from qexp.quantize.inspection.layers import is_per_channel, weight_scales
 from qexp.quantize.saturation import emulation, kernels
 from qexp.quantize.torch_backend.engines import engine as torch_engine
-from qexp.quantize.torch_backend.ignored_quant_max import highest_code
+from qexp.quantize.torch_backend.ignored_quant_max import quant_max_of
 from qexp.quantize.torch_backend.qnnpack_biases import fit_biases
 from qexp.quantize.torch_backend.stride_bugs import AfterStride
 from qexp.records import QParams
@@ -52,7 +52,7 @@ FEW = 2
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far one INT8 layer is from its float twin, at most, over all images and calls.
+    """How far one INT8 layer is from its float counterpart, at most, over all images and calls.
 
     name: of the layer, or of the tensor that an operation gives. computes: what torch executes. read, output: distance
     of what it reads, and of what it gives for the same, in steps of these tensors' grids; of tensors in FP32 in
@@ -79,9 +79,9 @@ class Deviation:
         """What is wrong with it, as the rest of a sentence about it; empty where nothing is."""
         if not self.read <= self.allowed_read:
             return (
-                f"reads a tensor that is {self.read:.3g} steps of its grid away from the one that its float twin reads "
-                f"({self.allowed_read:g} is rounding): what is computed between it and the layers before it was lost "
-                "or changed"
+                f"reads a tensor that is {self.read:.3g} steps of its grid away from the one that its float "
+                f"counterpart reads ({self.allowed_read:g} is rounding): what is computed between it and the layers "
+                "before it was lost or changed"
             )
         if not self.weight <= _ALLOWED_WEIGHT:
             return f"holds weights that are {self.weight:.3g} steps of their grid away from the float ones"
@@ -92,22 +92,21 @@ class Deviation:
         if not self.output <= self.allowed:
             grid = f"steps of its grid ({self.step:.3g})" if self.step else "ten-thousandths of its largest value"
             return (
-                f"gives, for what it reads, an output {self.output:.3g} {grid} away from its float twin's, where "
-                f"rounding explains {self.allowed:g}"
+                f"gives, for what it reads, an output {self.output:.3g} {grid} away from its float counterpart's, "
+                f"where rounding explains {self.allowed:g}"
             )
         return ""
 
 
 _ALLOWED_WEIGHT = 0.51
-_ALLOWED_FP32 = 1.0
 # Attention was 2.4 steps away and an LSTM of 49 tokens 3.8; with tokens and images mixed up it is 60 and more.
 _ALLOWED_MANY = 16.0
 
 
 def check_layers(model: QuantizedModel, images: Tensor) -> None:
-    """Raise RunError, in a sentence that names the layer, where one computes another function than its float twin.
+    """Raise RunError, naming the first layer in the order of execution that differs from its float counterpart.
 
-    images: float32 [n, 3, H, W], a few. The first such layer is named, in the order of execution.
+    images: float32 [n, 3, H, W], `FEW` of them.
     """
     for found in layer_deviations(model, images):
         if found.fault:
@@ -118,7 +117,7 @@ def check_layers(model: QuantizedModel, images: Tensor) -> None:
 
 
 def layer_deviations(model: QuantizedModel, images: Tensor) -> tuple[Deviation, ...]:
-    """How far each layer and operation of the INT8 model is from its float twin, in the order of execution.
+    """How far each layer and operation of the INT8 model is from its float counterpart, in the order of execution.
 
     images: float32 [n, 3, H, W], a few. The model and the float one are left as they were.
     """
@@ -128,24 +127,24 @@ def layer_deviations(model: QuantizedModel, images: Tensor) -> tuple[Deviation, 
     with torch_engine(engine), torch.no_grad():
         given, calls = models.run_int8(images.clone())
         clips = isinstance(models, _Graphs)
-        shadow = _Shadow(calls, model.qparams, engine, highest_code(int8), models.allowed_read, clips)
-        answer = models.run_float(images.clone(), shadow)
-        shadow.compare_answers(answer, given)
+        shadow = _Shadow(calls, model.qparams, engine, quant_max_of(int8), models.allowed_read, clips)
+        output = models.run_float(images.clone(), shadow)
+        shadow.compare_outputs(output, given)
     return tuple(shadow.found.values())
 
 
 # ------------------------------------------------------------------------------------------------ distances
 
 
-def _steps(values: Tensor, quantized: Tensor, highest: int, clips: bool = True) -> Tensor:
+def _steps(values: Tensor, quantized: Tensor, quant_max: int, clips: bool = True) -> Tensor:
     """How many steps of its grid each value of a quantized tensor is away from a float one; clips: where this lies
-    beyond the grid's ends, from that end; highest: the last code of activations."""
+    beyond the grid's ends, from that end; quant_max: the last code of activations."""
     scale, zero_point = _grid(quantized)
     codes = quantized.int_repr()
     exact = (values / scale).add_(zero_point)
     if clips:
         limits = torch.iinfo(codes.dtype)
-        exact.clamp_(limits.min, highest if codes.dtype is torch.uint8 else limits.max)
+        exact.clamp_(limits.min, quant_max if codes.dtype is torch.uint8 else limits.max)
     return exact.sub_(codes).abs_()
 
 
@@ -159,7 +158,7 @@ def _grid(quantized: Tensor) -> tuple[Any, Any]:
     return scales.float().view(shape), zero_points.view(shape)
 
 
-def _distance(values: Tensor, given: Tensor, highest: int, clips: bool = True) -> float:
+def _distance(values: Tensor, given: Tensor, quant_max: int, clips: bool = True) -> float:
     """Of a float tensor from an INT8 model's, at most: in steps, or in ten-thousandths of the largest value in FP32.
 
     Infinite where shapes differ; a value that is not a number is nobody's fault here.
@@ -169,7 +168,7 @@ def _distance(values: Tensor, given: Tensor, highest: int, clips: bool = True) -
     if not values.numel() or not values.is_floating_point():
         return 0.0
     if given.is_quantized:
-        return _largest(_steps(values, given, highest, clips))
+        return _largest(_steps(values, given, quant_max, clips))
     return _largest((values - given).abs_()) / max(1e-4 * _largest(given.abs()), 1e-30)
 
 
@@ -236,21 +235,21 @@ class _Shadow:
         calls: Mapping[str, deque[_Call]],
         qparams: Mapping[str, QParams],
         engine: Engine,
-        highest: int,
+        quant_max: int,
         allowed_read: float,
         clips: bool,
     ):
-        self._calls, self._qparams, self._engine, self._highest = calls, qparams, engine, highest
+        self._calls, self._qparams, self._engine, self._quant_max = calls, qparams, engine, quant_max
         self._allowed_read, self._clips = allowed_read, clips
         self.found: dict[str, Deviation] = {}
 
     def next_call(self, key: str) -> _Call | None:
-        """The INT8 model's call that the next of this name is the twin of."""
+        """The INT8 model's call that the next of this name is the counterpart of."""
         waiting = self._calls.get(key)
         return waiting.popleft() if waiting else None
 
     def read(self, key: str, call: _Call, arguments: Any) -> Any:
-        """The arguments of the float twin, with what the INT8 layer read in place of what the float model brings."""
+        """Return the float layer's arguments, the tensors replaced by those that its INT8 counterpart read."""
         waiting, distance = iter(call.inputs), 0.0
 
         def given(value: Any) -> Any:
@@ -258,7 +257,7 @@ class _Shadow:
             mine = next(waiting, None) if isinstance(value, Tensor) else None
             if mine is None or torch.equal(value, as_float := _as_float(mine)):
                 return value
-            distance = max(distance, _distance(value, mine, self._highest, self._clips))
+            distance = max(distance, _distance(value, mine, self._quant_max, self._clips))
             return as_float if as_float.shape == value.shape else value
 
         arguments = map_aggregate(arguments, given)
@@ -266,8 +265,8 @@ class _Shadow:
         return arguments
 
     def run(self, key: str, call: _Call, layer: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """The answer of a float layer with the INT8 layer's weights."""
-        weight, bias = _held(call.module)
+        """The output of a float layer with the INT8 layer's weights."""
+        weight, bias = _weight_and_bias(call.module)
         owner = layer[0] if isinstance(layer, _FusedModule) else layer
         own = owner._parameters.get("weight")
         if weight is None or own is None or weight.shape != own.shape:
@@ -278,15 +277,15 @@ class _Shadow:
         owner._parameters["weight"] = nn.Parameter(as_float, requires_grad=False)
         try:
             rounded = _rounded(args[0], self._engine) if isinstance(call.module, nnqd.Linear) else args[0]
-            answer = run(rounded, *args[1:], **kwargs)
+            output = run(rounded, *args[1:], **kwargs)
         finally:
             owner._parameters["weight"] = own
         if weight.is_quantized:
             self._note(key, call, weight=_weight_distance(own, weight, as_float))
-        return answer
+        return output
 
-    def gave(self, key: str, call: _Call, answer: Any) -> Any:
-        """What the INT8 layer gave, in place of the float layer's answer."""
+    def gave(self, key: str, call: _Call, output: Any) -> Any:
+        """What the INT8 layer gave, in place of the float layer's output."""
         theirs = iter(_tensors(call.output))
 
         def replaced(value: Any) -> Any:
@@ -297,18 +296,18 @@ class _Shadow:
             as_float = _as_float(mine)
             return as_float if as_float.shape == value.shape else value
 
-        return map_aggregate(answer, replaced)
+        return map_aggregate(output, replaced)
 
-    def compare_answers(self, answer: Any, given: Any) -> None:
+    def compare_outputs(self, output: Any, given: Any) -> None:
         """The whole models' answers: what follows their last layer."""
         call = _Call(None, "the model's output", (), given)
-        self._compare("output", call, answer, given)
+        self._compare("output", call, output, given)
 
     def _compare(self, key: str, call: _Call, expected: Tensor, given: Tensor) -> None:
-        distance, saturated = _distance(expected, given, self._highest), 0
+        distance, saturated = _distance(expected, given, self._quant_max), 0
         allowed = _allowed(call, given, self._engine)
         if not distance <= allowed and _saturated(call, expected, given, allowed, self._engine):
-            saturated, distance = int((_steps(expected, given, self._highest) > allowed).sum()), 0.0
+            saturated, distance = int((_steps(expected, given, self._quant_max) > allowed).sum()), 0.0
         step, calibrated = given.q_scale() if given.is_quantized else 0.0, 0.0
         if key in self._qparams and _chooses_grid(call, given):
             calibrated = float(self._qparams[key].scale[0])
@@ -338,7 +337,7 @@ def _same_grid(one: Tensor, other: Tensor) -> bool:
     return not is_per_channel(one) and (one.q_scale(), one.q_zero_point()) == (other.q_scale(), other.q_zero_point())
 
 
-def _held(module: nn.Module | None) -> tuple[Tensor | None, Tensor | None]:
+def _weight_and_bias(module: nn.Module | None) -> tuple[Tensor | None, Tensor | None]:
     """The weight that an INT8 layer computes with, and its bias; None where it has none."""
     module = module.conv if isinstance(module, AfterStride) else module
     if module is None:
@@ -347,8 +346,8 @@ def _held(module: nn.Module | None) -> tuple[Tensor | None, Tensor | None]:
         return module.get_weight(), getattr(module, "bias", None)  # type: ignore[operator]
     if not callable(getattr(module, "_weight_bias", None)):
         return None, None
-    held: tuple[Tensor, Tensor | None] = module._weight_bias()  # type: ignore[operator]
-    return held  # unpacked once for both, which copies them
+    found: tuple[Tensor, Tensor | None] = module._weight_bias()  # type: ignore[operator]
+    return found  # unpacked once for both, which copies them
 
 
 def _bias_distance(bias: Tensor | None, given: Tensor | None) -> float:
@@ -365,7 +364,7 @@ def _rounded(inputs: Tensor, engine: Engine) -> Tensor:
 
 
 def _allowed(call: _Call, given: Tensor, engine: Engine) -> float:
-    """How far rounding can take an INT8 layer's output, `given`, from its float twin's, in steps.
+    """How far rounding can take an INT8 layer's output, `given`, from its float counterpart's, in steps.
 
     Kernels round once, to half a step; twice where they average codes. qnnpack also rounds the bias, to a whole number
     of (scale of the input · scale of the weights), which is more than a step of the output on grids of few bits. What
@@ -373,7 +372,7 @@ def _allowed(call: _Call, given: Tensor, engine: Engine) -> float:
     """
     if isinstance(call.module, MultiheadAttention | LSTM):
         return _ALLOWED_MANY
-    weight = _held(call.module)[0] if engine is Engine.qnnpack else None
+    weight = _weight_and_bias(call.module)[0] if engine is Engine.qnnpack else None
     if weight is None or not given.is_quantized or not call.inputs[0].is_quantized:
         return 1.0
     bias = float(weight_scales(weight)[0].max()) * call.inputs[0].q_scale() / given.q_scale() / 2
@@ -396,12 +395,12 @@ def _saturated(call: _Call, expected: Tensor, given: Tensor, allowed: float, eng
     if not emulation.at_risk(alone, engine, kinds) or not emulation.overflow_test(layer, engine)(inputs):
         return False
     if not emulation.not_emulated(alone):
-        emulated = emulation.with_emulated_sums(alone, engine)(inputs)
+        emulated = emulation.with_emulated_accumulators(alone, engine)(inputs)
         return int((emulated.int_repr().int() - given.int_repr().int()).abs().max()) <= 1
     with torch_engine(Engine.qnnpack):
         exact = copy.deepcopy(layer)  # packed anew
         fit_biases(exact)
-        return _distance(expected, exact(inputs), HIGHEST) <= allowed
+        return _distance(expected, exact(inputs), QUANT_MAX) <= allowed
 
 
 # ------------------------------------------------------------------------------------------------ flow=eager, dynamic
@@ -440,8 +439,8 @@ class _Modules:
             return output
 
         known = dict(self._int8.named_modules(remove_duplicate=False))
-        twins = {id(known[name]): (name, known[name]) for name in reversed(self._keys) if name in known}
-        with _around(twins.values(), around):
+        counterparts = {id(known[name]): (name, known[name]) for name in reversed(self._keys) if name in known}
+        with _around(counterparts.values(), around):
             return self._int8(images), calls
 
     def run_float(self, images: Tensor, shadow: _Shadow) -> Any:
@@ -455,10 +454,10 @@ class _Modules:
             if getattr(module, "inplace", False) and own[0] is not given[0]:
                 # So that who else holds the tensor sees what the layer does to it.
                 given = (own[0].copy_(given[0]), *given[1:])
-            answer = shadow.run(key, call, module, run, given, named)
-            replaced = shadow.gave(key, call, answer)
-            if isinstance(answer, Tensor) and any(answer is value for value in own) and answer is not replaced:
-                return answer.copy_(replaced)
+            output = shadow.run(key, call, module, run, given, named)
+            replaced = shadow.gave(key, call, output)
+            if isinstance(output, Tensor) and any(output is value for value in own) and output is not replaced:
+                return output.copy_(replaced)
             return replaced
 
         # torch's kernel for a whole transformer layer calls none of its modules.
@@ -543,7 +542,7 @@ class _Graphs:
             output = run(*args, **kwargs)
             kept = map_aggregate(output, lambda value: value.clone() if isinstance(value, Tensor) else value)
             module = modules[str(node.target)] if node.op == "call_module" else None
-            computes = type(module).__name__ if module is not None else _spelling(node)
+            computes = type(module).__name__ if module is not None else called(node)
             calls.setdefault(tensor_of(node), deque()).append(_Call(module, computes, inputs, kept))
             return output
 
@@ -569,11 +568,11 @@ class _Graphs:
                 running[begins] = call
                 args, kwargs = shadow.read(begins, call, (args, kwargs))
             if call is not None and node.op == "call_module":
-                answer = shadow.run(begins, call, modules[str(node.target)], run, args, kwargs)
+                output = shadow.run(begins, call, modules[str(node.target)], run, args, kwargs)
             else:
-                answer = run(*args, **kwargs)
+                output = run(*args, **kwargs)
             call = running.pop(ends, None)
-            return answer if call is None else shadow.gave(ends, call, answer)
+            return output if call is None else shadow.gave(ends, call, output)
 
         nodes = {node for node in self._fused.graph.nodes if node.op.startswith("call_")}
         return _Around(self._fused, nodes, run).run(images)
@@ -593,7 +592,3 @@ class _Around(fx.Interpreter):
             return getattr(self, n.op)(n.target, args, kwargs)
 
         return self._around(n, run, args, kwargs) if n in self._nodes else run(*args, **kwargs)
-
-
-def _spelling(node: fx.Node) -> str:
-    return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))

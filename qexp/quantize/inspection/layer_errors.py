@@ -6,7 +6,7 @@ number of images.
 
 What is compared: the layers of the converted model whose output is quantized with a scale of its own. Convolutions,
 linear layers, BatchNorms and additions always are; ReLU, max-pooling, flatten and whatever else hands on its input's
-scale is not. They find their float twins by the names of tensors (see tensor_names.py).
+scale is not. They find their float counterparts by the names of tensors (see tensor_names.py).
 
 A tensor that feeds nothing but a clamp (ReLU, ReLU6, Hardtanh; found by tracing) is compared as the clamp leaves it, on
 both sides: what the clamp takes away is no loss, and `qconfig.range_after_clamp` lets the grid end there.
@@ -28,12 +28,12 @@ from torch.ao.quantization import QuantWrapper
 from torch.fx.node import map_aggregate
 
 from qexp.quantize.flow import QuantizedModel
-from qexp.quantize.graph.clamps import Interval, clamp_after
+from qexp.quantize.graph.clamps import ValueRange, clamp_after
 from qexp.quantize.graph.hooks import attached
-from qexp.quantize.graph.tensor_names import public, tensor_of, took_relu
+from qexp.quantize.graph.tensor_names import called, public, tensor_of, took_relu
 from qexp.quantize.graph.tracing import UntraceableError, standard_type, trace
 from qexp.quantize.torch_backend.engines import engine as torch_engine
-from qexp.quantize.torch_backend.ignored_quant_max import clamped, highest_code
+from qexp.quantize.torch_backend.ignored_quant_max import clamped, quant_max_of
 from qexp.quantize.torch_backend.stride_bugs import AfterStride
 from qexp.records import Fidelity
 from qexp.statistics import decibels
@@ -55,12 +55,12 @@ def layer_fidelity(model: QuantizedModel, batches: Iterable[Tensor]) -> tuple[Fi
     kinds = {layer.name: layer.kind for layer in model.layers}
     flow_models = _Graphs(fused, int8) if isinstance(int8, fx.GraphModule) else _Modules(fused, int8)
     sums: dict[str, _Sums] = {}
-    images, highest = 0, highest_code(int8)
+    images, quant_max = 0, quant_max_of(int8)
     with torch_engine(model.engine), torch.inference_mode():
         for part in _parts(batches):
             with machine_lock.computing():
                 clamps = flow_models.clamps(part)
-                seen = _run_int8(flow_models, kinds, part, highest)
+                seen = _run_int8(flow_models, kinds, part, quant_max)
                 _compare(flow_models, seen, clamps, kinds, sums, part)
             images += len(part)
     if images == 0:
@@ -84,19 +84,19 @@ def layer_fidelity(model: QuantizedModel, batches: Iterable[Tensor]) -> tuple[Fi
 
 @dataclass(frozen=True)
 class _Grid:
-    """What a quantized tensor is made with; highest: of the codes that the model lets through."""
+    """What a quantized tensor is made with; quant_max: of the codes that the model lets through."""
 
     scale: float
     zero_point: int
     dtype: torch.dtype
-    highest: int
+    quant_max: int
 
     def quantized(self, values: Tensor) -> Tensor:
-        return clamped(torch.quantize_per_tensor(values, self.scale, self.zero_point, self.dtype), self.highest)
+        return clamped(torch.quantize_per_tensor(values, self.scale, self.zero_point, self.dtype), self.quant_max)
 
     def outside(self, values: Tensor) -> int:
         """How many of the values lie more than a step outside what the codes can say."""
-        low, high = (0, self.highest) if self.dtype is torch.quint8 else (-128, 127)
+        low, high = (0, self.quant_max) if self.dtype is torch.quint8 else (-128, 127)
         ends = [(end - self.zero_point) * self.scale for end in (low - 1, high + 1)]
         smallest, largest = torch.aminmax(values)
         if smallest >= ends[0] and largest <= ends[1]:
@@ -104,8 +104,8 @@ class _Grid:
         return int((values < ends[0]).sum()) + int((values > ends[1]).sum())
 
 
-def _grid(tensor: Tensor, highest: int) -> _Grid:
-    return _Grid(tensor.q_scale(), tensor.q_zero_point(), tensor.dtype, highest)
+def _grid(tensor: Tensor, quant_max: int) -> _Grid:
+    return _Grid(tensor.q_scale(), tensor.q_zero_point(), tensor.dtype, quant_max)
 
 
 @dataclass
@@ -120,7 +120,7 @@ class _Sums:
     error: float = 0.0
     own_error: float | None = 0.0
 
-    def add(self, expected: Tensor, inside: Tensor, own: Tensor | None, clamp: Interval | None) -> None:
+    def add(self, expected: Tensor, inside: Tensor, own: Tensor | None, clamp: ValueRange | None) -> None:
         """expected: float32, the float model's; inside, own: quantized, of the same shape."""
 
         def clamped(values: Tensor) -> Tensor:
@@ -203,10 +203,12 @@ _After = Callable[[str, Any], None]
 
 
 def _run_int8(
-    flow_models: _Modules | _Graphs, kinds: Mapping[str, str], images: Tensor, highest: int
+    flow_models: _Modules | _Graphs, kinds: Mapping[str, str], images: Tensor, quant_max: int
 ) -> dict[str, deque[_Seen]]:
-    """The calls of every INT8 layer that has a scale of its own, by key, in the order of execution; highest: code that
-    the model lets through."""
+    """Return the calls of every INT8 layer that has a scale of its own, by key, in the order of execution.
+
+    quant_max: the largest code that the model lets through.
+    """
     seen: dict[str, deque[_Seen]] = {}
     running: dict[str, tuple[_Call, tuple[_Input, ...]]] = {}
 
@@ -215,7 +217,7 @@ def _run_int8(
 
         def remember(value: Any) -> Any:
             if isinstance(value, Tensor) and value.is_quantized:
-                inputs.append(_Input(_grid(value, highest), value.shape))
+                inputs.append(_Input(_grid(value, quant_max), value.shape))
                 return inputs[-1]
             return value
 
@@ -227,7 +229,7 @@ def _run_int8(
         if not isinstance(output, Tensor) or not output.is_quantized:
             return
         computes = flow_models.layer(key) in kinds or call.operation in ("add", "mul", "matmul")
-        grid = _grid(output, highest)
+        grid = _grid(output, quant_max)
         if computes or not inputs or any(one.grid != grid for one in inputs):
             # A copy, for a ReLU may work in place on it.
             seen.setdefault(key, deque()).append(_Seen(call, inputs, output.clone(), grid))
@@ -239,7 +241,7 @@ def _run_int8(
 def _compare(
     flow_models: _Modules | _Graphs,
     seen: Mapping[str, deque[_Seen]],
-    clamps: Mapping[str, Interval],
+    clamps: Mapping[str, ValueRange],
     kinds: Mapping[str, str],
     sums: dict[str, _Sums],
     images: Tensor,
@@ -284,8 +286,8 @@ def _alone(one: _Seen, expected: Tensor, inputs: list[Tensor] | None) -> Tensor 
         return None
     waiting = iter(inputs)
     args = map_aggregate(one.call.args, lambda value: next(waiting) if isinstance(value, _Input) else value)
-    answer: Tensor = one.call.function(*args, **one.call.kwargs)
-    return answer if answer.shape == expected.shape else None
+    output: Tensor = one.call.function(*args, **one.call.kwargs)
+    return output if output.shape == expected.shape else None
 
 
 # ------------------------------------------------------------------------------------------------ flow=eager
@@ -311,7 +313,7 @@ class _Modules:
             and not name.startswith(strided)
             and (isinstance(m, AfterStride | QFunctional) or standard_type(m) is not None)
         ]
-        self._clamps: dict[str, Interval] | None = None
+        self._clamps: dict[str, ValueRange] | None = None
 
     def label(self, key: str) -> str:
         return public(key, self._int8)
@@ -328,7 +330,7 @@ class _Modules:
         with _watched(self._fused, [name for name in self._layers if name in known], before, after):
             self._fused(images)
 
-    def clamps(self, images: Tensor) -> Mapping[str, Interval]:
+    def clamps(self, images: Tensor) -> Mapping[str, ValueRange]:
         """By label, the clamp that is all that reads a module's output, wherever it is called."""
         if self._clamps is None:
             try:
@@ -389,10 +391,10 @@ def _method_watched(module: nn.Module, operation: str, name: str, before: _Befor
         del module.__dict__[operation]
 
 
-def _clamps(graph_module: fx.GraphModule) -> dict[str, Interval]:
+def _clamps(graph_module: fx.GraphModule) -> dict[str, ValueRange]:
     """By module, or by FloatFunctional, the clamp that is all that reads its output, wherever it is called."""
     modules = dict(graph_module.named_modules(remove_duplicate=False))
-    found: dict[str, Interval | None] = {}
+    found: dict[str, ValueRange | None] = {}
     for node in graph_module.graph.nodes:
         if node.op == "call_module":
             after, name = clamp_after(node, modules), str(node.target).removesuffix(".activation_post_process")
@@ -450,7 +452,7 @@ class _Graphs:
                 first[relu.all_input_nodes[0]] = tensor_of(node)
         _Watching(self._fused, first, last, before, after).run(images)
 
-    def clamps(self, images: Tensor) -> Mapping[str, Interval]:
+    def clamps(self, images: Tensor) -> Mapping[str, ValueRange]:
         found = {tensor: clamp_after(node, self._modules) for tensor, node in self._nodes.items()}
         return {tensor: clamp for tensor, clamp in found.items() if clamp is not None}
 
@@ -487,15 +489,11 @@ class _Watching(fx.Interpreter):
         return output
 
 
-def _spelling(node: fx.Node) -> str:
-    return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-
-
 def _operation(node: fx.Node) -> str:
     """What a node computes, the same for torch's function, Python's operator, the method and the INT8 kernel."""
     if node.op == "call_module":
         module = node.graph.owning_module.get_submodule(str(node.target)) if node.graph.owning_module else None
         return type(module).__name__.lower()
-    name = _spelling(node).removesuffix("_").removesuffix("_relu")
+    name = called(node).removesuffix("_").removesuffix("_relu")
     name = {"iadd": "add", "imul": "mul"}.get(name, name)
     return "quantize" if name.startswith("quantize_per_tensor") else name

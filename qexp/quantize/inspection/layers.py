@@ -157,19 +157,16 @@ def _prepared_qparams(prepared: nn.Module) -> dict[str, QParams]:
     names = tensor_names(prepared)
     found = {names[name]: to_qparams(observer) for name, observer in observers(prepared).items() if name in names}
     for name, module in prepared.named_modules():
+        owner = prepared.get_submodule(name.rpartition(".")[0])
         layer = module[0] if isinstance(module, _FusedModule) else module
         qconfig = getattr(module, "qconfig", None)
-        if qconfig is None or not isinstance(layer, _ConvNd | nn.Linear) or _inside_fused(prepared, name):
+        if qconfig is None or not isinstance(layer, _ConvNd | nn.Linear) or isinstance(owner, _FusedModule):
             continue
         observer = qconfig.weight()
         observer(layer.weight)
         axis = 0 if "channel" in str(observer.qscheme) else None
         found[f"{public(name, prepared)}.weight"] = to_qparams(observer, axis)
     return found
-
-
-def _inside_fused(prepared: nn.Module, name: str) -> bool:
-    return isinstance(prepared.get_submodule(name.rpartition(".")[0]), _FusedModule)
 
 
 def _converted_qparams(converted: nn.Module) -> dict[str, QParams]:

@@ -121,19 +121,19 @@ class _Watched(DispatchMode):
             self._refuse(name, args)
         expected = _in_float(func, args, kwargs)
         try:
-            answer = func(*args, **kwargs)
+            result = func(*args, **kwargs)
         except Exception:
             self.failed_in, self.advice = name, self._advice(name, args)
             raise
-        outputs = tree_leaves(answer)
+        outputs = tree_leaves(result)
         if not any(map(_is_int8, outputs)):
-            return answer
+            return result
         if unobserved:
             self._refuse(name, args)
         if expected is not None:
             for output, other in zip(outputs, tree_leaves(expected), strict=False):
                 _compare(name, output, other)
-        return answer
+        return result
 
     def _refuse(self, name: str, args: tuple[Any, ...]) -> None:
         self.advice = self._advice(name, args)

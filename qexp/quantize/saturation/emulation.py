@@ -22,11 +22,11 @@ from torch import Tensor, fx, nn
 
 from qexp.config.schema import Engine
 from qexp.errors import InputError
-from qexp.quantize.calibration.grid import HIGHEST, SAFE_CODE
+from qexp.quantize.calibration.grid import QUANT_MAX, SAFE_CODE
 from qexp.quantize.graph.tensor_names import public
 from qexp.quantize.inspection.layers import conv_kind, is_per_channel, weight_scales
 from qexp.quantize.torch_backend.engines import engine
-from qexp.quantize.torch_backend.ignored_quant_max import highest_code, is_held, torch_class
+from qexp.quantize.torch_backend.ignored_quant_max import is_clamped, quant_max_of, torch_class
 from qexp.quantize.torch_backend.stride_bugs import AfterStride
 
 _INT16 = torch.iinfo(torch.int16)
@@ -57,7 +57,7 @@ def at_risk(converted: nn.Module, engine_name: Engine, kinds: Collection[str]) -
     """
     if engine_name is Engine.qnnpack or not kinds:
         return False
-    if highest_code(converted) <= SAFE_CODE:
+    if quant_max_of(converted) <= SAFE_CODE:
         return False
     functions = any(_is_int8_function(n) for n in _nodes(converted))
     layers = (layer for _, layer in int8_layers(converted) if _kind(layer) in kinds)
@@ -204,7 +204,7 @@ def _filled(values: Tensor, dim: int, multiple: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------ emulated layers
 
 
-def with_emulated_sums(converted: nn.Module, engine_name: Engine, saturating: bool = True) -> nn.Module:
+def with_emulated_accumulators(converted: nn.Module, engine_name: Engine, saturating: bool = True) -> nn.Module:
     """A copy of a converted model (eager or FX) whose layers compute as AVX2 kernels do, on any machine.
 
     That is every INT8 Conv2d and Linear, with ReLU or without, dense, grouped and depthwise; `not_emulated` names the
@@ -217,19 +217,19 @@ def with_emulated_sums(converted: nn.Module, engine_name: Engine, saturating: bo
     with engine(engine_name):
         # Layers are packed anew for the engine that is set.
         copied = copy.deepcopy(converted)
-    twins: dict[nn.Module, nn.Module] = {}
+    emulated: dict[nn.Module, nn.Module] = {}
     for owner in list(copied.modules()):
         for name, child in list(owner._modules.items()):
             if child is not None and torch_class(child) in _EMULATED:
                 # One layer under two names stays one.
-                twins[child] = twins.get(child) or _twin(child, engine_name, saturating)
-                setattr(owner, name, twins[child])
+                emulated[child] = emulated.get(child) or _emulate(child, engine_name, saturating)
+                setattr(owner, name, emulated[child])
     return copied
 
 
 def not_emulated(converted: nn.Module) -> tuple[str, ...]:
-    """Names of the INT8 layers that `with_emulated_sums` leaves alone: 1- and 3-dimensional, transposed, fused with
-    something else than ReLU, or called as functions.
+    """Names of the INT8 layers that `with_emulated_accumulators` leaves alone: 1- and 3-dimensional ones, transposed
+    ones, those fused with something else than ReLU, and those called as functions.
     """
     modules = [
         public(name, converted) for name, module in int8_layers(converted) if torch_class(module) not in _EMULATED
@@ -245,7 +245,7 @@ def _is_int8_function(node: fx.Node) -> bool:
     return node.op == "call_function" and str(node.target).startswith(("quantized.conv", "quantized.linear"))
 
 
-def _twin(layer: nn.Module, engine_name: Engine, saturating: bool) -> nn.Module:
+def _emulate(layer: nn.Module, engine_name: Engine, saturating: bool) -> nn.Module:
     if isinstance(layer, nnq.Conv2d):
         return EmulatedConv2d(layer, engine_name, saturating)
     assert isinstance(layer, nnq.Linear)
@@ -264,7 +264,7 @@ class _Emulated(nn.Module):
         super().__init__()
         weight = layer.weight()
         self.relu = torch_class(layer) in _RELUS
-        self.highest = layer.highest if is_held(layer) else HIGHEST
+        self.quant_max = layer.quant_max if is_clamped(layer) else QUANT_MAX
         self.scale, self.zero_point = float(layer.scale), int(layer.zero_point)
         self.groups, self.kind = _groups(layer), _kind(layer)
         self.channels, self.terms, self.run = _reduction(layer, engine_name)
@@ -283,9 +283,9 @@ class _Emulated(nn.Module):
                 # Of convolutions only the activations' scales go through their reciprocals.
                 self.weight_scale = _reciprocal(_reciprocal(self.weight_scale))
 
-    def answers(self, rows: Tensor, input_scale: float, input_zero_point: int) -> Tensor:
+    def codes(self, rows: Tensor, input_scale: float, input_zero_point: int) -> Tensor:
         """uint8 [out, positions] from the activations as float32 [groups, terms, positions]."""
-        sums = pair_sums(_paired(rows, self.run), self.pairs, self.saturating)
+        sums = accumulators(_paired(rows, self.run), self.pairs, self.saturating)
         weights = self.pairs.double().sum((1, 2)) - self.terms * self.weight_zero_point
         sums -= input_zero_point * weights[:, None]
         if self.weight_zero_point.any():
@@ -293,8 +293,8 @@ class _Emulated(nn.Module):
             sums -= self.weight_zero_point[:, None] * activations
         return self.requantized(self, sums, input_scale)
 
-    def quantized(self, answers: Tensor) -> Tensor:
-        made: Tensor = torch._make_per_tensor_quantized_tensor(answers, self.scale, self.zero_point)
+    def quantized(self, codes: Tensor) -> Tensor:
+        made: Tensor = torch._make_per_tensor_quantized_tensor(codes, self.scale, self.zero_point)
         return made
 
 
@@ -305,7 +305,7 @@ class EmulatedLinear(_Emulated):
         values = inputs.int_repr()
         rows = values.reshape(-1, self.terms).T.float()
         scale, zero_point = inputs.q_scale(), inputs.q_zero_point()
-        parts = [self.answers(r[None], scale, zero_point) for r in rows.split(_parts(self.terms), dim=1)]
+        parts = [self.codes(r[None], scale, zero_point) for r in rows.split(_parts(self.terms), dim=1)]
         return self.quantized(torch.cat(parts, dim=1).T.reshape(*values.shape[:-1], -1).contiguous())
 
 
@@ -324,11 +324,11 @@ class EmulatedConv2d(_Emulated):
         windows = self._windows(self._padded(inputs.int_repr().float(), zero_point))
         rows, columns = windows.shape[-2:]
         parts = [
-            self.answers(some.reshape(self.groups, self.terms, -1), scale, zero_point)
+            self.codes(some.reshape(self.groups, self.terms, -1), scale, zero_point)
             for some in windows.split(_parts(self.groups * self.terms * rows * columns), dim=4)
         ]
-        answers = torch.cat(parts, dim=1).unflatten(1, (-1, rows, columns)).transpose(0, 1)
-        return self.quantized(answers.contiguous(memory_format=torch.channels_last))
+        codes = torch.cat(parts, dim=1).unflatten(1, (-1, rows, columns)).transpose(0, 1)
+        return self.quantized(codes.contiguous(memory_format=torch.channels_last))
 
     def _padded(self, images: Tensor, zero_point: int) -> Tensor:
         if self.padding_mode == "zeros":
@@ -344,7 +344,7 @@ class EmulatedConv2d(_Emulated):
         return windows.permute(1, 5, 6, 2, 0, 3, 4)
 
 
-def pair_sums(rows: Tensor, pairs: Tensor, saturating: bool = True) -> Tensor:
+def accumulators(rows: Tensor, pairs: Tensor, saturating: bool = True) -> Tensor:
     """Sums of products, float64 [out, positions]; if `saturating`, each pair's is clamped to int16 first.
 
     rows: float32 [groups, pairs, 2, positions], integers of 0 to 255; pairs: int16 [out, pairs, 2]. All numbers on the
@@ -353,7 +353,7 @@ def pair_sums(rows: Tensor, pairs: Tensor, saturating: bool = True) -> Tensor:
     """
     groups, count, _, positions = rows.shape
     outputs_of_group = len(pairs) // groups
-    dtype = torch.float32 if 2 * count * HIGHEST * 128 <= 1 << 24 else torch.float64
+    dtype = torch.float32 if 2 * count * QUANT_MAX * 128 <= 1 << 24 else torch.float64
     weights = pairs.to(dtype).view(groups, outputs_of_group, 2 * count)
     sums = torch.bmm(weights, rows.to(dtype).view(groups, 2 * count, positions)).flatten(0, 1).double()
     if not saturating:
@@ -384,7 +384,7 @@ def _as_fbgemm(layer: _Emulated, sums: Tensor, input_scale: float) -> Tensor:
     elif layer.bias is not None:
         values = (values.double() + (layer.bias.double() * _reciprocal(product).double())[:, None]).float()
     steps = (values * (product / _float32(layer.scale))[:, None]).round()
-    return (steps + layer.zero_point).clamp(layer.zero_point if layer.relu else 0, layer.highest).to(torch.uint8)
+    return (steps + layer.zero_point).clamp(layer.zero_point if layer.relu else 0, layer.quant_max).to(torch.uint8)
 
 
 def _as_onednn(layer: _Emulated, sums: Tensor, input_scale: float) -> Tensor:
@@ -399,7 +399,7 @@ def _as_onednn(layer: _Emulated, sums: Tensor, input_scale: float) -> Tensor:
     if layer.relu:
         values = values.clamp(min=0)
     inverse = _reciprocal(_reciprocal(_reciprocal(layer.scale)))
-    return (values * inverse + layer.zero_point).clamp(0, layer.highest).round().to(torch.uint8)
+    return (values * inverse + layer.zero_point).clamp(0, layer.quant_max).round().to(torch.uint8)
 
 
 def _float32(value: float) -> Tensor:
@@ -425,7 +425,7 @@ def _parts(values: int) -> int:
 
 
 @dataclass(frozen=True)
-class LayerSums:
+class LayerSaturation:
     """How one INT8 layer's quantized outputs differ from another's, both given the same input."""
 
     name: str
@@ -453,7 +453,7 @@ class LayerSums:
 @contextmanager
 def compared(
     executed: nn.Module, other: nn.Module, engine_name: Engine, whole: bool = False
-) -> Iterator[dict[str, LayerSums]]:
+) -> Iterator[dict[str, LayerSaturation]]:
     """While `other` runs in this context, give each INT8 layer of `executed` what its namesake in there gets, and
     compare what both answer: by layer, in the order in which layers are called.
 
@@ -467,7 +467,7 @@ def compared(
     missing = [name for name in theirs if name not in mine]
     if missing:
         raise InputError(f"the executed model has no INT8 layer {missing[0]}, so the two can't be compared")
-    found: dict[str, LayerSums] = {}
+    found: dict[str, LayerSaturation] = {}
 
     def compare(name: str) -> Callable[[Tensor], Tensor]:
         own, namesake = theirs[name].forward, mine[name]
@@ -482,9 +482,9 @@ def compared(
                 different, largest = int((steps > 1).sum()), int(steps.max())
             else:
                 output = kernel(images)
-            before = found.get(name, LayerSums(name, kind, 0, 0, 0))
+            before = found.get(name, LayerSaturation(name, kind, 0, 0, 0))
             highest = 0 if can_overflow_with is _never else int(images.int_repr().max())
-            found[name] = LayerSums(
+            found[name] = LayerSaturation(
                 name,
                 kind,
                 before.outputs + output.numel(),
@@ -508,7 +508,7 @@ def compared(
 
 def layer_by_layer(
     executed: nn.Module, other: nn.Module, batches: Iterable[Tensor], engine_name: Engine
-) -> tuple[LayerSums, ...]:
+) -> tuple[LayerSaturation, ...]:
     """Run `other` on float32 [n, 3, H, W] batches, and compare its layers with those of `executed` (see `compared`)."""
     with compared(executed, other, engine_name) as found, engine(engine_name), torch.inference_mode():
         for batch in batches:

@@ -9,19 +9,21 @@ from torch import Tensor, nn
 from qexp.config.schema import Engine, Target
 from qexp.quantize.flow import Prepared, QuantizedModel
 from qexp.quantize.saturation import emulation, kernels
-from qexp.quantize.saturation.reduced_range import Narrowed, narrow_layers
+from qexp.quantize.saturation.reduced_range import ReducedRange, reduce_range_of_layers
 from qexp.quantize.torch_backend.qnnpack_biases import fit_biases
 
 # Enough to tell which of two grids is the coarser for a layer.
 NOISE_IMAGES = 16
 
 
-def narrow(model: QuantizedModel, target: Target, images: Tensor) -> tuple[QuantizedModel, tuple[Narrowed, ...]]:
+def reduce_range(
+    model: QuantizedModel, target: Target, images: Tensor
+) -> tuple[QuantizedModel, tuple[ReducedRange, ...]]:
     """A model with 7 bits on one side of every layer whose 16-bit sums saturate on `images`, with this machine's
     kernels; or, where these are exact and `target` is a CPU without VNNI, with emulated ones.
 
     images: float32 [n, 3, H, W], some of the calibration images. Returns the model itself where nothing saturates, else
-    another one, and what was narrowed.
+    another one, and what was reduced.
     """
     qconfig, engine, flow, signature = model.qconfig, model.engine, model.flow.name, kernels.probe()
     kinds = kernels.overflowing_kinds(qconfig, engine, flow, Target.native, signature)
@@ -31,15 +33,15 @@ def narrow(model: QuantizedModel, target: Target, images: Tensor) -> tuple[Quant
     if not emulation.at_risk(model.module, engine, kinds):
         return model, ()
     if emulate:
-        emulated = emulation.with_emulated_sums(model.module, engine)
+        emulated = emulation.with_emulated_accumulators(model.module, engine)
         rows = emulation.layer_by_layer(emulated, model.module, [images], engine)
     else:
         rows = emulation.layer_by_layer(model.module, exact(model.prepared), [images], engine)
     risky = [row.name for row in rows if row.saturates]
     if not risky:
         return model, ()
-    module, narrowed = narrow_layers(model.prepared.module, risky, qconfig, images[:NOISE_IMAGES])
-    return model.flow.convert(replace(model.prepared, module=module)), narrowed
+    module, reduced = reduce_range_of_layers(model.prepared.module, risky, qconfig, images[:NOISE_IMAGES])
+    return model.flow.convert(replace(model.prepared, module=module)), reduced
 
 
 def exact(prepared: Prepared) -> nn.Module:

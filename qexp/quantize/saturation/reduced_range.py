@@ -33,7 +33,7 @@ _KEEP_GRID = (
 
 
 @dataclass(frozen=True)
-class Narrowed:
+class ReducedRange:
     """A layer that saturates, and the side that got 7 bits for it. noise_weights, noise_activations: error of its
     output with either side narrowed, as a share of the output's power (sums of squares, against the float layer)."""
 
@@ -65,9 +65,9 @@ class _Reader:
     noise: dict[Side | None, float]
 
 
-def narrow_layers(
+def reduce_range_of_layers(
     prepared: nn.Module, risky: Collection[str], qconfig: QConfig, example: Tensor
-) -> tuple[nn.Module, tuple[Narrowed, ...]]:
+) -> tuple[nn.Module, tuple[ReducedRange, ...]]:
     """A copy of a calibrated model in which the layers `risky` have 7 bits on one side, and which side that is.
 
     risky: names in the user's model; example: float32 [n, 3, H, W], some of the calibration images, on which the noise
@@ -75,7 +75,7 @@ def narrow_layers(
     """
     prepared = sharing_copy(prepared)
     readers = _readers(prepared, risky, qconfig, example)
-    chosen: list[Narrowed] = []
+    chosen: list[ReducedRange] = []
     for group in _by_tensor(readers):
         at_risk = [reader for reader in group if reader.at_risk]
         if not at_risk:
@@ -85,12 +85,12 @@ def narrow_layers(
         tensor = group[0].observer
         side = Side.activations if tensor is not None and with_activations < with_weights else Side.weights
         if tensor is not None and side is Side.activations:
-            _narrow_activations(tensor, qconfig)
+            _reduce_activations(tensor, qconfig)
         for reader in at_risk:
             if side is Side.weights:
-                _narrow_weights(prepared.get_submodule(reader.name), qconfig)
+                _reduce_weights(prepared.get_submodule(reader.name), qconfig)
             noise = (reader.noise[Side.weights], reader.noise[Side.activations])
-            chosen.append(Narrowed(public(reader.name, prepared), side, *noise))
+            chosen.append(ReducedRange(public(reader.name, prepared), side, *noise))
     return prepared, tuple(chosen)
 
 
@@ -147,7 +147,10 @@ def _noise(module: Any, observer: Any, qconfig: QConfig, inputs: Tensor) -> dict
     power = max(float(clean.double().square().sum()), 1e-30)
     tensors = {None: inputs, Side.activations: inputs}
     if observer is not None:
-        tensors = {None: _on_grid(inputs, observer), Side.activations: _on_grid(inputs, _narrowed(observer, qconfig))}
+        tensors = {
+            None: _on_grid(inputs, observer),
+            Side.activations: _on_grid(inputs, _with_reduced_range(observer, qconfig)),
+        }
 
     def share(inputs: Tensor, weight: Tensor) -> float:
         return float((_linear(layer, inputs, weight) - clean).double().square().sum()) / power
@@ -162,8 +165,8 @@ def _noise(module: Any, observer: Any, qconfig: QConfig, inputs: Tensor) -> dict
 def _linear(layer: Any, inputs: Tensor, weight: Tensor) -> Tensor:
     if isinstance(layer, nn.Linear):
         return F.linear(inputs, weight)
-    answer: Tensor = layer._conv_forward(inputs, weight, None)
-    return answer
+    output: Tensor = layer._conv_forward(inputs, weight, None)
+    return output
 
 
 def _fed(qconfig: QConfig, layer: nn.Module) -> Any:
@@ -176,26 +179,26 @@ def _on_grid(values: Tensor, observer: Any) -> Tensor:
     """Rounded to what is executed: the calibrated scale, with the ends of the weights' grid or what activations are
     let through."""
     scale, zero_point = observer.calculate_qparams()
-    low, high = observer.quant_min, getattr(observer, "highest", observer.quant_max)
+    low, high = observer.quant_min, getattr(observer, "executed_quant_max", observer.quant_max)
     if scale.numel() > 1:
         return torch.fake_quantize_per_channel_affine(values, scale, zero_point.int(), 0, low, high)
     return torch.fake_quantize_per_tensor_affine(values, scale, zero_point.int(), low, high)
 
 
-def _narrowed(observer: Any, qconfig: QConfig) -> Any:
-    twin = copy.deepcopy(observer)
-    _narrow_activations(twin, qconfig)
-    return twin
+def _with_reduced_range(observer: Any, qconfig: QConfig) -> Any:
+    reduced = copy.deepcopy(observer)
+    _reduce_activations(reduced, qconfig)
+    return reduced
 
 
-def _narrow_activations(observer: Any, qconfig: QConfig) -> None:
+def _reduce_activations(observer: Any, qconfig: QConfig) -> None:
     """In place. An observer's statistics don't depend on its grid, so this is what one made with that grid gives."""
-    narrow_grid = grid(replace(qconfig, overflow=Overflow.activations), Side.activations)
-    observer.quant_min, observer.quant_max = narrow_grid.qmin, narrow_grid.qmax
+    reduced_grid = grid(replace(qconfig, overflow=Overflow.activations), Side.activations)
+    observer.quant_min, observer.quant_max = reduced_grid.qmin, reduced_grid.qmax
     observer.has_customized_qrange = True
 
 
-def _narrow_weights(module: Any, qconfig: QConfig) -> None:
+def _reduce_weights(module: Any, qconfig: QConfig) -> None:
     """In place: `convert` makes the weights' observer anew, from the qconfig of the module or of the first in it."""
     narrowed = replace(qconfig, overflow=Overflow.weights)
     made = TorchQConfig(module.qconfig.activation, weight_observer(narrowed, qconfig.weight.granularity))

@@ -3,7 +3,7 @@
 torch's fx flow dequantizes before whatever it doesn't know and quantizes behind it; in the eager flow a wrapper does.
 
 What is known of torch 2.13 on x86, besides transposed convolutions, each found by comparing the INT8 layer with its
-float twin on the same dequantized input:
+float counterpart on the same dequantized input:
 
 - GroupNorm and InstanceNorm of channels-last tensors, which convolutions give, answer at random where a group has fewer
   than 64 values: so did all of 39 sizes below that, in 6 calls on 64 images, and none of 9 from 64 on.
@@ -100,7 +100,7 @@ def mark_float_layers(module: nn.Module, example: Tensor) -> None:
         reason = _reason(layer, inputs, last)
         if reason:
             layer.__dict__[_REASON], layer.__dict__[_LAST] = reason, last
-    for layer in seen.before_answer:
+    for layer in seen.before_probabilities:
         layer.register_forward_hook(dequantized)
     for layer in seen.before_mean:
         layer.register_forward_hook(contiguous_strides)
@@ -128,18 +128,18 @@ def _reason(layer: nn.Module, inputs: torch.Size, last: bool) -> str:
 
 
 class _Seen(TorchFunctionMode):
-    """What a model computes for an image.
+    """Records how a model computes its output for an image.
 
-    inputs: of each layer that takes and gives a tensor, its input's shape. last: the layers among `_PROBABILITIES` that
-    give the model's answer; before_answer: those whose output a function like them makes the answer of; before_mean:
-    those whose output has strides that a mean in INT8 can't tell from channels-last.
+    inputs: the shape of each layer's input, where input and output are tensors. last: the layers among `_PROBABILITIES`
+    whose output is the model's; before_probabilities: the layers from whose output such a function computes the
+    model's; before_mean: the layers whose output feeds a mean and has strides that are ambiguous in INT8.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.inputs: dict[nn.Module, torch.Size] = {}
         self.last: set[nn.Module] = set()
-        self.before_answer: set[nn.Module] = set()
+        self.before_probabilities: set[nn.Module] = set()
         self.before_mean: set[nn.Module] = set()
         self._made_by: dict[int, nn.Module] = {}  # by address: who wrote there last
         self._probabilities: list[tuple[Tensor, nn.Module, set[nn.Module]]] = []
@@ -148,9 +148,9 @@ class _Seen(TorchFunctionMode):
         """Look at one image, float32 [1, 3, H, W]."""
         layers = [layer for layer in module.modules() if not list(layer.children())]
         with torch.inference_mode(), self, attached(layer.register_forward_hook(self._after) for layer in layers):
-            answer = module(image.clone())
+            result = module(image.clone())
         for output, layer, found in self._probabilities:
-            if isinstance(answer, Tensor) and output.data_ptr() == answer.data_ptr():
+            if isinstance(result, Tensor) and output.data_ptr() == result.data_ptr():
                 found.add(layer)
 
     def _after(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -169,5 +169,5 @@ class _Seen(TorchFunctionMode):
             if name == "mean" and source.ndim == 4 and strides_are_ambiguous(source.shape):
                 self.before_mean.add(layer)
             elif name != "mean":
-                self._probabilities.append((output, layer, self.before_answer))
+                self._probabilities.append((output, layer, self.before_probabilities))
         return output

@@ -23,7 +23,7 @@ import torch.ao.nn.quantized as nnq
 from torch import Tensor, fx, nn
 
 from qexp.config.schema import Engine
-from qexp.quantize.calibration.grid import HIGHEST
+from qexp.quantize.calibration.grid import QUANT_MAX
 
 # What torch's kernels give on 256 levels between fixed ends, whatever is asked for; nnq.Softmax takes a scale.
 _FIXED_MODULES = (nn.Sigmoid, nn.Hardsigmoid, nn.Tanh)
@@ -41,12 +41,12 @@ _FIXED_FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
 _GIVE_CODES = {torch.quantize_per_tensor, torch.cat, torch.concat, torch.stack}
 
 
-def clamped(tensor: Tensor, highest: int) -> Tensor:
-    """A quantized uint8 tensor with no code beyond `highest`, on the same grid; anything else as it is."""
-    if not isinstance(tensor, Tensor) or tensor.dtype is not torch.quint8 or highest >= HIGHEST:
+def clamped(tensor: Tensor, quant_max: int) -> Tensor:
+    """A quantized uint8 tensor with no code beyond `quant_max`, on the same grid; anything else as it is."""
+    if not isinstance(tensor, Tensor) or tensor.dtype is not torch.quint8 or quant_max >= QUANT_MAX:
         return tensor
     scale, zero_point = tensor.q_scale(), tensor.q_zero_point()
-    end = (highest - zero_point) * scale
+    end = (quant_max - zero_point) * scale
     if torch.backends.quantized.engine != Engine.qnnpack.value:
         return torch.clamp(tensor, max=end)
     # qnnpack wants both ends, and takes codes in the order of memory for those of a contiguous tensor (torch 2.13).
@@ -56,23 +56,23 @@ def clamped(tensor: Tensor, highest: int) -> Tensor:
     return flat.view(in_memory.shape).permute([order.index(dim) for dim in range(tensor.ndim)])
 
 
-def coarser(tensor: Tensor, highest: int) -> Tensor:
-    """A quantized uint8 tensor whose ends are fixed, on highest + 1 levels between the same ends."""
+def coarser(tensor: Tensor, quant_max: int) -> Tensor:
+    """A quantized uint8 tensor whose ends are fixed, on quant_max + 1 levels between the same ends."""
     if not isinstance(tensor, Tensor) or tensor.dtype is not torch.quint8:
         return tensor
-    levels = (HIGHEST + 1) // (highest + 1)
-    return _quantized(_values(tensor), tensor.q_scale() * levels, tensor.q_zero_point() // levels, highest)
+    levels = (QUANT_MAX + 1) // (quant_max + 1)
+    return _quantized(_values(tensor), tensor.q_scale() * levels, tensor.q_zero_point() // levels, quant_max)
 
 
 def _values(tensor: Tensor) -> Tensor:
     return (tensor.int_repr().float() - tensor.q_zero_point()) * tensor.q_scale()
 
 
-def _quantized(values: Tensor, scale: float, zero_point: int, highest: int) -> Tensor:
-    return clamped(torch.quantize_per_tensor(values, scale, zero_point, torch.quint8), highest)
+def _quantized(values: Tensor, scale: float, zero_point: int, quant_max: int) -> Tensor:
+    return clamped(torch.quantize_per_tensor(values, scale, zero_point, torch.quint8), quant_max)
 
 
-def _with_number(function: Callable[..., Tensor], name: str, tensor: Tensor, number: float, highest: int) -> Tensor:
+def _with_number(function: Callable[..., Tensor], name: str, tensor: Tensor, number: float, quant_max: int) -> Tensor:
     """Sum or product of a quantized tensor and a number, on the narrowest grid that holds whatever the tensor can be.
 
     function, name: of torch's operator, which takes 0…255 for the tensor's codes when it chooses the output's grid.
@@ -85,66 +85,68 @@ def _with_number(function: Callable[..., Tensor], name: str, tensor: Tensor, num
         return compute(values, number)
 
     scale, zero_point = tensor.q_scale(), tensor.q_zero_point()
-    ends = sorted(computed((code - zero_point) * scale) for code in (0, highest))
+    ends = sorted(computed((code - zero_point) * scale) for code in (0, quant_max))
     low, high = 0.0 if relu else min(ends[0], 0.0), max(ends[1], 0.0)
-    scale = max((high - low) / highest, torch.finfo(torch.float32).eps)
+    scale = max((high - low) / quant_max, torch.finfo(torch.float32).eps)
     values = computed(_values(tensor))
-    return _quantized(values.relu() if relu else values, scale, round(-low / scale), highest)
+    return _quantized(values.relu() if relu else values, scale, round(-low / scale), quant_max)
 
 
 # ------------------------------------------------------------------------------------------------ modules
 
 
-class _Held:
-    """Mixed into a class of torch's modules that give quantized tensors: those stay within 0…highest."""
+class _Clamped:
+    """Mixed into a class of torch's modules that give quantized tensors: those stay within 0…quant_max."""
 
-    highest: int
+    quant_max: int
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return clamped(super().forward(*args, **kwargs), self.highest)  # type: ignore[misc]
+        return clamped(super().forward(*args, **kwargs), self.quant_max)  # type: ignore[misc]
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, highest={self.highest}".removeprefix(", ")  # type: ignore[misc]
+        return f"{super().extra_repr()}, quant_max={self.quant_max}".removeprefix(", ")  # type: ignore[misc]
 
 
-class _Coarser(_Held):
+class _Coarser(_Clamped):
     """The same of one whose 8-bit grid is fixed."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return coarser(super(_Held, self).forward(*args, **kwargs), self.highest)  # type: ignore[misc]
+        return coarser(super(_Clamped, self).forward(*args, **kwargs), self.quant_max)  # type: ignore[misc]
 
 
-class _HeldFunctional(_Held):
+class _ClampedFunctional(_Clamped):
     """The same of a QFunctional, which has a method for each operation. What most of them give goes through its
-    `activation_post_process` (see `hold`)."""
+    `activation_post_process` (see `clamp_codes`)."""
 
     def matmul(self, x: Tensor, y: Tensor) -> Tensor:
-        return clamped(super().matmul(x, y), self.highest)  # type: ignore[misc]
+        return clamped(super().matmul(x, y), self.quant_max)  # type: ignore[misc]
 
     def add_scalar(self, x: Tensor, y: float) -> Tensor:
-        return _with_number(super().add_scalar, "add", x, y, self.highest)  # type: ignore[misc]
+        return _with_number(super().add_scalar, "add", x, y, self.quant_max)  # type: ignore[misc]
 
     def mul_scalar(self, x: Tensor, y: float) -> Tensor:
-        return _with_number(super().mul_scalar, "mul", x, y, self.highest)  # type: ignore[misc]
+        return _with_number(super().mul_scalar, "mul", x, y, self.quant_max)  # type: ignore[misc]
 
 
 @cache
-def _held_class(kind: Any, highest: int) -> Any:
+def _clamped_class(kind: Any, quant_max: int) -> Any:
     """A subclass, so that names, states and whatever asks by isinstance are the same, and torch's own ways to copy an
     INT8 layer, which leave hooks behind, keep it."""
-    mixin = _HeldFunctional if issubclass(kind, nnq.QFunctional) else _Coarser if kind in _FIXED_MODULES else _Held
-    made = {"highest": highest, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    mixin = (
+        _ClampedFunctional if issubclass(kind, nnq.QFunctional) else _Coarser if kind in _FIXED_MODULES else _Clamped
+    )
+    made = {"quant_max": quant_max, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
     return type(kind.__name__, (mixin, kind), made)
 
 
 def torch_class(module: nn.Module) -> type[nn.Module]:
     """The class that torch gave a module which may be held."""
-    return type(module).__mro__[2] if isinstance(module, _Held) else type(module)
+    return type(module).__mro__[2] if isinstance(module, _Clamped) else type(module)
 
 
-def is_held(module: nn.Module) -> bool:
-    """Whether a module's `highest` is the largest code that it gives."""
-    return isinstance(module, _Held)
+def is_clamped(module: nn.Module) -> bool:
+    """Whether a module's `quant_max` is the largest code that it gives."""
+    return isinstance(module, _Clamped)
 
 
 def _gives_codes(module: nn.Module) -> bool:
@@ -159,11 +161,11 @@ def _gives_codes(module: nn.Module) -> bool:
 
 
 @dataclass(frozen=True)
-class HeldFunction:
-    """What fx calls in place of a function that gives a quantized tensor, which then stays within 0…highest."""
+class ClampedFunction:
+    """What fx calls in place of a function that gives a quantized tensor, which then stays within 0…quant_max."""
 
     function: Callable[..., Tensor]
-    highest: int
+    quant_max: int
 
     @property
     def __name__(self) -> str:
@@ -174,18 +176,18 @@ class HeldFunction:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.function in _FIXED_FUNCTIONS:
-            return coarser(self.function(*args, **kwargs), self.highest)
+            return coarser(self.function(*args, **kwargs), self.quant_max)
         if self.__name__ in ("add", "add_relu", "mul", "mul_relu") and not isinstance(args[1], Tensor):
-            return _with_number(self.function, self.__name__, args[0], args[1], self.highest)
-        return clamped(self.function(*args, **kwargs), self.highest)
+            return _with_number(self.function, self.__name__, args[0], args[1], self.quant_max)
+        return clamped(self.function(*args, **kwargs), self.quant_max)
 
 
 def torch_function(target: Any) -> Any:
     """What torch called at a node whose target may be held."""
-    return target.function if isinstance(target, HeldFunction) else target
+    return target.function if isinstance(target, ClampedFunction) else target
 
 
-def _held_function(node: fx.Node) -> Callable[..., Tensor] | None:
+def _function_to_clamp(node: fx.Node) -> Callable[..., Tensor] | None:
     """The function that a node of a converted graph calls, if what it gives is to be held."""
     target: Any = node.target
     if node.op in ("call_function", "call_method") and target in _FIXED_FUNCTIONS:
@@ -199,27 +201,27 @@ def _held_function(node: fx.Node) -> Callable[..., Tensor] | None:
 # ------------------------------------------------------------------------------------------------ whole models
 
 
-def hold(converted: nn.Module, highest: int) -> nn.Module:
-    """The converted model, in place, with every activation within 0…highest; as it is where that is 255."""
-    if highest >= HIGHEST:
+def clamp_codes(converted: nn.Module, quant_max: int) -> nn.Module:
+    """The converted model, in place, with every activation within 0…quant_max; as it is where that is 255."""
+    if quant_max >= QUANT_MAX:
         return converted
     for module in list(converted.modules()):
         if _gives_codes(module):
             kind: Any = type(module)
-            module.__class__ = _held_class(kind, highest)
+            module.__class__ = _clamped_class(kind, quant_max)
         if isinstance(module, nnq.QFunctional):
-            module.activation_post_process = _held_class(nn.Identity, highest)()
+            module.activation_post_process = _clamped_class(nn.Identity, quant_max)()
     if isinstance(converted, fx.GraphModule):
         for node in converted.graph.nodes:
-            if (function := _held_function(node)) is not None:
-                node.op, node.target = "call_function", HeldFunction(function, highest)
+            if (function := _function_to_clamp(node)) is not None:
+                node.op, node.target = "call_function", ClampedFunction(function, quant_max)
         converted.recompile()
     return converted
 
 
-def highest_code(converted: nn.Module) -> int:
+def quant_max_of(converted: nn.Module) -> int:
     """The largest code that any activation of a converted model can have: 255, unless it is held."""
-    found = [module.highest for module in converted.modules() if isinstance(module, _Held)]
+    found = [module.quant_max for module in converted.modules() if isinstance(module, _Clamped)]
     if isinstance(converted, fx.GraphModule):
-        found += [node.target.highest for node in converted.graph.nodes if isinstance(node.target, HeldFunction)]
-    return min(found, default=HIGHEST)
+        found += [node.target.quant_max for node in converted.graph.nodes if isinstance(node.target, ClampedFunction)]
+    return min(found, default=QUANT_MAX)

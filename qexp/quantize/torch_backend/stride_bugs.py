@@ -41,8 +41,8 @@ class AfterStride(nn.Module):
         self.conv = conv
 
     def forward(self, images: Tensor) -> Tensor:
-        answer: Tensor = self.conv(images[:, :, :: self.rows, :: self.columns])
-        return answer
+        output: Tensor = self.conv(images[:, :, :: self.rows, :: self.columns])
+        return output
 
 
 def affected(module: nnq.Conv2d, engine: Engine) -> bool:

@@ -22,7 +22,7 @@ from qexp.quantize.calibration.observers import activation_observer, observers
 from qexp.quantize.calibration.passes import calibrate
 from qexp.quantize.calibration.recorder import Recorder
 from qexp.quantize.calibration.recording_observer import RecordingObserver
-from qexp.quantize.calibration.statistics_collector import Seen, statistics
+from qexp.quantize.calibration.statistics_collector import StatisticsCollector, statistics
 from qexp.quantize.calibration.tensor_statistics import SHIFT, TensorStats, merge
 from tests.helpers.quantizable import MINMAX, RECORDED, Chain, Plain, images, settings, spec, trained
 
@@ -197,7 +197,7 @@ def test_tensors_may_be_changed_as_soon_as_they_were_recorded(sizes: list[int], 
 
 @pytest.mark.parametrize(("size", "most"), [(1000, 8_000), (30_000, 240_000), (100_000, 200_000), (200_000, 0)])
 def test_what_waits_to_be_counted_does_not_grow_with_the_images(size: int, most: int) -> None:
-    seen, part = Seen(), values("normal", size)
+    seen, part = StatisticsCollector(), values("normal", size)
     for _ in range(20):
         seen.add(part)
         assert (0 if seen._waiting is None else seen._waiting.numel()) <= most
@@ -205,7 +205,7 @@ def test_what_waits_to_be_counted_does_not_grow_with_the_images(size: int, most:
 
 def test_counters_never_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics_collector, "_FULL", 3)
-    seen, part = Seen(), values("after a ReLU", 200_000)
+    seen, part = StatisticsCollector(), values("after a ReLU", 200_000)
     for _ in range(8):
         seen.add(part)
     assert seen._histogram is not None

@@ -19,6 +19,7 @@ from qexp.config.schema import ActivationObserver, Engine, FlowName, Observer, Q
 from qexp.errors import InputError, NotFinite, RunError
 from qexp.models import architectures
 from qexp.quantize import FLOWS, Prepared
+from qexp.quantize.inspection import fusion_check
 from qexp.system.torchvision_import import torchvision
 from tests.helpers.quantizable import MINMAX, Chain, Plain, images, relative_error, settings, spec, trained
 
@@ -47,7 +48,7 @@ def error(converted: nn.Module, net: nn.Module, engine: Engine = Engine.x86) -> 
 def test_chains_are_found_by_tracing_where_a_model_has_no_fuse_model() -> None:
     net = trained(Chain())
     fused = FLOWS[FlowName.eager].fuse(net, spec(), TWO)
-    assert quantize.fusion_difference(net, fused, images(8)) < 1e-5
+    assert fusion_check.fusion_difference(net, fused, images(8)) < 1e-5
     assert [type(m).__name__ for m in fused.features] == [
         *("ConvReLU2d", "Identity", "Identity") * 2,
         *("ConvReLU2d", "Identity"),
@@ -145,10 +146,10 @@ def test_a_relu_that_fusion_lost_is_found_and_its_block_named() -> None:
     net = trained(ReusedReLU())
     batch = images(8)
     fused = FLOWS[FlowName.eager].fuse(net, spec(), TWO)
-    assert quantize.fusion_difference(net, fused, batch) > 1e-4
-    assert quantize.blame(net, fused, batch) == "block"
+    assert fusion_check.fusion_difference(net, fused, batch) > 1e-4
+    assert fusion_check.blame(net, fused, batch) == "block"
     whole = FLOWS[FlowName.fx].fuse(net, spec(), TWO)
-    assert quantize.fusion_difference(net, whole, batch) < 1e-5
+    assert fusion_check.fusion_difference(net, whole, batch) < 1e-5
 
 
 def test_a_bare_addition_is_refused_with_its_module_and_the_flow_that_works() -> None:
@@ -441,7 +442,7 @@ def test_quantizable_models_of_torchvision_run_wholly_in_int8(name: str, count: 
     net = trained(getattr(torchvision.models.quantization, name)(weights=None, quantize=False))
     example = images(2, size=64)
     fused = FLOWS[FlowName.eager].fuse(net, spec(), example)
-    assert quantize.fusion_difference(net, fused, example) < 1e-4
+    assert fusion_check.fusion_difference(net, fused, example) < 1e-4
     prepared = FLOWS[FlowName.eager].prepare(fused, spec(settings(overflow="activations")), example)
     quantize.calibrate(prepared, [example])
     layers = kinds(FLOWS[FlowName.eager].convert(prepared).module)

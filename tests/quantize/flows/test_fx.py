@@ -16,6 +16,7 @@ from qexp.config.schema import Engine, FlowName
 from qexp.errors import InputError
 from qexp.quantize import FLOWS, Prepared
 from qexp.quantize.graph.tracing import trace
+from qexp.quantize.inspection import fusion_check
 from qexp.system.torchvision_import import torchvision
 from tests.helpers.quantizable import Chain, Plain, images, relative_error, settings, spec, trained
 
@@ -107,7 +108,7 @@ def through(net: nn.Module, range_after_clamp: bool = True, engine: Engine = Eng
 def test_batchnorm_is_folded_whatever_the_class(name: str) -> None:
     net = trained(MODELS[name]())
     fused, prepared = through(net)
-    assert quantize.fusion_difference(net, fused, images(8, seed=4)) < 1e-5
+    assert fusion_check.fusion_difference(net, fused, images(8, seed=4)) < 1e-5
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fused.modules())
     converted = FLOWS[FlowName.fx].convert(prepared).module
     layers = quantize.layers(converted, FLOWS[FlowName.fx], Engine.x86)
@@ -152,7 +153,7 @@ class Shared(Plain):
 def test_modules_that_are_called_twice_are_fused_at_each_call() -> None:
     net = trained(Shared())
     fused, prepared = through(net)
-    assert quantize.fusion_difference(net, fused, images(8, seed=4)) < 1e-5
+    assert fusion_check.fusion_difference(net, fused, images(8, seed=4)) < 1e-5
     layers = quantize.layers(FLOWS[FlowName.fx].convert(prepared).module, FLOWS[FlowName.fx], Engine.x86)
     assert [layer.kind for layer in layers].count("conv") == 3
     assert all(layer.int8 and layer.kind != "batchnorm" for layer in layers)
@@ -297,7 +298,7 @@ def test_torchvision_models_unmodified_run_wholly_in_int8(name: str, count: int)
     net = trained(getattr(torchvision.models, name)(weights=None))
     example = images(2, size=64)
     fused = FLOWS[FlowName.fx].fuse(net, spec(), example)
-    assert quantize.fusion_difference(net, fused, example) < 1e-4
+    assert fusion_check.fusion_difference(net, fused, example) < 1e-4
     prepared = FLOWS[FlowName.fx].prepare(fused, spec(settings(overflow="activations")), example)
     quantize.calibrate(prepared, [example])
     layers = quantize.layers(FLOWS[FlowName.fx].convert(prepared).module, FLOWS[FlowName.fx], Engine.x86)

@@ -15,6 +15,7 @@ from qexp.config.schema import Engine, FlowName
 from qexp.models import float_model
 from qexp.quantize import FLOWS
 from qexp.quantize.graph.copies import each_once, evaluation_copy
+from qexp.quantize.inspection import fusion_check
 from tests.helpers.quantizable import images, relative_error, settings, spec, trained
 
 TWO = images(2)
@@ -26,7 +27,7 @@ def converted(net: nn.Module, flow: FlowName) -> nn.Module:
     """With exact sums on every CPU: qnnpack's."""
     quantize.dry_run(net, FLOWS[flow], spec(SETTINGS, engine=Engine.qnnpack), TWO)
     fused = FLOWS[flow].fuse(net, spec(), TWO)
-    assert quantize.fusion_difference(net, fused, SAVED) < 1e-5
+    assert fusion_check.fusion_difference(net, fused, SAVED) < 1e-5
     prepared = FLOWS[flow].prepare(fused, spec(SETTINGS, engine=Engine.qnnpack), TWO)
     if flow is not FlowName.dynamic:
         quantize.calibrate(prepared, images(16, seed=3).split(8))

@@ -1,5 +1,4 @@
-"""What a float model must be for its INT8 twin to be compared with it: each fault is refused before any work, with the
-module in which it is."""
+"""Faults of a float model that forbid a comparison with INT8 are refused before any work, naming the module."""
 
 from __future__ import annotations
 
@@ -17,6 +16,7 @@ from qexp.config.schema import FlowName
 from qexp.errors import InputError
 from qexp.models import float_model
 from qexp.quantize import FLOWS
+from qexp.quantize.inspection import fusion_check
 from tests.helpers.quantizable import images, spec, trained
 
 ONE = images(1)
@@ -242,13 +242,13 @@ class Deep(nn.Module):
 def test_with_the_statistics_of_a_few_images_a_fault_shows_in_the_logits_of_an_untrained_model() -> None:
     net = Deep().eval()
     few = images(4, seed=5)
-    assert quantize.fusion_difference(net, FLOWS[FlowName.eager].fuse(net, spec(), ONE), ONE) < 1e-3  # it fades
+    assert fusion_check.fusion_difference(net, FLOWS[FlowName.eager].fuse(net, spec(), ONE), ONE) < 1e-3  # it fades
     float_model.with_statistics(net, few)
     assert not any(m.training for m in net.modules())
     x = net.convs[0](few)
     expected = 0.97 * x.mean((0, 2, 3)), 0.03 + 0.97 * x.var((0, 2, 3))
     torch.testing.assert_close((net.norms[0].running_mean, net.norms[0].running_var), expected)
-    assert quantize.fusion_difference(net, FLOWS[FlowName.eager].fuse(net, spec(), ONE), ONE) > 0.03
+    assert fusion_check.fusion_difference(net, FLOWS[FlowName.eager].fuse(net, spec(), ONE), ONE) > 0.03
 
 
 def test_fx_does_not_advise_itself() -> None:

@@ -154,10 +154,10 @@ def test_both_flows_give_the_same_numbers_for_the_same_model() -> None:
     eager, fx = (case(architectures.tiny(), flow).by_name([batch]) for flow in BOTH)
     assert {TINY[name] for name in eager} == set(fx)
     for name, row in eager.items():
-        twin = fx[TINY[name]]
-        assert (row.kind, row.scale) == (twin.kind, pytest.approx(twin.scale))
-        assert row.sqnr_db == pytest.approx(twin.sqnr_db, abs=0.1)
-        assert row.own_sqnr_db == pytest.approx(twin.own_sqnr_db, abs=0.1)
+        counterpart = fx[TINY[name]]
+        assert (row.kind, row.scale) == (counterpart.kind, pytest.approx(counterpart.scale))
+        assert row.sqnr_db == pytest.approx(counterpart.sqnr_db, abs=0.1)
+        assert row.own_sqnr_db == pytest.approx(counterpart.own_sqnr_db, abs=0.1)
 
 
 @pytest.mark.parametrize("flow", BOTH)

@@ -99,7 +99,7 @@ def packed(weight: Tensor, scales: Tensor, per_channel: bool, zero_point: int) -
 
 
 def emulated(module: nn.Module, engine: Engine, saturating: bool = True) -> nn.Module:
-    return emulation.with_emulated_sums(nn.Sequential(module), engine, saturating)
+    return emulation.with_emulated_accumulators(nn.Sequential(module), engine, saturating)
 
 
 def steps(actual: Tensor, expected: Tensor) -> int:
@@ -275,7 +275,7 @@ def test_the_largest_activation_of_each_channel_tells_whether_sums_can_overflow(
     for _ in range(20):
         pairs = pairs_of(torch.where(torch.rand(weight.shape, generator=generator) < 0.02, weight, weight // 3))
         test = emulation.overflow_test(module, engine)
-        twins = [emulated(module, engine, saturating) for saturating in (True, False)]
+        counterparts = [emulated(module, engine, saturating) for saturating in (True, False)]
         for share in (0.1, 0.3, 0.6, 1.0):
             limits = 255 * torch.rand(inputs.shape[1], generator=generator) ** (1 / share - 1)
             values = torch.minimum(inputs.int_repr(), limits.view(-1, *[1] * (inputs.dim() - 2))).to(torch.uint8)
@@ -289,7 +289,7 @@ def test_the_largest_activation_of_each_channel_tells_whether_sums_can_overflow(
                     expected |= sum(p for p in products if p > 0) > 32767 or sum(p for p in products if p < 0) < -32768
             assert test(given) == expected
             if not expected:
-                assert steps(twins[0](given), twins[1](given)) == 0
+                assert steps(counterparts[0](given), counterparts[1](given)) == 0
             answers.append(expected)
     # oneDNN's depthwise weights have no neighbours, nor have groups of 3.
     neighbours = bool(emulation.weight_pairs(module, engine)[..., 1].any())
@@ -370,13 +370,13 @@ def test_whole_models_answer_as_executed(engine: Engine, flow: FlowName) -> None
     assert emulation.at_risk(model, engine, kernels.KINDS)
     assert not emulation.at_risk(exact, Engine.qnnpack, kernels.KINDS)
     saturating = "conv" in probe().saturating_kinds(engine)
-    twin = emulation.with_emulated_sums(model, engine, saturating)
-    rows = emulation.layer_by_layer(model, twin, [some[:2], some[2:]], engine)
+    counterpart = emulation.with_emulated_accumulators(model, engine, saturating)
+    rows = emulation.layer_by_layer(model, counterpart, [some[:2], some[2:]], engine)
     assert len(rows) == len(list(emulation.int8_layers(model)))
     # See check_against_execution for the step that a machine with VNNI may differ by.
     assert max(row.largest for row in rows) <= (0 if saturating else 1)
     if saturating:
-        assert torch.equal(executed(twin, engine, some), before)
+        assert torch.equal(executed(counterpart, engine, some), before)
     assert torch.equal(executed(model, engine, some), before)
 
 
@@ -384,12 +384,12 @@ def test_whole_models_answer_as_executed(engine: Engine, flow: FlowName) -> None
 @pytest.mark.parametrize("engine", ONE_OF_EACH)
 def test_layers_are_compared_each_by_itself(engine: Engine, flow: FlowName) -> None:
     model, exact, some = converted(flow, engine)
-    saturated = emulation.with_emulated_sums(model, engine)
+    saturated = emulation.with_emulated_accumulators(model, engine)
     rows = {row.name: row for row in emulation.layer_by_layer(saturated, exact, [some], engine)}
     rounding = {
         row.name: row
         for row in emulation.layer_by_layer(
-            emulation.with_emulated_sums(model, engine, saturating=False), exact, [some], engine
+            emulation.with_emulated_accumulators(model, engine, saturating=False), exact, [some], engine
         )
     }
     assert {row.kind for row in rows.values()} == {"conv", "pointwise", "linear"}
@@ -402,7 +402,7 @@ def test_layers_are_compared_each_by_itself(engine: Engine, flow: FlowName) -> N
 
 def test_qnnpack_has_nothing_to_emulate() -> None:
     with pytest.raises(InputError, match="qnnpack adds up exactly"):
-        emulation.with_emulated_sums(nn.Sequential(), Engine.qnnpack)
+        emulation.with_emulated_accumulators(nn.Sequential(), Engine.qnnpack)
 
 
 def test_models_with_other_layers_are_not_compared() -> None:

@@ -28,7 +28,7 @@ def quantized(
     quantize.calibrate(prepared, [images])
     model = FLOWS[flow].convert(prepared)
     if qconfig.overflow is Overflow.layers:
-        model, _ = quantize.narrow(model, Target.native, images)
+        model, _ = quantize.reduce_range(model, Target.native, images)
     return model.module
 
 

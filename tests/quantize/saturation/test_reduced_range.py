@@ -60,7 +60,7 @@ def test_narrowed_tensors_are_those_of_an_observer_made_with_that_grid(
     )
     for module in list(prepared.module.modules()):
         if isinstance(module, UniformQuantizationObserverBase):
-            reduced_range._narrow_activations(module, layers)
+            reduced_range._reduce_activations(module, layers)
     actual = quantize.read_qparams(prepared.module)
     for name in (name for name in expected if not name.endswith(".weight")):
         assert actual[name].scale == expected[name].scale
@@ -74,7 +74,7 @@ def test_only_layers_that_saturate_are_narrowed(flow: FlowName) -> None:
     qconfig = settings(overflow="layers")
     prepared = calibrated(saturating(Chain(), "features.0"), flow, qconfig)
     unguarded = FLOWS[flow].convert(prepared)
-    guarded, found = quantize.narrow(unguarded, Target.avx2, EXAMPLE)
+    guarded, found = quantize.reduce_range(unguarded, Target.avx2, EXAMPLE)
     names = [one.name for one in found]
     assert "features.0" in names
     plain = quantize.read_qparams(prepared.module)
@@ -83,11 +83,11 @@ def test_only_layers_that_saturate_are_narrowed(flow: FlowName) -> None:
         if name.endswith(".weight"):
             assert (after.qmax < plain[name].qmax) == (sides.get(name.removesuffix(".weight")) is Side.weights)
     exact = quantize.exact(guarded.prepared)
-    emulated = emulation.with_emulated_sums(guarded.module, Engine.x86)
+    emulated = emulation.with_emulated_accumulators(guarded.module, Engine.x86)
     rows = emulation.layer_by_layer(emulated, exact, [EXAMPLE], Engine.x86)
     assert not any(row.saturates for row in rows)
     # And without the guard it does.
-    emulated = emulation.with_emulated_sums(unguarded.module, Engine.x86)
+    emulated = emulation.with_emulated_accumulators(unguarded.module, Engine.x86)
     before = emulation.layer_by_layer(emulated, quantize.exact(prepared), [EXAMPLE], Engine.x86)
     assert [row.name for row in before if row.saturates] == names
 
@@ -96,11 +96,11 @@ def test_nothing_is_narrowed_where_nothing_saturates() -> None:
     qconfig = settings(overflow="layers", weight_bits=7)
     prepared = calibrated(trained(Chain()), FlowName.fx, qconfig)
     model = FLOWS[FlowName.fx].convert(prepared)
-    same, found = quantize.narrow(model, Target.avx2, EXAMPLE)
+    same, found = quantize.reduce_range(model, Target.avx2, EXAMPLE)
     assert found == ()
     assert same is model
     other = FLOWS[FlowName.fx].convert(replace(prepared, spec=replace(prepared.spec, engine=Engine.qnnpack)))
-    assert quantize.narrow(other, Target.avx2, EXAMPLE)[1] == ()
+    assert quantize.reduce_range(other, Target.avx2, EXAMPLE)[1] == ()
 
 
 def rounded(values: np.ndarray, scale: np.float32, zero_point: int, low: int, high: int) -> np.ndarray:
@@ -115,7 +115,7 @@ def test_the_noise_of_either_side_is_that_of_numpy_and_the_smaller_one_decides(f
     qconfig = settings("per_tensor", overflow="layers")
     net = trained(nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10)), seed)
     prepared = calibrated(net, flow, qconfig)
-    _, (found,) = reduced_range.narrow_layers(prepared.module, ["1"], qconfig, EXAMPLE)
+    _, (found,) = reduced_range.reduce_range_of_layers(prepared.module, ["1"], qconfig, EXAMPLE)
 
     x = EXAMPLE.flatten(1).numpy()
     weight = net[1].weight.detach().numpy()  # type: ignore[union-attr, operator]
@@ -154,12 +154,12 @@ def test_a_tensor_is_narrowed_for_all_its_readers_or_for_none() -> None:
     prepared = calibrated(trained(Fork()), FlowName.fx, qconfig)
     readers = {r.name: r for r in reduced_range._readers(prepared.module, ["left", "right"], qconfig, EXAMPLE)}
     assert readers["left"].observer is readers["right"].observer is not None
-    narrowed, (left, right) = reduced_range.narrow_layers(prepared.module, ["left", "right"], qconfig, EXAMPLE)
+    narrowed, (left, right) = reduced_range.reduce_range_of_layers(prepared.module, ["left", "right"], qconfig, EXAMPLE)
     by_weights = left.noise_weights + right.noise_weights
     by_activations = left.noise_activations + right.noise_activations
     assert left.side is right.side is (Side.activations if by_activations < by_weights else Side.weights)
     # With one reader at risk, the other one's noise still counts against reducing the range of the tensor.
-    _, (alone,) = reduced_range.narrow_layers(prepared.module, ["left"], qconfig, EXAMPLE)
+    _, (alone,) = reduced_range.reduce_range_of_layers(prepared.module, ["left"], qconfig, EXAMPLE)
     kept = readers["right"].noise[None]
     assert alone.side is (Side.activations if by_activations < left.noise_weights + kept else Side.weights)
     assert quantize.read_qparams(narrowed).keys() == quantize.read_qparams(prepared.module).keys()
@@ -169,6 +169,6 @@ def test_the_statistics_stay_those_of_calibration() -> None:
     qconfig = settings(overflow="layers")
     prepared = calibrated(trained(Plain()), FlowName.fx, qconfig)
     before = quantize.read_qparams(prepared.module)
-    reduced_range.narrow_layers(prepared.module, ["conv1"], qconfig, EXAMPLE * 100)
+    reduced_range.reduce_range_of_layers(prepared.module, ["conv1"], qconfig, EXAMPLE * 100)
     after = quantize.read_qparams(prepared.module)
     assert all(before[name].scale.tolist() == after[name].scale.tolist() for name in before)

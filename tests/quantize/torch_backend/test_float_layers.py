@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qexp import quantize
 from qexp.config.schema import Engine, FlowName
 from qexp.quantize import FLOWS
+from qexp.quantize.inspection import fusion_check
 from qexp.quantize.inspection.layer_equivalence import check_layers
 from qexp.quantize.torch_backend.float_layers import norm_is_random
 from tests.helpers.quantizable import assembled, images, relative_error, settings, spec, trained
@@ -74,7 +75,7 @@ def made(net: nn.Module, seed: int = 0) -> nn.Module:
 def through(net: nn.Module, flow: FlowName, engine: Engine = Engine.x86) -> tuple[nn.Module, nn.Module]:
     quantize.dry_run(net, FLOWS[flow], spec(engine=engine), TWO)
     fused = FLOWS[flow].fuse(net, spec(), TWO)
-    assert quantize.fusion_difference(net, fused, images(8, seed=4)) < 1e-5
+    assert fusion_check.fusion_difference(net, fused, images(8, seed=4)) < 1e-5
     prepared = FLOWS[flow].prepare(fused, spec(settings(overflow="activations"), engine=engine), TWO)
     quantize.calibrate(prepared, [images(16, seed=3)])
     converted = FLOWS[flow].convert(prepared).module
@@ -102,9 +103,9 @@ def test_an_instance_norm_with_running_statistics_is_a_batchnorm(flow: FlowName,
         "linear",
     ]
     assert error(net, converted) < 0.1
-    twin = made(Around(nn.BatchNorm2d(8, affine=affine)))
-    twin.load_state_dict(net.state_dict(), strict=False)  # a BatchNorm counts batches besides
-    assert torch.allclose(twin(TWO), fused(TWO), atol=1e-5)
+    counterpart = made(Around(nn.BatchNorm2d(8, affine=affine)))
+    counterpart.load_state_dict(net.state_dict(), strict=False)  # a BatchNorm counts batches besides
+    assert torch.allclose(counterpart(TWO), fused(TWO), atol=1e-5)
 
 
 def test_a_functional_instance_norm_with_running_statistics_is_folded_too() -> None:

@@ -26,7 +26,7 @@ from qexp.quantize.inspection.layer_equivalence import check_layers
 from qexp.quantize.inspection.layer_errors import layer_fidelity
 from qexp.quantize.saturation import emulation
 from qexp.quantize.torch_backend.deprecations import known_deprecations_silenced
-from qexp.quantize.torch_backend.ignored_quant_max import clamped, highest_code
+from qexp.quantize.torch_backend.ignored_quant_max import clamped, quant_max_of
 from qexp.records import QParams
 from qexp.runtimes import RUNTIMES
 from tests.helpers.quantizable import MINMAX, RECORDED, Plain, assembled, images, settings, spec, trained
@@ -145,7 +145,7 @@ def test_no_tensor_has_a_code_beyond_the_bits_asked_for(name: str, flow: FlowNam
     net = trained(NETS[name][0]())
     model = converted(net, flow, bits)
     codes = largest_codes(model, WIDER)
-    assert max(codes.values()) == 2**bits - 1 == highest_code(model)
+    assert max(codes.values()) == 2**bits - 1 == quant_max_of(model)
     assert len(codes) > 6
     assert beyond(model, Engine.x86, WIDER, 2**bits - 1) == ""
     check_layers(assembled(FLOWS[flow].fuse(net, spec(), SEEN), model, flow), WIDER)
@@ -249,7 +249,7 @@ def test_with_8_bits_it_is_the_model_that_torch_converts(flow: FlowName) -> None
     ours = FLOWS[flow].convert(prepared(net, flow, engine=engine)).module
     assert torch.equal(run(ours, WIDER, engine), run(by_torch, WIDER, engine))
     assert executed(ours, engine, SEEN) == executed(by_torch, engine, SEEN)
-    assert highest_code(ours) == 255
+    assert quant_max_of(ours) == 255
     assert max(largest_codes(ours, WIDER, engine).values()) == 255
 
 
@@ -341,7 +341,7 @@ def test_exact_and_emulated_sums_see_the_codes_that_are_executed(flow: FlowName,
     net = trained(Gated())
     made = prepared(net, flow, engine=engine, activation_bits=6)
     model = FLOWS[flow].convert(made).module
-    emulated = emulation.with_emulated_sums(model, engine)
+    emulated = emulation.with_emulated_accumulators(model, engine)
     for other in (emulated, quantize.exact(made)):
         assert max(largest_codes(other, WIDER, engine).values()) == 63
         rows = emulation.layer_by_layer(model, other, [WIDER], engine)
