@@ -1,4 +1,4 @@
-"""A model taken through a whole flow before any work, so that what can't work is known, and what would."""
+"""A trial of a whole flow on one image before any work: it tells which settings support a model."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ logger = logging.getLogger(__name__)
 
 
 def dry_run(model: nn.Module, flow: Flow, spec: QuantizationSpec, example: Tensor, image: str = "the example") -> None:
-    """Take a float model through the whole flow. What it gives is not kept.
+    """Take a float model through the whole flow, and discard the result.
 
-    example: float32 [n, 3, H, W], n ≥ 1; image: the name of the first, for a sentence. Raises InputError that names the
-    module where it fails and what would work.
+    example: float32 [n, 3, H, W], n ≥ 1; image: the name of the first, for messages. Raises InputError naming the
+    module where it fails and settings that would work.
     """
     one = example[:1]
     logits = float_model_checks.checked(model, one, image)
@@ -41,7 +41,7 @@ def dry_run(model: nn.Module, flow: Flow, spec: QuantizationSpec, example: Tenso
     except NotFinite as error:
         raise InputError(str(error)) from error
     except Exception as error:
-        # What torch raises on a model that it can't quantize is of many classes.
+        # torch raises many classes of errors on a model that it can't quantize.
         sentence = float_model_checks.cause(model, one)
         sentence = sentence or (str(error) if isinstance(error, QexpError) else _of_torch(error, model, flow, one))
         working = [
@@ -54,7 +54,7 @@ def dry_run(model: nn.Module, flow: Flow, spec: QuantizationSpec, example: Tenso
 
 
 def _through(model: nn.Module, flow: Flow, spec: QuantizationSpec, one: Tensor, image: str, logits: Tensor) -> None:
-    """Raise any error where the flow doesn't take the model. one: the image; logits: the float model's for it."""
+    """Raise an error if the flow doesn't support the model. one: [1, 3, H, W]; logits: the float model's, for it."""
     if flow.traced and (reason := float_model_checks.hooked(model, one)):
         raise InputError(reason)
     fused = flow.fuse(model, spec, one)
@@ -67,7 +67,7 @@ def _through(model: nn.Module, flow: Flow, spec: QuantizationSpec, one: Tensor, 
         calibrate(prepared, [one], lambda number: image)
     quantized = flow.convert(prepared)
     with engine(spec.engine):
-        # Two images: with one, a batch that is taken for channels goes unnoticed.
+        # Two images: with one, a kernel that takes the batch for channels goes unnoticed.
         run_or_refuse(quantized.module, flow, torch.cat([one, one]))
     quant_max = quant_max_of(quantized.module)
     if quant_max < QUANT_MAX and (operator := beyond(quantized.module, spec.engine, one, quant_max)):
@@ -82,7 +82,7 @@ def _through(model: nn.Module, flow: Flow, spec: QuantizationSpec, one: Tensor, 
 
 
 def _alternatives(flow: Flow, spec: QuantizationSpec) -> Iterator[tuple[str, Flow, QuantizationSpec]]:
-    """What else a model might work with: the change in words, the flow and the settings."""
+    """Yield other settings that may support the model: the change in words, the flow and the settings."""
     for name in supported()[:1]:
         if name is not spec.engine:
             yield f"engine={name}", flow, replace(spec, engine=name)
@@ -98,7 +98,7 @@ def _takes(model: nn.Module, flow: Flow, spec: QuantizationSpec, one: Tensor, im
     try:
         with unprinted():
             _through(model, flow, spec, one, image, logits)
-    except Exception as error:  # whatever stops it, it is not to be recommended
+    except Exception as error:  # any error: these settings are not recommended
         logger.debug(
             "flow=%s engine=%s does not take the model either: %s", flow.name, spec.engine.value, one_line(error)
         )

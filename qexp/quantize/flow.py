@@ -1,4 +1,4 @@
-"""How a float model becomes an INT8 one: the interface of every flow, and what its steps hand on.
+"""The interface of every flow, from a float model to an INT8 one, and the values that its steps pass on.
 
 The steps are `fuse` → `prepare` → (calibration) → `convert`. The flows are in `quantize/flows/`, a file each.
 """
@@ -20,8 +20,11 @@ from qexp.system.steps import step
 
 @dataclass(frozen=True)
 class QuantizationSpec:
-    """What a model is to be quantized with. qconfig: with `overflow` resolved, which `auto` is not; engine: whose INT8
-    kernels run; fusion: whether Conv, BatchNorm and ReLU become one module, in the flows that do that on request."""
+    """The settings that a model is quantized with.
+
+    qconfig: with `overflow` resolved, never `auto`; engine: its INT8 kernels run; fusion: True to make Conv, BatchNorm
+    and ReLU one module, in the flows that fuse on request.
+    """
 
     qconfig: QConfig
     observer: Observer
@@ -33,7 +36,7 @@ class QuantizationSpec:
 class Prepared:
     """A model ready for calibration, or for conversion where the flow doesn't calibrate.
 
-    fused: the float model as from `Flow.fuse`; module: a copy with the flow's observers.
+    fused: the float model that `Flow.fuse` returned; module: a copy of it with the flow's observers.
     """
 
     flow: Flow
@@ -44,8 +47,11 @@ class Prepared:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedModel:
-    """What a flow hands over. prepared: what it was converted from; module: executes it, float32 [n, 3, H, W] to
-    float32 [n, classes], under `engine` only, which its weights are packed for."""
+    """An INT8 model.
+
+    prepared: the model that it was converted from; module: computes float32 logits [n, classes] from float32
+    [n, 3, H, W], under `engine` only, for which its weights are packed.
+    """
 
     prepared: Prepared
     module: nn.Module
@@ -64,7 +70,7 @@ class QuantizedModel:
 
     @property
     def fused(self) -> nn.Module:
-        """The float model that it was made from, which computes the same in FP32."""
+        """The float model that it was converted from."""
         return self.prepared.fused
 
     @cached_property
@@ -74,17 +80,17 @@ class QuantizedModel:
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
-        """Each layer, with the kernel that runs it in INT8 or why it stays in FP32."""
+        """Each layer, with the kernel that runs it in INT8 or the reason why it stays in FP32."""
         return layers(self.module, self.flow, self.engine)
 
 
 class Flow(ABC):
     """One way to quantize a model.
 
-    name: as in the setting `flow`, which also knows the settings without effect. traced: whether the model becomes a
-    graph, by tracing: hooks on its modules, and what forward decides at each call, are not in it. observes_functions:
-    whether what functions give has a range of its own, and not what modules give alone. folds_batchnorm: whether a
-    BatchNorm that follows a convolution becomes part of it.
+    name: the value of the setting `flow`, which also lists the settings without effect. traced: True if the model is
+    traced into a graph, which contains neither hooks on modules nor decisions that forward takes at each call.
+    observes_functions: True if outputs of functions have ranges of their own, as outputs of modules always do.
+    folds_batchnorm: True if a BatchNorm that follows a convolution is folded into it.
     """
 
     name: schema.FlowName
@@ -93,7 +99,7 @@ class Flow(ABC):
     folds_batchnorm: bool
 
     def __init_subclass__(cls) -> None:
-        for name in ("fuse", "prepare", "convert"):  # how long they take is noted
+        for name in ("fuse", "prepare", "convert"):  # steps of a run, which are timed
             if name in vars(cls):
                 setattr(cls, name, step(name)(vars(cls)[name]))
 
@@ -104,29 +110,29 @@ class Flow(ABC):
 
     @property
     def calibrates(self) -> bool:
-        """Whether ranges of activations come from calibration images; else each call computes its own."""
+        """True if ranges of activations come from calibration images; otherwise each call computes its own."""
         return "calib" not in self.ignores
 
     @property
     def fuses_on_request(self) -> bool:
-        """Whether the setting `fusion` decides if modules are fused."""
+        """True if the setting `fusion` decides whether modules are fused."""
         return "fusion" not in self.ignores
 
     def leaves_in_float(self, layer: nn.Module, kind: str) -> str:
-        """Why the flow quantizes no such layer, as a clause; empty where it does. kind: as of `records.Layer`."""
+        """The reason why the flow leaves this layer in FP32, as a clause, or "". kind: as in `records.Layer`."""
         return ""
 
     @abstractmethod
     def fuse(self, model: nn.Module, spec: QuantizationSpec, example: Tensor) -> nn.Module:
-        """A copy of a float model in the form that the flow quantizes, in evaluation mode; it computes the same.
+        """Return a copy of a float model in the form that the flow quantizes, in evaluation mode and equivalent to it.
 
-        example: float32 [n, 3, H, W]. Raises InputError where the flow can't take the model.
+        example: float32 [n, 3, H, W]. Raises InputError if the flow doesn't support the model.
         """
 
     @abstractmethod
     def prepare(self, fused: nn.Module, spec: QuantizationSpec, example: Tensor) -> Prepared:
-        """A copy of a fused model with observers where the flow puts them. example: float32 [n, 3, H, W]."""
+        """Return a copy of a fused model with the flow's observers. example: float32 [n, 3, H, W]."""
 
     @abstractmethod
     def convert(self, prepared: Prepared) -> QuantizedModel:
-        """A converted copy of a model whose observers have seen calibration images."""
+        """Return an INT8 copy of a model whose observers have seen calibration images."""

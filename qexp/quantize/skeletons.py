@@ -1,6 +1,6 @@
-"""Converted structures that hold no model yet: what is saved of a model is loaded into one.
+"""Converted modules without weights, into which the saved state of a model is loaded.
 
-A skeleton's ranges are meaningless, so that a scale which a saved state lacks shows in what the loaded model computes.
+A skeleton's ranges are meaningless, so that a scale missing from a saved state shows in the loaded model's outputs.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from qexp.quantize.torch_backend.engines import engine
 
 
 def skeleton(fused: nn.Module, flow: Flow, spec: QuantizationSpec, example: Tensor) -> nn.Module:
-    """The structure that a fused model gets with these settings, made without data, for another process's model.
+    """Return the module that these settings convert a fused model to, made without data, for another process's state.
 
-    fused: as from `flow.fuse`; its weights don't matter. Those of layers that stay in FP32 are the skeleton's, too,
-    until others are assigned. example: float32 [n, 3, H, W].
+    fused: from `flow.fuse`; its weights don't matter, and the skeleton shares those of layers that stay in FP32 until
+    others are assigned. example: float32 [n, 3, H, W].
     """
-    # Where ranges are taken, and which, is in the state alone.
+    # The ranges, which these settings choose, are in the state alone.
     weight = replace(spec.qconfig.weight, observer=WeightObserver.minmax)
     qconfig = replace(spec.qconfig, weight=weight, overflow=Overflow.none, range_after_clamp=False)
     plain = replace(spec, qconfig=qconfig, observer=Observer(ActivationObserver.minmax))
@@ -36,7 +36,7 @@ def skeleton(fused: nn.Module, flow: Flow, spec: QuantizationSpec, example: Tens
 
 
 def blank_copy(model: QuantizedModel) -> nn.Module:
-    """The same structure, copied from a model in memory, whose state it holds nothing of."""
+    """Return a copy of a model in memory without its state: parameters, buffers, scales and zero points are reset."""
     with engine(model.engine):
         copied = sharing_copy(model.module)
     for module in copied.modules():

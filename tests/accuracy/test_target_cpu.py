@@ -114,7 +114,7 @@ def test_a_cpu_with_vnni_has_depthwise_kernels_that_saturate_and_no_others(
     run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    probes = tuple(replace(one, answer=112) if one.kind == "depthwise" else one for one in signature(200).probes)
+    probes = tuple(replace(one, output=112) if one.kind == "depthwise" else one for one in signature(200).probes)
     monkeypatch.setattr(kernels, "probe", lambda: KernelSignature("made up", probes))
     result = run("engine=fbgemm")  # which has dense layers alone
     assert result.resolved["resolved.overflow"] == "layers"

@@ -1,1 +1,1 @@
-"""From calibration images to the range of each tensor."""
+"""Calibration: from calibration images to the range of each tensor."""

@@ -1,7 +1,7 @@
-"""Calibration whose statistics are kept on disk: the same images are never run through the same model twice.
+"""Calibration whose statistics are cached on disk: the same images never run through the same model twice.
 
-FP32 activations don't depend on how they will be quantized, so one entry serves every observer, grid and engine. It is
-of the first n batches; what is asked for next resumes from the longest that is kept, whoever asked for that.
+FP32 activations don't depend on how they will be quantized, so one entry serves every observer, grid and engine. An
+entry covers the first n batches; a longer calibration resumes from the longest entry that covers a part of it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,10 @@ def calibrate_once(
     depends_on: str,
     named: Callable[[int], str] = "calibration image {}".format,
 ) -> None:
-    """As `calibrate`, for a model with recorders; only the batches that no entry in `folder` covers are run.
-    None: no cache.
+    """Calibrate a model with recorders, running only the batches that no entry in `folder` covers (None: no cache).
 
-    batches: the images as they are stored; as_input, named: as there; depends_on: all that the
-    activations depend on beside the batches and the places where they are recorded: model, flow, normalisation, what
-    executes it.
+    batches: the images as they are stored; as_input, named: as in `calibrate`; depends_on: everything else that the
+    activations depend on (model, flow, normalisation, libraries), beside the batches and the recorded tensors.
     """
     recorders = _recorders(prepared.module)
     keys = _keys(batches, f"{depends_on} {_sites(prepared.module, recorders)}")
@@ -57,13 +55,13 @@ def calibrate_once(
 
 
 def _recorders(module: nn.Module) -> list[Recorder]:
-    """Each once, where several tensors share one."""
+    """Return the recorders, each once, even if several tensors share one."""
     recording = [one for one in observers(module).values() if isinstance(one, RecordingObserver)]
     return list({id(one.recorder): one.recorder for one in recording}.values())
 
 
 def _sites(module: nn.Module, recorders: list[Recorder]) -> str:
-    """Which tensors are recorded, where together, and what they are clamped to before."""
+    """Describe, for a key, which tensors are recorded, which share a recorder, and how they are clamped before."""
     names, index = tensor_names(module), {id(recorder): i for i, recorder in enumerate(recorders)}
     return repr(
         [
@@ -75,7 +73,7 @@ def _sites(module: nn.Module, recorders: list[Recorder]) -> str:
 
 
 def _keys(batches: Sequence[np.ndarray], depends_on: str) -> list[str]:
-    """A key for the first batch, for the first two, …"""
+    """Return the key of the first batch, of the first two, …"""
     digest, keys = hashlib.sha256(depends_on.encode()), []
     for batch in batches:
         digest.update(f"{batch.dtype.str} {batch.shape}".encode() + np.ascontiguousarray(batch).tobytes())
@@ -89,7 +87,7 @@ def _resume(recorders: list[Recorder], packed: Mapping[str, np.ndarray]) -> None
 
 
 def pack(stats: Sequence[TensorStats]) -> dict[str, np.ndarray]:
-    """Statistics of any number of tensors as a few arrays: each of theirs end to end, and the sizes, int64 [n, 2]."""
+    """Concatenate the statistics of n tensors into a few arrays, with their sizes, int64 [n, 2]."""
 
     def joined(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
         return np.concatenate([np.empty(0, dtype), *arrays], dtype=dtype)
@@ -105,7 +103,7 @@ def pack(stats: Sequence[TensorStats]) -> dict[str, np.ndarray]:
 
 
 def unpack(packed: Mapping[str, np.ndarray]) -> list[TensorStats]:
-    """What `pack` packed."""
+    """Return the statistics that `pack` concatenated."""
     batches, bins = (np.cumsum(sizes)[:-1] for sizes in packed["sizes"].T)
     parts = [
         *(np.split(packed[name], batches) for name in ("minima", "maxima")),

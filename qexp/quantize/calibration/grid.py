@@ -1,4 +1,4 @@
-"""The one place that decides on which integers a tensor lives."""
+"""The grid, qmin…qmax, that each tensor is quantized to: decided here and nowhere else."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from qexp.config.schema import Overflow, QConfig
 
 FULL_BITS = 8
 QUANT_MAX = 2**FULL_BITS - 1
-"""The largest code of an activation that kernels know."""
+"""The largest code of an activation, quint8."""
 SAFE_BITS = 7
-"""With 7 bits on either side two products of u8 by s8 fit into 16 bits: 255*64*2 = 32640 and 127*128*2 = 32512."""
+"""With 7 bits on either side, two products of u8 by s8 fit into 16 bits: 255*64*2 = 32640 and 127*128*2 = 32512."""
 
 SAFE_CODE = 2**SAFE_BITS - 1
 """The largest code of 7-bit activations."""
 
 
 class Side(StrEnum):
-    """Which factor of a product a tensor is; each value is also the `Overflow` that narrows it."""
+    """The factor of a product that a tensor is; each value is also the `Overflow` that reduces its range."""
 
     weights = "weights"
     activations = "activations"
@@ -26,13 +26,13 @@ class Side(StrEnum):
 
 @dataclass(frozen=True)
 class Grid:
-    """The integers qmin…qmax onto which a tensor's range is mapped; `full` where they are all of the 8-bit type.
+    """The integers qmin…qmax onto which a tensor's range is mapped; `full` if they are all of the 8-bit type.
 
-    A narrowed grid has fewer and larger steps, and runs on the same 8-bit kernels, which clamp to the type alone.
-    Weights are clamped to their grid when they are quantized. Of activations those bits that were asked for are clamped
-    to, too (see held.py). A guard narrows the scale alone, as torch's `reduce_range` does: what lies outside the
-    calibrated range goes on beyond qmax, up to 255. To clamp it would take time and accuracy, and the sums that it
-    makes may still fit.
+    A reduced grid has fewer and larger steps, and runs on the same 8-bit kernels, which clamp to the type only. Weights
+    are clamped to their grid when they are quantized. Activations are clamped to the bits that were asked for (see
+    torch_backend/ignored_quant_max.py). A guard makes only the scale coarser, as torch's `reduce_range` does: values
+    outside the calibrated range get codes beyond qmax, up to 255. Clamping them would cost time and accuracy, and their
+    accumulators may still fit.
     """
 
     qmin: int
@@ -44,9 +44,9 @@ class Grid:
 
 
 def executed_bits(qconfig: QConfig, side: Side) -> int:
-    """Bits that `side` really gets: those asked for, or 7 at most where the guard against overflow narrows it.
+    """Return the bits that `side` gets: those asked for, but 7 at most if the guard against overflow reduces its range.
 
-    Raises ValueError where `qconfig.overflow` is still `auto` (see `saturation.resolve_overflow`).
+    Raises ValueError if `qconfig.overflow` is still `auto` (see `saturation.kernels.resolve_overflow`).
     """
     if qconfig.overflow is Overflow.auto:
         raise ValueError("qconfig.overflow=auto must be resolved before a grid is made")
@@ -55,12 +55,15 @@ def executed_bits(qconfig: QConfig, side: Side) -> int:
 
 
 def executed_quant_max(qconfig: QConfig) -> int:
-    """The largest code of an activation that is executed: a guard's grid is one of the scale alone."""
+    """Return the largest code of activations that kernels let through.
+
+    `overflow=activations` makes only the scale coarser, so codes up to 255 still occur.
+    """
     return int(2**qconfig.activation.bits - 1)
 
 
 def grid(qconfig: QConfig, side: Side) -> Grid:
-    """The grid of weights (qint8, -2^(b-1)…2^(b-1)-1) or of activations (quint8, 0…2^b-1)."""
+    """Return the grid of weights (qint8, -2^(b-1)…2^(b-1)-1) or of activations (quint8, 0…2^b-1)."""
     bits = executed_bits(qconfig, side)
     if side is Side.weights:
         return Grid(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)

@@ -1,4 +1,4 @@
-"""From a qconfig to observers of torch's kind, and what may be asked of them."""
+"""Observers of torch.ao's interface for a qconfig, and questions that can be asked of them."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _CHANNEL_SCHEME = {Scheme.symmetric: torch.per_channel_symmetric, Scheme.asymmet
 
 
 def _bounds(grid: Grid) -> dict[str, int]:
-    # A full grid is not handed over: told 0…255, torch calls it customised, and symmetric activations then take
+    # A full grid is not passed: torch would call 0…255 customised, and symmetric activations would then get
     # (0 + 255) // 2 = 127 as zero point instead of torch's default 128.
     return {} if grid.full else {"quant_min": grid.qmin, "quant_max": grid.qmax}
 
 
 def activation_observer(qconfig: QConfig, observer: Observer) -> Any:
-    """A constructor of the observer for activations (quint8, per tensor): a recording one, or torch's own histogram."""
+    """Return the constructor of the observer of activations (quint8, per tensor): recording, or torch's histogram."""
     keywords: dict[str, Any] = {
         "dtype": torch.quint8,
         "qscheme": _TENSOR_SCHEME[qconfig.activation.scheme],
@@ -49,7 +49,7 @@ def activation_observer(qconfig: QConfig, observer: Observer) -> Any:
 
 
 class Histogram(HistogramObserver):
-    """torch's own; quant_max: as of a RecordingObserver."""
+    """torch's HistogramObserver; executed_quant_max: as in RecordingObserver."""
 
     def __init__(self, executed_quant_max: int = QUANT_MAX, **keywords: Any) -> None:
         super().__init__(**keywords)
@@ -57,14 +57,13 @@ class Histogram(HistogramObserver):
 
 
 def quant_max_of_observers(prepared: nn.Module) -> int:
-    """The largest code of an activation that is let through once the model is converted."""
+    """Return the largest code of activations that the converted model will let through."""
     found = [one for one in observers(prepared).values() if isinstance(one, RecordingObserver | Histogram)]
     return min((observer.executed_quant_max for observer in found), default=QUANT_MAX)
 
 
 def fix_fewer_levels(prepared: nn.Module, quant_max: int) -> None:
-    """In place, let observers with fixed parameters (of sigmoid and its like) have quant_max + 1 levels between their
-    ends."""
+    """Give observers with fixed parameters (sigmoid and the like) quant_max + 1 levels over their range, in place."""
     levels = (QUANT_MAX + 1) // (quant_max + 1)
     for observer in {id(o): o for o in observers(prepared).values() if isinstance(o, FixedQParamsObserver)}.values():
         observer.scale.mul_(levels)
@@ -73,7 +72,7 @@ def fix_fewer_levels(prepared: nn.Module, quant_max: int) -> None:
 
 
 class MseObserver(MinMaxObserver):
-    """Of a weight, seen once: the range with the smallest squared error."""
+    """Observes a weight once; its range is the one with the smallest squared error."""
 
     def forward(self, x_orig: Tensor) -> Tensor:
         low, high = range_mse(statistics(x_orig.detach()), *destination(self))
@@ -83,7 +82,7 @@ class MseObserver(MinMaxObserver):
 
 
 class PerChannelMseObserver(PerChannelMinMaxObserver):
-    """Of a weight, seen once: the range of each channel with the smallest squared error."""
+    """Observes a weight once; each channel's range is the one with the smallest squared error."""
 
     def forward(self, x_orig: Tensor) -> Tensor:
         rows = x_orig.detach().movedim(self.ch_axis, 0).flatten(1).numpy()
@@ -101,7 +100,7 @@ _WEIGHTS: dict[tuple[WeightObserver, Granularity], Any] = {
 
 
 def weight_observer(qconfig: QConfig, granularity: Granularity) -> Any:
-    """A constructor of the observer for weights (qint8, per tensor or along axis 0)."""
+    """Return the constructor of the observer of weights (qint8, per tensor or along axis 0)."""
     kind = _WEIGHTS[qconfig.weight.observer, granularity]
     bounds = _bounds(grid(qconfig, Side.weights))
     if granularity is Granularity.per_channel:
@@ -110,7 +109,7 @@ def weight_observer(qconfig: QConfig, granularity: Granularity) -> Any:
 
 
 def torch_qconfig(qconfig: QConfig, observer: Observer, weight_granularity: Granularity | None = None) -> TorchQConfig:
-    """torch's QConfig for these settings; `weight_granularity` overrides the qconfig's for layers that need it."""
+    """Return torch's QConfig for these settings; `weight_granularity` overrides theirs for layers that need it."""
     return TorchQConfig(
         activation=activation_observer(qconfig, observer),
         weight=weight_observer(qconfig, weight_granularity or qconfig.weight.granularity),
@@ -119,9 +118,9 @@ def torch_qconfig(qconfig: QConfig, observer: Observer, weight_granularity: Gran
 
 @dataclass(frozen=True)
 class ClampFirst:
-    """A forward pre-hook that lets an observer see a tensor as the clamp that follows will leave it.
+    """A forward pre-hook by which an observer sees a tensor as the clamp behind it will leave it.
 
-    The observer hands the clamped tensor on. That changes nothing, for its only consumer is that clamp.
+    The observer returns the clamped tensor. That changes nothing, since the clamp is its only reader.
     """
 
     low: float
@@ -132,36 +131,36 @@ class ClampFirst:
 
 
 def observers(prepared: nn.Module) -> dict[str, Any]:
-    """Every observer by its module name; one that is shared appears under each of its names."""
+    """Return every observer by its module name; a shared one appears under each of its names."""
     return {
         name: module
         for name, module in prepared.named_modules(remove_duplicate=False)
-        # Others (of torch's `reshape`, for one) only pass on what their input's observer says.
+        # Others (that of torch's `reshape`, for one) only return what their input's observer computes.
         if isinstance(module, UniformQuantizationObserverBase | FixedQParamsObserver)
     }
 
 
 def records_range(observer: nn.Module) -> bool:
-    """Whether calibration feeds this observer (those of sigmoid and its like have fixed parameters)."""
+    """True if calibration feeds this observer (those of sigmoid and the like have fixed parameters)."""
     return isinstance(observer, UniformQuantizationObserverBase)
 
 
 def is_fed(observer: Any) -> bool:
-    """Whether an observer that records a range has seen any value."""
+    """True if an observer that records a range has seen any value."""
     if isinstance(observer, RecordingObserver):
         return observer.recorder.fed
     return bool(observer.min_val.numel()) and float(observer.min_val.min()) != math.inf
 
 
 def is_finite(observer: Any) -> bool:
-    """Whether what an observer that was fed has seen is without NaN and infinity."""
+    """True if an observer that was fed has seen neither NaN nor infinity."""
     if isinstance(observer, RecordingObserver):
         return observer.recorder.finite
     return bool(observer.min_val.isfinite().all() and observer.max_val.isfinite().all())
 
 
 def to_qparams(observer: Any, axis: int | None = None) -> QParams:
-    """What torch's convert will read from this observer, exactly, and the codes that are executed."""
+    """Return exactly the parameters that torch's convert will read from this observer, and the executed codes."""
     scale, zero_point = observer.calculate_qparams()
     return QParams(
         scale=scale.detach().to(torch.float32).reshape(-1).numpy().copy(),

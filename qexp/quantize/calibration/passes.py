@@ -1,4 +1,4 @@
-"""Calibration: forward passes that feed the observers, and the checks that they were fed, and with numbers."""
+"""Calibration: forward passes that feed the observers, and checks that each saw data, all of it finite."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def calibrate(
     named: Callable[[int], str] = "calibration image {}".format,
     as_input: Callable[[Any], Tensor] = lambda batch: batch,
 ) -> int:
-    """Run batches of images through a prepared model; returns how many images that were.
+    """Run batches of images through a prepared model, and return the number of images.
 
-    named: from an image's position among all to what it is called in a sentence; as_input: from a batch to float32
-    [n, 3, H, W]. Raises NotFinite where an observer saw NaN or infinity, RunError where one saw nothing at all or where
-    a BatchNorm's statistics moved.
+    named: from an image's position to its name in messages; as_input: from a batch to float32 [n, 3, H, W]. Raises
+    NotFinite if an observer saw NaN or infinity, RunError if one saw nothing at all or a BatchNorm's statistics
+    changed.
     """
     module = prepared.module
     before = _batchnorm_state(module)
     recording = {name: observer for name, observer in observers(module).items() if records_range(observer)}
     images = 0
-    # torch's histogram leaves out a tensor that holds infinity, with a warning; others keep what they see.
+    # torch's histogram skips a tensor that contains infinity, with a warning; recorders note it.
     own = {name: observer for name, observer in recording.items() if not isinstance(observer, RecordingObserver)}
     with torch.inference_mode(), _stopping_at_infinity(own):
         for inputs in map(as_input, batches):
@@ -75,13 +75,12 @@ def _refuse_not_finite(
     named: Callable[[int], str],
     broken: Sequence[str],
 ) -> NoReturn:
-    """Run batches again and raise NotFinite, which names the first tensor that is not finite, and the image if it is
-    finite for others.
+    """Run the batches again, and raise NotFinite naming the first tensor that is not finite.
 
-    broken: names of observers that saw such a tensor.
+    It names the image, too, if the tensor is finite for others. broken: names of observers that saw such a tensor.
     """
     names, seen = tensor_names(prepared), 0
-    first, culprits = broken[0], dict[int, str]()  # by position, the observer
+    first, culprits = broken[0], dict[int, str]()  # from position to observer
     for batch in batches:
         if found := _not_finite(prepared, batch):
             first = first if culprits else found
@@ -105,7 +104,7 @@ def _refuse_not_finite(
 
 
 def _not_finite(prepared: nn.Module, images: Tensor) -> str:
-    """Name of the observer of the first tensor that `images` make NaN or infinite; empty where there is none."""
+    """Return the name of the observer of the first tensor that isn't finite for `images`; "" if there is none."""
     try:
         with torch.inference_mode(), _stopping_at_infinity(observers(prepared)):
             prepared(images)
@@ -115,12 +114,12 @@ def _not_finite(prepared: nn.Module, images: Tensor) -> str:
 
 
 class _Infinite(Exception):
-    """An observer, whose name it is, was about to see NaN or infinity."""
+    """Raised with the name of an observer that was about to see NaN or infinity."""
 
 
 @contextmanager
 def _stopping_at_infinity(watched: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Meanwhile each of these observers raises _Infinite instead of seeing NaN or infinity."""
+    """In this context each of these observers raises _Infinite before it sees NaN or infinity."""
 
     def look(name: str) -> Callable[..., None]:
         def hook(observer: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -1,7 +1,8 @@
-"""From what calibration saw of a tensor to the range that is quantized: a pure function for each observer.
+"""From a tensor's statistics to the range that is quantized: a pure function for each observer.
 
-`range_<observer>(stats, grid, scheme, …)` gives (low, high), within what was seen; torch's formula makes scale and zero
-point from them. Values are taken to be spread evenly over their bin of the fine histogram (see statistics.py).
+`range_<observer>(stats, grid, scheme, …)` returns (low, high), within the observed extremes; torch's formula computes
+scale and zero point from them. Values are taken to be spread evenly over their bin of the fine histogram (see
+tensor_statistics.py).
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ Solver = Callable[["TensorStats", Grid, Scheme], tuple[float, float]]
 SMALLEST_SCALE = float(np.finfo(np.float32).eps)
 """torch makes no scale smaller than this."""
 
-# The search for the smallest error halves a range up to 12 times, first in coarse steps, then twice around the best in
-# steps 8 times finer. One end ends up within 0.14% of its best, two within 0.5%.
+# The search for the smallest error shrinks a range by up to 12 octaves, first in coarse steps, then twice around the
+# best in steps 8 times finer. A single end is found to 0.14%, two ends to 0.5%.
 _OCTAVES = 12
 _COARSE_ONE = 1 / 8
 _COARSE_TWO = 1 / 2
@@ -39,7 +40,7 @@ _ROW_BLOCK = 256  # channels at a time, to bound memory
 
 
 def solver(observer: Observer) -> Solver:
-    """The function that finds this observer's range, with its parameters."""
+    """Return the function that finds this observer's range. Raises ValueError if a parameter is missing."""
     parameters = {name: getattr(observer, name) for name in OBSERVER_PARAMETERS[observer.name]}
     missing = [name for name, value in parameters.items() if value is None]
     if missing:
@@ -48,15 +49,17 @@ def solver(observer: Observer) -> Solver:
 
 
 def range_minmax(stats: TensorStats, grid: Grid, scheme: Scheme) -> tuple[float, float]:
-    """The smallest and the largest value; torch's MinMaxObserver, bit for bit."""
+    """Return the smallest and the largest value, bit for bit those of torch's MinMaxObserver."""
     return stats.low, stats.high
 
 
 def range_moving_average(
     stats: TensorStats, grid: Grid, scheme: Scheme, averaging_constant: float
 ) -> tuple[float, float]:
-    """Extremes of the batches, averaged with exponentially falling weights; torch's MovingAverageMinMaxObserver, bit
-    for bit, and so in float32."""
+    """Return exponential moving averages of the batches' extremes, in float32.
+
+    They are bit for bit those of torch's MovingAverageMinMaxObserver.
+    """
     share = np.float32(averaging_constant)
     low, high = stats.minima[0], stats.maxima[0]
     for smallest, largest in zip(stats.minima[1:], stats.maxima[1:], strict=True):
@@ -65,17 +68,19 @@ def range_moving_average(
 
 
 def _clipped(stats: TensorStats, low: float, high: float) -> tuple[float, float]:
-    """The ends of what was seen, as clipping to low…high leaves them."""
+    """Return the observed extremes, clipped to low…high."""
     return min(max(stats.low, low), high), max(min(stats.high, high), low)
 
 
 def range_percentile(stats: TensorStats, grid: Grid, scheme: Scheme, percentile: float) -> tuple[float, float]:
-    """Without the most extreme values: on a symmetric grid percentile% of the absolute values are kept, on an
-    asymmetric one half of the rest is cut at either end. 100 is minmax.
+    """Return the range without the most extreme values.
 
-    ONNX Runtime's PercentileCalibrater has the same definition, and gives the lower edge of the bin that holds the
-    quantile, where this interpolates within the bin. Its 2,048 bins are equally wide from -peak to peak, peak/1024, so
-    that an outlier blurs all other quantiles; these are 0.2% of the value itself.
+    On a symmetric grid, percentile% of the absolute values lie inside; on an asymmetric one, half of the rest is cut at
+    either end. 100 is minmax.
+
+    ONNX Runtime's PercentileCalibrater has the same definition, but returns the lower edge of the bin that contains the
+    quantile, where this function interpolates within the bin. Its 2,048 bins from -peak to peak are all peak/1024 wide,
+    so that an outlier blurs all other quantiles; bins here are at most 0.2% of the value wide.
     """
     share = percentile / 100
     if scheme is Scheme.symmetric:
@@ -86,7 +91,7 @@ def range_percentile(stats: TensorStats, grid: Grid, scheme: Scheme, percentile:
 
 
 def _quantile(bins: Bins, share: float) -> float:
-    """The value below which this share of all values lies."""
+    """Return the value below which this share of all values lies."""
     below = np.cumsum(bins.counts)
     rank = share * below[-1]
     i = min(int(np.searchsorted(below, rank)), len(below) - 1)
@@ -95,11 +100,11 @@ def _quantile(bins: Bins, share: float) -> float:
 
 
 def range_mse(stats: TensorStats, grid: Grid, scheme: Scheme) -> tuple[float, float]:
-    """The range with the smallest expected squared error on this grid, of rounding and of clipping.
+    """Return the range with the smallest expected squared error on this grid, from rounding and clipping.
 
-    The error of a range is exact for the histogram (see `_Error`). One number is searched for where the grid is
-    symmetric or all values have one sign, else both ends on their own. Values that come again and again, as the upper
-    end of a clamp may, are taken to be spread over their bin all the same.
+    The error of a range is exact for the histogram (see `_Error`). The search is over one number if the grid is
+    symmetric or all values have one sign, else over both ends independently. Values that occur very often, such as the
+    upper bound of a clamp, are taken to be spread over their bin, too.
     """
     low, high = min(stats.low, 0.0), max(stats.high, 0.0)
     if low == high:
@@ -117,7 +122,7 @@ def range_mse(stats: TensorStats, grid: Grid, scheme: Scheme) -> tuple[float, fl
             lows, highs = (
                 ends.ravel() for ends in np.meshgrid(low * 2.0**-shrunk_low, high * 2.0**-shrunk_high, indexing="ij")
             )
-        best = int(error(lows, highs).argmin())  # of equal ones the first, which is the widest
+        best = int(error(lows, highs).argmin())  # the first of equals is the widest
         around = step * np.linspace(-1, 1, 2 * _FINER + 1)
         at_low, at_high = (best, best) if together else divmod(best, len(shrunk_high))
         shrunk_low = (shrunk_low[at_low] + around).clip(0, None)
@@ -129,7 +134,7 @@ def range_mse(stats: TensorStats, grid: Grid, scheme: Scheme) -> tuple[float, fl
 def _scales(
     lows: np.ndarray, highs: np.ndarray, grid: Grid, scheme: Scheme
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """torch's formula: scale of each range, and the numbers of the first and the last step, counted from zero."""
+    """Return, by torch's formula, each range's scale, and its first and last step relative to the zero point."""
     width = grid.qmax - grid.qmin
     if scheme is Scheme.symmetric:
         scale = np.maximum(np.maximum(-lows, highs) / (width / 2), SMALLEST_SCALE)
@@ -143,8 +148,9 @@ def _scales(
 
 @dataclass(frozen=True, eq=False)
 class _Error:
-    """The sum of squared errors of values in a histogram, as a function of the range, in time that depends on the
-    number of steps of the grid and not on that of bins.
+    """The sum of squared errors of a histogram's values, as a function of the range.
+
+    A call takes time in proportion to the steps of the grid, whatever the number of bins.
 
     With borders b[k] halfway between the steps c[k] and c[k+1], and N(x), S(x) the number and the sum of the values
     below x, the sum over all steps of (value - c[k])² is, summed by parts,
@@ -153,7 +159,7 @@ class _Error:
 
     bins: Bins
     density: np.ndarray
-    numbers: np.ndarray  # of values below each bin, with that of all at the end
+    numbers: np.ndarray  # number of values below each bin, and of all values at the end
     sums: np.ndarray
     squares: float
     grid: Grid
@@ -174,7 +180,7 @@ class _Error:
         )
 
     def __call__(self, lows: np.ndarray, highs: np.ndarray) -> np.ndarray:
-        """lows, highs: float64 [n], low ≤ 0 ≤ high; returns float64 [n]."""
+        """Return the error of each range, float64 [n]. lows, highs: float64 [n], low ≤ 0 ≤ high."""
         scale, first, last = _scales(lows, highs, self.grid, self.scheme)
         step = first[:, None] + np.arange(self.grid.qmax - self.grid.qmin)
         number, total = self._below((step + 0.5) * scale[:, None])
@@ -185,7 +191,7 @@ class _Error:
         return error
 
     def _below(self, borders: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Number and sum of the values below each border."""
+        """Return number and sum of the values below each border."""
         bins = np.searchsorted(self.bins.upper, borders)
         inside = np.minimum(bins, len(self.density) - 1)
         lower = self.bins.lower[inside]
@@ -195,11 +201,11 @@ class _Error:
 
 
 def range_mse_rows(rows: np.ndarray, grid: Grid, scheme: Scheme) -> tuple[np.ndarray, np.ndarray]:
-    """`range_mse` for each row of float32 [rows, n], as for the channels of a weight; float32 [rows] low and high.
+    """Return `range_mse` of each row of float32 [rows, n], a channel of a weight: low and high, float32 [rows].
 
-    Every row is scaled to a peak of 1, so that all share one table of the errors of candidates on a histogram of 4,096
-    bins. The ends of the candidates are 1/128 of the peak apart on a symmetric grid, 1/32 on an asymmetric one. In a
-    channel of 600 values the error is up to 8% and 6% above the least (20% on the four steps of asymmetric 2 bits).
+    Every row is scaled to a peak of 1, so that all rows share one table of candidates' errors over a histogram of 4,096
+    bins. The candidates' ends are 1/128 of the peak apart on a symmetric grid, 1/32 on an asymmetric one. For a channel
+    of 600 values the error is up to 8% and 6% above the minimum (20% on the four steps of asymmetric 2 bits).
     """
     lows, highs, errors = _row_candidates(grid, scheme)
     found = []
@@ -219,9 +225,10 @@ def range_mse_rows(rows: np.ndarray, grid: Grid, scheme: Scheme) -> tuple[np.nda
 
 @lru_cache(maxsize=2)
 def _row_candidates(grid: Grid, scheme: Scheme) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ends of the candidates, widest first, and the mean squared error in each bin, [bins, candidates].
+    """Return the candidates' lows and highs, widest first, and their mean squared errors, [bins, candidates].
 
-    ∫(t - n)² dt from 0 to t, with n the step to which t rounds, is n/12 + (t - n)³/3; beyond the last step, n is that.
+    ∫(t - n)² dt from 0 to t, with n the step to which t rounds, is n/12 + (t - n)³/3; beyond the last step, n is the
+    last.
     """
     steps = _ROW_STEPS[scheme]
     ends = np.arange(steps, 0, -1) / steps
@@ -239,18 +246,18 @@ def _row_candidates(grid: Grid, scheme: Scheme) -> tuple[np.ndarray, np.ndarray,
 
 
 def range_entropy(stats: TensorStats, grid: Grid, scheme: Scheme, bins: int) -> tuple[float, float]:
-    """The range whose quantized distribution differs least from the whole one, by Kullback-Leibler divergence.
+    """Return the range whose quantized distribution has the least Kullback-Leibler divergence from the original.
 
-    As TensorRT's calibrator (S. Migacz, 8-bit Inference with TensorRT, GTC 2017): of a linear histogram with `bins`
-    bins from -peak to peak, what lies outside of ±threshold is added to its outermost bins, and compared with the part
-    inside, averaged within each step of the grid. Where all values have one sign and the grid is asymmetric, the
-    histogram goes from 0 to the peak. Of equal thresholds the widest is taken. A linear bin that is narrower than those
-    of the fine histogram, as they are near the peak for more than 512 bins from 0 to the peak, gets its share of them.
+    As TensorRT's calibrator does (S. Migacz, 8-bit Inference with TensorRT, GTC 2017): take a linear histogram with
+    `bins` bins from -peak to peak; for each threshold, add the counts outside of ±threshold to the outermost bins
+    inside, and compare this with the counts inside, averaged within each step of the grid. If all values have one sign
+    and the grid is asymmetric, the histogram goes from 0 to the peak. The widest of equal thresholds is taken. A linear
+    bin narrower than a bin of the fine histogram (near the peak, for more than 512 bins from 0 to it) gets its share.
 
-    ONNX Runtime's EntropyCalibrater differs: it has 128 steps whatever the grid is, and a histogram of two sides for
-    values of one sign, of whose steps half are idle then. Bins that don't divide into its steps go to the last one, and
-    are compared with nothing; a step's mass goes to its empty bins too, rounded down to whole counts. Exact zeros count
-    there, while they are left out here: zero is a step of every grid, so they say nothing about the range (NVIDIA's
+    ONNX Runtime's EntropyCalibrater differs: it has 128 steps whatever the grid is, and a two-sided histogram even for
+    values of one sign, half of whose steps are then idle. Bins that don't divide evenly into its steps go to the last
+    one, and are compared with nothing; a step's mass goes to its empty bins, too, rounded down to whole counts. Exact
+    zeros count there and are left out here: zero is a step of every grid, so they say nothing about the range (NVIDIA's
     pytorch-quantization does the same). With its default of 128 bins it has one candidate, which is minmax.
     """
     levels = grid.qmax - grid.qmin + 1
@@ -270,7 +277,7 @@ def range_entropy(stats: TensorStats, grid: Grid, scheme: Scheme, bins: int) -> 
 
 
 def _rebinned(bins: Bins, edges: np.ndarray) -> np.ndarray:
-    """Counts between neighbouring edges, float64 [edges - 1], of all values but exact zeros (and what is as small)."""
+    """Return the counts between neighbouring edges, float64 [edges - 1], without exact zeros and subnormals."""
     tiny = np.finfo(np.float32).tiny
     counts = np.where((bins.lower < tiny) & (bins.upper > -tiny), 0, bins.counts)
     width = bins.upper - bins.lower
@@ -279,16 +286,16 @@ def _rebinned(bins: Bins, edges: np.ndarray) -> np.ndarray:
     position = np.searchsorted(bins.upper, edges[:-1])
     inside = np.minimum(position, len(counts) - 1)
     part = density[inside] * (edges[:-1] - bins.lower[inside]).clip(0, None) * (position == inside)
-    # All that is left is below the last edge, which is the peak.
+    # All values are below the last edge, which is the peak.
     return np.diff(np.append(below[position] + part, below[-1])).clip(0, None)
 
 
 def _divergence(counts: np.ndarray, start: np.ndarray, stop: np.ndarray, levels: int) -> np.ndarray:
-    """KL(p || q) for each window counts[start:stop], float64 [windows]; infinite where the window is empty.
+    """Return KL(p || q) for each window counts[start:stop], float64 [windows]; infinite if the window is empty.
 
-    p: the window, what is outside added to its first and last bin; q: the window in `levels` equal groups, each group's
-    mass spread evenly over its bins that are not empty in p. Both are normalised, so with groups g of mass P and Q over
-    m such bins, KL = (Σ p·log p - Σ P·log(Q/m)) / Σp - log Σp + log Σq. Where Q is 0 and P is not,
+    p: the window, with the counts outside of it added to its first and last bin; q: the window in `levels` equal
+    groups, each group's mass spread evenly over its bins that are not empty in p. Both are normalised, so with groups g
+    of mass P and Q over m such bins, KL = (Σ p·log p - Σ P·log(Q/m)) / Σp - log Σp + log Σq. If Q is 0 and P is not,
     each of the bins has 1/10,000 of a count in q, as in the smoothing of MXNet and ONNX Runtime.
     """
     mass, whole = np.append(0.0, np.cumsum(counts)), counts.sum()

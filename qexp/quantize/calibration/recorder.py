@@ -1,6 +1,6 @@
-"""A recorder of all that ranges are found from: one pass over the calibration images serves every observer.
+"""A recorder of the statistics from which every observer finds its range: one calibration pass serves all of them.
 
-Takes tensors and gives ranges; which framework they are for is not known here.
+It takes tensors and returns ranges, and doesn't depend on torch.ao.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from qexp.quantize.calibration.tensor_statistics import TensorStats, merge
 
 
 class _Ranges(dict[tuple[Grid, Scheme], tuple[float, float]]):
-    """Shared by all copies of a recorder, which models are made of, as long as they saw the same."""
+    """Solved ranges, shared by all copies of a recorder (models are copied often) until one sees more."""
 
     def __deepcopy__(self, memo: object) -> _Ranges:
         return self
 
 
 class Recorder:
-    """Records what is seen of one tensor, and answers for `observer` which range is quantized."""
+    """Records one tensor's statistics, and solves for the range that `observer` quantizes."""
 
     def __init__(self, observer: Observer) -> None:
         self.observer = observer
@@ -34,18 +34,18 @@ class Recorder:
         self._ranges = _Ranges()
 
     def add(self, values: Tensor) -> None:
-        """A batch; of any shape, but not empty."""
+        """Record a batch, of any shape but not empty."""
         self._open.add(values.detach().to(torch.float32))
         if self._ranges:
             self._ranges = _Ranges()
 
     def again(self) -> None:
-        """The last batch counts as another one, but its values don't."""
+        """Count the last batch once more, but not its values."""
         self._open.again()
 
     @property
     def stats(self) -> TensorStats | None:
-        """All that was seen so far; None before anything was."""
+        """The statistics of all batches so far; None before the first."""
         if self._open:
             found = self._open.stats()
             self._closed = found if self._closed is None else merge(self._closed, found)
@@ -54,29 +54,29 @@ class Recorder:
 
     @property
     def fed(self) -> bool:
-        """Whether it has seen anything."""
+        """True if it has seen any batch."""
         return self._closed is not None or self.is_open
 
     @property
     def is_open(self) -> bool:
-        """Whether it has seen anything since statistics were last made or resumed."""
+        """True if it has seen a batch since statistics were last computed or resumed."""
         return bool(self._open)
 
     @property
     def finite(self) -> bool:
-        """Whether all that it has seen is finite; statistics can't be asked for where it isn't."""
+        """True if all values are finite; `stats` and `range` raise ValueError if not."""
         return self._open.finite
 
     def another(self) -> Recorder:
-        """A recorder for the same observer that has seen nothing."""
+        """Return a recorder for the same observer that has seen nothing."""
         return Recorder(copy.deepcopy(self.observer))
 
     def resume(self, stats: TensorStats) -> None:
-        """Be as if it had seen what `stats` are of, and nothing else."""
+        """Replace everything recorded by `stats`."""
         self._closed, self._open, self._ranges = stats, StatisticsCollector(), _Ranges()
 
     def range(self, grid: Grid, scheme: Scheme) -> tuple[float, float]:
-        """The ends of what is quantized onto `grid`. Raises ValueError where nothing was seen."""
+        """Return the ends of the range that is mapped onto `grid`. Raises ValueError if nothing was seen."""
         stats = self.stats
         if stats is None:
             raise ValueError("a tensor that was never seen has no range")

@@ -51,7 +51,7 @@ class RecordingObserver(UniformQuantizationObserverBase):
         return x_orig
 
     def another(self) -> RecordingObserver:
-        """An observer of the same kind that has seen nothing."""
+        """Return an observer of the same kind that has seen nothing."""
         other = copy.deepcopy(self)
         other.recorder, other._latest = self.recorder.another(), None
         return other

@@ -1,7 +1,7 @@
-"""Statistics of a tensor in the making, batch by batch: its ends, and how often its values had which leading bits.
+"""The collector of one tensor's statistics, batch by batch: extremes, and a histogram of its values' leading bits.
 
-Calibration is to cost little more than the forward pass itself, so what is done for each tensor is a copy, and what is
-done for each value is what torch does fast and on all of its threads.
+Calibration should cost little more than the forward pass itself. So a small tensor is only copied, and collected later
+with others, and each value is counted by operators that torch runs fast and on all of its threads.
 """
 
 from __future__ import annotations
@@ -15,38 +15,39 @@ from torch import Tensor
 from qexp.quantize.calibration.tensor_statistics import SHIFT, TensorStats
 
 _PORTION = 1 << 18  # values that are counted at once
-_WAITING = 8  # small tensors that wait for that, at most: with more, memory grows for longer, and no time is saved
-_CODES = 1 << (32 - SHIFT)  # how many there are: leading bits as an unsigned number
-_NEGATIVE = _CODES // 2  # codes from here on are of negative values
+_WAITING = 8  # small tensors collected at once, at most: more would take memory and save no time
+_CODES = 1 << (32 - SHIFT)  # the number of codes; a code is a value's leading bits as an unsigned number
+_NEGATIVE = _CODES // 2  # codes from here on belong to negative values
 
-_ROWS = 4  # of counters, at most
-# Not torch's ones: that starts its threads, and jobs are forked from a process that has imported this.
+_ROWS = 4  # rows of counters, at most
+# Not torch.ones, which would start torch's threads: jobs are forked from a process that has imported this module.
 _ONES = torch.from_numpy(np.ones(_PORTION, np.int32))
-_FULL = (1 << 31) // _PORTION - 1  # portions after which a counter might be
+_FULL = (1 << 31) // _PORTION - 1  # portions after which an int32 counter might be full
 
-# Counter i is that of code i + 1, and the last ones, which would be NaN's, are those of 0. That is half of what a ReLU
-# gives, and with one counter each addition would wait for the one before: 16 take turns.
+# Counter i counts code i + 1. Zeros are about half of a ReLU's output. On a single counter each increment would wait
+# for the previous one, so zeros are spread over the last 16 counters, which would be those of NaN, and summed when
+# read.
 _OF_ZERO = 16
 _IN_TURN = torch.from_numpy(_CODES - 1 - np.arange(4096, dtype=np.int32) % _OF_ZERO)
 
 
 class Histogram:
-    """How often each code came.
+    """Counters of how often each code occurred.
 
-    torch adds on one thread for each row of counters. So there are a few rows, and values are dealt out to them. Its
-    documentation asks for int64 indices, but int32 are taken as well, and need not be made first.
+    torch's scatter_add_ uses one thread for each row of counters, so values are distributed over a few rows. Its
+    documentation asks for int64 indices, but it accepts int32, which saves a conversion.
     """
 
     def __init__(self) -> None:
         rows = min(torch.get_num_threads(), _ROWS)
-        # Counters that are never written to take no memory this way.
+        # Mapped memory: counters that are never written to take no memory.
         memory = mmap.mmap(-1, 4 * rows * _CODES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._counters = torch.frombuffer(memory, dtype=torch.int32).view(rows, _CODES)
         self._portions = 0
         self._before: np.ndarray | None = None
 
     def add(self, values: Tensor) -> None:
-        """float32 [n], contiguous."""
+        """Count values, float32 [n], contiguous."""
         for portion in values.view(torch.int32).split(_PORTION):
             places = portion.bitwise_right_shift(SHIFT).sub_(1).bitwise_and_(_CODES - 1)
             blocks = places[: len(places) // len(_IN_TURN) * len(_IN_TURN)].view(-1, len(_IN_TURN))
@@ -69,7 +70,7 @@ class Histogram:
         return counted if self._before is None else counted + self._before[start:stop]
 
     def sparse(self, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
-        """keys and counts, as in TensorStats; low, high: the ends of all values, beyond which nothing need be read."""
+        """Return keys and counts, as in TensorStats. low, high: extremes of all values, to read fewer counters."""
         positive = self._counted(0, _leading_bits(max(0.0, high)))
         negative = self._counted(_NEGATIVE - 1, _NEGATIVE + _leading_bits(min(0.0, low)))[::-1]
         zeros = self._counted(_CODES - _OF_ZERO, _CODES).sum(keepdims=True)
@@ -79,17 +80,20 @@ class Histogram:
 
 
 def _leading_bits(value: float) -> int:
-    """Of its magnitude."""
+    """Return the leading bits of its magnitude, as a number."""
     return int(np.float32(abs(value)).view(np.int32)) >> SHIFT
 
 
 class StatisticsCollector:
-    """What was seen of a tensor so far. Small ones wait, eight and a megabyte at most, to be looked at together."""
+    """Collects the statistics of one tensor over batches.
+
+    Batches of small tensors wait, at most eight and a megabyte of them, to be collected together.
+    """
 
     def __init__(self) -> None:
         self._minima: list[float] = []
         self._maxima: list[float] = []
-        self._times: list[int] = []  # how often each was seen
+        self._times: list[int] = []  # how many batches each counts as
         self._waiting: Tensor | None = None  # float32 [tensors, values]: tensors of one size
         self._filled = 0
         self._histogram: Histogram | None = None
@@ -98,7 +102,7 @@ class StatisticsCollector:
         return bool(self._times)
 
     def add(self, values: Tensor) -> None:
-        """float32, of any shape but not empty; they may change as soon as this returns."""
+        """Add a batch, float32 of any shape but not empty; the tensor may be overwritten afterwards."""
         self._times.append(1)
         one = values.reshape(1, -1)
         if self._waiting is not None and self._waiting.shape[1] != one.shape[1]:
@@ -108,7 +112,7 @@ class StatisticsCollector:
             self._collect(one)
             return
         if self._waiting is None:
-            with torch.inference_mode(False):  # what is made in it can't be changed outside
+            with torch.inference_mode(False):  # inference tensors can't be changed outside of inference mode
                 self._waiting = torch.empty(min(_WAITING, _PORTION // one.shape[1]), one.shape[1])
         self._waiting[self._filled].copy_(one[0])
         self._filled += 1
@@ -116,7 +120,7 @@ class StatisticsCollector:
             self._collect_waiting()
 
     def again(self) -> None:
-        """The last tensor counts as a batch once more, but its values don't."""
+        """Count the last batch once more, but not its values."""
         self._times[-1] += 1
 
     def _collect_waiting(self) -> None:
@@ -134,12 +138,12 @@ class StatisticsCollector:
 
     @property
     def finite(self) -> bool:
-        """Whether all values are."""
+        """True if all values are finite."""
         self._collect_waiting()
         return bool(np.isfinite(self._minima).all() and np.isfinite(self._maxima).all())
 
     def stats(self) -> TensorStats:
-        """Of one tensor or more. Raises ValueError where a value was NaN or infinite."""
+        """Return the statistics of all batches, at least one. Raises ValueError if a value was NaN or infinite."""
         self._collect_waiting()
         assert self._histogram is not None
         minima, maxima = (np.repeat(np.array(ends, np.float32), self._times) for ends in (self._minima, self._maxima))
@@ -147,7 +151,7 @@ class StatisticsCollector:
 
 
 def statistics(values: Tensor) -> TensorStats:
-    """Of a tensor, float32 with one value or more, that is seen at once."""
+    """Return the statistics of one whole tensor, float32 with at least one value."""
     collector = StatisticsCollector()
     collector.add(values)
     return collector.stats()

@@ -1,7 +1,7 @@
-"""What calibration saw of a tensor, kept so that the range of every observer can be found from it afterwards.
+"""Statistics of a tensor from calibration, from which the range of every observer can be found afterwards.
 
-The histogram is over the leading bits of the floats themselves, so it needs no range to be known beforehand: what two
-passes counted can be added up, and the sum is what one pass would have counted.
+The histogram is over the leading bits of the floats themselves, so no range need be known beforehand, and the counts of
+two passes add up to those of a single one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-SHIFT = 14  # of a float32's 32 bits these are dropped: sign, exponent and 9 bits of mantissa stay
+SHIFT = 14  # bits of a float32 that are dropped: sign, exponent and 9 bits of mantissa stay
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,17 +23,17 @@ class Bins:
     counts: np.ndarray
 
     def mirrored(self) -> Bins:
-        """Of the values' negatives."""
+        """Return the histogram of the negated values."""
         return Bins(-self.upper[::-1], -self.lower[::-1], self.counts[::-1])
 
 
 @dataclass(frozen=True, eq=False)
 class TensorStats:
-    """All values of a tensor that calibration saw, in batches.
+    """Statistics of all values of a tensor that calibration saw, in batches.
 
-    minima, maxima: of each batch, float32 [batches]; keys, counts: how many values were in which bin of the fine
-    histogram, int32 and int64 [bins], in ascending order of value. A bin is 1/512 of its power of two wide: 0.1 to
-    0.2% of the values in it. The arrays are read-only. Raises ValueError where a value was NaN or infinite.
+    minima, maxima: extremes of each batch, float32 [batches]; keys, counts: bins of the fine histogram, int32 [bins],
+    in ascending order of value, and the number of values in each, int64 [bins]. A bin is 1/512 of its power of two
+    wide: 0.1 to 0.2% of the values in it. The arrays are read-only. Raises ValueError if a value was NaN or infinite.
     """
 
     minima: np.ndarray
@@ -82,13 +82,13 @@ class TensorStats:
 
 
 def _edge(magnitude: np.ndarray) -> np.ndarray:
-    """Where the bin of these leading bits begins, as float64; that after the last finite one is infinity."""
+    """Return the lower edges of the bins of these leading bits, float64; infinity after the last finite bin."""
     edge: np.ndarray = (magnitude.astype(np.int32) << SHIFT).view(np.float32).astype(np.float64)
     return edge
 
 
 def merge(first: TensorStats, second: TensorStats) -> TensorStats:
-    """Of what either saw, `first` before `second`; that of any parts in their order is that of the whole."""
+    """Return the statistics of all batches of `first`, then `second`: the same as if one pass had seen them all."""
     keys, where = np.unique(np.concatenate([first.keys, second.keys]), return_inverse=True)
     counts = np.zeros(len(keys), np.int64)
     np.add.at(counts, where, np.concatenate([first.counts, second.counts]))

@@ -1,4 +1,4 @@
-"""The ways to quantize a model, a file each, and `FLOWS`, where each is found by its name."""
+"""The flows that quantize a model, a file each, and `FLOWS`, which finds them by name."""
 
 from __future__ import annotations
 

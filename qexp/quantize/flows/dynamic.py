@@ -1,8 +1,8 @@
-"""Dynamic quantization, the tutorial's point of comparison: weights in INT8, ranges of activations taken at run time.
+"""Dynamic quantization, the tutorial's point of comparison: weights in INT8, ranges of activations found at run time.
 
-torch has it for linear layers (and recurrent ones), not for convolutions. Of the settings only those of weights have an
-effect: there is nothing to calibrate, and activations get 7 bits from torch itself (`reduce_range=True` in its dynamic
-linear layer; qnnpack, whose sums are exact, keeps 8), so that nothing overflows.
+torch supports it for linear (and recurrent) layers, not for convolutions. Only the settings of weights have an effect:
+there is nothing to calibrate, and torch itself reduces activations to 7 bits (`reduce_range=True` in its dynamic linear
+layer; qnnpack, whose accumulators are exact, keeps 8), so that nothing overflows.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ class DynamicFlow(Flow):
         return f"flow=dynamic quantizes {plain if kind == 'linear' else 'linear layers only'}"
 
     def fuse(self, model: nn.Module, spec: QuantizationSpec, example: Tensor) -> nn.Module:
-        """As it is: nothing is fused."""
+        """Return an evaluation copy: this flow fuses nothing."""
         return evaluation_copy(model, example)
 
     def prepare(self, fused: nn.Module, spec: QuantizationSpec, example: Tensor) -> Prepared:
-        """A copy, ready for `convert`: there is nothing to observe."""
+        """Return a copy that is ready for `convert`: there is nothing to observe."""
         return Prepared(self, spec, fused, by_modules(sharing_copy(fused)))
 
     def convert(self, prepared: Prepared) -> QuantizedModel:
-        """A copy with dynamically quantized linear layers."""
+        """Return a copy with dynamically quantized linear layers."""
         qconfig = replace(prepared.spec.qconfig, overflow=Overflow.none)
         weight = weight_observer(qconfig, qconfig.weight.granularity)
         linear: Any = TorchQConfig(activation=default_dynamic_quant_observer, weight=weight)

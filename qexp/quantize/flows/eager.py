@@ -55,7 +55,7 @@ _FUSIBLE = (
     (nn.Linear, nn.ReLU),
     (nn.BatchNorm2d, nn.ReLU),
 )
-"""What is fused, by exact type, the longest first: all by torch, but for transposed convolutions."""
+"""The chains that are fused, by exact types, the longest first; qexp folds transposed convolutions, torch the rest."""
 
 
 class EagerFlow(Flow):
@@ -67,10 +67,9 @@ class EagerFlow(Flow):
     folds_batchnorm = True
 
     def fuse(self, model: nn.Module, spec: QuantizationSpec, example: Tensor) -> nn.Module:
-        """A copy whose Conv→BN(→ReLU) chains are single modules, where `spec.fusion` asks for that: by the model's own
-        fuse_model, else by tracing.
+        """Return a copy whose Conv→BN(→ReLU) chains are single modules, if `spec.fusion` asks for that.
 
-        Raises InputError where neither is possible.
+        The model's own fuse_model finds the chains, else tracing does. Raises InputError if neither is possible.
         """
         module = evaluation_copy(model, example)
         if spec.fusion:
@@ -80,7 +79,7 @@ class EagerFlow(Flow):
         return module
 
     def prepare(self, fused: nn.Module, spec: QuantizationSpec, example: Tensor) -> Prepared:
-        """A copy with torch's observers; stubs are put around a model that has none."""
+        """Return a copy with torch's observers, and with stubs around it if the model has none."""
         module = by_modules(sharing_copy(fused).eval())
         # torchvision's quantizable models bring stubs, and a second pair would quantize twice.
         if not any(isinstance(m, QuantStub) for m in module.modules()):
@@ -104,7 +103,7 @@ class EagerFlow(Flow):
         return Prepared(self, spec, fused, prepared)
 
     def convert(self, prepared: Prepared) -> QuantizedModel:
-        """A copy in which each observed module is its INT8 counterpart."""
+        """Return a copy in which each observed module is replaced by its INT8 counterpart."""
         module, name = sharing_copy(prepared.module), prepared.spec.engine
         with engine(name):
             with known_deprecations_silenced(), each_once(module):
@@ -113,10 +112,11 @@ class EagerFlow(Flow):
 
 
 def _adapt(prepared: nn.Module, clamped: Mapping[str, ValueRange]) -> None:
-    """In place, what torch's `prepare` leaves undone: attention's product with a number takes no range, and observers
-    are told what they see twice, and what a clamp leaves of a tensor.
+    """Complete torch's `prepare`, in place.
 
-    clamped: by name, the modules whose output feeds only a clamp.
+    Attention's product with a number needs no range, observers in fused modules must know that they see each tensor
+    twice, and observers before a clamp see the clamped tensor. clamped: the modules whose output feeds only a clamp, by
+    name.
     """
     for part in prepared.modules():
         if isinstance(part, MultiheadAttention):
@@ -124,11 +124,11 @@ def _adapt(prepared: nn.Module, clamped: Mapping[str, ValueRange]) -> None:
         watching = getattr(part, OBSERVER, None)
         if isinstance(part, _FusedModule) and isinstance(watching, RecordingObserver):
             watching.in_sequence = True
-    for name, interval in clamped.items():
+    for name, bounds in clamped.items():
         owner = prepared.get_submodule(name)
         target = getattr(owner, OBSERVER, None) if name.rpartition(".")[2] != OBSERVER else owner
         if isinstance(target, nn.Module):
-            target.register_forward_pre_hook(ClampFirst(interval.low, interval.high))
+            target.register_forward_pre_hook(ClampFirst(bounds.low, bounds.high))
 
 
 def _fused(module: nn.Module, example: Tensor) -> nn.Module:
@@ -161,7 +161,7 @@ def _fused(module: nn.Module, example: Tensor) -> nn.Module:
 
 def _fuse_by_own_method(module: nn.Module) -> nn.Module:
     method: Any = module.fuse_model
-    # torchvision's takes is_qat since 0.11, and older models written after its example take nothing.
+    # torchvision's method takes is_qat since 0.11; models written after older examples take no argument.
     arguments = {"is_qat": False} if "is_qat" in inspect.signature(method).parameters else {}
     try:
         result = method(**arguments)
@@ -173,7 +173,7 @@ def _fuse_by_own_method(module: nn.Module) -> nn.Module:
 
 
 class _Calls:
-    """The modules that a traced model calls, each with all its calls under whatever names."""
+    """The modules that a traced model calls, each with all its calls, whatever name they use."""
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         self._modules = dict(graph_module.named_modules(remove_duplicate=False))
@@ -187,7 +187,7 @@ class _Calls:
         return iter(self._nodes)
 
     def next(self, module: nn.Module) -> nn.Module | None:
-        """The module that each call of this one feeds, alone, and that nothing else feeds; None if there is none."""
+        """The module that alone reads every output of this one, and reads nothing else; None if there is none."""
         readers = [list(node.users) for node in self._nodes[module]]
         if any(len(users) != 1 or users[0].op != "call_module" for users in readers):
             return None
@@ -197,7 +197,7 @@ class _Calls:
 
 
 def _chains(graph_module: fx.GraphModule) -> Iterator[list[nn.Module]]:
-    """Modules to fuse: each but the last feeds the next, and nothing else does, wherever it is called."""
+    """Yield the modules to fuse together: in all their calls, each is the only reader of the one before it."""
     calls = _Calls(graph_module)
     taken: set[nn.Module] = set()
     for module in calls:
@@ -243,8 +243,10 @@ def _refuse_batch_first(module: nn.Module) -> None:
 
 
 class ByNumbers(FloatFunctional):
-    """A FloatFunctional that at most adds and multiplies by numbers, which takes no range: torch's would be refused for
-    want of one, and left as it is it does not take INT8 tensors."""
+    """A FloatFunctional that only adds numbers or multiplies by them, which needs no range.
+
+    torch refuses to convert one without a range, and an unconverted FloatFunctional doesn't take INT8 tensors.
+    """
 
     def add_scalar(self, x: Tensor, y: float) -> Tensor:
         return torch.ops.quantized.add_scalar(x, y) if x.is_quantized else super().add_scalar(x, y)
@@ -254,8 +256,11 @@ class ByNumbers(FloatFunctional):
 
 
 def _choose(module: nn.Module, qconfig: QConfig, observer: Observer, example: Tensor) -> None:
-    """Give every module its qconfig, in place; None to what never runs in evaluation (GoogLeNet's auxiliary heads),
-    whose observers would stay empty."""
+    """Set the qconfig of every module, in place.
+
+    It is None for modules that never run in evaluation (GoogLeNet's auxiliary heads), where observers would see
+    nothing.
+    """
     everywhere: Any = torch_qconfig(qconfig, observer)
     # torch has no per-channel weights for transposed convolutions.
     transposed: Any = torch_qconfig(qconfig, observer, Granularity.per_tensor)
@@ -283,7 +288,7 @@ def _choose(module: nn.Module, qconfig: QConfig, observer: Observer, example: Te
 
 
 def _clamped(module: nn.Module, example: Tensor) -> dict[str, ValueRange]:
-    """By first name, the modules whose output feeds only a clamp, wherever they are called."""
+    """Return, by first name, the modules whose output feeds only a clamp in all their calls, with its bounds."""
     try:
         graph_module = trace(module, example)
     except UntraceableError as error:
@@ -302,4 +307,4 @@ def _clamped(module: nn.Module, example: Tensor) -> dict[str, ValueRange]:
         after, name = clamp_after(node, modules), first[modules[str(node.target)]]
         before = found.get(name, after)
         found[name] = after.joined(before) if after is not None and before is not None else None
-    return {name: interval for name, interval in found.items() if interval is not None}
+    return {name: bounds for name, bounds in found.items() if bounds is not None}

@@ -57,7 +57,7 @@ _TRANSPOSED = (
     F.conv_transpose3d,
 )
 _COMPUTED_WEIGHTS = (F.conv1d, F.conv2d)
-"""What is still a function once those with constant weights are modules; torch's INT8 kernels want these packed."""
+"""Functions whose weights the model computes (the others have become modules); INT8 kernels need packed weights."""
 _LAYER_NORMS = (nn.LayerNorm, F.layer_norm)
 _KEEP_VALUES = (nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.AdaptiveMaxPool2d)
 _KEEP_VALUES_FUNCTIONS = {
@@ -91,7 +91,7 @@ class FxFlow(Flow):
     folds_batchnorm = True
 
     def fuse(self, model: nn.Module, spec: QuantizationSpec, example: Tensor) -> nn.Module:
-        """A traced copy with every BatchNorm folded that follows a convolution; InputError where it can't be traced."""
+        """Return a traced copy with BatchNorms folded into convolutions. Raises InputError if it can't be traced."""
         try:
             graph_module = canonicalise(model, example)
         except UntraceableError as error:
@@ -100,7 +100,7 @@ class FxFlow(Flow):
         return _named(fuse_fx(graph_module))
 
     def prepare(self, fused: nn.Module, spec: QuantizationSpec, example: Tensor) -> Prepared:
-        """A copy with observers at every tensor that torch can quantize."""
+        """Return a copy with an observer at every tensor that torch can quantize."""
         mapping = _mapping(spec.qconfig, spec.observer)
         for name, module in fused.named_modules():
             if why_float(module, spec.engine):
@@ -116,7 +116,7 @@ class FxFlow(Flow):
         return Prepared(self, spec, fused, prepared)
 
     def convert(self, prepared: Prepared) -> QuantizedModel:
-        """A copy in which observed modules and functions are their INT8 counterparts."""
+        """Return a copy in which observed modules and functions are replaced by their INT8 counterparts."""
         observed, name = cast(fx.GraphModule, prepared.module), prepared.spec.engine
         copied = cast(fx.GraphModule, sharing_copy(observed))
         note_origins(copied)
@@ -129,7 +129,7 @@ class FxFlow(Flow):
 
 
 def _named(fused: fx.GraphModule) -> fx.GraphModule:
-    """The same with names for its tensors, traced as prepare_fx will, so that nodes have the same numbers."""
+    """Return the graph with named tensors, traced as prepare_fx will trace it, so that nodes have the same names."""
     with _without_origins():
         named = fx.GraphModule(fused, QuantizationTracer([], []).trace(fused))
     name_tensors(named)
@@ -137,7 +137,7 @@ def _named(fused: fx.GraphModule) -> fx.GraphModule:
 
 
 class _Unobserved(fx.Interpreter):
-    """Runs a prepared graph past its observers, and lists the calls of those that would not see float numbers."""
+    """Runs a prepared graph without its observers; `idle` lists the calls of those that would see no float tensor."""
 
     def __init__(self, prepared: fx.GraphModule) -> None:
         super().__init__(prepared)
@@ -153,8 +153,10 @@ class _Unobserved(fx.Interpreter):
 
 
 def _drop_idle_observers(prepared: fx.GraphModule, example: Tensor) -> None:
-    """Take away, in place, the observers of indices, masks and complex numbers, which have no grid: torch puts them
-    wherever it knows the operation."""
+    """Remove, in place, observers of indices, masks and complex numbers, which can't be quantized.
+
+    torch inserts them wherever it knows the operation.
+    """
     run = _Unobserved(prepared)
     with torch.inference_mode():
         run.run(example)
@@ -167,13 +169,13 @@ def _drop_idle_observers(prepared: fx.GraphModule, example: Tensor) -> None:
 
 
 def _part_from_scaled(prepared: fx.GraphModule) -> None:
-    """Tensors that are multiplied with a number, or have one added, get observers of their own, in place.
+    """Give tensors that result from adding or multiplying by a number observers of their own, in place.
 
-    torch shares the observer of what they are made from, whose grid then has to hold both: of `x` beside `100 * x` only
-    two steps are left. INT8 kernels take the number into the scale and read no range for what they give.
+    torch lets them share the observer of the other operand, whose grid must then cover both: beside `100 * x`, two
+    steps are left for `x`. INT8 kernels fold the number into the scale and need no range for their output.
     """
     modules, watching = dict(prepared.named_modules(remove_duplicate=False)), observers(prepared)
-    parted: dict[fx.Node, tuple[nn.Module, nn.Module]] = {}  # by the call of an observer: which it was, and is
+    parted: dict[fx.Node, tuple[nn.Module, nn.Module]] = {}  # by an observer's call: the old observer and the new one
     for node in prepared.graph.nodes:
         made = node.all_input_nodes[0] if node.op == "call_module" and node.target in watching else None
         if made is None or len(made.all_input_nodes) != 1:
@@ -198,8 +200,8 @@ def _is_by_a_number(node: fx.Node) -> bool:
 
 @contextmanager
 def _without_origins() -> Iterator[None]:
-    """torch's tracer notes where in the code each node is from, for which torch imports its compiler: a second in every
-    process that nobody gains by."""
+    """Keep torch's tracer from recording each node's place in the code, for which it would import torch's compiler: a
+    second in every process."""
     before = torch.fx.config.do_not_emit_stack_traces
     torch.fx.config.do_not_emit_stack_traces = True
     try:
@@ -209,8 +211,8 @@ def _without_origins() -> Iterator[None]:
 
 
 def _mapping(qconfig: QConfig, observer: Observer) -> QConfigMapping:
-    """torch's own mapping (sigmoid and its like have fixed parameters), with this qconfig instead of the default's."""
-    # x86's for every engine: what differs between them is all replaced here, and onednn's comes with a warning.
+    """Return torch's default mapping (with fixed parameters for sigmoid and the like) with this qconfig in it."""
+    # x86's for every engine: all differences between them are replaced here, and onednn's raises a warning.
     mapping = get_default_qconfig_mapping(Engine.x86.value).set_global(torch_qconfig(qconfig, observer))
     for kind in _TRANSPOSED:
         # torch has no per-channel weights for these.
@@ -224,7 +226,7 @@ def _mapping(qconfig: QConfig, observer: Observer) -> QConfigMapping:
 
 
 def _clamp_weights(converted: fx.GraphModule, prepared: nn.Module) -> None:
-    """In place, let weights end where their observer's grid does, as torch does in its eager flow alone."""
+    """Clamp weights to their observer's grid, in place, as torch does in its eager flow only."""
     layers: dict[str, Any] = {n: m for n, m in converted.named_modules() if isinstance(m, WeightedQuantizedModule)}
     for name, module in layers.items():
         made_from: Any = prepared.get_submodule(name)
@@ -236,7 +238,7 @@ def _clamp_weights(converted: fx.GraphModule, prepared: nn.Module) -> None:
 
 
 def _with_codes(weight: Tensor, codes: Tensor) -> Tensor:
-    """A quantized weight with these codes in place of its own, int8 of the same shape."""
+    """Return a quantized weight with other codes, int8 of the same shape."""
     if not is_per_channel(weight):
         return torch._make_per_tensor_quantized_tensor(codes, weight.q_scale(), weight.q_zero_point())
     scales, zero_points = weight.q_per_channel_scales(), weight.q_per_channel_zero_points()
@@ -244,10 +246,10 @@ def _with_codes(weight: Tensor, codes: Tensor) -> Tensor:
 
 
 def _clamp_first(prepared: fx.GraphModule) -> None:
-    """Observers of tensors that feed only a clamp see them as the clamp leaves them.
+    """Let observers of tensors that feed only a clamp see the clamped tensors, in place.
 
     FX shares one observer among tensors with the same parameters (around pooling, concatenation, a clamp itself): it
-    may clamp only if that changes none of the others.
+    may clamp only if that changes none of the other tensors.
     """
     modules = dict(prepared.named_modules(remove_duplicate=False))
     watching = observers(prepared)
@@ -269,12 +271,12 @@ def _clamp_first(prepared: fx.GraphModule) -> None:
 
 
 def _alone(observer_call: fx.Node) -> bool:
-    """Whether everything that reads the observed tensor reads it behind this observer."""
+    """True if every reader of the observed tensor reads this observer's output."""
     return all(len(source.users) == 1 for source in observer_call.all_input_nodes)
 
 
 def _bounds(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[fx.Node, ValueRange]:
-    """For each node, an interval that holds its values whatever the input."""
+    """Return, for each node, bounds of its values that hold for any input."""
     bounds: dict[fx.Node, ValueRange] = {}
     for node in graph.nodes:
         sources = [bounds.get(source, EVERYTHING) for source in node.all_input_nodes]

@@ -1,1 +1,1 @@
-"""16-bit sums: which kernels have them, what they cost, how layers avoid them."""
+"""16-bit accumulators: which kernels have them, the accuracy that they cost, and the guard against overflow."""

@@ -1,9 +1,9 @@
-"""What the convolutions and linear layers of a converted model answer with the 16-bit sums of x86 without VNNI.
+"""Emulation of the 16-bit accumulators of x86 without VNNI, in convolutions and linear layers of a converted model.
 
-There, kernels multiply u8 by s8 and add pairs of products in int16, which saturates (the instruction vpmaddubsw),
-before they go on in int32. Which products make a pair follows from the order in which a kernel goes through a
-reduction, so its answer can be computed on any machine. Orders and rounding are those of the AVX2 kernels of FBGEMM
-(engines x86 and fbgemm) and oneDNN (engine onednn) in torch 2.13, and what comes out is bit for bit what these execute.
+Kernels there multiply u8 by s8 and add pairs of products in int16, which saturates (the instruction vpmaddubsw), before
+they continue in int32. The order in which a kernel goes through a reduction determines the pairs, so its outputs can be
+computed on any machine. Orders and rounding are those of the AVX2 kernels of FBGEMM (engines x86 and fbgemm) and oneDNN
+(engine onednn) in torch 2.13, and outputs are bit for bit the same.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from qexp.quantize.torch_backend.stride_bugs import AfterStride
 
 _INT16 = torch.iinfo(torch.int16)
 _CHUNK = 1 << 19
-"""Values held at once for one step: 2 MB of float32 stay in the cache of a core, which makes steps twice as fast."""
+"""Values that one step works on: 2 MB of float32 stay in a core's cache, which makes steps twice as fast."""
 
 _TRANSPOSED = (nnq.ConvTranspose1d, nnq.ConvTranspose2d, nnq.ConvTranspose3d)
 _LAYERS = (nnq.Conv1d, nnq.Conv2d, nnq.Conv3d, *_TRANSPOSED, nnq.Linear)
@@ -44,16 +44,16 @@ _RELUS = (nniq.ConvReLU2d, nniq.LinearReLU)
 
 
 def int8_layers(converted: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Each INT8 convolution and linear layer with its name in `converted` (`names.public` gives the user's)."""
+    """Yield each INT8 convolution and linear layer with its name in `converted` (see `tensor_names.public`)."""
     for name, module in converted.named_modules():
         if isinstance(module, _LAYERS):
             yield name, module
 
 
 def at_risk(converted: nn.Module, engine_name: Engine, kinds: Collection[str]) -> bool:
-    """Whether the weights of any layer let 16-bit sums overflow; a layer called as a function counts as one that does.
+    """True if the weights of any layer let 16-bit accumulators overflow, or if any layer is called as a function.
 
-    kinds: of layer in which kernels add up in 16 bits (see `saturation.overflowing_kinds`).
+    kinds: the kinds of layer whose kernels accumulate in 16 bits (see `kernels.overflowing_kinds`).
     """
     if engine_name is Engine.qnnpack or not kinds:
         return False
@@ -65,43 +65,43 @@ def at_risk(converted: nn.Module, engine_name: Engine, kinds: Collection[str]) -
 
 
 def weight_pairs(module: nn.Module, engine_name: Engine) -> Tensor:
-    """The weights of an INT8 convolution or linear layer in the pairs whose products `engine_name` adds in 16 bits.
+    """Return an INT8 convolution's or linear layer's weights, paired as `engine_name` adds their products in 16 bits.
 
     int16 [out, pairs, 2]. All kernels go through a reduction in the order (kh, kw, channel of the group) and add
-    neighbours; what has no neighbour is paired with 0. In FBGEMM that is at most the last weight; oneDNN begins anew at
-    each tap, and qnnpack adds nothing in 16 bits. Raises InputError for transposed convolutions, whose order isn't
-    known, and for what is no INT8 layer.
+    neighbours; a weight without a neighbour is paired with 0. In FBGEMM that is at most the last weight; oneDNN starts
+    again at each tap, and qnnpack adds nothing in 16 bits. Raises InputError for transposed convolutions, whose order
+    isn't known, and for anything but an INT8 layer.
     """
     layer = _checked(module)
-    weight = layer.weight()  # unpacked at every call
+    weight = layer.weight()  # every call unpacks it
     return _paired(_flat(weight), _run_length(layer, weight, engine_name))
 
 
-def overflowing(pairs: Tensor, highest: Tensor | None = None) -> Tensor:
-    """Which pairs of weights can leave int16, bool [...], with activations of 0 to `highest` (None: to 255, as uint8).
+def overflowing(pairs: Tensor, largest: Tensor | None = None) -> Tensor:
+    """True for each pair of weights whose products can exceed int16, with activations of 0 to `largest`: bool [...].
 
-    pairs: int16 [..., 2]; highest: int32 that broadcasts to it. The extremes of a pair are the sums of its positive and
-    of its negative products: with 255, only weights of one sign can overflow, whose sum is beyond 128 or -128.
+    pairs: int16 [..., 2]; largest: int32 that broadcasts to it (None: 255). The extremes of a pair are the sums of its
+    positive and of its negative products; with 255 only weights of one sign overflow, if their sum is beyond ±128.
     """
-    if highest is None:
+    if largest is None:
         return (pairs[..., 0] + pairs[..., 1]).abs() > 128
-    products = pairs.to(torch.int32) * highest
+    products = pairs.to(torch.int32) * largest
     return (products.clamp(min=0).sum(-1) > _INT16.max) | (products.clamp(max=0).sum(-1) < _INT16.min)
 
 
 def can_overflow(module: nn.Module, engine_name: Engine) -> bool:
-    """Whether any pair of products can leave int16: if none can, the layer's sums are exact whatever its input.
+    """True if any pair of products can exceed int16; if not, the layer's accumulators are exact for any input.
 
-    Raises InputError for what is neither an INT8 layer nor an emulated one.
+    Raises InputError for anything but an INT8 layer or an emulated one.
     """
     return bool(overflowing(_possible_pairs(_inner(module), engine_name)).any())
 
 
 def overflow_test(module: nn.Module, engine_name: Engine) -> Callable[[Tensor], bool]:
-    """A test of what an INT8 layer gets, quint8 [n, channels, ...] or [..., features]: whether any pair of products can
-    leave int16 with the largest activation of each channel in there. If none can, these sums are exact.
+    """Return a test of an INT8 layer's input, quint8 [n, channels, ...] or [..., features].
 
-    Raises InputError for what is neither an INT8 layer nor an emulated one.
+    It is True if any pair of products can exceed int16 with the largest activation of each channel; if not, the
+    accumulators are exact. Raises InputError for anything but an INT8 layer or an emulated one.
     """
     layer = _inner(module)
     pairs = _possible_pairs(layer, engine_name)
@@ -110,7 +110,7 @@ def overflow_test(module: nn.Module, engine_name: Engine) -> Callable[[Tensor], 
         return _never
     risky = pairs[outputs, which]
     if isinstance(layer, _TRANSPOSED):
-        # Any activation may meet any weight, as if all were of one channel.
+        # Any activation may be multiplied by any weight, as if there were one channel.
         width, channels = 1, torch.zeros_like(risky, dtype=torch.int64)
     else:
         groups, (of_group, terms, run) = _groups(layer), _reduction(layer, engine_name)
@@ -119,9 +119,9 @@ def overflow_test(module: nn.Module, engine_name: Engine) -> Callable[[Tensor], 
     along = -1 if isinstance(layer, (nnq.Linear, EmulatedLinear)) else 1
 
     def test(images: Tensor) -> bool:
-        highest = images.int_repr().movedim(along, -1).reshape(-1, width).amax(0).int()
-        # What fills up the borders is the zero point.
-        return bool(overflowing(risky, highest.clamp(min=images.q_zero_point())[channels]).any())
+        largest = images.int_repr().movedim(along, -1).reshape(-1, width).amax(0).int()
+        # Borders are padded with the zero point.
+        return bool(overflowing(risky, largest.clamp(min=images.q_zero_point())[channels]).any())
 
     return test
 
@@ -131,7 +131,7 @@ def _never(images: Tensor) -> bool:
 
 
 def _possible_pairs(layer: Any, engine_name: Engine) -> Tensor:
-    """`weight_pairs`; of a transposed convolution, whose order isn't known, the extremes of any two weights."""
+    """Return `weight_pairs`; for a transposed convolution, whose order isn't known, the extremes of any two weights."""
     if isinstance(layer, _Emulated):
         return layer.pairs
     if not isinstance(layer, _TRANSPOSED):
@@ -141,14 +141,14 @@ def _possible_pairs(layer: Any, engine_name: Engine) -> Tensor:
 
 
 def _inner(module: nn.Module) -> Any:
-    """The layer itself; Any, since of torch.ao's classes only the names are typed."""
+    """Return the layer itself; Any, since torch.ao's classes are untyped."""
     return module.conv if isinstance(module, AfterStride) else module
 
 
 def _checked(module: nn.Module) -> Any:
     layer = _inner(module)
     if not isinstance(layer, _LAYERS) or isinstance(layer, _TRANSPOSED):
-        raise InputError(f"{type(layer).__name__} is no INT8 layer whose order of sums is known")
+        raise InputError(f"{type(layer).__name__} is no INT8 layer whose order of accumulation is known")
     return layer
 
 
@@ -157,7 +157,7 @@ def _groups(layer: nn.Module) -> int:
 
 
 def _reduction(layer: Any, engine_name: Engine) -> tuple[int, int, int]:
-    """How many channels a group has, how many terms are added up for an output, and `_run_length`."""
+    """Return the channels of a group, the terms that are accumulated for an output, and `_run_length`."""
     if isinstance(layer, _Emulated):
         return layer.channels, layer.terms, layer.run
     weight = layer.weight()
@@ -165,18 +165,18 @@ def _reduction(layer: Any, engine_name: Engine) -> tuple[int, int, int]:
 
 
 def _flat(weight: Tensor) -> Tensor:
-    """Quantized weights [out, channels, ...] as int16 [out, terms], the channels of a tap side by side."""
+    """Return quantized weights [out, channels, ...] as int16 [out, terms], the channels of a tap side by side."""
     out, channels = weight.shape[:2]
     return weight.int_repr().to(torch.int16).reshape(out, channels, -1).transpose(1, 2).flatten(1)
 
 
 def _run_length(layer: Any, weight: Tensor, engine_name: Engine) -> int:
-    """After how many terms of a reduction pairing begins anew.
+    """Return the number of terms of a reduction after which pairing starts again.
 
     FBGEMM: PackAWithIm2Col and GenerateI8Depthwise pack four terms at a time, whatever they are. oneDNN: the
-    convolution kernels (jit_uni_x8s8s32x) fill each tap's channels up to a multiple of 4, and those of groups whose
-    channels are no multiple of 4 go to an exact kernel; its matrix product halves a reduction of 257 to 767 terms
-    (get_k_padd in gemm_driver.cpp; longer ones it cuts into blocks of 384, which makes no difference).
+    convolution kernels (jit_uni_x8s8s32x) pad each tap's channels to a multiple of 4, and groups whose channels are no
+    multiple of 4 run on an exact kernel; its matrix product halves a reduction of 257 to 767 terms (get_k_padd in
+    gemm_driver.cpp; longer ones are cut into blocks of 384, which makes no difference).
     """
     terms, channels = weight[0].numel(), weight.shape[1]
     if engine_name is Engine.qnnpack:
@@ -190,7 +190,7 @@ def _run_length(layer: Any, weight: Tensor, engine_name: Engine) -> int:
 
 
 def _paired(values: Tensor, run: int) -> Tensor:
-    """[n, terms, ...] as neighbours [n, pairs, 2, ...] that are never of two runs, filled up with zeros."""
+    """Pair neighbours within runs, padded with zeros: from [n, terms, ...] to [n, pairs, 2, ...]."""
     runs = _filled(values, 1, run).unflatten(1, (-1, run))
     return _filled(runs, 2, 2).flatten(1, 2).unflatten(1, (-1, 2))
 
@@ -205,17 +205,17 @@ def _filled(values: Tensor, dim: int, multiple: int) -> Tensor:
 
 
 def with_emulated_accumulators(converted: nn.Module, engine_name: Engine, saturating: bool = True) -> nn.Module:
-    """A copy of a converted model (eager or FX) whose layers compute as AVX2 kernels do, on any machine.
+    """Return a copy of a converted model (eager or FX) whose layers compute as AVX2 kernels do, on any machine.
 
-    That is every INT8 Conv2d and Linear, with ReLU or without, dense, grouped and depthwise; `not_emulated` names the
-    rest, which runs as it did: run the copy within `engine(engine_name)`. With saturating=False their sums are exact
-    and only the rounding is the engine's. x86 means FBGEMM, to which it hands all layers where there is no VNNI. Raises
-    InputError for qnnpack, which has no 16-bit sums.
+    These are all INT8 Conv2d and Linear layers, with ReLU or without, dense, grouped and depthwise; `not_emulated`
+    names the others, which run as before, so run the copy within `engine(engine_name)`. With saturating=False
+    accumulators are exact and only the rounding is the engine's. x86 means FBGEMM, which runs all its layers without
+    VNNI. Raises InputError for qnnpack, which has no 16-bit accumulators.
     """
     if engine_name is Engine.qnnpack:
-        raise InputError("engine=qnnpack adds up exactly: there are no 16-bit sums to emulate")
+        raise InputError("engine=qnnpack has exact accumulators: there are no 16-bit ones to emulate")
     with engine(engine_name):
-        # Layers are packed anew for the engine that is set.
+        # Layers are packed again, for the engine that is set.
         copied = copy.deepcopy(converted)
     emulated: dict[nn.Module, nn.Module] = {}
     for owner in list(copied.modules()):
@@ -253,7 +253,7 @@ def _emulate(layer: nn.Module, engine_name: Engine, saturating: bool) -> nn.Modu
 
 
 class _Emulated(nn.Module):
-    """What the emulated layers share: from rows of activations to quantized answers."""
+    """The common part of emulated layers: from rows of activations to output codes."""
 
     pairs: Tensor
     bias: Tensor | None
@@ -280,11 +280,11 @@ class _Emulated(nn.Module):
         if engine_name is Engine.onednn:
             self.requantized = _as_onednn
             if isinstance(layer, nnq.Linear):
-                # Of convolutions only the activations' scales go through their reciprocals.
+                # In convolutions only the activations' scales go through their reciprocals.
                 self.weight_scale = _reciprocal(_reciprocal(self.weight_scale))
 
     def codes(self, rows: Tensor, input_scale: float, input_zero_point: int) -> Tensor:
-        """uint8 [out, positions] from the activations as float32 [groups, terms, positions]."""
+        """Return output codes, uint8 [out, positions], for activations as float32 [groups, terms, positions]."""
         sums = accumulators(_paired(rows, self.run), self.pairs, self.saturating)
         weights = self.pairs.double().sum((1, 2)) - self.terms * self.weight_zero_point
         sums -= input_zero_point * weights[:, None]
@@ -299,7 +299,7 @@ class _Emulated(nn.Module):
 
 
 class EmulatedLinear(_Emulated):
-    """Takes and gives quint8 [..., features]."""
+    """An emulated linear layer, from and to quint8 [..., features]."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         values = inputs.int_repr()
@@ -310,7 +310,7 @@ class EmulatedLinear(_Emulated):
 
 
 class EmulatedConv2d(_Emulated):
-    """Takes and gives quint8 [n, channels, rows, columns]."""
+    """An emulated convolution, from and to quint8 [n, channels, rows, columns]."""
 
     def __init__(self, layer: nnq.Conv2d, engine_name: Engine, saturating: bool) -> None:
         super().__init__(layer, engine_name, saturating)
@@ -332,12 +332,12 @@ class EmulatedConv2d(_Emulated):
 
     def _padded(self, images: Tensor, zero_point: int) -> Tensor:
         if self.padding_mode == "zeros":
-            # What stands for 0 is the zero point.
+            # The zero point represents 0.
             return F.pad(images, self.padding, value=zero_point)
         return F.pad(images, self.padding, mode=self.padding_mode)
 
     def _windows(self, images: Tensor) -> Tensor:
-        """A view of images [n, channels, ...] as [groups, kh, kw, channels of a group, n, rows, columns]."""
+        """Return a view of images [n, channels, ...] as [groups, kh, kw, channels of a group, n, rows, columns]."""
         windows = images.contiguous().unflatten(1, (self.groups, -1))
         for dimension, size, stride, dilation in zip((3, 4), self.kernel, self.stride, self.dilation, strict=True):
             windows = windows.unfold(dimension, dilation * (size - 1) + 1, stride)[..., ::dilation]
@@ -345,11 +345,11 @@ class EmulatedConv2d(_Emulated):
 
 
 def accumulators(rows: Tensor, pairs: Tensor, saturating: bool = True) -> Tensor:
-    """Sums of products, float64 [out, positions]; if `saturating`, each pair's is clamped to int16 first.
+    """Return sums of products, float64 [out, positions]; if `saturating`, each pair's sum is clamped to int16 first.
 
-    rows: float32 [groups, pairs, 2, positions], integers of 0 to 255; pairs: int16 [out, pairs, 2]. All numbers on the
-    way are integers up to 2^53 (2^24 in float32), so nothing is rounded. Only pairs that can overflow with the largest
-    activations that these rows have are looked at one by one.
+    rows: float32 [groups, pairs, 2, positions], integers of 0 to 255; pairs: int16 [out, pairs, 2]. All intermediate
+    numbers are integers up to 2^53 (2^24 in float32), so nothing is rounded. Only pairs that can overflow with the
+    largest activations of these rows are computed one by one.
     """
     groups, count, _, positions = rows.shape
     outputs_of_group = len(pairs) // groups
@@ -358,8 +358,8 @@ def accumulators(rows: Tensor, pairs: Tensor, saturating: bool = True) -> Tensor
     sums = torch.bmm(weights, rows.to(dtype).view(groups, 2 * count, positions)).flatten(0, 1).double()
     if not saturating:
         return sums
-    highest = rows.amax(-1).to(torch.int32).repeat_interleave(outputs_of_group, dim=0)
-    outputs, which = overflowing(pairs, highest).nonzero(as_tuple=True)
+    largest = rows.amax(-1).to(torch.int32).repeat_interleave(outputs_of_group, dim=0)
+    outputs, which = overflowing(pairs, largest).nonzero(as_tuple=True)
     pairs_of_rows = rows.reshape(groups * count, 2, positions)
     step = _parts(4 * positions)
     for output, pair in zip(outputs.split(step), which.split(step), strict=True):
@@ -372,10 +372,10 @@ def accumulators(rows: Tensor, pairs: Tensor, saturating: bool = True) -> Tensor
 
 
 def _as_fbgemm(layer: _Emulated, sums: Tensor, input_scale: float) -> Tensor:
-    """uint8 [out, positions]; requantizeOutputProcessingAvx2 in FBGEMM's QuantUtilsAvx2.cc.
+    """Requantize as requantizeOutputProcessingAvx2 in FBGEMM's QuantUtilsAvx2.cc: uint8 [out, positions].
 
     It divides the bias by the product of scales if weights are per channel. Per tensor it multiplies by the reciprocal,
-    which its compiler fuses with the addition: rounded once, as here by way of float64.
+    which its compiler fuses with the addition, so that both are rounded once; here float64 does that.
     """
     product = _float32(input_scale) * layer.weight_scale
     values = sums.float()
@@ -388,9 +388,9 @@ def _as_fbgemm(layer: _Emulated, sums: Tensor, input_scale: float) -> Tensor:
 
 
 def _as_onednn(layer: _Emulated, sums: Tensor, input_scale: float) -> Tensor:
-    """uint8 [out, positions]; store_output in oneDNN's jit_uni_x8s8s32x_conv_kernel.cpp.
+    """Requantize as store_output in oneDNN's jit_uni_x8s8s32x_conv_kernel.cpp: uint8 [out, positions].
 
-    It adds the zero point before it rounds. torch hands it the reciprocals of scales, which rounds those again.
+    It adds the zero point before it rounds. torch passes it the reciprocals of scales, which are rounded again.
     """
     product = _reciprocal(_reciprocal(input_scale)) * layer.weight_scale
     values = sums.float() * product[:, None]
@@ -407,7 +407,7 @@ def _float32(value: float) -> Tensor:
 
 
 def _reciprocal(value: Tensor | float) -> Tensor:
-    """Rounded once, to float32."""
+    """Return the reciprocal, rounded once, to float32."""
     return torch.as_tensor(value, dtype=torch.float64).reciprocal().float()
 
 
@@ -417,7 +417,7 @@ def _two(values: Sequence[int] | str) -> tuple[int, int]:
 
 
 def _parts(values: int) -> int:
-    """How many things of that many values make a chunk."""
+    """Return how many items of that many values make a chunk, at least one."""
     return max(1, _CHUNK // values)
 
 
@@ -426,19 +426,19 @@ def _parts(values: int) -> int:
 
 @dataclass(frozen=True)
 class LayerSaturation:
-    """How one INT8 layer's quantized outputs differ from another's, both given the same input."""
+    """The difference of two INT8 layers' quantized outputs for the same input."""
 
     name: str
     kind: str
     outputs: int
-    """How many were compared, or found to be the same whatever adds them up."""
+    """Number of outputs that were compared, or known to be the same for any accumulator."""
     different: int
-    """How many differ by more than one step of the output's grid. One step is how libraries round differently: with
-    the same sums, FBGEMM and qnnpack give neighbours for about one output in ten thousand."""
+    """Number of outputs that differ by more than one step of their grid. Libraries round differently by one step: with
+    the same accumulators, FBGEMM and qnnpack differ in about one output of ten thousand."""
     largest: int
-    """Largest difference of those compared, in steps."""
+    """Largest difference, in steps of the output's grid."""
     highest: int = 0
-    """Largest activation that it got, as a code; 0 where its weights let none overflow."""
+    """Largest code of its input; 0 if its weights can't overflow with any input."""
 
     @property
     def share(self) -> float:
@@ -446,7 +446,7 @@ class LayerSaturation:
 
     @property
     def saturates(self) -> bool:
-        """Whether 16-bit sums were seen to change an answer."""
+        """True if 16-bit accumulators were observed to change an output."""
         return self.different > 0
 
 
@@ -454,14 +454,14 @@ class LayerSaturation:
 def compared(
     executed: nn.Module, other: nn.Module, engine_name: Engine, whole: bool = False
 ) -> Iterator[dict[str, LayerSaturation]]:
-    """While `other` runs in this context, give each INT8 layer of `executed` what its namesake in there gets, and
-    compare what both answer: by layer, in the order in which layers are called.
+    """While `other` runs in this context, compare each of its INT8 layers with its namesake in `executed`.
 
-    So each layer is judged by itself, not by what those before it did. Where the activations that it gets are too small
-    for 16 bits to overflow (see `overflow_test`), both have the same sums, and the engine's own kernel answers for the
-    two, unless the `whole` of other is to run. Both models are converted from the same prepared one for `engine_name`,
-    or one of them is an emulated copy. The kind is conv, pointwise, grouped, depthwise or linear. Raises InputError
-    where `executed` lacks a layer of `other`.
+    Both get the same input, so each layer is judged by itself, whatever happened in those before it. The comparisons
+    are yielded by layer, in the order of calls. If the activations are too small for 16 bits to overflow (see
+    `overflow_test`), both layers have the same accumulators, and the engine's own kernel computes the output, unless
+    the `whole` of other is to run. Both models are converted from the same prepared one for `engine_name`, or one of
+    them is an emulated copy. The kind is conv, pointwise, grouped, depthwise or linear. Raises InputError if `executed`
+    lacks a layer of `other`.
     """
     theirs, mine = _by_name(other), _by_name(executed)
     missing = [name for name in theirs if name not in mine]
@@ -509,7 +509,7 @@ def compared(
 def layer_by_layer(
     executed: nn.Module, other: nn.Module, batches: Iterable[Tensor], engine_name: Engine
 ) -> tuple[LayerSaturation, ...]:
-    """Run `other` on float32 [n, 3, H, W] batches, and compare its layers with those of `executed` (see `compared`)."""
+    """Run `other` on batches, float32 [n, 3, H, W], and compare its layers with `executed` (see `compared`)."""
     with compared(executed, other, engine_name) as found, engine(engine_name), torch.inference_mode():
         for batch in batches:
             other(batch)
@@ -517,7 +517,7 @@ def layer_by_layer(
 
 
 def _by_name(converted: nn.Module) -> dict[str, nn.Module]:
-    """By its public name, each INT8 layer, with the stride that is taken before it."""
+    """Return each INT8 layer by its public name, including an `AfterStride` around it."""
     found: dict[str, nn.Module] = {}
     for name, module in converted.named_modules():
         if isinstance(module, (*_LAYERS, _Emulated, AfterStride)):

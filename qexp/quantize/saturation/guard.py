@@ -1,4 +1,4 @@
-"""The guard `overflow=layers` on a converted model, and the model with exact sums that it is compared with."""
+"""The guard `overflow=layers` on a converted model, and the model with exact accumulators to compare with."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ NOISE_IMAGES = 16
 def reduce_range(
     model: QuantizedModel, target: Target, images: Tensor
 ) -> tuple[QuantizedModel, tuple[ReducedRange, ...]]:
-    """A model with 7 bits on one side of every layer whose 16-bit sums saturate on `images`, with this machine's
-    kernels; or, where these are exact and `target` is a CPU without VNNI, with emulated ones.
+    """Reduce one side to 7 bits in every layer whose 16-bit accumulators saturate on `images`.
 
-    images: float32 [n, 3, H, W], some of the calibration images. Returns the model itself where nothing saturates, else
-    another one, and what was reduced.
+    Saturation is observed with this machine's kernels or, if these are exact and `target` is a CPU without VNNI, with
+    emulated ones. images: float32 [n, 3, H, W], some of the calibration images. Returns a new model and the layers
+    whose range was reduced; the model itself and () if nothing saturates.
     """
     qconfig, engine, flow, signature = model.qconfig, model.engine, model.flow.name, kernels.probe()
     kinds = kernels.overflowing_kinds(qconfig, engine, flow, Target.native, signature)
@@ -45,10 +45,10 @@ def reduce_range(
 
 
 def exact(prepared: Prepared) -> nn.Module:
-    """A converted copy whose convolutions and linear layers are qnnpack's, with exact sums, on every engine.
+    """Return a converted copy whose convolutions and linear layers are qnnpack's, with exact accumulators.
 
-    To be run under the engine that it is compared with: all else is then the same. (Under qnnpack torch 2.13 clamps
-    tensors in channels-last as if they weren't, so that after a ReLU6 nothing is right.)
+    Run it under the engine that it is compared with, so that everything else is the same. (Under qnnpack, torch 2.13
+    clamps channels-last tensors as if they were contiguous, so that everything after a ReLU6 is wrong.)
     """
     for_qnnpack = replace(prepared, spec=replace(prepared.spec, engine=Engine.qnnpack))
     converted = prepared.flow.convert(for_qnnpack).module

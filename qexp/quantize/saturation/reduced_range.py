@@ -1,7 +1,7 @@
-"""The guard `overflow=layers`: 7 bits only where a layer's 16-bit sums saturate, on the side where it costs less.
+"""The guard `overflow=layers`: 7 bits only where a layer's 16-bit accumulators saturate, on the side that costs less.
 
-Which layers these are is seen on calibration images. Narrowing the activations narrows one tensor, for every layer that
-reads it; narrowing the weights is a layer's own matter. So the choice is made for each tensor, by the error of the
+Calibration images show which layers these are. Reducing the range of activations affects every layer that reads the
+tensor; reducing that of weights affects a single layer. So the choice is made for each tensor, by the error of the
 outputs of its readers.
 """
 
@@ -26,7 +26,7 @@ from qexp.quantize.graph.hooks import attached
 from qexp.quantize.graph.tensor_names import public
 
 _LAYERS = (nn.Conv2d, nn.Linear)
-# What hands its input's grid on.
+# Layers whose output is on the grid of their input.
 _KEEP_GRID = (
     nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.Dropout, nn.Flatten, nn.Hardtanh, nn.Identity, nn.MaxPool2d, nn.ReLU,
 )  # fmt: skip
@@ -34,8 +34,11 @@ _KEEP_GRID = (
 
 @dataclass(frozen=True)
 class ReducedRange:
-    """A layer that saturates, and the side that got 7 bits for it. noise_weights, noise_activations: error of its
-    output with either side narrowed, as a share of the output's power (sums of squares, against the float layer)."""
+    """A layer that saturated, and the side that was reduced to 7 bits.
+
+    noise_weights, noise_activations: error of its output with either side reduced, as a share of the output's power
+    (sums of squares, against the float layer).
+    """
 
     name: str
     side: Side
@@ -44,7 +47,7 @@ class ReducedRange:
 
 
 def _layers(prepared: nn.Module) -> dict[str, nn.Module]:
-    """Convolutions and linear layers that will be quantized, fused ones as a whole, by their names in `prepared`."""
+    """Return convolutions and linear layers that will be quantized, fused ones as a whole, by name in `prepared`."""
     found: dict[str, nn.Module] = {}
     for name, module in prepared.named_modules():
         owner = prepared.get_submodule(name.rpartition(".")[0])
@@ -57,7 +60,7 @@ def _layers(prepared: nn.Module) -> dict[str, nn.Module]:
 
 @dataclass
 class _Reader:
-    """A layer, the observer of the tensor that it reads (None where it can't be followed), and the output's noise."""
+    """A layer, the observer of the tensor that it reads (None if it can't be found), and the output's noise."""
 
     name: str
     observer: nn.Module | None
@@ -68,10 +71,9 @@ class _Reader:
 def reduce_range_of_layers(
     prepared: nn.Module, risky: Collection[str], qconfig: QConfig, example: Tensor
 ) -> tuple[nn.Module, tuple[ReducedRange, ...]]:
-    """A copy of a calibrated model in which the layers `risky` have 7 bits on one side, and which side that is.
+    """Return a copy of a calibrated model with 7 bits on one side of the layers `risky`, and which side that is.
 
-    risky: names in the user's model; example: float32 [n, 3, H, W], some of the calibration images, on which the noise
-    is measured.
+    risky: names in the user's model; example: calibration images on which the noise is measured, float32 [n, 3, H, W].
     """
     prepared = sharing_copy(prepared)
     readers = _readers(prepared, risky, qconfig, example)
@@ -102,9 +104,9 @@ def _by_tensor(readers: list[_Reader]) -> list[list[_Reader]]:
 
 
 def _readers(prepared: nn.Module, risky: Collection[str], qconfig: QConfig, example: Tensor) -> list[_Reader]:
-    """Run the example once and look at every layer: who made its input, and what 7 bits on either side would do."""
+    """Run the example once; find every layer's input observer, and its noise with 7 bits on either side."""
     made_by: dict[int, nn.Module] = {}
-    alive: list[Tensor] = []  # so that no address is used twice
+    alive: list[Tensor] = []  # keeps tensors alive, so that no address is used twice
     found: list[_Reader] = []
     watching = {id(o): o for o in observers(prepared).values() if records_range(o)}
 
@@ -125,7 +127,7 @@ def _readers(prepared: nn.Module, risky: Collection[str], qconfig: QConfig, exam
 
     layers = (m.register_forward_pre_hook(before(name)) for name, m in _layers(prepared).items())
     tracked = [m for m in prepared.modules() if id(m) in watching or isinstance(m, _KEEP_GRID)]
-    # Statistics stay those of calibration: the observers only look on.
+    # Observers are bypassed, so that their statistics stay those of calibration.
     states = [(o, o.forward) for o in watching.values()]
     for o, _ in states:
         o.forward = lambda x: x
@@ -139,10 +141,10 @@ def _readers(prepared: nn.Module, risky: Collection[str], qconfig: QConfig, exam
 
 
 def _noise(module: Any, observer: Any, qconfig: QConfig, inputs: Tensor) -> dict[Side | None, float]:
-    """Noise of a layer's output as a share of its power: with 8 bits on both sides (None), and with either narrowed."""
+    """Return the noise of a layer's output as a share of its power: full range (None), and either side reduced."""
     layer: Any = module[0] if isinstance(module, _FusedModule) else module
-    wide, narrowed = (replace(qconfig, overflow=o) for o in (Overflow.none, Overflow.weights))
-    weights = {side: _on_grid(layer.weight, _fed(q, layer)) for side, q in ((None, wide), (Side.weights, narrowed))}
+    full, reduced = (replace(qconfig, overflow=o) for o in (Overflow.none, Overflow.weights))
+    weights = {side: _on_grid(layer.weight, _fed(q, layer)) for side, q in ((None, full), (Side.weights, reduced))}
     clean = _linear(layer, inputs, layer.weight)
     power = max(float(clean.double().square().sum()), 1e-30)
     tensors = {None: inputs, Side.activations: inputs}
@@ -176,8 +178,7 @@ def _fed(qconfig: QConfig, layer: nn.Module) -> Any:
 
 
 def _on_grid(values: Tensor, observer: Any) -> Tensor:
-    """Rounded to what is executed: the calibrated scale, with the ends of the weights' grid or what activations are
-    let through."""
+    """Round to the calibrated scale, and clip to the codes that are executed."""
     scale, zero_point = observer.calculate_qparams()
     low, high = observer.quant_min, getattr(observer, "executed_quant_max", observer.quant_max)
     if scale.numel() > 1:
@@ -192,15 +193,15 @@ def _with_reduced_range(observer: Any, qconfig: QConfig) -> Any:
 
 
 def _reduce_activations(observer: Any, qconfig: QConfig) -> None:
-    """In place. An observer's statistics don't depend on its grid, so this is what one made with that grid gives."""
+    """Set an observer's grid, in place. Its statistics don't depend on the grid, so nothing need be recorded again."""
     reduced_grid = grid(replace(qconfig, overflow=Overflow.activations), Side.activations)
     observer.quant_min, observer.quant_max = reduced_grid.qmin, reduced_grid.qmax
     observer.has_customized_qrange = True
 
 
 def _reduce_weights(module: Any, qconfig: QConfig) -> None:
-    """In place: `convert` makes the weights' observer anew, from the qconfig of the module or of the first in it."""
-    narrowed = replace(qconfig, overflow=Overflow.weights)
-    made = TorchQConfig(module.qconfig.activation, weight_observer(narrowed, qconfig.weight.granularity))
+    """Set the qconfig of a layer and of its first part, in place; `convert` makes the observer of weights from it."""
+    reduced = replace(qconfig, overflow=Overflow.weights)
+    made = TorchQConfig(module.qconfig.activation, weight_observer(reduced, qconfig.weight.granularity))
     for part in (module, module[0]) if isinstance(module, _FusedModule) else (module,):
         part.qconfig = made

@@ -292,6 +292,6 @@ def test_layers_whose_result_is_assigned_get_no_hook() -> None:
     )
     fused = FLOWS[FlowName.eager].fuse(net, spec(), TWO)
     prepared = FLOWS[FlowName.eager].prepare(fused, spec(), TWO)
-    assert prepared.module[1].inplace
+    assert prepared.module.module[1].inplace
     # torch's observers are hooks; there is no other.
-    assert [hook.__name__ for hook in prepared.module[1]._forward_hooks.values()] == ["_observer_forward_hook"]
+    assert [hook.__name__ for hook in prepared.module.module[1]._forward_hooks.values()] == ["_observer_forward_hook"]

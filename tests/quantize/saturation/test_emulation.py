@@ -401,7 +401,7 @@ def test_layers_are_compared_each_by_itself(engine: Engine, flow: FlowName) -> N
 
 
 def test_qnnpack_has_nothing_to_emulate() -> None:
-    with pytest.raises(InputError, match="qnnpack adds up exactly"):
+    with pytest.raises(InputError, match="qnnpack has exact accumulators"):
         emulation.with_emulated_accumulators(nn.Sequential(), Engine.qnnpack)
 
 
