@@ -30,7 +30,7 @@ from qexp.quantize.inspection.layers import layers, read_qparams
 from qexp.quantize.saturation.guard import exact, reduce_range
 from qexp.quantize.saturation.reduced_range import ReducedRange
 from qexp.quantize.skeletons import blank_copy, skeleton
-from qexp.quantize.torch_backend.deprecations import say_once_silently
+from qexp.quantize.torch_backend.deprecations import silence_first_warning
 from qexp.quantize.torch_backend.engines import engine, require, supported
 
 __all__ = [
@@ -65,4 +65,4 @@ __all__ = [
     "supported",
 ]
 
-say_once_silently()
+silence_first_warning()

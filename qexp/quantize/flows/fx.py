@@ -266,7 +266,7 @@ def _clamp_first(prepared: fx.GraphModule) -> None:
         hull = found[0]
         for clamp in found[1:]:
             hull = hull.joined(clamp)
-        if all(clamp is not None or hull.holds(bounds[node]) for node, clamp in zip(nodes, clamps, strict=True)):
+        if all(clamp is not None or hull.contains(bounds[node]) for node, clamp in zip(nodes, clamps, strict=True)):
             watching[str(nodes[0].target)].register_forward_pre_hook(ClampFirst(hull.low, hull.high))
 
 

@@ -1,1 +1,1 @@
-"""The traced model: its canonical form, clamps, tensor names."""
+"""The traced model: its graph, canonical form, clamps and tensor names."""

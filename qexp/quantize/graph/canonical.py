@@ -1,7 +1,7 @@
-"""Brings a traced graph into the form that torch.ao fuses: plain modules, nothing between a convolution and its norm.
+"""The canonical form of a traced graph, which torch.ao can fuse: plain modules, nothing between convolution and norm.
 
-FX folds and fuses by exact type. A convolution in a subclass with its own padding, or a functional one, would keep its
-BatchNorm as a layer of its own, and without its padding it misses FBGEMM's fast depthwise kernel.
+FX folds and fuses by exact type. After a functional convolution, or a subclass that pads on its own, BatchNorm would
+stay a layer of its own; and a convolution without its padding misses FBGEMM's fast depthwise kernel.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _QUANTIZABLE_PAIRS = (operator.add, operator.mul, torch.add, torch.mul)
 
 
 def canonicalise(module: nn.Module, example: Tensor) -> fx.GraphModule:
-    """A traced copy that computes the same; raises trace.UntraceableError.
+    """Return an equivalent traced copy in canonical form. Raises tracing.UntraceableError.
 
     example: float32 [n, 3, H, W]; the graph holds for this H and W.
     """
@@ -61,7 +61,7 @@ def canonicalise(module: nn.Module, example: Tensor) -> fx.GraphModule:
     ):
         step(graph_module)
         graph_module.graph.lint()
-    # Weights that modules hold now, and sizes that only padding read.
+    # Removes weights that are now in modules, and sizes that only padding read.
     graph_module.graph.eliminate_dead_code(
         lambda node: node.op != "get_attr" and not (node.op == "call_method" and node.target == "size")
     )
@@ -79,15 +79,17 @@ def _module(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module:
 
 
 def _write_nothing(graph_module: fx.GraphModule) -> None:
-    """Modules no longer write to what others read too, for torch moves nodes."""
+    """Stop modules from writing to tensors that others read too, since torch moves nodes."""
     for node in shared_writers(graph_module.graph):
         module: Any = _module(graph_module, node)
         module.inplace = False
 
 
 def _make_reshapes(graph_module: fx.GraphModule) -> None:
-    """Every `view` becomes a reshape, for INT8 layers give channels-last, and every reshape the function: torch keeps a
-    layer after the method in FP32 where nothing before it is in INT8."""
+    """Replace `view` by reshape, since INT8 layers return channels-last, and methods by the function.
+
+    torch leaves a layer after the method reshape in FP32 if nothing before it is in INT8.
+    """
     for node in _nodes(graph_module, "call_method"):
         if node.target == "view_as":
             node.target = "reshape_as"
@@ -99,8 +101,10 @@ def _make_reshapes(graph_module: fx.GraphModule) -> None:
 
 
 def _keep_dimensions(graph_module: fx.GraphModule) -> None:
-    """A mean of tensors that lie in memory like channels-last and like contiguous ones (maps of 1x1, one channel) keeps
-    the dimensions that it takes away, and a reshape takes them: torch refuses it in INT8 otherwise."""
+    """Let a mean of tensors with ambiguous strides (1x1 maps, one channel) keep dimensions, which a reshape then drops.
+
+    Such tensors are contiguous and channels-last at once, and torch refuses their mean in INT8 otherwise.
+    """
     for node in list(graph_module.graph.nodes):
         if node.target not in ("mean", torch.mean) or _argument(node, 2, "keepdim", False):
             continue
@@ -116,7 +120,7 @@ def _keep_dimensions(graph_module: fx.GraphModule) -> None:
 
 
 def _make_float(graph_module: fx.GraphModule) -> None:
-    """What is added to a float tensor or multiplied with it is one itself: torch would quantize positions and masks."""
+    """Convert other operands of float additions and products to float: torch would quantize positions and masks."""
     for node in _nodes(graph_module, "call_function"):
         if node.target not in _QUANTIZABLE_PAIRS or _dtype(graph_module, node) != torch.float32:
             continue
@@ -127,7 +131,7 @@ def _make_float(graph_module: fx.GraphModule) -> None:
 
 
 def _scale_before_adding(graph_module: fx.GraphModule) -> None:
-    """`torch.add(x, y, alpha=3)` becomes `x + 3 * y`: torch's INT8 addition leaves the factor out."""
+    """Replace `torch.add(x, y, alpha=3)` by `x + 3 * y`: torch's INT8 addition ignores the factor."""
     for node in list(graph_module.graph.nodes):
         alpha = node.kwargs.get("alpha")
         if alpha is None or node.target not in (torch.add, torch.sub, "add", "sub"):
@@ -140,7 +144,7 @@ def _scale_before_adding(graph_module: fx.GraphModule) -> None:
 
 
 def _free_norms(graph_module: fx.GraphModule) -> None:
-    """An InstanceNorm of small maps becomes the function that torch leaves in FP32 (see floating.py)."""
+    """Make an InstanceNorm of small maps the function that torch leaves in FP32 (see float_layers.py)."""
     for node in list(graph_module.graph.nodes):
         module = _module(graph_module, node) if node.op == "call_module" else None
         if not isinstance(module, _InstanceNorm) and node.target is not F.instance_norm:
@@ -168,8 +172,10 @@ _SAME_VALUES = (torch.flatten, torch.reshape, torch.squeeze, operator.getitem, "
 
 
 def _free_head(graph_module: fx.GraphModule) -> None:
-    """A softmax or sigmoid that gives the model's answer becomes a function that torch leaves in FP32: in INT8 it has a
-    fixed grid of 1/256, which is coarse for flat probabilities."""
+    """Make a softmax or sigmoid at the model's output a function that torch leaves in FP32.
+
+    In INT8 it has a fixed scale of 1/256, which is coarse for flat probabilities.
+    """
     node = next(iter(_nodes(graph_module, "output"))).args[0]
     while isinstance(node, fx.Node) and node.target in _SAME_VALUES:
         node = node.args[0]
@@ -179,14 +185,14 @@ def _free_head(graph_module: fx.GraphModule) -> None:
     source = _argument(node, 0, "input")
     if isinstance(module, nn.Softmax) or node.target in _SOFTMAXES:
         dim = module.dim if isinstance(module, nn.Softmax) else _argument(node, 1, "dim")
-        dim = 1 if dim is None else dim  # as torch has it for logits
+        dim = 1 if dim is None else dim  # torch's default for logits
         node.op, node.target, node.args, node.kwargs = "call_function", torch.softmax, (source, dim), {}
     elif isinstance(module, nn.Sigmoid) or node.target in _SIGMOIDS:
         node.op, node.target, node.args, node.kwargs = "call_function", torch.special.expit, (source,), {}
 
 
 def _free_resizing(graph_module: fx.GraphModule) -> None:
-    """A bicubic resizing becomes the module, which torch leaves in FP32: it has no INT8 kernel for the function."""
+    """Make bicubic resizing the module, which torch leaves in FP32: the function has no INT8 kernel."""
     names = ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")
     for node in _nodes(graph_module, "call_function"):
         given = {name: _argument(node, position, name) for position, name in enumerate(names, start=1)}
@@ -206,13 +212,13 @@ def _dtype(graph_module: fx.GraphModule, node: fx.Node) -> torch.dtype | None:
 
 
 def _size(node: fx.Node) -> tuple[int, ...] | None:
-    """The shape of a tensor for one image, as the tracer saw it."""
+    """Return a tensor's shape for one image, as traced; None if the value is no single tensor."""
     places = memory(node).places if "memory" in node.meta else ()
     return places[0].size if len(places) == 1 else None
 
 
 def _make_plain(graph_module: fx.GraphModule) -> None:
-    """Subclasses that compute what torch.nn's layer does become that layer."""
+    """Replace subclasses that compute the same as torch.nn's layer by that layer."""
     done: dict[int, nn.Module] = {}
     for node in _nodes(graph_module, "call_module"):
         module = _module(graph_module, node)
@@ -252,10 +258,7 @@ def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> A
 
 
 def _constant(graph_module: fx.GraphModule, value: Any) -> Any:
-    """What an argument is whatever the input: itself, or the value of a node that hangs on no placeholder.
-
-    Raises LookupError where it depends on the input.
-    """
+    """Return an argument's value: itself, or that of a node. Raises LookupError if it depends on the input."""
     if not isinstance(value, fx.Node):
         return value
     if value.op == "placeholder":
@@ -282,7 +285,7 @@ def _constants(graph_module: fx.GraphModule, values: Any) -> list[Any]:
 
 
 def _make_pads(graph_module: fx.GraphModule) -> None:
-    """Modules that pad with zeros become functions, so that a convolution they are part of can be replaced."""
+    """Make modules that pad with zeros functions, so that a convolution that contains them can be replaced."""
     for node in _nodes(graph_module, "call_module"):
         module = _module(graph_module, node)
         if isinstance(module, nn.ZeroPad2d) or (isinstance(module, nn.ConstantPad2d) and module.value == 0):
@@ -290,7 +293,7 @@ def _make_pads(graph_module: fx.GraphModule) -> None:
 
 
 def _make_modules(graph_module: fx.GraphModule) -> None:
-    """Functional convolutions, transposed ones, linear layers and BatchNorms with constant weights become modules."""
+    """Make functional (transposed) convolutions, linear layers and norms with constant weights modules."""
     makers: dict[Any, Callable[..., nn.Module | None]] = {
         F.conv1d: _conv_maker(nn.Conv1d),
         torch.conv1d: _conv_maker(nn.Conv1d),
@@ -380,7 +383,7 @@ def _transposed_maker(kind: type[nn.ConvTranspose1d] | type[nn.ConvTranspose2d])
 
 
 def _numbers(value: Any) -> Any:
-    """An int, or a tuple of ints: models also give lists, and lists of one."""
+    """Return an int, or a tuple of ints: models also pass lists, and lists of one."""
     if isinstance(value, int):
         return value
     return tuple(int(v) for v in value) if len(value) > 1 else int(value[0])
@@ -412,7 +415,7 @@ def _batch_norm(
     features = len(running_mean)
     module = kind(features, eps=eps)
     module.running_mean, module.running_var = running_mean.detach().clone(), running_var.detach().clone()
-    # Folding needs both, and a BatchNorm without them has a weight of 1 and a bias of 0.
+    # Folding needs both; a BatchNorm without them has a weight of 1 and a bias of 0.
     _filled(
         module,
         torch.ones(features) if weight is None else weight,
@@ -431,12 +434,12 @@ def _instance_norm(
     eps: float = 1e-5,
     ndim: int = 4,
 ) -> nn.Module | None:
-    """With running statistics it is a BatchNorm (see copies.py)."""
+    """Return a BatchNorm if there are running statistics (see copies.py)."""
     return _batch_norm(running_mean, running_var, weight, bias, use_input_stats, momentum, eps, ndim)
 
 
 def _name_for(graph_module: fx.GraphModule, node: fx.Node) -> str:
-    """The user's name of the layer: that of the module whose weight it is, if this name is free to take."""
+    """Return the user's name of the layer: that of the module that owns the weight, if this name is free."""
     weights = [str(n.target) for n in node.all_input_nodes[1:] if n.op == "get_attr"]
     owner, _, attribute = weights[0].rpartition(".") if weights else ("", "", "")
     name = owner if attribute in ("weight", "running_mean") and owner else f"{owner}.{node.name}".lstrip(".")
@@ -447,7 +450,7 @@ def _name_for(graph_module: fx.GraphModule, node: fx.Node) -> str:
 
 
 def _make_relus(graph_module: fx.GraphModule) -> None:
-    """Every spelling of ReLU becomes the one function that torch fuses with what comes before it."""
+    """Replace every spelling of ReLU by the function that torch fuses with the layer before it."""
     modules = dict(graph_module.named_modules(remove_duplicate=False))
     for node in list(graph_module.graph.nodes):
         if node.op in ("call_function", "call_method") and clamp_of(node, modules) == RELU:
@@ -455,8 +458,10 @@ def _make_relus(graph_module: fx.GraphModule) -> None:
 
 
 def _free_prelus(graph_module: fx.GraphModule) -> None:
-    """PReLU modules become functions, which stay in FP32: torch's INT8 module computes something else (logits off by
-    more than the largest of them, on a net of two layers)."""
+    """Make PReLU modules functions, which stay in FP32.
+
+    torch's INT8 module computes something else (logits off by more than the largest, on a net of two layers).
+    """
     for node in _nodes(graph_module, "call_module"):
         if isinstance(_module(graph_module, node), nn.PReLU):
             with graph_module.graph.inserting_before(node):
@@ -465,11 +470,11 @@ def _free_prelus(graph_module: fx.GraphModule) -> None:
 
 
 def _number_padding(graph_module: fx.GraphModule) -> None:
-    """padding="same" that is not symmetric becomes a padding before the convolution (see copies.py for the rest)."""
+    """Move padding="same" that is not symmetric before the convolution (see copies.py for the rest)."""
     for node in _nodes(graph_module, "call_module"):
         module = _module(graph_module, node)
         if isinstance(module, _ConvNd) and isinstance(module.padding, str) and not number_padding(module):
-            # Twice for each dimension, the last first, as F.pad takes it.
+            # Two for each dimension, the last first, as F.pad expects.
             pads = list(module._reversed_padding_repeated_twice)
             module.padding = (0,) * len(module.kernel_size)
             with graph_module.graph.inserting_before(node):
@@ -491,10 +496,10 @@ def _pad_before(graph_module: fx.GraphModule) -> None:
 
 
 def _unshare(graph_module: fx.GraphModule) -> None:
-    """A module that is called twice gets a copy for each call, which has neighbours of its own to be fused with.
+    """Copy a module for each of its calls, which have different neighbours to be fused with.
 
-    ReLU too: fused with one of its neighbours it would be found inside that, also by its other calls. And what torch
-    has an INT8 module for: that holds one scale, which would serve all calls, whatever calibration found for each.
+    ReLU, too: its other calls would otherwise find it inside the module that it was fused into. And every module with
+    an INT8 counterpart: that has a single scale, which would serve all calls, whatever calibration found for each.
     """
     seen: set[int] = set()
     for node in _nodes(graph_module, "call_module"):
@@ -508,8 +513,7 @@ def _unshare(graph_module: fx.GraphModule) -> None:
 
 
 def _fold_transposed(graph_module: fx.GraphModule) -> None:
-    """A BatchNorm after a transposed convolution is folded here: torch leaves it where a ReLU follows, and takes no
-    groups."""
+    """Fold BatchNorms into the transposed convolutions before them: torch doesn't if a ReLU follows, or with groups."""
     for node in _nodes(graph_module, "call_module"):
         source, norm = node.args[0], _module(graph_module, node)
         if not isinstance(norm, _BatchNorm) or not isinstance(source, fx.Node) or source.op != "call_module":
@@ -522,7 +526,7 @@ def _fold_transposed(graph_module: fx.GraphModule) -> None:
 
 
 def _move_padding(graph_module: fx.GraphModule) -> None:
-    """Symmetric zero padding that only a convolution reads moves inside that convolution."""
+    """Move symmetric zero padding that only a convolution reads into that convolution."""
     for node in list(graph_module.graph.nodes):
         pads = _zero_padding(node)
         if pads is None:
@@ -534,7 +538,7 @@ def _move_padding(graph_module: fx.GraphModule) -> None:
 
 
 def _absorbed(graph_module: fx.GraphModule, node: fx.Node, pads: list[int]) -> bool:
-    """Whether the one reader of this padding is a convolution that could take it over, and now has."""
+    """Move padding into the convolution that alone reads it. Return False, without a change, if that isn't possible."""
     users = list(node.users)
     if len(users) != 1 or users[0].op != "call_module":
         return False
@@ -549,13 +553,13 @@ def _absorbed(graph_module: fx.GraphModule, node: fx.Node, pads: list[int]) -> b
     extra = [*before, *[0] * (dimensions - len(before))][::-1]
     padding: Any = tuple(old + new for old, new in zip(conv.padding, extra, strict=True))
     conv.padding = padding
-    # What F.pad would be given if padding_mode were not zeros; kept in step.
+    # The arguments of F.pad for other padding modes, kept consistent.
     conv._reversed_padding_repeated_twice = [p for p in reversed(padding) for _ in range(2)]
     return True
 
 
 def _zero_padding(node: fx.Node) -> list[int] | None:
-    """The pads of a padding with zeros, two for each dimension from the last on; None where it is something else."""
+    """Return the pads of a padding with zeros, two for each dimension, the last first; None for other nodes."""
     if node.op != "call_function" or node.target is not F.pad:
         return None
     if _argument(node, 2, "mode", "constant") != "constant" or _argument(node, 3, "value", None):

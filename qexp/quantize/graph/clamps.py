@@ -1,4 +1,4 @@
-"""Which tensors feed only a clamp (ReLU, ReLU6, Hardtanh), and so should take their range after it."""
+"""Clamps in a traced graph (ReLU, ReLU6, Hardtanh): tensors that feed only a clamp take their range after it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-# A traced graph has no operators that work in place (see inplace.py).
+# A traced graph has no operators that work in place (see in_place.py).
 _RELUS = {F.relu, torch.relu, "relu"}
 _CLAMP = {torch.clamp, torch.clip, "clamp", "clip"}
 
@@ -22,7 +22,7 @@ class ValueRange:
     low: float
     high: float
 
-    def holds(self, other: ValueRange) -> bool:
+    def contains(self, other: ValueRange) -> bool:
         return self.low <= other.low and other.high <= self.high
 
     def joined(self, other: ValueRange) -> ValueRange:
@@ -34,7 +34,7 @@ RELU = ValueRange(0.0, math.inf)
 
 
 def clamp_of(node: fx.Node, modules: dict[str, nn.Module]) -> ValueRange | None:
-    """The interval to which `node` clamps its first argument; None where it is no clamp by constants."""
+    """Return the range to which `node` clamps its first argument; None if it is no clamp by constants."""
     if node.op == "call_module":
         return _clamp_of_module(modules[str(node.target)])
     if node.op not in ("call_function", "call_method"):
@@ -69,11 +69,11 @@ def _constants(node: fx.Node, low: str, high: str, default: tuple[float | None, 
 
 
 def clamp_after(node: fx.Node, modules: dict[str, nn.Module]) -> ValueRange | None:
-    """The clamp that is the only consumer of `node`'s value, as an interval; None where there is none."""
+    """Return the range of the clamp that alone reads `node`'s value; None if there is none."""
     users = list(node.users)
     if len(users) != 1 or users[0].args[:1] != (node,):
         return None
-    # Where eager fusion took a BatchNorm or a ReLU out, it left an Identity.
+    # Eager fusion leaves an Identity in place of a BatchNorm or a ReLU.
     if users[0].op == "call_module" and isinstance(modules[str(users[0].target)], nn.Identity):
         return clamp_after(users[0], modules)
     return clamp_of(users[0], modules)

@@ -1,4 +1,4 @@
-"""Copies of a model: the one that each flow begins with, and those that its steps make of it."""
+"""Copies of a model: the one that each flow starts from, and those that its steps make."""
 
 from __future__ import annotations
 
@@ -32,20 +32,19 @@ _INSTANCE_NORMS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def evaluation_copy(module: nn.Module, example: Tensor) -> nn.Module:
-    """A deep copy in evaluation mode whose weights and paddings are plain values and whose layers are plain layers.
+    """Return a deep copy in evaluation mode whose weights and paddings are plain values and whose layers are plain.
 
-    Pruning, weight and spectral norm and every other parametrization compute a layer's weight anew at each call, by a
-    hook or by a class of their own, and torch.ao neither fuses nor quantizes such layers; nor does it take a padding
-    that is called "same", nor a SyncBatchNorm or an InstanceNorm with running statistics, which are BatchNorms in
-    evaluation (torch's INT8 InstanceNorm takes the statistics of each image all the same). Wrappers around parts are
-    taken off, and so is what the model does of its own where a state_dict is made or loaded: it may know nothing of
-    INT8 layers.
+    Pruning, weight and spectral norm and every other parametrization compute a layer's weight in each call, by a hook
+    or by a class of their own, and torch.ao neither fuses nor quantizes such layers. It doesn't support padding="same",
+    a SyncBatchNorm or an InstanceNorm with running statistics, either, which are BatchNorms in evaluation (torch's INT8
+    InstanceNorm uses the statistics of each image even then). Wrappers around modules are removed, and so are hooks on
+    state_dicts, which may not support INT8 layers.
 
-    example: float32 [n, 3, H, W], which shows how many dimensions the input of a SyncBatchNorm has.
+    example: float32 [n, 3, H, W], to find the number of dimensions of a SyncBatchNorm's input.
     """
     module = unwrap(copy.deepcopy(module, _computed(module))).eval()
     for part in list(module.modules()):
-        # The last comes first, for it may be about what an earlier one computes from.
+        # The last comes first, since it may compute an input of an earlier one.
         for hook in reversed(list(part._forward_pre_hooks.values())):
             if isinstance(hook, WeightNorm):
                 remove_weight_norm(part, hook.name)
@@ -68,13 +67,15 @@ def evaluation_copy(module: nn.Module, example: Tensor) -> nn.Module:
 
 
 def sharing_copy(module: nn.Module) -> nn.Module:
-    """A deep copy but for the parameters, which are the same objects: for steps that read weights and change none."""
+    """Return a deep copy that shares the parameters, for steps that read weights and change none."""
     return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
 
 
 def by_modules(module: nn.Module) -> nn.Module:
-    """The same module, in place, whose transformer layers call their linear layers. torch has a kernel for a whole one
-    that reads their weights instead, so that no INT8 layer could take their place."""
+    """Let transformer layers call their linear layers, in place, and return the module.
+
+    torch's kernel for a whole transformer layer reads their weights instead, so that INT8 layers couldn't replace them.
+    """
     for part in module.modules():
         if isinstance(part, nn.TransformerEncoderLayer):
             part.activation_relu_or_gelu = 0  # the kernel is for these two activations
@@ -83,15 +84,15 @@ def by_modules(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def each_once(module: nn.Module) -> Iterator[None]:
-    """In this context every module within `module` has one name, the first. Afterwards it, or what was put in its
-    place, has all its names again.
+    """In this context every module within `module` has one name, the first. Afterwards it, or its replacement, has all
+    its names again.
 
-    torch.ao changes modules name by name: it would take one that has several for as many.
+    torch.ao changes modules name by name, and would take a module with several names for several modules.
     """
     first: dict[int, str] = {}
     named = [(name, id(part)) for name, part in module.named_modules(remove_duplicate=False)]
     others = {name: first[part] for name, part in named if first.setdefault(part, name) != name}
-    # What lies within a module that has another name comes with it.
+    # Submodules of a module with several names come with it.
     others = {name: one for name, one in others.items() if name.rpartition(".")[0] not in others}
     for name in others:
         module.set_submodule(name, nn.Identity())
@@ -103,8 +104,10 @@ def each_once(module: nn.Module) -> Iterator[None]:
 
 
 def _computed(module: nn.Module) -> dict[int, Any]:
-    """What a deep copy can't copy, as the `memo` with which it can: tensors that were computed from parameters, which
-    hooks keep as plain attributes until the next call."""
+    """Return a `memo` for deepcopy with copies of tensors that it can't copy itself.
+
+    These were computed from parameters, and hooks store them as plain attributes until the next call.
+    """
     found: dict[int, Any] = {}
 
     def look(value: Any) -> None:
@@ -140,7 +143,7 @@ def _settle(part: nn.Module) -> None:
 
 
 def _make_batch_norm(norm: _InstanceNorm) -> None:
-    """An InstanceNorm becomes the BatchNorm with its statistics, in place, unless its class computes something else."""
+    """Make an InstanceNorm the BatchNorm with its statistics, in place, unless its class overrides forward."""
     for base, kind in _INSTANCE_NORMS.items():
         if isinstance(norm, base) and type(norm).forward is _InstanceNorm.forward:
             as_module: nn.Module = norm
@@ -148,7 +151,7 @@ def _make_batch_norm(norm: _InstanceNorm) -> None:
 
 
 def _make_plain_norms(module: nn.Module, example: Tensor) -> None:
-    """Each SyncBatchNorm becomes the BatchNorm for as many dimensions as its input has, in place."""
+    """Make each SyncBatchNorm the BatchNorm for its input's number of dimensions, in place."""
     synced = [
         part
         for part in module.modules()
@@ -168,7 +171,7 @@ def _make_plain_norms(module: nn.Module, example: Tensor) -> None:
 
 
 def number_padding(conv: _ConvNd) -> bool:
-    """Write a padding that is a word as numbers, in place, if it is the same at both ends; whether it was."""
+    """Write a padding that is a word as numbers, in place. Return False, without a change, if it isn't symmetric."""
     ends = list(conv._reversed_padding_repeated_twice)  # two for each dimension, the last first
     if ends[::2] != ends[1::2]:
         return False

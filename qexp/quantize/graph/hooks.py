@@ -1,4 +1,4 @@
-"""Hooks of modules that are there for a while."""
+"""Temporary hooks of modules."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 @contextmanager
 def attached(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Attach these hooks (an iterable that registers them as it goes), and remove them all in the end.
+    """Attach hooks, from an iterable that registers them as it goes, and remove them at the end.
 
     with attached(layer.register_forward_hook(look) for layer in layers):
         model(images)

@@ -1,9 +1,9 @@
-"""In-place operators of a traced graph brought into their out-of-place form, with every later reader rewired.
+"""In-place operators of a traced graph replaced by out-of-place ones, with every later reader rewired.
 
-In a graph each node is a value; in PyTorch `F.relu_(x)` changes x for whoever reads it afterwards, under any name and
-through any view. torch.ao knows nothing of that, and its INT8 kernels mostly ignore `inplace`. The tracer computes each
-node for an example, and so knows exactly which memory every tensor lies in (`Place`) and which operators wrote to it,
-whatever they are called: no list of operators is needed for either.
+In a graph each node is a value; in PyTorch `F.relu_(x)` changes x for every later reader, under any name and through
+any view. torch.ao doesn't handle that, and its INT8 kernels mostly ignore `inplace`. The tracer computes each node for
+an example, and so knows exactly which memory every tensor lies in (`Place`) and which operators wrote to it: no list of
+operators is needed for either.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 @dataclass(frozen=True)
 class Place:
-    """The memory that a tensor lies in; two tensors in one place always hold the same values.
+    """The memory that a tensor lies in; two tensors in the same place always have the same values.
 
-    storage: of the storage, unique as long as a weak reference to it is kept; offset and stride in elements.
+    storage: a number that is unique while a weak reference to the storage is kept; offset, stride: in elements.
     """
 
     storage: int
@@ -36,7 +36,7 @@ class Place:
     stride: tuple[int, ...]
 
     def elements(self) -> Tensor:
-        """The positions in the storage of the elements, in the tensor's order: int64 [number of elements]."""
+        """Return the elements' positions in the storage, in the tensor's order: int64 [number of elements]."""
         positions = torch.full((1,), self.offset, dtype=torch.int64)
         for size, stride in zip(self.size, self.stride, strict=True):
             positions = (positions.unsqueeze(-1) + torch.arange(size) * stride).flatten()
@@ -53,8 +53,11 @@ Places = tuple[Place, ...]
 
 @dataclass(frozen=True)
 class Memory:
-    """What the tracer saw of a node: where its value lies (one place for a tensor, several for a tuple of them), which
-    arguments it wrote to, which of these have another shape since, and in which module it happened."""
+    """The effects of a node on memory, observed by the tracer.
+
+    places: of its value, one for a tensor, several for a tuple; written: arguments that it wrote to; reshaped:
+    arguments whose shape it changed; module: name and class of the module that it belongs to.
+    """
 
     places: Places
     written: tuple[fx.Node, ...]
@@ -63,7 +66,7 @@ class Memory:
 
 
 class UnsafeWriteError(Exception):
-    """An operator writes to memory in a way that can't be said with values."""
+    """An operator writes to memory in a way that a graph of values can't express."""
 
     def __init__(self, module: tuple[str, str], reason: str):
         super().__init__(module, reason)
@@ -71,7 +74,7 @@ class UnsafeWriteError(Exception):
 
 
 def places_of(value: Any, storages: dict[int, StorageWeakRef]) -> Places:
-    """The places of a tensor, or of those in a tuple or list; `storages` keeps what makes their numbers unique."""
+    """Return the places of a tensor, or of those in a tuple or list; `storages` keeps their numbers unique."""
     if isinstance(value, tuple | list):
         return tuple(place for part in value for place in places_of(part, storages))
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
@@ -89,11 +92,11 @@ def memory(node: fx.Node) -> Memory:
 
 
 def functionalise(graph: fx.Graph) -> bool:
-    """Rewrite a traced graph, in place, so that no function or method in it writes to its arguments and every reader
-    gets the value that it got before. Modules keep their `inplace`, which only changes what nobody reads anymore.
+    """Rewrite a traced graph, in place, so that no function or method writes to its arguments.
 
-    Returns whether any reader was given another node than the model's code names. Raises UnsafeWriteError where that
-    isn't possible: a part of a tensor is written that is read as a whole, or a weight or buffer.
+    Every reader gets the same value as before. Modules keep their `inplace`, which only affects values that have no
+    reader anymore. Returns True if any reader was rewired. Raises UnsafeWriteError if a part of a tensor is written
+    that is read as a whole, or if a weight or buffer is written.
     """
     rewriting = _Rewriting(graph)
     for node in list(graph.nodes):
@@ -103,10 +106,10 @@ def functionalise(graph: fx.Graph) -> bool:
 
 
 class _Rewriting:
-    """The value of every place, as of the node that is looked at.
+    """The current value of every place while the nodes are visited in order.
 
-    A value is the node that holds it and the number of writes to its storage that it takes into account; `made_by` is
-    the node that first gave a place, from which it can be made again.
+    A value is a node, and the number of writes that it includes; `made_by` is the node that first produced a place,
+    from which it can be computed again.
     """
 
     def __init__(self, graph: fx.Graph):
@@ -133,7 +136,7 @@ class _Rewriting:
             node.target = _IN_PLACE_OPERATORS[node.target]  # `n += 1` of a size writes nothing
 
     def tidy(self) -> None:
-        """Remove the nodes that were added and that nobody came to read."""
+        """Remove the added nodes that have no readers."""
         for node in reversed(self._added):
             if not node.users:
                 self._graph.erase_node(node)
@@ -141,7 +144,7 @@ class _Rewriting:
     # ---- reading
 
     def _read_current(self, node: fx.Node) -> None:
-        """Let `node` read what lies in the places of its arguments now."""
+        """Let `node` read the current values of its arguments' places."""
         for source in node.all_input_nodes:
             if "memory" not in source.meta or not self._changed(memory(source).places, self._seen_writes[source]):
                 continue
@@ -158,7 +161,7 @@ class _Rewriting:
         ]
 
     def _current(self, places: Places, reader: fx.Node) -> fx.Node:
-        """The node that holds what lies in these places now; made before `reader` where there is none."""
+        """Return the node with the current value of these places; insert one before `reader` if there is none."""
         node, seen = self._values[places]
         changes = self._changed(places, seen)
         if not changes:
@@ -171,10 +174,10 @@ class _Rewriting:
         with self._graph.inserting_before(reader):
             again = self._graph.node_copy(maker, lambda n: source if n is viewed else n)
         again.meta = dict(maker.meta)
-        return self._holds(places, again)
+        return self._added_value(places, again)
 
-    def _holds(self, places: Places, node: fx.Node) -> fx.Node:
-        """Note a node that was added as what lies in these places now."""
+    def _added_value(self, places: Places, node: fx.Node) -> fx.Node:
+        """Register an added node as the current value of these places, and return it."""
         self._values[places] = (node, len(self._writes))
         self._seen_writes[node] = len(self._writes)
         self._added.append(node)
@@ -182,7 +185,7 @@ class _Rewriting:
 
     @staticmethod
     def _viewed(maker: fx.Node) -> fx.Node | None:
-        """The argument that `maker`'s result is a view of."""
+        """Return the argument that `maker`'s result is a view of; None if it is no view."""
         storages = {place.storage for place in memory(maker).places}
         for source in maker.all_input_nodes:
             if "memory" in source.meta and storages & {place.storage for place in memory(source).places}:
@@ -194,7 +197,7 @@ class _Rewriting:
     def _write(self, node: fx.Node, found: Memory) -> None:
         target = next((source for source in found.written if memory(source).places == found.places), None)
         if target is None or node.target in (operator.setitem, "__setitem__"):
-            # What was written to isn't what is returned.
+            # The operator doesn't return the tensor that it writes to.
             self._writes.extend((place, node) for source in found.written for place in memory(source).places)
             raise UnsafeWriteError(found.module, _PART)
         if self._is_state(found.places):
@@ -213,7 +216,7 @@ class _Rewriting:
         )
 
     def _give_result_instead(self, node: fx.Node, found: Memory) -> None:
-        """`x.squeeze_()` changes no value: who reads x afterwards reads the result."""
+        """Let later readers of x read the result of, for example, `x.squeeze_()`, which changes no value."""
         out_of_place(node, found)
         self._made_by.setdefault(found.places, node)
         self._values[found.places] = (node, len(self._writes))
@@ -224,7 +227,7 @@ class _Rewriting:
                     self.rewired = True
 
     def _write_through(self, places: Places, written: fx.Node) -> None:
-        """What the write means for the tensors that these places are a view of, as far as they can be told."""
+        """Update the tensors that these places are a view of, as far as the view can be inverted."""
         while (viewed := self._viewed(self._made_by[places])) is not None:
             whole = memory(viewed).places
             if len(whole) != 1 or len(places) != 1:
@@ -236,7 +239,7 @@ class _Rewriting:
             with self._graph.inserting_after(written):
                 written = self._graph.call_method(method, (written, *arguments))
             written.meta = {**viewed.meta}
-            self._holds(whole, written)
+            self._added_value(whole, written)
             places = whole
 
 
@@ -244,13 +247,13 @@ _PART = (
     "writes in place into a part or a view of a tensor that is read afterwards in another form; assign the result to a "
     "new tensor instead (torch.cat joins parts)"
 )
-STATE = "changes a weight, buffer or constant in place in evaluation, so that its answer depends on what it saw before"
+STATE = "changes a weight, buffer or constant in place in evaluation, so that its output depends on earlier inputs"
 
 
 def _restored(view: Place, whole: Place) -> tuple[str, tuple[Any, ...]] | None:
-    """The method, with its arguments, that makes of a view the tensor that it is a view of; None where there is none.
+    """Return the method and its arguments that turn a view back into the whole tensor; None if there is none.
 
-    The first dimension is taken to grow with the number of images.
+    The first dimension is assumed to be the batch.
     """
     if sorted(view.size) == sorted(whole.size) and view.offset == whole.offset:
         dimensions = list(zip(view.size, view.stride, strict=True))
@@ -262,7 +265,7 @@ def _restored(view: Place, whole: Place) -> tuple[str, tuple[Any, ...]] | None:
 
 
 def _in_order(place: Place) -> bool:
-    """Whether the elements lie one after the other, in the tensor's order."""
+    """True if the elements are contiguous in memory, in the tensor's order."""
     expected = 1
     for size, stride in zip(reversed(place.size), reversed(place.stride), strict=True):
         if size != 1 and stride != expected:
@@ -293,9 +296,9 @@ _FILLING: dict[str, Any] = {"zero_": torch.zeros_like, "fill_": torch.full_like}
 
 
 def out_of_place(node: fx.Node, found: Memory) -> None:
-    """Let a node compute the same without writing to its arguments; modules are left as they are.
+    """Replace a node's operator by its out-of-place form; modules are left as they are.
 
-    Raises UnsafeWriteError where torch has no such operator.
+    Raises UnsafeWriteError if torch has no such operator.
     """
     if node.op == "call_module":
         return
@@ -323,7 +326,7 @@ def _same_size(value: Any, found: Memory) -> bool:
 
 
 def _counterpart_of(node: fx.Node, name: str) -> Any:
-    """torch's operator of this name without the `_` at its end; None where there is none."""
+    """Return torch's operator of this name without the `_` at its end; None if there is none."""
     if not name.endswith("_") or name.endswith("__"):
         return None
     if node.op == "call_method":
@@ -332,7 +335,7 @@ def _counterpart_of(node: fx.Node, name: str) -> Any:
 
 
 def _without_inplace(node: fx.Node) -> bool:
-    """Take `inplace=True` from a function's arguments; whether it was there."""
+    """Remove `inplace=True` from a function's arguments. Return False if it wasn't there."""
     if node.kwargs.get("inplace"):
         node.kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
         return True
@@ -348,7 +351,7 @@ def _without_inplace(node: fx.Node) -> bool:
 
 
 def shared_writers(graph: fx.Graph) -> Iterator[fx.Node]:
-    """The calls of modules that write to a value which other nodes than themselves have to do with."""
+    """Yield calls of modules that write to a value which other nodes read, or which is a view."""
     for node in graph.nodes:
         if node.op == "call_module" and "memory" in node.meta and memory(node).written:
             written = [source for source in node.all_input_nodes if len(source.users) > 1 or not _owns(source)]
@@ -357,7 +360,7 @@ def shared_writers(graph: fx.Graph) -> Iterator[fx.Node]:
 
 
 def _owns(node: fx.Node) -> bool:
-    """Whether nothing that `node` was computed from lies in the memory of its value."""
+    """True if no input of `node` shares memory with its value."""
     storages = {place.storage for place in memory(node).places}
     return not any(
         storages & {place.storage for place in memory(source).places}
@@ -405,13 +408,13 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def writes_back(layer: nn.Module) -> bool:
-    """Whether `mark_writers` noted this layer."""
+    """True if `mark_writers` marked this layer."""
     return bool(getattr(layer, _WRITES_BACK, False))
 
 
 def write_back(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """A forward hook: the output, which is also what the input holds afterwards, with the output's grid."""
+    """Write the output to the input's memory, with the output's grid, and return it: a forward hook."""
     if output is inputs[0]:
         return output
-    with _disable_current_modes():  # who watches functions on INT8 tensors for their ranges need not watch this one
+    with _disable_current_modes():  # hidden from modes that check functions on INT8 tensors
         return inputs[0].copy_(output)

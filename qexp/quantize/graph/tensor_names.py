@@ -1,7 +1,7 @@
-"""What the tensors of a model are called: by the module, or the operation, that makes them.
+"""Names of a model's tensors: those of the module or the operation that computes them.
 
-In the eager flow a module's name stays as it is. A graph's nodes are named anew at every step of torch's fx flow, so
-there the name is given once, to the fused graph, and carried from node to node.
+In the eager flow modules keep their names. torch's fx flow renames a graph's nodes at every step, so there the fused
+graph's nodes are named once, and names are carried from node to node.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TENSOR = "tensor"
 
 
 def public(name: str, module: nn.Module) -> str:
-    """A submodule's name in the user's model, without the wrappers that qexp put around models and layers."""
+    """Return a submodule's name in the user's model, without qexp's wrappers around models and layers."""
     owner, _, last = name.rpartition(".")
     if last in ("conv", "layer", "quant") and isinstance(module.get_submodule(owner), AfterStride | InFloat):
         name = owner
@@ -36,7 +36,7 @@ def public(name: str, module: nn.Module) -> str:
 
 
 def tensor_names(prepared: nn.Module) -> dict[str, str]:
-    """From the name of each observer to that of the tensor it watches."""
+    """Return the name of the observed tensor by the name of each observer."""
     if isinstance(prepared, fx.GraphModule):
         return {str(node.target): tensor_of(node) for node in prepared.graph.nodes if _is_observer(node)}
     return {
@@ -50,14 +50,14 @@ def tensor_names(prepared: nn.Module) -> dict[str, str]:
 
 
 def tensor_of(node: fx.Node) -> str:
-    """The name of the tensor that a node gives; empty where it gives none (a size, a weight, the output)."""
+    """Return the name of a node's tensor; "" if its value has none (a size, a weight, the output)."""
     return str(node.meta.get(_TENSOR, ""))
 
 
 def name_tensors(fused: fx.GraphModule) -> None:
-    """Give every node of a fused graph, in place, the name that what it gives has from now on.
+    """Name the tensors of a fused graph, in place.
 
-    That is the module's, or torch's for the operation; later calls of a module are numbered as operations are.
+    A name is the module's, or torch's name of the operation; later calls of a module are numbered like operations.
     """
     nodes = [node for node in fused.graph.nodes if node.op == "placeholder" or node.op.startswith("call_")]
     own = {node: str(node.target) if node.op == "call_module" else node.name for node in nodes}
@@ -72,7 +72,7 @@ def name_tensors(fused: fx.GraphModule) -> None:
 
 
 def carry_to_prepared(fused: fx.GraphModule, prepared: fx.GraphModule) -> None:
-    """Name the nodes of a prepared graph, in place. It was traced from the fused one, and has observers besides."""
+    """Name the tensors of a prepared graph, in place, which is the fused one with observers."""
     before = {(node.op, node.name, str(node.target)): node for node in fused.graph.nodes}
     for node in prepared.graph.nodes:
         if _is_observer(node):
@@ -82,14 +82,16 @@ def carry_to_prepared(fused: fx.GraphModule, prepared: fx.GraphModule) -> None:
 
 
 def note_origins(prepared: fx.GraphModule) -> None:
-    """Write each name, in place, where torch notes what a node came from: the one thing that its convert_fx hands on
-    to every node that it makes in place of another. (qexp's tracing notes nothing there.)"""
+    """Write each name, in place, to `stack_trace`: convert_fx copies only this from a node to its replacements.
+
+    qexp's tracing leaves it empty.
+    """
     for node in prepared.graph.nodes:
         node.stack_trace = tensor_of(node) or None
 
 
 def carry_to_converted(prepared: fx.GraphModule, converted: fx.GraphModule) -> None:
-    """Name the nodes of a graph, in place, that was converted from a prepared one whose origins were noted."""
+    """Name the tensors of a graph, in place, that was converted from a prepared one after `note_origins`."""
     after_relu, modules = {}, dict(prepared.named_modules(remove_duplicate=False))
     for node in prepared.graph.nodes:
         users = list(node.users)
@@ -98,14 +100,14 @@ def carry_to_converted(prepared: fx.GraphModule, converted: fx.GraphModule) -> N
     for node in converted.graph.nodes:
         origin, node.stack_trace = node.stack_trace, None
         if origin is not None:
-            # Where torch took a ReLU into an operation, what comes out is the ReLU's.
-            node.meta[_TENSOR] = after_relu.get(origin, origin) if took_relu(node) else origin
-        elif hands_on(node):
+            # If torch fused a ReLU into an operation, the output is the ReLU's.
+            node.meta[_TENSOR] = after_relu.get(origin, origin) if has_fused_relu(node) else origin
+        elif only_changes_grid(node):
             node.meta[_TENSOR] = tensor_of(node.all_input_nodes[0])
 
 
-def hands_on(node: fx.Node) -> bool:
-    """Whether a node of a converted graph only brings a tensor onto a grid, or from it."""
+def only_changes_grid(node: fx.Node) -> bool:
+    """True if a node of a converted graph only quantizes or dequantizes a tensor."""
     return torch_function(node.target) in (torch.quantize_per_tensor, "dequantize", "to")
 
 
@@ -114,8 +116,8 @@ def called(node: fx.Node) -> str:
     return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
-def took_relu(node: fx.Node) -> bool:
-    """Whether a node of a converted graph is an operation into which torch took the ReLU behind it."""
+def has_fused_relu(node: fx.Node) -> bool:
+    """True if a node of a converted graph is an operation into which torch fused the ReLU behind it."""
     operation = str(node.target)
     return node.op == "call_function" and operation.endswith("_relu") and not operation.endswith("leaky_relu")
 
@@ -128,7 +130,7 @@ def _is_observer(node: fx.Node) -> bool:
 
 
 def place(name: str, kind: str) -> str:
-    """Where in a model something happened, for a sentence: `module layer1.0 (BasicBlock)`."""
+    """Return a place in a model, for messages: `module layer1.0 (BasicBlock)`."""
     return f"module {name} ({kind})" if name else f"own forward ({kind})"
 
 
@@ -138,10 +140,10 @@ def running(
     before: Callable[[tuple[str, str], Any], None] | None = None,
     after: Callable[[tuple[str, str], Any], None] | None = None,
 ) -> Iterator[list[tuple[str, str]]]:
-    """The modules that are being run, the innermost last, each as name and class; `module` itself, which is always one
-    of them, has no name. Where a call raises, the list stays as it was then.
+    """In this context, yield the list of modules that are running, the innermost last, each as name and class.
 
-    before, after: told what such a module is given and what it gives; inputs are laid to the module that calls it.
+    `module` itself, always the first, has the name "". If a call raises, the list stays as it was then. before, after:
+    called with a place and a module's inputs or its output; inputs are attributed to the module that calls it.
     """
     stack = [("", type(module).__name__)]
 

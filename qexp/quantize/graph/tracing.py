@@ -1,8 +1,8 @@
-"""Symbolic tracing that knows shapes: how qexp sees a model's graph, in the eager flow as in fx.
+"""Symbolic tracing that knows shapes: qexp's way to a model's graph, in the eager flow and in fx.
 
-Beside each symbolic value the tracer keeps what it is for one example. Channels, heights and widths are numbers to the
-model then, so that padding computed from them (TensorFlow's "same") can be traced, and so are dtype, device and
-whatever else it asks of a tensor; the batch size stays symbolic.
+The tracer stores each symbolic value's concrete value for one example. So channels, heights and widths are numbers to
+the model, and padding computed from them (TensorFlow's "same") can be traced; dtype, device and other properties are
+known, too. The batch size stays symbolic.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _LEAVES = (
     nn.AdaptiveAvgPool2d,
     nn.Flatten,
 )
-"""Layers whose subclasses count as the layer itself as long as they compute the same."""
+"""Layers whose subclasses count as the layer itself if they don't override forward."""
 
 
 _JOINS = (torch.cat, torch.concat, torch.concatenate, torch.stack)
@@ -55,7 +55,7 @@ class UntraceableError(Exception):
     """A model's Python can't be followed. `reason` says what the module does, as a predicate: "decides by …"."""
 
     def __init__(self, module: str, kind: str, reason: str):
-        super().__init__(module, kind, reason)  # as given, for pickle makes it again from these
+        super().__init__(module, kind, reason)  # pickle constructs it again from these
         self.module, self.kind, self.reason = module, kind, reason
 
     def __str__(self) -> str:
@@ -63,8 +63,8 @@ class UntraceableError(Exception):
 
 
 def standard_type(module: nn.Module) -> type[nn.Module] | None:
-    """The layer of torch.nn that this module computes exactly: its own class, or that of a subclass whose forward is
-    unchanged. None for everything else."""
+    """Return the layer of torch.nn that computes exactly the same: the module's class, or the base whose forward it
+    inherits. None for all other modules."""
     cls = type(module)
     if cls.__module__.startswith(("torch.nn.", "torch.ao.nn.")) and not isinstance(module, nn.Sequential):
         return cls
@@ -81,7 +81,7 @@ def standard_type(module: nn.Module) -> type[nn.Module] | None:
 
 
 class _Sizes(tuple[Any, ...]):
-    """A torch.Size of which the first number may be symbolic."""
+    """A torch.Size whose first number may be symbolic."""
 
     def numel(self) -> Any:
         return math.prod(self)
@@ -92,19 +92,19 @@ class _Sizes(tuple[Any, ...]):
 
 
 class _ShapeProxy(fx.Proxy):
-    """A symbolic value that knows, in `concrete`, what it is for the example."""
+    """A symbolic value; `concrete` is its value for the example."""
 
     concrete: Any
 
     def __getattr__(self, k: str) -> Any:
-        """Methods and what is a tensor again (`x.T`) are recorded; dtype, device and the like are known."""
+        """Record methods and attributes that are tensors (`x.T`); return dtype, device and the like."""
         if k == "concrete" or (k.startswith("__") and k.endswith("__")):
             return super().__getattr__(k)
         value = getattr(self.concrete, k)
         if callable(value):
             return super().__getattr__(k)
         if isinstance(self.concrete, tuple):
-            # `x.max(1).values` by its position: others who run the graph make plain tuples of torch's named ones.
+            # `x.max(1).values` by its position: other interpreters of the graph turn named tuples into plain ones.
             return self[next(i for i, part in enumerate(self.concrete) if part is value)]
         return self.tracer.create_proxy("call_function", getattr, (self, k), {}) if isinstance(value, Tensor) else value
 
@@ -152,7 +152,7 @@ def _in_place(function: Callable[..., Any]) -> Callable[[Any, Any], Any]:
 
 
 for _operator in IN_PLACE_OPERATORS:
-    # Python would take `x += y` for `x = x + y`, and who knows x under another name would not see it.
+    # Python would take `x += y` for `x = x + y`, and other names of x would not see the change.
     setattr(_ShapeProxy, f"__{_operator.__name__}__", _in_place(_operator))
 
 
@@ -166,9 +166,9 @@ class _ShapeTracer(fx.Tracer):
         self.failed_in: tuple[str, str] = ("", "")
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        """The model is only ever called as `model(images)`: its other arguments have their defaults.
+        """Trace the call `model(images)`, with defaults for other arguments.
 
-        Its hooks belong to what it computes, and a `forward` of the instance goes before that of its class.
+        It includes the model's hooks, and a `forward` of the instance takes precedence over its class's.
         """
         names = [name for name in inspect.signature(inspect.unwrap(root_fn)).parameters if name != "self"]
         variadic = inspect.unwrap(root_fn).__code__.co_argcount < 2
@@ -199,16 +199,16 @@ class _ShapeTracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         if type(a) is _ShapeProxy:
-            return a.node  # which torch would take for a constant tensor
+            return a.node  # torch would take the value itself for a constant tensor
         return super().create_arg(tuple(a) if type(a) is _Sizes else a)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
-        """The symbolic value of a new node; the value itself where it is of no tensor and of no batch size."""
+        """Return the symbolic value of a new node; the value itself if it depends on neither tensor nor batch size."""
         if target in _JOINS and args and type(args[0]) is _ShapeProxy:
-            args = (list(args[0]), *args[1:])  # of a tuple of tensors torch.ao knows nothing
+            args = (list(args[0]), *args[1:])  # torch.ao doesn't support a tuple of tensors
         squeezes = kind != "call_module" and target in _SQUEEZES  # a module may have that name, too
         if squeezes and len(args) == 1 and not kwargs and not _is_constant(args[0].node):
-            # Without a dimension it would take that of the images, too, where there is one image.
+            # Without a dimension it would also drop that of the batch if there is one image.
             args = (*args, tuple(i for i, size in enumerate(args[0].concrete.shape) if i > 0 and size == 1))
         proxy: Any = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         sources = proxy.node.all_input_nodes
@@ -262,7 +262,7 @@ class _ShapeTracer(fx.Tracer):
 
 
 def _is_constant(node: fx.Node) -> bool:
-    """Whether a node gives the same for all images."""
+    """True if a node's value is the same for all images."""
     return node.op == "get_attr" or node.meta.get("constant", False)
 
 
@@ -271,7 +271,7 @@ def _concrete(value: Any) -> Any:
 
 
 def _given(args: Any, kwargs: Any) -> list[tuple[Tensor, fx.Node | None]]:
-    """The tensors among the arguments of a call, each with the node that gives it; None for one that is no node's."""
+    """Return the tensors among a call's arguments, each with its node; None for a tensor without one."""
     found: list[tuple[Tensor, fx.Node | None]] = []
 
     def look(value: Any) -> Any:
@@ -294,9 +294,9 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _is_fact(target: Any, value: Any) -> bool:
-    """Whether what an operator gave is a fact about a tensor for any number of images, whatever its values.
+    """True if an operator's result is a property of a tensor that depends neither on the batch size nor on values.
 
-    That is its dtype or device, what it is (`is_floating_point`), how large its elements are.
+    That is its dtype or device, its kind (`is_floating_point`), the size of its elements.
     """
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     if isinstance(value, bool):
@@ -313,13 +313,13 @@ def _attribute(root: Any, target: str) -> Any:
 
 
 def trace(module: nn.Module, example: Tensor) -> fx.GraphModule:
-    """The graph of `module` in evaluation mode, with the very submodules of `module` in it (no copies).
+    """Return the graph of `module` in evaluation mode, with the submodules of `module` themselves in it (no copies).
 
-    Functions and methods that work in place are in their out-of-place form; modules are as they were, and who reads
-    what they wrote to reads their output.
+    In-place functions and methods are replaced by their out-of-place forms. Modules are unchanged, and readers of
+    tensors that they write to read their output.
 
-    example: float32 [n, 3, H, W]; the graph holds for this H and W, and for any n.
-    Raises UntraceableError, which names the innermost module whose Python can't be followed.
+    example: float32 [n, 3, H, W]; the graph is valid for this H and W, and for any n. Raises UntraceableError, naming
+    the innermost module whose Python can't be followed.
     """
     with torch.inference_mode(False), torch.no_grad():
         image = example[:1].clone()  # the model may write to it
@@ -334,7 +334,7 @@ def trace(module: nn.Module, example: Tensor) -> fx.GraphModule:
             name, kind = tracer.failed_in
             raise UntraceableError(name, kind or type(module).__name__, _explained(error)) from error
         traced = fx.GraphModule(tracer.root, graph, type(module).__name__)
-        # Only the batch sizes that nobody used: a module may be there for what its hooks do.
+        # Only unused batch sizes: a module may have an effect by its hooks.
         traced.graph.eliminate_dead_code(lambda node: not (node.op == "call_method" and node.target == "size"))
         traced.recompile()
         if rewired and not _same_outputs(module, traced, torch.cat([example[:1], -example[:1]])):
@@ -348,7 +348,7 @@ def _same_outputs(module: nn.Module, traced: nn.Module, images: Tensor) -> bool:
 
 
 def _explained(error: Exception) -> str:
-    """torch's reason in words of a model's author, where it is the usual one; never more than its first line."""
+    """Return torch's reason in words for a model's author, if it is the usual one, else its first line."""
     reason = first_line(error)
     if "control flow" in reason:
         return "decides by the values of a tensor, or by the number of images"

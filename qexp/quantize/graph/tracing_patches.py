@@ -1,8 +1,8 @@
-"""What Python and torch do otherwise while a model is traced, where its code meets a symbolic value.
+"""Changes to Python and torch while a model is traced, for code that meets a symbolic value.
 
 A symbolic value must pass for a tensor in a model's Python (`isinstance(x, Tensor)`), and must not in torch's C code,
-which would read it as one and crash. C code also refuses sizes that are given one by one if the first is symbolic, and
-`len` must give a number.
+which would read it as one and crash. C code also refuses sizes passed one by one if the first is symbolic, and `len`
+must return a number.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _TAKE_SIZES: tuple[tuple[Any, str, int], ...] = (
 
 @contextmanager
 def patched(symbolic: type[Any]) -> Iterator[None]:
-    """Let values of this class, whose `concrete` is what they stand for, pass through a model's Python.
+    """In this context, let values of this class, which stand for their `concrete`, pass through a model's Python.
 
-    The changes are the whole process's for as long as the context lasts.
+    The changes affect the whole process.
     """
     with ExitStack() as stack:
         stack.enter_context(_replaced(builtins, "isinstance", _isinstance(symbolic)))
@@ -79,7 +79,7 @@ def _len(symbolic: type[Any]) -> Callable[[Any], Any]:
 
 
 def _with_sizes(function: Callable[..., Any], position: int, symbolic: type[Any]) -> Callable[..., Any]:
-    """The same function, which takes sizes as one tuple where any of them is symbolic."""
+    """Wrap a function to get sizes as one tuple if any of them is symbolic."""
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -95,14 +95,14 @@ def _with_sizes(function: Callable[..., Any], position: int, symbolic: type[Any]
 
 
 class _Context:
-    """Stands for what torch gives a function of a model's own, which keeps there what it needs for gradients."""
+    """Stands for the context that torch passes to an autograd.Function, which saves tensors for gradients in it."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
 
 
 def _apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
-    """A function with a gradient of its own gives what its `forward` does."""
+    """Replace Function.apply: call a custom function's `forward`."""
     if cls.setup_context is Function.setup_context:
         return cls.forward(_Context(), *args, **kwargs)
     return cls.forward(*args, **kwargs)

@@ -1,1 +1,1 @@
-"""The converted model looked at: its layers, their errors, the operators executed."""
+"""Inspection of float and converted models: layers, their errors, executed operators, faults."""

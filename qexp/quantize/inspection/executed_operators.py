@@ -1,7 +1,7 @@
-"""Which operators a converted model executes, on what: models for which this is the same take the same time.
+"""The operators that a converted model executes, with their arguments: models with the same ones take the same time.
 
-Scales and zero points are left out, since no kernel is chosen by them; but whether a zero point is 0 is kept, for
-kernels leave out a sum then (FBGEMM's ReQuantizeOutput and fbgemmConv have a variant for each case).
+Scales and zero points are left out, since kernels aren't chosen by them. Whether a zero point is 0 is included: kernels
+then skip a sum (FBGEMM's ReQuantizeOutput and fbgemmConv have a variant for each case).
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from qexp.config.schema import Engine
 from qexp.quantize.torch_backend.engines import engine
 
 _PER_CHANNEL = (torch.per_channel_affine, torch.per_channel_symmetric, torch.per_channel_affine_float_qparams)
-# What torch's packed convolutions tell beside their weights, by method.
+# Methods of torch's packed convolutions that return their settings.
 _PACKED = ("stride", "padding", "output_padding", "dilation", "groups", "transpose")
 
 
 def executed(converted: nn.Module, engine_name: Engine, images: Tensor) -> tuple[str, ...]:
-    """The operators that `converted` executes for images, float32 [n, 3, H, W], in order, each with its arguments.
+    """Return the operators that `converted` executes for images, float32 [n, 3, H, W], in order, with their arguments.
 
-    Of a tensor there are dtype, shape, strides and, where it is quantized, its scheme (per tensor or per channel) and
-    whether its zero points are 0; of packed weights the same, and stride, padding, dilation and groups; numbers as
-    they are, without scales and zero points of outputs and the ends of a clamp of quantized tensors.
+    Tensors are described by dtype, shape and strides and, if quantized, by their scheme (per tensor or per channel) and
+    whether their zero points are 0; packed weights also by stride, padding, dilation and groups. Numbers are included,
+    but for scales and zero points of outputs and the bounds of a clamp of quantized tensors.
     """
     calls: list[str] = []
 
     def record(function: Any, given: Mapping[str, Any], result: object) -> None:
         ends = ("min", "max") if function is _CLAMP and given["self"].is_quantized else ()
-        # These ends are steps of the tensor's grid (see held.py).
+        # These bounds depend on the tensor's scale (see torch_backend/ignored_quant_max.py).
         told = [(name, "end" if name in ends else _described(name, value)) for name, value in given.items()]
         calls.append(f"{function} {told}")
 
@@ -43,11 +43,11 @@ def executed(converted: nn.Module, engine_name: Engine, images: Tensor) -> tuple
 
 
 def beyond(converted: nn.Module, engine_name: Engine, images: Tensor, quant_max: int) -> str:
-    """The first operator whose result, read by another one, has activations with codes beyond `quant_max`; "" if none.
+    """Return the first operator whose result has codes beyond `quant_max` and is read by another; "" if there is none.
 
     images: float32 [n, 3, H, W].
     """
-    made: dict[int, tuple[Tensor, str]] = {}  # with the tensors, so that no id is used twice
+    made: dict[int, tuple[Tensor, str]] = {}  # keeps tensors alive, so that no id is used twice
     found: list[str] = []
 
     def look(function: Any, given: Mapping[str, Any], result: object) -> None:
@@ -84,8 +84,10 @@ class DispatchMode(TorchDispatchMode):
 
 @contextmanager
 def _watched(see: Callable[[Any, Mapping[str, Any], object], None]) -> Iterator[None]:
-    """While in this context, tell of each call of torch's operators, as the dispatcher gets them (functions, methods
-    and modules alike, in the eager flow as in fx), its arguments by name, and its result."""
+    """In this context, pass each call of torch's operators to `see`: the operator, arguments by name, and the result.
+
+    The dispatcher sees functions, methods and modules alike, in the eager flow as in fx.
+    """
 
     class Watcher(DispatchMode):
         def __torch_dispatch__(
@@ -102,7 +104,7 @@ def _watched(see: Callable[[Any, Mapping[str, Any], object], None]) -> Iterator[
 
 
 def _described(name: str, value: Any) -> object:
-    """One argument of an operator, as plain values."""
+    """Describe one argument of an operator by plain values."""
     if isinstance(value, Tensor):
         return _tensor(value)
     if isinstance(value, torch.ScriptObject):

@@ -1,7 +1,7 @@
-"""Whether a float model can be compared with what is made of it: it answers with numbers, the same ones each time, and
-what its modules compute is all there is to it.
+"""Checks that a float model can be compared with its INT8 counterpart.
 
-Whatever breaks these rules is found by running the model, and named by the module in which it happens.
+Its logits must be finite and repeatable, and its modules must compute all of them. Faults are found by running the
+model, and the message names the module in which they occur.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from qexp.quantize.graph.tracing import standard_type
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4
-"""Of the largest logit, between two float models that compute the same."""
+"""Allowed difference of two equivalent float models, as a share of the largest logit."""
 TOLERANCE_UNTRAINED = 1e-3
-"""The same where weights are random, which multiplies differences in the last bit (8e-5 was seen, with ResNet-50)."""
+"""The same for random weights, which amplify differences in the last bit (8e-5 was observed with ResNet-50)."""
 
-# A model that draws random numbers is called so often, with as many copies of an image each time, before its answers
-# count as the same: some draw for every call, others for every value.
+# A model that draws random numbers is called this often, with as many copies of an image each time, before its logits
+# count as repeatable: some models draw for every call, others for every value.
 _CALLS = 12
 
 
 def difference(expected: Tensor, actual: Tensor) -> float:
-    """The largest of two models' logits for a batch, as a share of the largest logit; infinite where it is not finite.
+    """Return the largest difference of two models' logits, as a share of the largest logit; infinite if not finite.
 
     expected, actual: float32 [n, classes].
     """
@@ -45,9 +45,9 @@ def difference(expected: Tensor, actual: Tensor) -> float:
 
 
 def checked(module: nn.Module, image: Tensor, name: str) -> Tensor:
-    """The logits of a float model for an image; raises InputError where they are not finite, or others each time.
+    """Return the logits of a float model for an image. Raises InputError if they are not finite or not repeatable.
 
-    image: float32 [1, 3, H, W]; name: the image's, for a sentence. The sentence names a tensor, a module or a function.
+    image: float32 [1, 3, H, W]; name: the image's, for messages. The message names a tensor, a module or a function.
     """
     if not image.isfinite().all():
         raise InputError(f"{name} holds NaN or infinity after normalisation; check dataset.std.")
@@ -72,20 +72,19 @@ def checked(module: nn.Module, image: Tensor, name: str) -> Tensor:
 
 
 def cause(module: nn.Module, image: Tensor) -> str:
-    """Why what is made of a float model computes another function than the model, as a sentence; empty where its
-    modules are not to blame.
+    """Return why a fused or INT8 model computes another function than its float model, as a sentence.
 
-    image: float32 [1, 3, H, W].
+    It is "" if no fault of the float model explains it. image: float32 [1, 3, H, W].
     """
     try:
         return unrepeatable(module, image) or _autocast(module, image) or hooked(module, image)
-    except Exception as error:  # to be watched may be too much for a model's own code
+    except Exception as error:  # a model's own code may fail when watched
         logger.debug("the model can't be looked into: %s", first_line(error))
         return ""
 
 
 def unrepeatable(module: nn.Module, image: Tensor) -> str:
-    """Why the model answers an image otherwise each time, as a sentence; empty where it does not."""
+    """Return why the model's logits for an image differ from call to call, as a sentence; "" if they don't."""
     before = torch.get_rng_state()
     with torch.inference_mode():
         first = module(image)
@@ -97,15 +96,15 @@ def unrepeatable(module: nn.Module, image: Tensor) -> str:
     if same:
         return ""
     if what := drawn(module, image):
-        return f"the float model answers an image otherwise each time: {what}."
+        return f"the float model has other logits for an image each time: {what}."
     what = f"its {_first_change(module, image)} keeps something from call to call, or draws random numbers"
-    return f"the float model answers an image otherwise each time: {what}; in evaluation it must not."
+    return f"the float model has other logits for an image each time: {what}; in evaluation it must not."
 
 
 def of_a_batch(module: nn.Module, image: Tensor, logits: Tensor) -> str:
-    """Why the model can't be asked for several images at once, as a sentence; empty where it can.
+    """Return why the model doesn't support several images at once, as a sentence; "" if it does.
 
-    image: float32 [1, 3, H, W]; logits: what the model gives for it alone.
+    image: float32 [1, 3, H, W]; logits: the model's output for it alone.
     """
     others = image.flip(-1) / 2, image.flip(-2) / 4  # of another mean and variance, too
     with torch.inference_mode():
@@ -123,11 +122,11 @@ def of_a_batch(module: nn.Module, image: Tensor, logits: Tensor) -> str:
     nowhere_else = place("", type(module).__name__)
     changed = (where for (where, a), (_, b) in pairs if difference(a, b[: len(a)]) > TOLERANCE_UNTRAINED)
     where = next(changed, nowhere_else)
-    return f"the float model's answer for an image depends on the others in its batch, from its {where} on."
+    return f"the float model's output for an image depends on the others in its batch, from its {where} on."
 
 
 def _without_statistics(module: nn.Module) -> str:
-    """Which BatchNorm has no statistics of its own, as a sentence; empty where all have some."""
+    """Return which BatchNorm has no running statistics, as a sentence; "" if all have them."""
     for name, m in module.named_modules():
         if isinstance(m, _BatchNorm) and m.running_mean is None:
             return (
@@ -138,7 +137,7 @@ def _without_statistics(module: nn.Module) -> str:
 
 
 def drawn(module: nn.Module, image: Tensor) -> str:
-    """Where the model draws random numbers in evaluation, and how not to, as a clause; empty where it draws none."""
+    """Return where the model draws random numbers in evaluation, and the remedy, as a clause; "" if it draws none."""
     draw = _first_call(module, image, _Drawing)
     if draw is None:
         return ""
@@ -149,7 +148,7 @@ def drawn(module: nn.Module, image: Tensor) -> str:
 
 
 def squeezed(module: nn.Module, image: Tensor) -> str:
-    """Where the model drops the dimension of the images when there is one, and how not to, as a clause; else empty."""
+    """Return where the model drops the batch dimension of a single image, and the remedy, as a clause; else ""."""
     found = _first_call(module, image, _Squeezing)
     if found is None:
         return ""
@@ -158,10 +157,10 @@ def squeezed(module: nn.Module, image: Tensor) -> str:
 
 
 def hooked(module: nn.Module, image: Tensor) -> str:
-    """Which layer has a hook that changes what the model answers, as a sentence; empty where none has.
+    """Return which layer has a hook that changes the model's output, as a sentence; "" if none has.
 
-    A fused or INT8 layer is another module, without the hook, and so is a traced model. Hooks of the modules between
-    are traced as what they compute.
+    A fused or INT8 layer is another module, without the hook, and so is a traced model. Hooks of containers are traced
+    with the rest.
     """
     if not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules()):
         return ""
@@ -196,7 +195,7 @@ def _autocast(module: nn.Module, image: Tensor) -> str:
 
 
 class _Watch(TorchFunctionMode):
-    """Keeps the place of the first call of a torch function that `told` says something of, and what that is."""
+    """Records the first call of a torch function for which `told` returns a description, with its place."""
 
     def __init__(self, stack: list[tuple[str, str]]) -> None:
         super().__init__()
@@ -204,7 +203,7 @@ class _Watch(TorchFunctionMode):
         self.found: tuple[str, str] | None = None
 
     def told(self, call: Callable[[], Any], function: Callable[..., Any], args: Any) -> tuple[Any, str]:
-        """What the call gives, and what there is to say of it. args: those without a name."""
+        """Return the call's result, and a description or "". args: positional arguments."""
         raise NotImplementedError
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -215,19 +214,19 @@ class _Watch(TorchFunctionMode):
 
 
 class _Drawing(_Watch):
-    """Of functions that draw random numbers, the name."""
+    """Describes functions that draw random numbers, by name."""
 
     def told(self, call: Callable[[], Any], function: Callable[..., Any], args: Any) -> tuple[Any, str]:
         before = torch.get_rng_state()
         result = call()
         if torch.equal(before, torch.get_rng_state()):
             return result, ""
-        # torch may not list what makes tensors, such as torch.rand.
+        # torch may not list factory functions such as torch.rand.
         return result, str(resolve_name(function) or f"torch.{getattr(function, '__name__', function)}")
 
 
 class _Autocast(_Watch):
-    """Of functions that are called under autocast, its dtype."""
+    """Describes functions that are called under autocast, by its dtype."""
 
     def told(self, call: Callable[[], Any], function: Callable[..., Any], args: Any) -> tuple[Any, str]:
         on = torch.is_autocast_enabled("cpu")
@@ -235,7 +234,7 @@ class _Autocast(_Watch):
 
 
 class _Squeezing(_Watch):
-    """Of functions that take away every dimension of size 1, that of one image with them, the name."""
+    """Describes functions that drop every dimension of size 1, the batch dimension of one image included, by name."""
 
     def told(self, call: Callable[[], Any], function: Callable[..., Any], args: Any) -> tuple[Any, str]:
         name = getattr(function, "__name__", "")
@@ -245,14 +244,14 @@ class _Squeezing(_Watch):
 
 
 def _first_call(module: nn.Module, image: Tensor, kind: type[_Watch]) -> tuple[str, str] | None:
-    """Where in a model, and what, the first call is of which `kind` has something to say."""
+    """Return the place and the description of the first call that a watch of this kind describes; None if none."""
     with torch.inference_mode(), running(module) as stack, kind(stack) as watch, suppress(Exception):
-        module(image)  # where it fails, it was watched until then
+        module(image)  # if it fails, calls until then were watched
     return watch.found
 
 
 def _outline(module: nn.Module, image: Tensor) -> list[tuple[str, Tensor]]:
-    """What passes between modules in one call of a model: copies, each with the module that made it."""
+    """Return copies of the tensors that pass between modules in one call of a model, with each one's module."""
     seen: list[tuple[str, Tensor]] = []
 
     def keep(where: tuple[str, str], values: Any) -> None:

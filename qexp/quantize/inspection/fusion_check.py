@@ -1,4 +1,4 @@
-"""Whether a fused model still computes what the float model does, and where it stops doing so."""
+"""Comparison of a fused model with its float model, and the place where they first differ."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from qexp.quantize.inspection.float_model_checks import TOLERANCE, cause, differ
 
 
 def fusion_difference(float_module: nn.Module, fused: nn.Module, batch: Tensor) -> float:
-    """Largest difference of two models' logits on a batch, as a share of the largest logit (infinite if not finite)."""
+    """Return the largest difference of two models' logits, as a share of the largest; infinite if not finite."""
     with torch.inference_mode():
         return difference(float_module(batch), fused(batch))
 
 
 def explained(float_module: nn.Module, fused: nn.Module, flow: Flow, batch: Tensor) -> str:
-    """Why a fused model gives other logits than the float model, as a sentence: the cause where it is known, else where
-    they part.
+    """Return why a fused model's logits differ from the float model's, as a sentence: the cause, or the place.
 
-    batch: float32 [n, 3, H, W], on which they do; the float model's logits are finite.
+    batch: float32 [n, 3, H, W], on which they differ; the float model's logits are finite.
     """
     with torch.inference_mode():
         apart = (float_module(batch) - fused(batch)).abs().nan_to_num(math.inf).reshape(len(batch), -1).amax(1)
@@ -40,7 +39,7 @@ def explained(float_module: nn.Module, fused: nn.Module, flow: Flow, batch: Tens
 
 
 def _advice(float_module: nn.Module, fused: nn.Module, flow: Flow, image: Tensor) -> str:
-    """What is wrong with the fused model where that is known, or else what can be, as a clause."""
+    """Return the fault of the fused model, if known, or a possible one, as a clause."""
     calls = Counter[str]()
     _run(float_module, image, lambda name, output: calls.update([name]))
     gone = [name for name, m in fused.named_modules() if isinstance(m, nn.Identity) and calls[name] > 1]
@@ -49,7 +48,7 @@ def _advice(float_module: nn.Module, fused: nn.Module, flow: Flow, image: Tensor
             f"the module {gone[0]} is called {calls[gone[0]]} times, and is fused into the layer before one of these "
             "calls; give each call a module of its own"
         )
-    if draws := drawn(float_module, image):  # so seldom that it was not seen before
+    if draws := drawn(float_module, image):  # so rarely that it was not observed before
         return draws
     if flow.fuses_on_request:
         return "only modules that always run one after the other may be fused"
@@ -57,11 +56,10 @@ def _advice(float_module: nn.Module, fused: nn.Module, flow: Flow, image: Tensor
 
 
 def blame(float_module: nn.Module, fused: nn.Module, batch: Tensor) -> str:
-    """The first block of `fused` (or the first module, where a flow has dissolved the blocks) that computes another
-    output than in the float model.
+    """Return the first block of `fused` (or module, if a flow has dissolved the blocks) whose output differs.
 
-    A block must give what the block of its name does. A fused module gives what the last of its chain did, whichever
-    that was, so it is looked for among all outputs of the float model.
+    A block is compared with the float model's block of the same name. A fused module has the output of the last module
+    of its chain, whichever that was, so it is compared with all outputs of the float model.
     """
     expected: list[tuple[str, Tensor]] = []
     _run(float_module, batch, lambda name, output: expected.append((name, output)))

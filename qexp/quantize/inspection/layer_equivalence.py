@@ -1,16 +1,16 @@
-"""Whether every layer of the INT8 model computes the function of its float counterpart, only coarser.
+"""A check that every layer of the INT8 model computes the function of its float counterpart, up to rounding.
 
-The INT8 model runs on a few images, and what each of its layers reads and gives is kept. Then the float model runs as
-its shadow: each layer is given what the INT8 layer read, with the INT8 layer's weights, so that no noise of a layer
-before it and none of rounded weights is in its output, and what it hands on is the INT8 layer's output. So the float
-model's own Python carries the values of the INT8 model from layer to layer, and three things are seen by themselves:
+The INT8 model runs on a few images, and the inputs and outputs of each layer are recorded. Then the float model runs as
+its shadow: each layer gets the input of its INT8 counterpart, and its weights, so that its output contains no noise of
+earlier layers or of rounded weights; and it passes on the INT8 layer's output. So the float model's own Python carries
+the INT8 model's values from layer to layer, and three things are checked separately:
 
-- what a layer reads: if the float model brings another tensor to it, something between it and the layers before was
-  lost or changed in the INT8 model (an operation in place on a copy, codes of two grids that were put together);
-- what it computes: from the same input, with the same weights, another function gives what no rounding explains;
-- what it holds: weights within half a step of the float ones, the same bias, and the grid that calibration gave it.
+- a layer's input: if the float model passes another tensor to it, something between it and the layers before was lost
+  or changed in the INT8 model (an operation in place on a copy, codes of two grids that were joined);
+- its function: for the same input and weights, another function differs by more than rounding explains;
+- its parameters: weights within half a step of the float ones, the same bias, and the grid from calibration.
 
-Distances are in steps of the INT8 tensor's grid, and values beyond its ends are moved there, as kernels do.
+Distances are in steps of the INT8 tensor's grid, and values beyond its ends are clipped, as kernels do.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from qexp.config.schema import Engine, Scheme
 from qexp.errors import RunError
 from qexp.quantize.calibration.grid import QUANT_MAX
 from qexp.quantize.flow import QuantizedModel
-from qexp.quantize.graph.tensor_names import called, hands_on, public, tensor_of, took_relu
+from qexp.quantize.graph.tensor_names import called, has_fused_relu, only_changes_grid, public, tensor_of
 from qexp.quantize.graph.tracing import standard_type
 from qexp.quantize.inspection.layers import is_per_channel, weight_scales
 from qexp.quantize.saturation import emulation, kernels
@@ -47,19 +47,19 @@ from qexp.quantize.torch_backend.stride_bugs import AfterStride
 from qexp.records import QParams
 
 FEW = 2
-"""Images that are enough: each position of each channel is one more trial, and another function shows at most."""
+"""Two images suffice: every output element is a test, and another function differs at most elements."""
 
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far one INT8 layer is from its float counterpart, at most, over all images and calls.
+    """The largest distances of one INT8 layer from its float counterpart, over all images and calls.
 
-    name: of the layer, or of the tensor that an operation gives. computes: what torch executes. read, output: distance
-    of what it reads, and of what it gives for the same, in steps of these tensors' grids; of tensors in FP32 in
-    ten-thousandths of their largest value. weight: in steps of the weight's grid; bias: in millionths of the largest.
-    allowed_read, allowed: what rounding explains of `read` and of `output`. step: of the output's grid, 0 in FP32;
-    calibrated: the one that calibration gave, 0 where that is not known or not the layer's to choose. saturated:
-    outputs whose distance is that of 16-bit sums which saturated; they are not in `output`.
+    name: the layer, or the output tensor of an operation. computes: the class or function that torch executes. read,
+    output: distance of its input, and of its output for the same input, in steps of these tensors' grids, or in
+    ten-thousandths of the largest value in FP32. weight: in steps of the weight's grid; bias: in millionths of the
+    largest. allowed_read, allowed: the parts of `read` and `output` that rounding explains. step: the scale of the
+    output, 0 in FP32; calibrated: the scale from calibration, 0 if unknown or not the layer's own. saturated: the
+    number of outputs explained by saturated 16-bit accumulators, which are not in `output`.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Deviation:
 
     @property
     def fault(self) -> str:
-        """What is wrong with it, as the rest of a sentence about it; empty where nothing is."""
+        """The layer's fault, as the predicate of a sentence about it; "" if it has none."""
         if not self.read <= self.allowed_read:
             return (
                 f"reads a tensor that is {self.read:.3g} steps of its grid away from the one that its float "
@@ -86,7 +86,7 @@ class Deviation:
         if not self.weight <= _ALLOWED_WEIGHT:
             return f"holds weights that are {self.weight:.3g} steps of their grid away from the float ones"
         if not self.bias <= 1:
-            return f"holds a bias that differs from the float one by {self.bias / 1e6:.2g} of the largest"
+            return f"holds a bias that differs from the float one by {self.bias / 1e5:.2g} of the largest"
         if self.calibrated and not math.isclose(self.step, self.calibrated, rel_tol=1e-5):
             return f"gives its output in steps of {self.step:.3g}, where calibration found {self.calibrated:.3g}"
         if not self.output <= self.allowed:
@@ -99,7 +99,7 @@ class Deviation:
 
 
 _ALLOWED_WEIGHT = 0.51
-# Attention was 2.4 steps away and an LSTM of 49 tokens 3.8; with tokens and images mixed up it is 60 and more.
+# Attention was off by 2.4 steps and an LSTM of 49 tokens by 3.8; with tokens and images mixed up it is 60 and more.
 _ALLOWED_MANY = 16.0
 
 
@@ -117,9 +117,9 @@ def check_layers(model: QuantizedModel, images: Tensor) -> None:
 
 
 def layer_deviations(model: QuantizedModel, images: Tensor) -> tuple[Deviation, ...]:
-    """How far each layer and operation of the INT8 model is from its float counterpart, in the order of execution.
+    """Return the deviation of each INT8 layer and operation from its float counterpart, in the order of execution.
 
-    images: float32 [n, 3, H, W], a few. The model and the float one are left as they were.
+    images: float32 [n, 3, H, W], `FEW` of them. Neither model is changed.
     """
     fused, int8, engine = model.fused, model.module, model.engine
     models: _Graphs | _Modules = _Graphs(fused, int8) if isinstance(int8, fx.GraphModule) else _Modules(fused, int8)
@@ -137,8 +137,10 @@ def layer_deviations(model: QuantizedModel, images: Tensor) -> tuple[Deviation, 
 
 
 def _steps(values: Tensor, quantized: Tensor, quant_max: int, clips: bool = True) -> Tensor:
-    """How many steps of its grid each value of a quantized tensor is away from a float one; clips: where this lies
-    beyond the grid's ends, from that end; quant_max: the last code of activations."""
+    """Return the distance of each value of a quantized tensor from a float one, in steps of its grid.
+
+    clips: True to clip float values to the grid first; quant_max: the largest code of activations.
+    """
     scale, zero_point = _grid(quantized)
     codes = quantized.int_repr()
     exact = (values / scale).add_(zero_point)
@@ -149,7 +151,7 @@ def _steps(values: Tensor, quantized: Tensor, quant_max: int, clips: bool = True
 
 
 def _grid(quantized: Tensor) -> tuple[Any, Any]:
-    """Scale and zero point, as numbers or in the shape that goes with the tensor."""
+    """Return scale and zero point, as numbers or as tensors that broadcast to `quantized`."""
     if not is_per_channel(quantized):
         return quantized.q_scale(), quantized.q_zero_point()
     shape = [1] * quantized.ndim
@@ -159,9 +161,9 @@ def _grid(quantized: Tensor) -> tuple[Any, Any]:
 
 
 def _distance(values: Tensor, given: Tensor, quant_max: int, clips: bool = True) -> float:
-    """Of a float tensor from an INT8 model's, at most: in steps, or in ten-thousandths of the largest value in FP32.
+    """Return the largest distance of a float tensor from an INT8 model's, in steps (FP32: 10⁻⁴ of the largest value).
 
-    Infinite where shapes differ; a value that is not a number is nobody's fault here.
+    It is infinite if shapes differ; NaN is ignored.
     """
     if values.shape != given.shape:
         return math.inf
@@ -173,15 +175,16 @@ def _distance(values: Tensor, given: Tensor, quant_max: int, clips: bool = True)
 
 
 def _largest(distances: Tensor) -> float:
-    """The largest that is a number."""
+    """Return the largest value, ignoring NaN."""
     largest = float(distances.max())
     return largest if not math.isnan(largest) else float(distances.nan_to_num(0.0, math.inf).max())
 
 
 def _weight_distance(weight: Tensor, quantized: Tensor, as_float: Tensor) -> float:
-    """Steps between a float weight and an INT8 layer's, at most; what an observer clipped is at one of the ends.
+    """Return the largest distance of a float weight from an INT8 layer's, in steps; clipped values are compared with
+    the ends.
 
-    as_float: the second, dequantized; it is overwritten, for a network's weights are large.
+    as_float: `quantized`, dequantized; it is overwritten, to save memory.
     """
     scale, zero_point = _grid(quantized)
     off = as_float.sub_(weight.detach()).abs_()
@@ -200,7 +203,7 @@ def _weight_distance(weight: Tensor, quantized: Tensor, as_float: Tensor) -> flo
 
 @dataclass(frozen=True)
 class _Call:
-    """A call of an INT8 layer: what was called, what it read (weights that are handed over too), and what it gave."""
+    """A call of an INT8 layer: the module, its class or function, its inputs (passed weights included), its output."""
 
     module: nn.Module | None
     computes: str
@@ -209,7 +212,7 @@ class _Call:
 
 
 def _tensors(values: Any) -> tuple[Tensor, ...]:
-    """Copies of the tensors among a call's arguments, packed weights unpacked; an operation in place may follow."""
+    """Return copies of the tensors among arguments, packed weights unpacked; originals may be overwritten later."""
     found: list[Tensor] = []
 
     def look(value: Any) -> Any:
@@ -228,7 +231,7 @@ def _as_float(value: Any) -> Any:
 
 
 class _Shadow:
-    """What the float model's layers do while it runs behind the INT8 model."""
+    """Replaces inputs, weights and outputs of float layers by those of the INT8 model, and records their distances."""
 
     def __init__(
         self,
@@ -244,7 +247,7 @@ class _Shadow:
         self.found: dict[str, Deviation] = {}
 
     def next_call(self, key: str) -> _Call | None:
-        """The INT8 model's call that the next of this name is the counterpart of."""
+        """Return the INT8 model's counterpart of the float model's next call of this name."""
         waiting = self._calls.get(key)
         return waiting.popleft() if waiting else None
 
@@ -265,7 +268,7 @@ class _Shadow:
         return arguments
 
     def run(self, key: str, call: _Call, layer: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """The output of a float layer with the INT8 layer's weights."""
+        """Return the output of a float layer with the INT8 layer's weights."""
         weight, bias = _weight_and_bias(call.module)
         owner = layer[0] if isinstance(layer, _FusedModule) else layer
         own = owner._parameters.get("weight")
@@ -285,7 +288,7 @@ class _Shadow:
         return output
 
     def gave(self, key: str, call: _Call, output: Any) -> Any:
-        """What the INT8 layer gave, in place of the float layer's output."""
+        """Return the INT8 layer's output in place of the float layer's."""
         theirs = iter(_tensors(call.output))
 
         def replaced(value: Any) -> Any:
@@ -299,7 +302,7 @@ class _Shadow:
         return map_aggregate(output, replaced)
 
     def compare_outputs(self, output: Any, given: Any) -> None:
-        """The whole models' answers: what follows their last layer."""
+        """Compare the outputs of the whole models: operations behind their last layers."""
         call = _Call(None, "the model's output", (), given)
         self._compare("output", call, output, given)
 
@@ -323,8 +326,8 @@ class _Shadow:
 
 
 def _chooses_grid(call: _Call, given: Tensor) -> bool:
-    """Whether a call's output is on a grid of its own, which calibration gave it: neither on that of what it reads, nor
-    on one that follows from that and a number, as after a multiplication by it."""
+    """True if a call's output has a grid of its own, from calibration: neither its input's, nor one computed from that
+    and a number, as after a multiplication by it."""
     if not given.is_quantized or any(one.is_quantized and _same_grid(one, given) for one in call.inputs):
         return False
     return (
@@ -338,7 +341,7 @@ def _same_grid(one: Tensor, other: Tensor) -> bool:
 
 
 def _weight_and_bias(module: nn.Module | None) -> tuple[Tensor | None, Tensor | None]:
-    """The weight that an INT8 layer computes with, and its bias; None where it has none."""
+    """Return an INT8 layer's weight and bias; None if it has none."""
     module = module.conv if isinstance(module, AfterStride) else module
     if module is None:
         return None, None
@@ -347,28 +350,28 @@ def _weight_and_bias(module: nn.Module | None) -> tuple[Tensor | None, Tensor | 
     if not callable(getattr(module, "_weight_bias", None)):
         return None, None
     found: tuple[Tensor, Tensor | None] = module._weight_bias()  # type: ignore[operator]
-    return found  # unpacked once for both, which copies them
+    return found  # one call for both, since unpacking copies
 
 
 def _bias_distance(bias: Tensor | None, given: Tensor | None) -> float:
-    """In millionths of the largest; no bias is one of zeros."""
+    """Return the largest difference, in hundred-thousandths of the largest; None counts as zeros."""
     mine = torch.zeros(1) if bias is None else bias.detach()
     theirs = torch.zeros(1) if given is None else given.detach()
-    return 1e6 * float((mine - theirs).abs().max()) / max(float(mine.abs().max()), 1e-30) / 10
+    return 1e5 * float((mine - theirs).abs().max()) / max(float(mine.abs().max()), 1e-30)
 
 
 def _rounded(inputs: Tensor, engine: Engine) -> Tensor:
-    """What a dynamic linear layer rounds its input to: 7 bits between the ends of the batch, 8 with qnnpack."""
+    """Round an input as a dynamic linear layer does: to 7 bits between the batch's extremes, 8 with qnnpack."""
     scale, zero_point = torch._choose_qparams_per_tensor(inputs, engine is not Engine.qnnpack)
     return torch.quantize_per_tensor(inputs, float(scale), int(zero_point), torch.quint8).dequantize()
 
 
 def _allowed(call: _Call, given: Tensor, engine: Engine) -> float:
-    """How far rounding can take an INT8 layer's output, `given`, from its float counterpart's, in steps.
+    """Return the distance that rounding explains, in steps, of an INT8 layer's output `given` from the float one.
 
-    Kernels round once, to half a step; twice where they average codes. qnnpack also rounds the bias, to a whole number
-    of (scale of the input · scale of the weights), which is more than a step of the output on grids of few bits. What
-    rounds after each of many operations of its own adds up.
+    Kernels round once, to half a step, or twice if they average codes. qnnpack also rounds the bias, to a multiple of
+    (scale of the input · scale of the weights), which exceeds a step of the output on grids of few bits. In modules of
+    many operations the roundings add up.
     """
     if isinstance(call.module, MultiheadAttention | LSTM):
         return _ALLOWED_MANY
@@ -380,10 +383,10 @@ def _allowed(call: _Call, given: Tensor, engine: Engine) -> float:
 
 
 def _saturated(call: _Call, expected: Tensor, given: Tensor, allowed: float, engine: Engine) -> bool:
-    """Whether 16-bit sums that saturate are why a layer gave something else than expected: this machine's kernels have
-    such sums, they can overflow with what the layer read, and emulated ones give the same.
+    """True if saturating 16-bit accumulators explain a layer's unexpected output.
 
-    Where these can't be emulated, that the layer gives what it should with exact sums, qnnpack's.
+    That is: this machine's kernels have such accumulators, they can overflow with the layer's input, and emulated ones
+    produce the same output; or, if they can't be emulated, exact ones (qnnpack's) produce the expected output.
     """
     layer: Any = call.module
     inner = layer.conv if isinstance(layer, AfterStride) else layer
@@ -398,7 +401,7 @@ def _saturated(call: _Call, expected: Tensor, given: Tensor, allowed: float, eng
         emulated = emulation.with_emulated_accumulators(alone, engine)(inputs)
         return int((emulated.int_repr().int() - given.int_repr().int()).abs().max()) <= 1
     with torch_engine(Engine.qnnpack):
-        exact = copy.deepcopy(layer)  # packed anew
+        exact = copy.deepcopy(layer)  # packs the weights again
         fit_biases(exact)
         return _distance(expected, exact(inputs), QUANT_MAX) <= allowed
 
@@ -409,15 +412,15 @@ _METHODS = ("add", "add_relu", "add_scalar", "cat", "matmul", "mul", "mul_scalar
 
 
 class _Modules:
-    """Models that are modules: a layer is a module without children, or an operation of a FloatFunctional."""
+    """Two models as modules: a layer is a module without children, or an operation of a FloatFunctional."""
 
     allowed_read = 1.5
-    """What lies between two layers is the user's Python, whose functions round, too (an average pooling, say); but none
-    of them may clip, for the ends of the grids that they choose are none that calibration found."""
+    """Between two layers is the user's Python, whose functions round, too (average pooling, for example); but none of
+    them may clip, since the ends of their grids are not from calibration."""
 
     def __init__(self, fused: nn.Module, int8: nn.Module):
         self._int8 = int8
-        # The same wrapper, so that names are the same; it computes nothing.
+        # The same wrapper, for the same names; it computes nothing.
         self._fused = QuantWrapper(fused) if isinstance(int8, QuantWrapper) else fused
         self._layers = dict(_layers(self._fused))
         # A module under two names may be two in the converted model.
@@ -452,7 +455,7 @@ class _Modules:
             own = _tensors_of((args, kwargs))
             given, named = shadow.read(key, call, (args, kwargs))
             if getattr(module, "inplace", False) and own[0] is not given[0]:
-                # So that who else holds the tensor sees what the layer does to it.
+                # Other readers of the tensor must see what the layer writes to it.
                 given = (own[0].copy_(given[0]), *given[1:])
             output = shadow.run(key, call, module, run, given, named)
             replaced = shadow.gave(key, call, output)
@@ -460,7 +463,7 @@ class _Modules:
                 return output.copy_(replaced)
             return replaced
 
-        # torch's kernel for a whole transformer layer calls none of its modules.
+        # torch's fast path for a whole transformer layer calls none of its modules.
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
@@ -492,8 +495,10 @@ def _tensors_of(values: Any) -> list[Tensor]:
 
 @contextmanager
 def _around(layers: Iterable[tuple[str, nn.Module]], around: Callable[..., Any]) -> Iterator[None]:
-    """In this context `around` is called in place of each of these modules, and of each operation of a FloatFunctional,
-    with its name, the module, what it computes, the function that it stands for, and the arguments."""
+    """In this context `around` is called in place of each of these modules, and of each operation of a FloatFunctional.
+
+    Its arguments are the name, the module, the class or operation, the replaced function, args and kwargs.
+    """
     with ExitStack() as stack:
         for name, module in layers:
             operations = isinstance(module, FloatFunctional | QFunctional)
@@ -508,7 +513,7 @@ def _wrap(
 ) -> None:
     before = module.__dict__.get(method)
     run = getattr(module, method)
-    # On the instance, where it hides the method of the class.
+    # Set on the instance, it hides the class's method.
     module.__dict__[method] = lambda *args, **kwargs: around(name, module, computes, run, args, kwargs)
 
     def restore() -> None:
@@ -524,10 +529,10 @@ def _wrap(
 
 
 class _Graphs:
-    """Models that are graphs: a layer is a node, under the name of the tensor that it gives."""
+    """Two models as graphs: a layer is a node, under the name of its output tensor."""
 
     allowed_read = 0.51
-    """Where a tensor in FP32 is brought onto a grid on its way, and clipped at the ends that calibration found."""
+    """An FP32 tensor may be quantized on its way, which rounds it and clips it to the calibrated range."""
 
     def __init__(self, fused: nn.Module, int8: fx.GraphModule):
         assert isinstance(fused, fx.GraphModule)
@@ -547,15 +552,15 @@ class _Graphs:
             return output
 
         nodes = {node for node in self._int8.graph.nodes if node.op.startswith("call_") and tensor_of(node)}
-        return _Around(self._int8, {node for node in nodes if not hands_on(node)}, run).run(images), calls
+        return _Around(self._int8, {node for node in nodes if not only_changes_grid(node)}, run).run(images), calls
 
     def run_float(self, images: Tensor, shadow: _Shadow) -> Any:
         modules = dict(self._fused.named_modules(remove_duplicate=False))
         by_tensor = {tensor_of(node): node for node in self._fused.graph.nodes if tensor_of(node)}
         first = {node: tensor for tensor, node in by_tensor.items()}
         for node in self._int8.graph.nodes:
-            if took_relu(node):
-                # torch took a ReLU into the operation before it: one reads, and the other gives.
+            if has_fused_relu(node):
+                # torch fused a ReLU into the operation before it: the one has the input, the other the output.
                 relu = by_tensor[tensor_of(node)]
                 del first[relu]
                 first[relu.all_input_nodes[0]] = tensor_of(node)
@@ -579,7 +584,7 @@ class _Graphs:
 
 
 class _Around(fx.Interpreter):
-    """Runs a graph, with `around` in place of the nodes in `nodes`: it is given a node, what runs it, and arguments."""
+    """Runs a graph, calling `around(node, run, args, kwargs)` in place of each node in `nodes`."""
 
     def __init__(self, graph_module: fx.GraphModule, nodes: set[fx.Node], around: Callable[..., Any]):
         super().__init__(graph_module)

@@ -1,15 +1,14 @@
-"""Which layer hurts: every tensor of the INT8 model that has parameters of its own, against the float model's.
+"""The error of each layer: every tensor of the INT8 model that has its own scale, compared with the float model's.
 
-Both models see the same images. The INT8 model goes first, and what it computed is kept in 8 bits; then the float model
-runs, and each of its layers is compared at once, while its values are at hand. Neither model's memory grows with the
-number of images.
+Both models see the same images. The INT8 model runs first, and its outputs are stored in 8 bits; then the float model
+runs, and each of its layers is compared immediately. Memory doesn't grow with the number of images.
 
-What is compared: the layers of the converted model whose output is quantized with a scale of its own. Convolutions,
-linear layers, BatchNorms and additions always are; ReLU, max-pooling, flatten and whatever else hands on its input's
-scale is not. They find their float counterparts by the names of tensors (see tensor_names.py).
+Compared are the layers of the converted model whose output is quantized with a scale of its own. Convolutions, linear
+layers, BatchNorms and additions always are; ReLU, max-pooling, flatten and others that keep their input's scale are
+not. They find their float counterparts by the names of tensors (see graph/tensor_names.py).
 
-A tensor that feeds nothing but a clamp (ReLU, ReLU6, Hardtanh; found by tracing) is compared as the clamp leaves it, on
-both sides: what the clamp takes away is no loss, and `qconfig.range_after_clamp` lets the grid end there.
+A tensor that feeds only a clamp (ReLU, ReLU6, Hardtanh; found by tracing) is clamped before it is compared, on both
+sides: values that the clamp cuts are no loss, and `qconfig.range_after_clamp` lets the grid end at its bounds.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from torch.fx.node import map_aggregate
 from qexp.quantize.flow import QuantizedModel
 from qexp.quantize.graph.clamps import ValueRange, clamp_after
 from qexp.quantize.graph.hooks import attached
-from qexp.quantize.graph.tensor_names import called, public, tensor_of, took_relu
+from qexp.quantize.graph.tensor_names import called, has_fused_relu, public, tensor_of
 from qexp.quantize.graph.tracing import UntraceableError, standard_type, trace
 from qexp.quantize.torch_backend.engines import engine as torch_engine
 from qexp.quantize.torch_backend.ignored_quant_max import clamped, quant_max_of
@@ -41,13 +40,12 @@ from qexp.system import machine_lock
 
 
 def layer_fidelity(model: QuantizedModel, batches: Iterable[Tensor]) -> tuple[Fidelity, ...]:
-    """The fidelity of every layer that has a scale of its own, in the order of execution.
+    """Return the fidelity of every layer that has a scale of its own, in the order of execution.
 
-    batches: float32 [n, 3, H, W]. A layer that is called more than once is one row over all its calls in the eager
-    flow, where these share one grid, and a row for each in fx. How images are cut into batches moves the numbers by a
-    few hundredths of a dB at most: FP32 convolutions differ in the last bit then, and so does what is rounded from
-    them. A flow that doesn't calibrate keeps no scales: nothing is returned. Raises ValueError where there are no
-    images.
+    batches: float32 [n, 3, H, W]. A layer that is called more than once has one row for all its calls in the eager
+    flow, where these share one grid, and a row for each call in fx. The split into batches changes the numbers by a few
+    hundredths of a dB at most: FP32 convolutions then differ in the last bit, and so do the codes rounded from them. A
+    flow that doesn't calibrate has no fixed scales: () is returned. Raises ValueError if there are no images.
     """
     if not model.flow.calibrates:
         return ()
@@ -84,7 +82,7 @@ def layer_fidelity(model: QuantizedModel, batches: Iterable[Tensor]) -> tuple[Fi
 
 @dataclass(frozen=True)
 class _Grid:
-    """What a quantized tensor is made with; quant_max: of the codes that the model lets through."""
+    """Quantization parameters of a tensor; quant_max: the largest code that the model lets through."""
 
     scale: float
     zero_point: int
@@ -95,7 +93,7 @@ class _Grid:
         return clamped(torch.quantize_per_tensor(values, self.scale, self.zero_point, self.dtype), self.quant_max)
 
     def outside(self, values: Tensor) -> int:
-        """How many of the values lie more than a step outside what the codes can say."""
+        """Return the number of values that lie more than a step outside the range of the codes."""
         low, high = (0, self.quant_max) if self.dtype is torch.quint8 else (-128, 127)
         ends = [(end - self.zero_point) * self.scale for end in (low - 1, high + 1)]
         smallest, largest = torch.aminmax(values)
@@ -110,7 +108,7 @@ def _grid(tensor: Tensor, quant_max: int) -> _Grid:
 
 @dataclass
 class _Sums:
-    """Of one layer, over all images so far."""
+    """Accumulated errors of one layer, over all images so far."""
 
     kind: str
     grid: _Grid
@@ -121,7 +119,11 @@ class _Sums:
     own_error: float | None = 0.0
 
     def add(self, expected: Tensor, inside: Tensor, own: Tensor | None, clamp: ValueRange | None) -> None:
-        """expected: float32, the float model's; inside, own: quantized, of the same shape."""
+        """Add one output, given three times, in the same shape.
+
+        expected: of the float model, float32; inside: in the INT8 model, quantized; own: of the INT8 layer for the
+        float model's input, quantized, None if unknown. clamp: the clamp that follows.
+        """
 
         def clamped(values: Tensor) -> Tensor:
             return values if clamp is None else values.clamp(clamp.low, clamp.high)
@@ -138,11 +140,11 @@ class _Sums:
 
 
 _RUN = 4096
-"""Values that are added up in float32 before float64 takes over: good for six digits, and ten times as fast."""
+"""Values that are summed in float32 before float64 takes over: exact to six digits, and ten times as fast."""
 
 
 def _squares(values: Tensor) -> float:
-    """Sum of the squares of a float32 tensor, whatever its memory format."""
+    """Return the sum of squares of a float32 tensor of any memory format."""
     if values.ndim == 4 and values.is_contiguous(memory_format=torch.channels_last):
         values = values.permute(0, 2, 3, 1)
     flat = values.reshape(-1)
@@ -158,21 +160,23 @@ _PIXELS = 1 << 17
 
 
 def at_a_time(shape: tuple[int, ...]) -> int:
-    """How many images of this shape, (3, H, W), are taken at a time: what all layers give of them fits into memory, and
-    is far more than what it takes to call the layers."""
+    """Return how many images of this shape, (3, H, W), run at a time.
+
+    All layers' outputs for them fit into memory, and computing them takes far longer than the calls themselves.
+    """
     return max(1, _PIXELS // (shape[-1] * shape[-2]))
 
 
 def _parts(batches: Iterable[Tensor]) -> Iterator[Tensor]:
     for batch in batches:
-        # INT8 kernels answer in this format: two that differ are slow to compare.
+        # INT8 kernels return this format, and tensors of different formats are slow to compare.
         batch = batch.contiguous(memory_format=torch.channels_last)
         yield from batch.split(at_a_time(batch.shape))
 
 
 @dataclass(frozen=True)
 class _Call:
-    """A call of a layer, to be made again: what was called, with what, and what kind of operation it is."""
+    """A call of a layer, to be repeated: the function, its arguments, and the kind of operation."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -182,7 +186,7 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Input:
-    """What is kept of a quantized argument, and stands in its place."""
+    """Grid and shape of a quantized argument, in its place."""
 
     grid: _Grid
     shape: torch.Size
@@ -231,7 +235,7 @@ def _run_int8(
         computes = flow_models.layer(key) in kinds or call.operation in ("add", "mul", "matmul")
         grid = _grid(output, quant_max)
         if computes or not inputs or any(one.grid != grid for one in inputs):
-            # A copy, for a ReLU may work in place on it.
+            # A copy, since a ReLU may work in place on it.
             seen.setdefault(key, deque()).append(_Seen(call, inputs, output.clone(), grid))
 
     flow_models.run_int8(images, before, after)
@@ -246,12 +250,12 @@ def _compare(
     sums: dict[str, _Sums],
     images: Tensor,
 ) -> None:
-    """Run the float model, and add to `sums` how far the INT8 layers were from it."""
+    """Run the float model, and add the errors of the INT8 layers to `sums`."""
     inputs: dict[str, list[Tensor] | None] = {}
 
     def before(key: str, call: _Call) -> None:
         if seen.get(key):
-            # At once, for the layer itself may work in place on its input.
+            # Before the call, since the layer may work in place on its input.
             inputs[key] = _quantized(call, seen[key][0].inputs)
 
     def after(key: str, output: Any) -> None:
@@ -270,7 +274,7 @@ def _compare(
 
 
 def _quantized(call: _Call, like: tuple[_Input, ...]) -> list[Tensor] | None:
-    """The first tensors among a float call's arguments, each on the grid of the INT8 call's; None if they differ."""
+    """Quantize a float call's first tensors to the grids of the INT8 call's; return None if their shapes differ."""
     tensors: list[Tensor] = []
     map_aggregate(call.args, lambda value: tensors.append(value) if isinstance(value, Tensor) else None)
     if len(tensors) < len(like) or any(t.shape != one.shape for t, one in zip(tensors, like, strict=False)):
@@ -279,7 +283,7 @@ def _quantized(call: _Call, like: tuple[_Input, ...]) -> list[Tensor] | None:
 
 
 def _alone(one: _Seen, expected: Tensor, inputs: list[Tensor] | None) -> Tensor | None:
-    """The INT8 layer's answer to the float model's input."""
+    """Return the INT8 layer's output for the float model's input; None if it can't be computed."""
     if one.call.operation == "quantize":
         return one.grid.quantized(expected)
     if not inputs or len(inputs) != len(one.inputs):
@@ -292,7 +296,7 @@ def _alone(one: _Seen, expected: Tensor, inputs: list[Tensor] | None) -> Tensor 
 
 # ------------------------------------------------------------------------------------------------ flow=eager
 
-_OPERATIONS = ("add", "add_relu", "cat", "matmul", "mul")  # of FloatFunctional, as far as it observes what they give
+_OPERATIONS = ("add", "add_relu", "cat", "matmul", "mul")  # of FloatFunctional, those whose output it observes
 
 
 class _Modules:
@@ -331,12 +335,12 @@ class _Modules:
             self._fused(images)
 
     def clamps(self, images: Tensor) -> Mapping[str, ValueRange]:
-        """By label, the clamp that is all that reads a module's output, wherever it is called."""
+        """Return, by label, the clamp that alone reads a module's output, in all its calls."""
         if self._clamps is None:
             try:
                 graph_module = trace(self._fused, images[:1])
             except UntraceableError:
-                # Nor was any range taken behind a clamp then.
+                # Then no range was taken behind a clamp, either.
                 self._clamps = {}
             else:
                 self._clamps = {self.label(name): clamp for name, clamp in _clamps(graph_module).items()}
@@ -349,7 +353,7 @@ class _Modules:
 
 @contextmanager
 def _watched(model: nn.Module, names: Iterable[str], before: _Before, after: _After) -> Iterator[None]:
-    """Tell of every call of the modules of these names, and of every operation of a FloatFunctional among them."""
+    """In this context, report calls of the named modules, and of each operation of a FloatFunctional among them."""
     with ExitStack() as stack:
         for name in names:
             module = model.get_submodule(name)
@@ -383,7 +387,7 @@ def _method_watched(module: nn.Module, operation: str, name: str, before: _Befor
         after(name, output)
         return output
 
-    # On the instance, where it hides the method of the class.
+    # Set on the instance, it hides the class's method.
     module.__dict__[operation] = watched
     try:
         yield
@@ -392,19 +396,19 @@ def _method_watched(module: nn.Module, operation: str, name: str, before: _Befor
 
 
 def _clamps(graph_module: fx.GraphModule) -> dict[str, ValueRange]:
-    """By module, or by FloatFunctional, the clamp that is all that reads its output, wherever it is called."""
+    """Return, by name of module or FloatFunctional, the clamp that alone reads its output, in all its calls."""
     modules = dict(graph_module.named_modules(remove_duplicate=False))
     found: dict[str, ValueRange | None] = {}
     for node in graph_module.graph.nodes:
         if node.op == "call_module":
             after, name = clamp_after(node, modules), str(node.target).removesuffix(".activation_post_process")
-            # One of several calls that is read by something else, or by another clamp, is compared as it is.
+            # If readers differ from call to call, outputs are compared as they are.
             found[name] = after if found.get(name, after) == after else None
     return {name: clamp for name, clamp in found.items() if clamp is not None}
 
 
 def _weight_sqnr_db(fused: nn.Module, int8: nn.Module, name: str) -> float | None:
-    """Of a module's weights; None where it has none, or where torch took it (a ReLU) into what comes before it."""
+    """Return the SQNR of a module's weights; None if it has none, or if torch fused it (a ReLU) into another module."""
     layer, converted = (dict(model.named_modules(remove_duplicate=False)).get(name) for model in (fused, int8))
     converted = converted.conv if isinstance(converted, AfterStride) else converted
     layer = layer[0] if isinstance(layer, _FusedModule) else layer
@@ -421,7 +425,7 @@ def _weight_sqnr_db(fused: nn.Module, int8: nn.Module, name: str) -> float | Non
 class _Graphs:
     """The models of the fx flow: layers are nodes of two graphs.
 
-    A key is the name of the tensor that a node gives.
+    A key is the name of a node's output tensor.
     """
 
     def __init__(self, fused: nn.Module, int8: fx.GraphModule):
@@ -445,8 +449,8 @@ class _Graphs:
         last = {node: tensor for tensor, node in self._nodes.items()}
         first = dict(last)
         for node in self._int8.graph.nodes:
-            if took_relu(node):
-                # torch took a ReLU into the operation before it, and gives what the ReLU does.
+            if has_fused_relu(node):
+                # torch fused a ReLU into the operation before it, whose output is then the ReLU's.
                 relu = self._nodes[tensor_of(node)]
                 del first[relu]
                 first[relu.all_input_nodes[0]] = tensor_of(node)
@@ -462,7 +466,7 @@ class _Graphs:
 
 
 class _Watching(fx.Interpreter):
-    """Runs a graph, and tells before the nodes in `first` and after those in `last`, by the keys that these give."""
+    """Runs a graph, calling `before` at the nodes in `first` and `after` behind those in `last`, with their keys."""
 
     def __init__(
         self,
@@ -490,7 +494,7 @@ class _Watching(fx.Interpreter):
 
 
 def _operation(node: fx.Node) -> str:
-    """What a node computes, the same for torch's function, Python's operator, the method and the INT8 kernel."""
+    """Return the name of a node's operation, the same for torch's function, operator, method and INT8 kernel."""
     if node.op == "call_module":
         module = node.graph.owning_module.get_submodule(str(node.target)) if node.graph.owning_module else None
         return type(module).__name__.lower()

@@ -1,4 +1,4 @@
-"""What a converted model executes: which layers run in INT8, which stayed in FP32, and with which parameters."""
+"""The layers of a converted model, in INT8 and in FP32, and their quantization parameters."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ _FUNCTIONS = {
 
 
 def conv_kind(weight: torch.Size, groups: int) -> str:
-    """depthwise, grouped, pointwise or conv, from a weight's shape [out, in / groups, ...]."""
+    """Return depthwise, grouped, pointwise or conv, by a weight's shape [out, in / groups, ...]."""
     if groups > 1:
         return "depthwise" if weight[1] == 1 else "grouped"
     return "pointwise" if all(size == 1 for size in weight[2:]) else "conv"
 
 
 def layers(converted: nn.Module, flow: Flow, engine: Engine) -> tuple[Layer, ...]:
-    """Every convolution, linear and recurrent layer and BatchNorm of a converted model, in the order of its modules."""
+    """Return all convolutions, linear and recurrent layers and BatchNorms of a converted model, in modules' order."""
     found: list[Layer] = []
     wholes = _wholes(converted)
     for name, module in converted.named_modules():
@@ -63,7 +63,7 @@ def layers(converted: nn.Module, flow: Flow, engine: Engine) -> tuple[Layer, ...
 
 
 def _kinds(name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
-    """Names and kinds of the layers that a module is: none, one, or the projections of its input that attention has."""
+    """Yield names and kinds of a module's own layers: none, one, or the input projections of attention."""
     kind = _kind(module)
     if kind is not None:
         yield name, kind
@@ -74,8 +74,8 @@ def _kinds(name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _wholes(converted: nn.Module) -> dict[str, nn.Module]:
-    """By name, modules of torch's own that compute all that is in them by themselves: in a graph those that it calls,
-    else attention."""
+    """Return, by name, torch's modules that compute their submodules' part themselves: attention, and in a graph all it
+    calls."""
     modules = dict(converted.named_modules())
     if isinstance(converted, fx.GraphModule):
         called = {str(node.target) for node in converted.graph.nodes if node.op == "call_module"}
@@ -84,7 +84,7 @@ def _wholes(converted: nn.Module) -> dict[str, nn.Module]:
 
 
 def _whole_of(name: str, wholes: Mapping[str, nn.Module]) -> nn.Module | None:
-    """The outermost of these modules in which this one lies; None where there is none."""
+    """Return the outermost of these modules that contains this one; None if there is none."""
     parts = name.split(".")
     around = (".".join(parts[:length]) for length in range(1, len(parts)))
     return next((wholes[outer] for outer in around if outer in wholes), None)
@@ -130,7 +130,7 @@ def _functional_layers(graph: fx.Graph, flow: Flow, engine: Engine) -> Iterator[
             operation = str(node.target).removeprefix("quantized.")
             kinds = ("conv_transpose", "conv", "linear", "batch_norm")
             kind = next((k for k in kinds if operation.startswith(k)), None)
-            # Weights that the model computes are packed at each call.
+            # If the model computes the weights, they are packed in each call.
             if kind is not None and "prepack" not in operation:
                 kind = "batchnorm" if kind == "batch_norm" else kind
                 yield Layer(tensor_of(node), kind, True, kernel=f"{engine.value} {kind}")
@@ -144,11 +144,11 @@ def _why_function_is_float(node: fx.Node, flow: Flow) -> str:
 
 
 def read_qparams(module: nn.Module) -> dict[str, QParams]:
-    """Quantization parameters by tensor name: those of activations under the module or operation that makes them, those
-    of weights under the layer's name with `.weight`.
+    """Return quantization parameters by tensor name: an activation's is the module or operation that computes it, a
+    weight's the layer's with `.weight`.
 
-    Of a prepared model they are what convert will read from the observers, grid included. A converted model no longer
-    knows a narrowed grid: qmin and qmax are then those of its 8-bit type.
+    For a prepared model they are those that convert will read from the observers, grid included. A converted model no
+    longer knows a reduced grid: qmin and qmax are then those of its 8-bit type.
     """
     return _prepared_qparams(module) if observers(module) else _converted_qparams(module)
 
@@ -182,7 +182,7 @@ def _converted_qparams(converted: nn.Module) -> dict[str, QParams]:
 
 
 def weight_scales(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a quantized weight its scales, float64, and zero points, int64: [channels], or [1] where all share one."""
+    """Return a quantized weight's scales, float64, and zero points, int64: [channels], or [1] if per tensor."""
     if is_per_channel(weight):
         return weight.q_per_channel_scales().double(), weight.q_per_channel_zero_points().long()
     return torch.tensor([weight.q_scale()], dtype=torch.float64), torch.tensor([weight.q_zero_point()])

@@ -1,8 +1,9 @@
-"""What a converted model computes on INT8 tensors outside of INT8 modules: whether torch's answer can be trusted.
+"""Refusal of operators on INT8 tensors outside of INT8 modules whose output can't be trusted.
 
-An INT8 module has a range of its own for what it gives. A function has none: torch lets its output have the scale of
-its (first) input. That is right where it only moves values or gives values between them, as pooling and ReLU do, and
-wrong where the output's range is another: a concatenation keeps the range of its first tensor, and clips the others.
+An INT8 module has a range of its own for its output. A function has none: torch gives its output the scale of its
+(first) input. That is right for functions that only move values, or whose output lies between them, such as pooling and
+ReLU. It is wrong if the output's range is another: a concatenation keeps the range of its first tensor, and clips the
+others.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _MOVE_VALUES = """
     quantized_max_pool2d quantized_max_pool3d reflection_pad1d reflection_pad2d upsample_nearest2d
     _upsample_nearest_exact2d upsample_nearest3d _upsample_nearest_exact3d
 """
-# The range of an input always holds 0, so what moves values towards it stays inside.
+# The range of an input always contains 0, so moving values towards 0 stays inside.
 _STAY_BETWEEN_VALUES = """
     mean avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d
     adaptive_avg_pool2d adaptive_avg_pool3d upsample_bilinear2d grid_sampler_2d relu relu_ relu6 hardtanh hardtanh_
@@ -37,13 +38,13 @@ _HAVE_A_RANGE_OF_THEIR_OWN = "sigmoid tanh hardsigmoid"
 _KEEP_THE_RANGE = frozenset(
     f"aten::{name}" for name in f"{_MOVE_VALUES} {_STAY_BETWEEN_VALUES} {_HAVE_A_RANGE_OF_THEIR_OWN}".split()
 )
-# These put a number in; 0 is in every range.
+# These insert a number, at this position of the arguments; 0 is in every range.
 _KEEP_THE_RANGE_WITH_ZERO = {"aten::constant_pad_nd": 2, "aten::masked_fill": 2, "aten::threshold": 2}
-# These make room for values, without any yet.
+# These allocate memory, without any values yet.
 _EMPTY = frozenset({"aten::empty_like", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided"})
-# These put tensors together, which is right where all have the same scale.
+# These join tensors, which is right if all have the same scale.
 _JOIN = frozenset({"aten::cat", "aten::stack"})
-# Of tensors that hold nothing but 0, which all have the same: a model that isn't trained may have such branches.
+# All-zero tensors, as in branches of an untrained model, all have this scale or less.
 _SCALE_OF_NOTHING = 1e-6
 _INSTEAD = {
     "aten::cat": "cat",
@@ -53,28 +54,28 @@ _INSTEAD = {
     "aten::matmul": "matmul",
     "aten::bmm": "matmul",
 }
-# How far an INT8 operator may be from the same on FP32, in steps of its output: half of one for rounding, and one at
-# the end of the fixed range of sigmoid and its like, 255/256.
+# Allowed distance of an INT8 operator from the same operator in FP32, in steps of its output: half a step for rounding,
+# and one at the end of the fixed range of sigmoid and the like, 255/256.
 _STEPS = 1.01
 
 
-_BUG = "INTERNAL ASSERT FAILED"  # torch's words for what says nothing to its users
+_BUG = "INTERNAL ASSERT FAILED"  # torch's words for messages that don't help its users
 
 
 def run_or_refuse(converted: nn.Module, flow: Flow, example: Tensor) -> None:
-    """Run a converted model once; raises InputError with the innermost module that computes what torch has no INT8
-    kernel for, what eager mode takes no range of, or what torch's INT8 kernel answers with other values than FP32.
+    """Run a converted model once, and raise InputError for an operator that can't be trusted, naming its module.
 
-    example: float32 [n, 3, H, W]. torch's engine must be set.
+    That is one without an INT8 kernel, one whose output has no range in eager mode, or one whose INT8 kernel computes
+    other values than FP32. example: float32 [n, 3, H, W]. torch's engine must be set.
     """
     watched = _Watched(flow)
     with running(converted) as modules:
         try:
             if flow.calibrates:
-                # In inference mode torch hides what a function is made of.
+                # In inference mode torch hides the operators that a function consists of.
                 with torch.no_grad(), watched:
                     converted(example)
-            # While they are watched, some of torch's modules don't take their shortest way.
+            # While watched, some of torch's modules don't take their fast path.
             with torch.inference_mode():
                 converted(example)
         except (RuntimeError, NotImplementedError, TypeError, AssertionError) as error:
@@ -89,11 +90,11 @@ def run_or_refuse(converted: nn.Module, flow: Flow, example: Tensor) -> None:
 
 
 class _Refused(RuntimeError):
-    """The end of a sentence that begins with the module."""
+    """Raised with the end of a sentence that begins with the module."""
 
 
 class _Watched(DispatchMode):
-    """Looks at each operator of torch's own that takes INT8 tensors; those of torch's INT8 modules have ranges.
+    """Checks each of torch's own (aten) operators that takes INT8 tensors; those of INT8 modules have ranges.
 
     failed_in: the operator that raised an error; advice: the end of a sentence about it.
     """
@@ -115,9 +116,9 @@ class _Watched(DispatchMode):
                 if _BUG in str(error):
                     self.failed_in = name
                 raise
-        # Where functions are observed, what is put together has one range for all.
+        # If functions are observed, joined tensors have one common range.
         unobserved = not self._flow.observes_functions and not _keeps_the_range(name, args, inputs)
-        if unobserved and name in _JOIN:  # torch would warn of it in its own words
+        if unobserved and name in _JOIN:  # before torch warns in its own words
             self._refuse(name, args)
         expected = _in_float(func, args, kwargs)
         try:
@@ -146,7 +147,7 @@ class _Watched(DispatchMode):
         if method in ("add", "mul") and isinstance(args[1], int | float):
             method += "_scalar"
         elif not all(_is_int8(value) for value in tree_leaves(args) if isinstance(value, Tensor)):
-            return ""  # it takes INT8 tensors alone
+            return ""  # it takes only INT8 tensors
         return f"; write torch.ao.nn.quantized.FloatFunctional().{method} in its place"
 
 
@@ -155,7 +156,7 @@ def _is_int8(value: object) -> bool:
 
 
 def _in_float(func: Any, args: Any, kwargs: Any) -> Any:
-    """What the operator gives for the same values in FP32; None where it only exists for INT8."""
+    """Return the operator's result for the same values in FP32; None if it only exists for INT8."""
     floats = tree_map(lambda value: value.dequantize() if _is_int8(value) else value, (args, dict(kwargs)))
     try:
         return func(*floats[0], **floats[1])
@@ -164,7 +165,7 @@ def _in_float(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _keeps_the_range(name: str, args: Any, inputs: list[Tensor]) -> bool:
-    """Whether what the operator gives for any values lies in the range that torch gives it."""
+    """True if the operator's output lies in the range that torch gives it, whatever the values."""
     if name in _KEEP_THE_RANGE_WITH_ZERO:
         position = _KEEP_THE_RANGE_WITH_ZERO[name]
         return len(args) <= position or args[position] == 0
@@ -175,7 +176,7 @@ def _keeps_the_range(name: str, args: Any, inputs: list[Tensor]) -> bool:
 
 
 def _compare(name: str, output: Any, expected: Any) -> None:
-    """Raise _Refused where an INT8 operator's output is another than what the same operator gives in FP32."""
+    """Raise _Refused if an INT8 operator's output differs from that of the same operator in FP32."""
     if not _is_int8(output):
         return
     steps = float((output.dequantize() - expected).abs().max()) / output.q_scale() if output.numel() else 0.0

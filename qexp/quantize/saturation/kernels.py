@@ -18,7 +18,7 @@ from torch import Tensor
 from qexp.config.schema import Engine, FlowName, Overflow, QConfig, Scheme, Target
 from qexp.errors import InputError
 from qexp.quantize.calibration.grid import SAFE_BITS
-from qexp.quantize.torch_backend.deprecations import say_once_silently
+from qexp.quantize.torch_backend.deprecations import silence_first_warning
 from qexp.quantize.torch_backend.engines import engine, supported
 from qexp.system import machine
 
@@ -79,7 +79,7 @@ class KernelSignature:
 @cache
 def probe() -> KernelSignature:
     """Run each kind of layer on each engine with activations of 255 and weights of 127 (tens of ms, once a process)."""
-    say_once_silently()
+    silence_first_warning()
     probes: list[Probe] = []
     for name in supported():
         with engine(name), torch.inference_mode():

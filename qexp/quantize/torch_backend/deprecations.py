@@ -1,7 +1,7 @@
-"""What torch says of itself, and is kept from users.
+"""torch's deprecation warnings, silenced where they are known.
 
-torch.ao.quantization and TorchScript announce on every call that they are deprecated: known, and pinned. Nothing else
-is silenced, and only while they are being called.
+torch.ao.quantization and TorchScript warn on every call that they are deprecated; torch's version is pinned. Only these
+warnings are silenced, and only during such calls.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _KNOWN = (
 
 @contextmanager
 def known_deprecations_silenced() -> Iterator[None]:
-    """Silence, by message, what torch says about itself at each call of a deprecated function."""
+    """In this context, silence torch's warnings, by message, that its own functions are deprecated."""
     with warnings.catch_warnings():
         for message in _KNOWN:
             warnings.filterwarnings("ignore", message=message)
@@ -33,15 +33,19 @@ def known_deprecations_silenced() -> Iterator[None]:
 
 @contextmanager
 def unprinted() -> Iterator[None]:
-    """Keep what is printed to stderr from it: torch prints a traceback for an error in a graph's code, whoever catches
-    that error."""
+    """In this context, discard what is printed to stderr.
+
+    torch prints a traceback for an error in a graph's code even if the error is caught.
+    """
     with contextlib.redirect_stderr(io.StringIO()):
         yield
 
 
-def say_once_silently() -> None:
-    """Let torch announce now, and unheard, that quantized tensors are deprecated: it does so once in a process, at
-    whatever makes the first of them, which may be a user's INT8 model."""
+def silence_first_warning() -> None:
+    """Trigger torch's warning that quantized tensors are deprecated now, and silence it.
+
+    torch warns once in a process, at the first quantized tensor, which would otherwise be in a user's INT8 model.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"torch\.quantize_per_tensor, torch\.quantize_per_channel and other")
         # By one thread: it would start others, for which a process forked later would wait (see `fork_preload`).

@@ -1,4 +1,4 @@
-"""The engine is a global of torch's: set for a while and put back."""
+"""torch's quantized engine, a global setting: set in a context and restored."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from qexp.errors import InputError, RunError
 
 
 def supported() -> tuple[Engine, ...]:
-    """The engines of qexp that this build of torch has."""
+    """Return the engines of qexp that this build of torch supports."""
     return tuple(e for e in Engine if e.value in torch.backends.quantized.supported_engines)
 
 
 @contextmanager
 def engine(name: Engine) -> Iterator[None]:
-    """Set torch's quantized engine, and restore what it was.
+    """In this context, set torch's quantized engine; restore the previous one afterwards.
 
-    Raises InputError where this build of torch lacks it.
+    Raises InputError if this build of torch lacks it.
     """
     if name not in supported():
         raise InputError(f"engine={name.value} is not in this build of torch: choose one of {', '.join(supported())}")
@@ -34,7 +34,7 @@ def engine(name: Engine) -> Iterator[None]:
 
 def require(name: Engine) -> None:
     """Raise RunError unless torch's engine is `name`: a model packed for one engine runs wrongly under another,
-    and torch says nothing."""
+    without an error from torch."""
     current = torch.backends.quantized.engine
     if current != name.value:
         raise RunError(f"this INT8 model was converted for engine={name.value}, but torch's engine is now {current}")

@@ -1,14 +1,14 @@
-"""Layers that stay in FP32, since torch's INT8 ones compute something else, are too coarse, or don't exist.
+"""Layers that stay in FP32, since torch's INT8 counterparts compute something else, are too coarse, or don't exist.
 
-torch's fx flow dequantizes before whatever it doesn't know and quantizes behind it; in the eager flow a wrapper does.
+torch's fx flow dequantizes before unsupported layers and quantizes behind them; in the eager flow a wrapper does.
 
-What is known of torch 2.13 on x86, besides transposed convolutions, each found by comparing the INT8 layer with its
+Known faults of torch 2.13 on x86, besides transposed convolutions, each found by comparing the INT8 layer with its
 float counterpart on the same dequantized input:
 
-- GroupNorm and InstanceNorm of channels-last tensors, which convolutions give, answer at random where a group has fewer
-  than 64 values: so did all of 39 sizes below that, in 6 calls on 64 images, and none of 9 from 64 on.
-- A softmax or sigmoid has a fixed grid of 1/256, which is coarse where it gives the model's answer.
-- Average pooling with a divisor of its own hands on its input's grid, beyond which its output may lie.
+- GroupNorm and InstanceNorm of channels-last tensors, which convolutions return, have random outputs if a group has
+  fewer than 64 values: so had all of 39 sizes below that, in 6 calls on 64 images, and none of 9 from 64 on.
+- A softmax or sigmoid has a fixed scale of 1/256, which is coarse at the model's output.
+- Average pooling with a divisor of its own keeps its input's grid, and its output may lie beyond.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from qexp.quantize.torch_backend import transposed_convolutions
 from qexp.quantize.torch_backend.stride_bugs import contiguous_strides, strides_are_ambiguous
 
 _VALUES_IN_A_GROUP = 64
-RANDOM_NORM = f"torch's INT8 kernel answers at random where a group has fewer than {_VALUES_IN_A_GROUP} values"
+RANDOM_NORM = f"torch's INT8 kernel has random outputs where a group has fewer than {_VALUES_IN_A_GROUP} values"
 _WITHOUT_INT8 = (
     nn.PReLU,
     nn.CELU,
@@ -54,9 +54,9 @@ _PROBABILITIES = (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Sigmoid, nn.LogSig
 
 
 class InFloat(nn.Module):
-    """A layer of the eager flow that stays in FP32: dequantize, layer, quantize (but for the model's answer).
+    """A layer of the eager flow that stays in FP32: dequantize, layer, quantize (except at the model's output).
 
-    Where the model's author has dequantized before it, it gives FP32 too.
+    If its input is in FP32 already, so is its output.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -72,26 +72,26 @@ class InFloat(nn.Module):
         return quantized
 
 
-_REASON, _LAST = "stays_float", "gives_answer"
+_REASON, _LAST = "stays_float", "is_last"
 
 
 def why_float(module: nn.Module, engine: Engine) -> str:
-    """Why this float layer has to stay in FP32 with this engine; empty where it hasn't."""
+    """Return why this float layer must stay in FP32 with this engine; "" if it needn't."""
     return str(getattr(module, _REASON, "")) or transposed_convolutions.why_float(module, engine)
 
 
 def norm_is_random(values: int) -> bool:
-    """Whether torch's INT8 instance and group norms answer at random, with as many values in a group."""
+    """True if torch's INT8 instance and group norms have random outputs with this many values in a group."""
     return values < _VALUES_IN_A_GROUP
 
 
 def mark_float_layers(module: nn.Module, example: Tensor) -> None:
-    """Note, in place, which layers of a model have to stay in FP32 in the eager flow, and why.
+    """Mark, in place, the layers of a model that must stay in FP32 in the eager flow, with the reason.
 
-    And see that tensors leave layers as torch's INT8 functions need them: dequantized for a softmax that gives the
-    answer, with plain strides for a mean of maps of 1x1.
+    Hooks are added, too, for layers whose output torch's INT8 functions need in another form: dequantized for a softmax
+    at the model's output, with contiguous strides for a mean of 1x1 maps.
 
-    example: float32 [n, 3, H, W], by which is known how large the maps are, and what gives the answer.
+    example: float32 [n, 3, H, W], from which sizes of maps and the layers at the output are found.
     """
     seen = _Seen()
     seen.run(module, example[:1])
@@ -107,7 +107,7 @@ def mark_float_layers(module: nn.Module, example: Tensor) -> None:
 
 
 def dequantized(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    """A forward hook: the output in FP32."""
+    """Return the output in FP32: a forward hook."""
     return output.dequantize() if output.is_quantized else output
 
 
@@ -121,7 +121,7 @@ def _reason(layer: nn.Module, inputs: torch.Size, last: bool) -> str:
     if issubclass(kind, nn.AvgPool2d | nn.AvgPool3d):
         return "its divisor takes it beyond its input's range" if getattr(layer, "divisor_override", None) else ""
     if last and issubclass(kind, _PROBABILITIES):
-        return "it gives the model's answer, for which the fixed grid of 1/256 is too coarse"
+        return "it computes the model's output, for which the fixed grid of 1/256 is too coarse"
     if issubclass(kind, _WITHOUT_INT8) or (issubclass(kind, nn.Upsample) and getattr(layer, "mode", "") == "bicubic"):
         return f"torch has no INT8 module for {kind.__name__} that computes the same"
     return ""
@@ -141,11 +141,11 @@ class _Seen(TorchFunctionMode):
         self.last: set[nn.Module] = set()
         self.before_probabilities: set[nn.Module] = set()
         self.before_mean: set[nn.Module] = set()
-        self._made_by: dict[int, nn.Module] = {}  # by address: who wrote there last
+        self._made_by: dict[int, nn.Module] = {}  # by address, the layer that wrote there last
         self._probabilities: list[tuple[Tensor, nn.Module, set[nn.Module]]] = []
 
     def run(self, module: nn.Module, image: Tensor) -> None:
-        """Look at one image, float32 [1, 3, H, W]."""
+        """Run and record one image, float32 [1, 3, H, W]."""
         layers = [layer for layer in module.modules() if not list(layer.children())]
         with torch.inference_mode(), self, attached(layer.register_forward_hook(self._after) for layer in layers):
             result = module(image.clone())

@@ -1,13 +1,13 @@
-"""Activations of fewer than 8 bits, held on the grid that was asked for.
+"""Clamps for activations of fewer than 8 bits, whose quant_max torch's kernels ignore.
 
-torch's INT8 kernels clamp to the 8-bit type and know no quant_max: with 4 bits they give codes up to 255 where 15 is
-the largest, wherever a value lies beyond its range: an observer cut that, or calibration saw no value as large.
-So what gives a quantized tensor is followed by a clamp of its codes, in the eager flow as in fx. What only hands codes
-on (ReLU, pooling, flatten) needs none.
+torch's INT8 kernels clamp to the 8-bit type only: with 4 bits, quant_max is 15, but values beyond the calibrated range
+(clipped by the observer, or larger than any that calibration saw) get codes up to 255. So every module and function
+that returns a quantized tensor is followed by a clamp of its codes, in the eager flow and in fx. Those that only pass
+codes on (ReLU, pooling, flatten) need none.
 
-`torch.clamp` of a quantized tensor is exact, is traced, and takes 4 µs for 65,536 codes (Zen 4, one thread), a tenth of
-what `int_repr` and back take. A zero point moved up by 255 - qmax would let the type's own end cut, for nothing; but it
-cuts the lower end behind a ReLU only, and pairs of codes near 255 are what overflows 16 bits.
+`torch.clamp` of a quantized tensor is exact, can be traced, and takes 4 µs for 65,536 codes (Zen 4, one thread), a
+tenth of `int_repr` and back. Moving the zero point up by 255 - quant_max, so that the type's own end clamps, would be
+free; but it clamps the lower end only behind a ReLU, and pairs of codes near 255 are those that overflow 16 bits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 from qexp.config.schema import Engine
 from qexp.quantize.calibration.grid import QUANT_MAX
 
-# What torch's kernels give on 256 levels between fixed ends, whatever is asked for; nnq.Softmax takes a scale.
+# Modules and functions whose kernels return 256 levels over a fixed range; nnq.Softmax has a scale.
 _FIXED_MODULES = (nn.Sigmoid, nn.Hardsigmoid, nn.Tanh)
 _FIXED_FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
     torch.sigmoid: torch.sigmoid,
@@ -38,18 +38,18 @@ _FIXED_FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
     "tanh_": torch.tanh,
     torch.nn.functional.hardsigmoid: torch.nn.functional.hardsigmoid,
 }
-_GIVE_CODES = {torch.quantize_per_tensor, torch.cat, torch.concat, torch.stack}
+_RETURN_CODES = {torch.quantize_per_tensor, torch.cat, torch.concat, torch.stack}
 
 
 def clamped(tensor: Tensor, quant_max: int) -> Tensor:
-    """A quantized uint8 tensor with no code beyond `quant_max`, on the same grid; anything else as it is."""
+    """Return a quint8 tensor clamped to codes up to `quant_max`, with the same scale; anything else as it is."""
     if not isinstance(tensor, Tensor) or tensor.dtype is not torch.quint8 or quant_max >= QUANT_MAX:
         return tensor
     scale, zero_point = tensor.q_scale(), tensor.q_zero_point()
     end = (quant_max - zero_point) * scale
     if torch.backends.quantized.engine != Engine.qnnpack.value:
         return torch.clamp(tensor, max=end)
-    # qnnpack wants both ends, and takes codes in the order of memory for those of a contiguous tensor (torch 2.13).
+    # qnnpack needs both bounds, and treats every tensor as contiguous (torch 2.13).
     order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
     in_memory = tensor.permute(order)
     flat = torch.clamp(in_memory.reshape(-1), min=-zero_point * scale, max=end)
@@ -57,7 +57,7 @@ def clamped(tensor: Tensor, quant_max: int) -> Tensor:
 
 
 def coarser(tensor: Tensor, quant_max: int) -> Tensor:
-    """A quantized uint8 tensor whose ends are fixed, on quant_max + 1 levels between the same ends."""
+    """Return a quint8 tensor requantized to quant_max + 1 levels over its fixed range; anything else as it is."""
     if not isinstance(tensor, Tensor) or tensor.dtype is not torch.quint8:
         return tensor
     levels = (QUANT_MAX + 1) // (quant_max + 1)
@@ -73,9 +73,9 @@ def _quantized(values: Tensor, scale: float, zero_point: int, quant_max: int) ->
 
 
 def _with_number(function: Callable[..., Tensor], name: str, tensor: Tensor, number: float, quant_max: int) -> Tensor:
-    """Sum or product of a quantized tensor and a number, on the narrowest grid that holds whatever the tensor can be.
+    """Return the sum or product of a quantized tensor and a number, on the finest grid that covers all its codes.
 
-    function, name: of torch's operator, which takes 0…255 for the tensor's codes when it chooses the output's grid.
+    function, name: torch's operator, which assumes codes of 0…255 when it chooses the output's grid.
     """
     if not isinstance(tensor, Tensor) or tensor.dtype is not torch.quint8:
         return function(tensor, number)
@@ -96,7 +96,7 @@ def _with_number(function: Callable[..., Tensor], name: str, tensor: Tensor, num
 
 
 class _Clamped:
-    """Mixed into a class of torch's modules that give quantized tensors: those stay within 0…quant_max."""
+    """A mixin for torch's modules that return quantized tensors, which clamps their codes to 0…quant_max."""
 
     quant_max: int
 
@@ -108,15 +108,17 @@ class _Clamped:
 
 
 class _Coarser(_Clamped):
-    """The same of one whose 8-bit grid is fixed."""
+    """A mixin for modules with a fixed range, which makes their grid coarser."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return coarser(super(_Clamped, self).forward(*args, **kwargs), self.quant_max)  # type: ignore[misc]
 
 
 class _ClampedFunctional(_Clamped):
-    """The same of a QFunctional, which has a method for each operation. What most of them give goes through its
-    `activation_post_process` (see `clamp_codes`)."""
+    """A mixin for QFunctional, which has a method for each operation.
+
+    Most outputs pass through its `activation_post_process`, which is clamped (see `clamp_codes`).
+    """
 
     def matmul(self, x: Tensor, y: Tensor) -> Tensor:
         return clamped(super().matmul(x, y), self.quant_max)  # type: ignore[misc]
@@ -130,8 +132,10 @@ class _ClampedFunctional(_Clamped):
 
 @cache
 def _clamped_class(kind: Any, quant_max: int) -> Any:
-    """A subclass, so that names, states and whatever asks by isinstance are the same, and torch's own ways to copy an
-    INT8 layer, which leave hooks behind, keep it."""
+    """Return a subclass with the mixin.
+
+    Names, states and isinstance stay the same, and torch's own copies of INT8 layers, which lose hooks, keep the clamp.
+    """
     mixin = (
         _ClampedFunctional if issubclass(kind, nnq.QFunctional) else _Coarser if kind in _FIXED_MODULES else _Clamped
     )
@@ -140,16 +144,16 @@ def _clamped_class(kind: Any, quant_max: int) -> Any:
 
 
 def torch_class(module: nn.Module) -> type[nn.Module]:
-    """The class that torch gave a module which may be held."""
+    """Return the original class of a module that may be clamped."""
     return type(module).__mro__[2] if isinstance(module, _Clamped) else type(module)
 
 
 def is_clamped(module: nn.Module) -> bool:
-    """Whether a module's `quant_max` is the largest code that it gives."""
+    """True if a module clamps its output to its `quant_max`."""
     return isinstance(module, _Clamped)
 
 
-def _gives_codes(module: nn.Module) -> bool:
+def _returns_codes(module: nn.Module) -> bool:
     kind = type(module)
     if kind in _FIXED_MODULES:
         return True
@@ -162,7 +166,7 @@ def _gives_codes(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class ClampedFunction:
-    """What fx calls in place of a function that gives a quantized tensor, which then stays within 0…quant_max."""
+    """Replaces a function in an fx graph that returns a quantized tensor, and clamps its codes to 0…quant_max."""
 
     function: Callable[..., Tensor]
     quant_max: int
@@ -183,16 +187,16 @@ class ClampedFunction:
 
 
 def torch_function(target: Any) -> Any:
-    """What torch called at a node whose target may be held."""
+    """Return the original target of a node that may be clamped."""
     return target.function if isinstance(target, ClampedFunction) else target
 
 
 def _function_to_clamp(node: fx.Node) -> Callable[..., Tensor] | None:
-    """The function that a node of a converted graph calls, if what it gives is to be held."""
+    """Return the function that a node of a converted graph calls if its output must be clamped, else None."""
     target: Any = node.target
     if node.op in ("call_function", "call_method") and target in _FIXED_FUNCTIONS:
         target = _FIXED_FUNCTIONS[target]
-    elif node.op != "call_function" or not (target in _GIVE_CODES or str(target).startswith("quantized.")):
+    elif node.op != "call_function" or not (target in _RETURN_CODES or str(target).startswith("quantized.")):
         return None
     function: Callable[..., Tensor] = target
     return function
@@ -202,11 +206,11 @@ def _function_to_clamp(node: fx.Node) -> Callable[..., Tensor] | None:
 
 
 def clamp_codes(converted: nn.Module, quant_max: int) -> nn.Module:
-    """The converted model, in place, with every activation within 0…quant_max; as it is where that is 255."""
+    """Clamp every activation of a converted model to 0…quant_max, in place, and return it; no change if that is 255."""
     if quant_max >= QUANT_MAX:
         return converted
     for module in list(converted.modules()):
-        if _gives_codes(module):
+        if _returns_codes(module):
             kind: Any = type(module)
             module.__class__ = _clamped_class(kind, quant_max)
         if isinstance(module, nnq.QFunctional):
@@ -220,7 +224,7 @@ def clamp_codes(converted: nn.Module, quant_max: int) -> nn.Module:
 
 
 def quant_max_of(converted: nn.Module) -> int:
-    """The largest code that any activation of a converted model can have: 255, unless it is held."""
+    """Return the largest code that activations of a converted model can have: 255, unless they are clamped."""
     found = [module.quant_max for module in converted.modules() if isinstance(module, _Clamped)]
     if isinstance(converted, fx.GraphModule):
         found += [node.target.quant_max for node in converted.graph.nodes if isinstance(node.target, ClampedFunction)]

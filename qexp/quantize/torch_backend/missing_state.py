@@ -1,4 +1,4 @@
-"""Scales that torch's INT8 modules leave out of their state_dict, so that what is loaded would answer otherwise."""
+"""Scales that torch's INT8 modules omit from their state_dict, so that a loaded model would have other outputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NAMES = ("scale", "zero_point")
 
 
 def scales_in_state(converted: nn.Module) -> nn.Module:
-    """The converted model, in place, with such scales and zero points as buffers, which torch's other modules have."""
+    """Make such scales and zero points buffers, in place, as in torch's other modules, and return the model."""
     for module in converted.modules():
         plain: dict[str, Any] = {name: vars(module).pop(name) for name in _NAMES if isinstance(module, _PLAIN)}
         for name, value in plain.items():

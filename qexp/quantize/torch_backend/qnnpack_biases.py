@@ -1,4 +1,4 @@
-"""Biases that qnnpack can't hold: it answers nonsense for channels that BatchNorm all but switched off."""
+"""Biases that overflow in qnnpack: its outputs are wrong for channels that BatchNorm all but switched off."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from qexp.config.schema import Engine
 from qexp.quantize.inspection.layers import weight_scales
 from qexp.quantize.torch_backend.engines import engine
 
-# Half of int32, so that there is room for the sums that are added.
+# Half of int32, which leaves room for the accumulated products.
 _LARGEST = 1 << 30
 _LAYERS = (nnq.Conv1d, nnq.Conv2d, nnq.Conv3d, nnq.Linear)
 
 
 def fit_biases(converted: nn.Module) -> None:
-    """In place, let a model that was converted for qnnpack answer as if it kept biases as they are.
+    """Keep the biases of a model that was converted for qnnpack from overflowing, in place.
 
-    It rounds a bias to a whole number of (scale of the input · scale of the weights) and holds that in 32 bits. Where a
-    channel's weights are all but 0, its bias is beyond them, and wraps around. Before a layer runs, such a channel's
-    weights go to the finest scale that its bias fits, which moves their sum by less than the bias · 10⁻⁷ for each term.
+    qnnpack rounds a bias to a multiple of (scale of the input · scale of the weights), a 32-bit integer. If a channel's
+    weights are all but 0, so is their scale, and the integer wraps around. Before a layer runs, such a channel's
+    weights get the finest scale that its bias fits, which changes their sum by less than the bias · 10⁻⁷ for each term.
     """
     for module in converted.modules():
         if isinstance(module, _LAYERS) and module.bias() is not None:
@@ -31,7 +31,7 @@ def fit_biases(converted: nn.Module) -> None:
 
 
 class _Fit:
-    """A layer's hook. What fits an input's scale fits a wider one, too, so hardly any call has to look at weights."""
+    """A layer's forward pre-hook. Biases that fit an input scale also fit a larger one, so few calls check weights."""
 
     def __init__(self) -> None:
         self._fits = math.inf

@@ -1,7 +1,7 @@
 """Depthwise convolutions for which FBGEMM has no fast kernel.
 
-It then makes a matrix of one channel after the other. Measured with torch 2.13 on Zen 4, one thread, 104 to 132
-channels at 14x14 to 32x32: 36 to 1,200 times as long as oneDNN takes, where its fast kernels are as fast as that.
+It then computes one channel after the other as a matrix product. Measured with torch 2.13 on Zen 4, one thread, 104 to
+132 channels at 14x14 to 32x32: 36 to 1,200 times as long as oneDNN takes; with a fast kernel FBGEMM is as fast as that.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from torch import nn
 from qexp.config.schema import Engine
 from qexp.quantize.graph.tensor_names import public
 
-# x86 hands convolutions to oneDNN where the CPU has VNNI, but for those of more groups (torch's qconv_prepack.cpp).
+# x86 passes convolutions to oneDNN if the CPU has VNNI, but not those of more groups (torch's qconv_prepack.cpp).
 _MOST_GROUPS = 100
 _WINDOWS = (3, 5, 7)
 
 
 def without_fast_kernel(converted: nn.Module, engine_name: Engine, vnni: bool) -> tuple[str, ...]:
-    """Names of the depthwise convolutions of an INT8 model that FBGEMM computes without a fast kernel, and oneDNN with
-    one; vnni: whether dense kernels of this machine have it."""
+    """Return names of the depthwise convolutions that FBGEMM runs without a fast kernel, though oneDNN has one.
+
+    vnni: True if dense kernels of this machine use VNNI.
+    """
     if engine_name not in (Engine.x86, Engine.fbgemm):
         return ()
     fewest = _MOST_GROUPS + 1 if engine_name is Engine.x86 and vnni else 1
@@ -30,7 +32,7 @@ def without_fast_kernel(converted: nn.Module, engine_name: Engine, vnni: bool) -
 
 
 def _is_slow(layer: Any) -> bool:
-    # With more outputs than inputs oneDNN has none either.
+    # With more outputs than inputs oneDNN has no fast kernel, either.
     depthwise = layer.groups == layer.in_channels == layer.out_channels > 1
     (rows, columns), (down, right) = layer.kernel_size, layer.stride
     inside = tuple(layer.padding) == ((rows - 1) // 2, (columns - 1) // 2)

@@ -1,16 +1,16 @@
-"""Ways around three faults of torch's INT8 kernels that hang on strides.
+"""Workarounds for three bugs of torch's INT8 kernels that depend on strides.
 
-oneDNN's pointwise convolutions with a stride give answers that are wrong at random. Measured with torch 2.13 on AVX2: a
-1x1 INT8 convolution with stride 2, 8, 24, 40, 56 or 72 input channels (not a multiple of 16) and two threads gives up
-to three quarters of its calls wrong by as much as 49 steps of 255. The threads share a workspace that is too small, as
-in https://github.com/uxlfoundation/oneDNN/issues/6035. Taking every second pixel first and convolving without a stride
-is the same sum of the same products, and needs no workspace.
+oneDNN's pointwise convolutions with a stride have randomly wrong outputs. Measured with torch 2.13 on AVX2: for a 1x1
+INT8 convolution with stride 2, 8, 24, 40, 56 or 72 input channels (not a multiple of 16) and two threads, up to three
+quarters of the calls are wrong, by as much as 49 steps of 255. The threads share a workspace that is too small, as in
+https://github.com/uxlfoundation/oneDNN/issues/6035. Taking every second pixel first and convolving without a stride is
+the same sum of the same products, and needs no workspace.
 
-A mean of an INT8 tensor that lies in memory like a channels-last one and like a contiguous one (maps of 1x1, a single
-channel) is refused: "required rank 4 tensor to use channels_last format".
+torch refuses the mean of an INT8 tensor that is channels-last and contiguous at once (1x1 maps, a single channel):
+"required rank 4 tensor to use channels_last format".
 
-qnnpack's clamp (ReLU6, Hardtanh, clamp; not ReLU) takes values in the order of memory for those of a contiguous tensor,
-and convolutions answer in channels-last: with torch 2.13 nothing was right behind one.
+qnnpack's clamp (ReLU6, Hardtanh, clamp; not ReLU) treats every tensor as contiguous, but convolutions return
+channels-last: with torch 2.13 everything behind one was wrong.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 from qexp.config.schema import Engine
 from qexp.quantize.graph.clamps import RELU, clamp_of
 
-# x86 hands convolutions to oneDNN where the CPU has VNNI.
+# x86 passes convolutions to oneDNN if the CPU has VNNI.
 _ONEDNN_INSIDE = (Engine.onednn, Engine.x86)
 _SAFE_CHANNELS = 16
 
@@ -46,7 +46,7 @@ class AfterStride(nn.Module):
 
 
 def affected(module: nnq.Conv2d, engine: Engine) -> bool:
-    """Whether oneDNN would compute this INT8 convolution with the workspace that is too small."""
+    """True if oneDNN would compute this INT8 convolution with the workspace that is too small."""
     return (
         engine in _ONEDNN_INSIDE
         and tuple(module.kernel_size) == (1, 1)
@@ -58,7 +58,7 @@ def affected(module: nnq.Conv2d, engine: Engine) -> bool:
 
 
 def without_strides(converted: nn.Module, engine: Engine) -> nn.Module:
-    """The converted model, in place, with the strides of such convolutions taken before them."""
+    """Take the strides of affected convolutions before them, in place, and return the model."""
     for module in list(converted.modules()):
         for name, child in module.named_children():
             if isinstance(child, nnq.Conv2d) and affected(child, engine):
@@ -67,7 +67,7 @@ def without_strides(converted: nn.Module, engine: Engine) -> nn.Module:
 
 
 def contiguous_clamps(converted: nn.Module, engine: Engine) -> nn.Module:
-    """The converted model, in place, with contiguous tensors and both bounds for qnnpack's clamps."""
+    """Give qnnpack's clamps contiguous tensors and both bounds, in place, and return the model."""
     if engine is not Engine.qnnpack:
         return converted
     for module in converted.modules():
@@ -93,10 +93,10 @@ def _contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, 
 
 
 def strides_are_ambiguous(size: Sequence[int]) -> bool:
-    """Whether a tensor of this shape ([n, channels, height, width]) lies in memory in the same way in channels-last."""
+    """True if a tensor of this shape, [n, channels, height, width], is contiguous and channels-last at once."""
     return len(size) > 2 and (size[1] == 1 or all(one == 1 for one in size[2:]))
 
 
 def contiguous_strides(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """A forward hook: the output with the strides of a contiguous tensor, where channels-last has the same order."""
+    """Return the output with contiguous strides, where channels-last has the same order: a forward hook."""
     return output.flatten().view(output.shape)

@@ -1,12 +1,11 @@
-"""Transposed convolutions: their BatchNorms, and those that torch's INT8 kernels compute wrongly and that stay in FP32.
+"""Transposed convolutions: folding of their BatchNorms, and those that stay in FP32 since INT8 kernels are wrong.
 
-Measured with torch 2.13 against the same sums in float64, with 7-bit activations, which nothing saturates with:
+Measured with torch 2.13 against the same sums in float64, with 7-bit activations, so that nothing saturates:
 
-- oneDNN reads the weights of a transposed convolution as if it had as many input as output channels: where it hasn't,
-  answers are off by 100 steps of their grid and more. It refuses output paddings.
-- FBGEMM has a kernel of its own for a window of height 2 without padding, strides of 1 or 2, one group, and channels
-  that are multiples of 8 on both sides: its answers are another at every call.
-
+- oneDNN reads the weights of a transposed convolution as if it had as many input as output channels: if it hasn't,
+  outputs are off by 100 steps of their grid and more. It refuses output paddings.
+- FBGEMM has a special kernel for a window of height 2 without padding, strides of 1 or 2, one group, and multiples of 8
+  channels on both sides: its outputs differ from call to call.
 - qnnpack reads the weights of a three-dimensional one in another order.
 
 All others that were tried are right to half a step.
@@ -21,13 +20,13 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from qexp.config.schema import Engine
 
-# Which library computes them under an engine: x86 has either, by the CPU and by what oneDNN takes.
+# The libraries that an engine uses; x86 chooses by the CPU and by what oneDNN supports.
 _ONEDNN = (Engine.onednn, Engine.x86)
 _FBGEMM = (Engine.fbgemm, Engine.x86)
 
 
 def why_float(module: nn.Module, engine: Engine) -> str:
-    """Why this float layer has to stay in FP32 with this engine; empty where it hasn't."""
+    """Return why this float layer must stay in FP32 with this engine; "" if it needn't."""
     if not isinstance(module, _ConvTransposeNd):
         return ""
     if engine is Engine.qnnpack and isinstance(module, nn.ConvTranspose3d):
@@ -38,12 +37,12 @@ def why_float(module: nn.Module, engine: Engine) -> str:
     if engine in _ONEDNN and not padded_output and module.in_channels != module.out_channels:
         return "oneDNN's INT8 kernel is wrong where input and output channels differ in number"
     if engine in _FBGEMM and _is_direct(module):
-        return "FBGEMM's INT8 kernel for such windows answers at random"
+        return "FBGEMM's INT8 kernel for such windows has random outputs"
     return ""
 
 
 def _is_direct(conv: _ConvTransposeNd) -> bool:
-    """Whether FBGEMM takes its kernel for direct convolution."""
+    """True if FBGEMM uses its kernel for direct convolution."""
     return (
         isinstance(conv, nn.ConvTranspose2d)
         and conv.groups == 1
@@ -56,9 +55,9 @@ def _is_direct(conv: _ConvTransposeNd) -> bool:
 
 
 def fold(conv: _ConvTransposeNd, norm: _BatchNorm) -> None:
-    """Take a BatchNorm with running statistics into the transposed convolution before it, in place.
+    """Fold a BatchNorm with running statistics into the transposed convolution before it, in place.
 
-    The weights are [in, out / groups, ...]; torch's fuse_conv_bn_eval takes them as if there were one group.
+    Its weights are [in, out / groups, ...]; torch's fuse_conv_bn_eval supports only one group.
     """
     assert norm.running_mean is not None
     assert norm.running_var is not None

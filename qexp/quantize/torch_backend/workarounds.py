@@ -1,4 +1,4 @@
-"""What torch.ao's converted modules need before they compute what they should, one file for each fault."""
+"""All workarounds for faults of torch.ao's converted modules, one file each."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from qexp.quantize.torch_backend.stride_bugs import contiguous_clamps, without_s
 
 
 def worked_around(converted: nn.Module, quant_max: int, engine: Engine) -> nn.Module:
-    """The converted model, in place, without the faults of torch's kernels; torch's engine must be set to `engine`.
+    """Apply all workarounds to a converted model, in place, and return it; torch's engine must be set to `engine`.
 
-    quant_max: the largest code of an activation.
+    quant_max: the largest code of activations.
     """
-    # torch makes what stays in FP32 anew, with gradients, which TorchScript doesn't take.
+    # torch makes FP32 layers again, with gradients, which TorchScript refuses.
     fixed = scales_in_state(clamp_codes(converted.requires_grad_(False), quant_max))
     return contiguous_clamps(without_strides(fixed, engine), engine)

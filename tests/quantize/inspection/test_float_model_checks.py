@@ -94,7 +94,7 @@ def test_a_model_that_draws_random_numbers_is_refused_with_the_function(
     flow: FlowName, forward: Callable[..., Tensor], function: str
 ) -> None:
     said = refusal(with_head(forward), flow)
-    assert said.startswith("the float model answers an image otherwise each time: ")
+    assert said.startswith("the float model has other logits for an image each time: ")
     assert f"{function} draws random numbers in its module head (Other)" in said
     assert ("pass it training=self.training" in said) == ("dropout" in function)
 
@@ -266,7 +266,7 @@ def test_a_model_that_does_not_take_each_image_of_a_batch_by_itself_is_refused(f
     )
     together = with_head(lambda self, x: self.fc(x / x.norm()))
     assert refusal(together, flow).startswith(
-        "the float model's answer for an image depends on the others in its batch, from its module head (Other) on"
+        "the float model's output for an image depends on the others in its batch, from its module head (Other) on"
     )
     one_answer = with_head(lambda self, x: self.fc(x.mean(0, keepdim=True)))
     assert refusal(one_answer, flow).startswith("the float model gives 1 rows of logits for three images")
