@@ -1,4 +1,4 @@
-"""What every flow has, and that nothing else asks which flow it is."""
+"""The interface of every flow, and that no other code depends on which flow it is."""
 
 from __future__ import annotations
 

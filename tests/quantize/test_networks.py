@@ -1,6 +1,6 @@
-"""Many networks through the flows: what INT8 answers is what rounding alone makes of the float model, or it is refused.
+"""Many networks through the flows: INT8 outputs differ from the float model by rounding only, or a model is refused.
 
-The networks are in networks.py, and beside each stands which flow refuses it.
+The networks are in helpers/networks.py, each with the flows that refuse it.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def engine_restored() -> Any:
 
 
 def eager_net() -> nn.Module:
-    # 16 channels: with 8, oneDNN's own answers change from call to call
+    # 16 channels: with 8, oneDNN's own outputs change from call to call
     # (see qexp/quantize/torch_backend/stride_bugs.py).
     return trained(architectures.tiny(num_classes=10, width=16))
 

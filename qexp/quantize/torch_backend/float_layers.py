@@ -72,7 +72,7 @@ class InFloat(nn.Module):
         return quantized
 
 
-_REASON, _LAST = "stays_float", "is_last"
+_REASON, _LAST = "stays_float", "computes_model_output"
 
 
 def why_float(module: nn.Module, engine: Engine) -> str:

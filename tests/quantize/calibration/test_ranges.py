@@ -58,7 +58,7 @@ KINDS = [
 
 
 def torchs_qparams(low: float, high: float, on: Grid, scheme: Scheme, signed: bool = False) -> tuple[Tensor, Tensor]:
-    """By torch's formula."""
+    """Quantization parameters by torch's formula."""
     bounds = {} if on.full else {"quant_min": on.qmin, "quant_max": on.qmax}
     observer = MinMaxObserver(torch.qint8 if signed else torch.quint8, QSCHEMES[scheme], **bounds)
     return observer._calculate_qparams(torch.tensor(low), torch.tensor(high))
@@ -142,7 +142,7 @@ def test_percentiles_are_those_of_the_raw_values(kind: str, percentile: float) -
     x = values(kind)
     found, exact = statistics(x), x.double().numpy()
     share = percentile / 100
-    # The quantile and the answer are in one bin, which is 1/512 of a power of two.
+    # The quantile and the result are in one bin, which is 1/512 of a power of two.
     low, high = range_percentile(found, EIGHT, ASYMMETRIC, percentile)
     assert high == pytest.approx(np.quantile(exact, (1 + share) / 2, method="inverted_cdf"), rel=1 / 512, abs=1e-37)
     mirrored = -np.quantile(-exact, (1 + share) / 2, method="inverted_cdf")
@@ -160,7 +160,7 @@ def test_all_of_the_values_are_minmax(kind: str, scheme: Scheme) -> None:
 
 
 def divergence(counts: np.ndarray, start: int, stop: int, levels: int) -> float:
-    """By the definition, with scipy."""
+    """The divergence by its definition, with scipy."""
     p = counts[start:stop].copy()
     p[0] += counts[:start].sum()
     p[-1] += counts[stop:].sum()

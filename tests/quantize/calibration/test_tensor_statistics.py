@@ -1,4 +1,4 @@
-"""What calibration saw: the fold of the parts is the whole, nothing is lost, and answers are torch's own."""
+"""Statistics of calibration: merged parts equal the whole, nothing is lost, and ranges are torch's own."""
 
 from __future__ import annotations
 

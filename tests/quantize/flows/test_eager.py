@@ -242,7 +242,7 @@ def test_qparams_of_the_observers_are_those_of_the_converted_model(granularity: 
 
 @pytest.mark.parametrize(("bits", "highest"), [(8, 255), (7, 127), (4, 15)])
 def test_qparams_of_a_prepared_model_hold_the_codes_that_are_executed(bits: int, highest: int) -> None:
-    # A guard that narrows activations does so in their scale alone.
+    # A guard reduces the range of activations in their scale only.
     qconfig = settings(weight_bits=4, activation_bits=bits, overflow="activations")
     prepared, _ = prepared_and_converted(trained(architectures.tiny()), qconfig)
     qparams = quantize.read_qparams(prepared.module)

@@ -24,7 +24,7 @@ SAVED = images(8, seed=4)
 
 
 def converted(net: nn.Module, flow: FlowName) -> nn.Module:
-    """With exact sums on every CPU: qnnpack's."""
+    """The difference with qnnpack, whose accumulators are exact on every CPU."""
     quantize.dry_run(net, FLOWS[flow], spec(SETTINGS, engine=Engine.qnnpack), TWO)
     fused = FLOWS[flow].fuse(net, spec(), TWO)
     assert fusion_check.fusion_difference(net, fused, SAVED) < 1e-5

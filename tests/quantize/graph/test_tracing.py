@@ -1,4 +1,4 @@
-"""What a model's Python may ask of a tensor while it is traced; the right value is the module's own answer."""
+"""Uses of tensors in a model's Python that can be traced; the module itself computes the right value."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def with_head(forward: Callable[[nn.Module, Tensor], Tensor]) -> nn.Module:
 
 
 def refusal(net: nn.Module, flow: FlowName, fusion: bool = True, image: Tensor = ONE) -> str:
-    """What a dry run says of it; empty where the model is taken."""
+    """The error message of a dry run; "" if the model is supported."""
     try:
         quantize.dry_run(net, FLOWS[flow], spec(fusion=fusion), image, "the image cat.png")
     except InputError as error:

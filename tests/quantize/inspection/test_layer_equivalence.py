@@ -46,7 +46,7 @@ class Case:
         return {one.name: one for one in found}
 
     def fault(self) -> str:
-        """What the check says of it; empty where it passes."""
+        """The error message of the check; "" if it passes."""
         try:
             check_layers(self.model, images(3, seed=9))
         except RunError as error:
@@ -108,7 +108,7 @@ def test_a_right_model_passes_and_no_layer_is_off_by_more_than_rounding(
         found = one.deviations()
         assert {layer.name for layer in quantize.layers(one.int8, FLOWS[flow], engine) if layer.int8} <= set(found)
         if flow is not FlowName.dynamic:
-            # The biases of qnnpack are whole numbers of its sums; all else is rounded once.
+            # qnnpack rounds biases to whole numbers; everything else is rounded once.
             assert max(row.output for row in found.values()) < (1 if engine is Engine.qnnpack else 0.501)
         assert max(row.weight for row in found.values()) < 0.501
 

@@ -51,7 +51,7 @@ def case(
     amplitude: float = 1.0,
     **wanted: Any,
 ) -> Case:
-    """A converted model whose 16-bit sums can't saturate, calibrated on images of this amplitude."""
+    """A converted model whose 16-bit accumulators can't saturate, calibrated on images of this amplitude."""
     fused = FLOWS[flow].fuse(trained(net), spec(fusion=fusion), TWO)
     qconfig = settings(**{"overflow": "activations", **wanted})
     prepared = FLOWS[flow].prepare(fused, spec(qconfig, engine=engine), TWO)

@@ -1,4 +1,4 @@
-"""What is counted as a layer, and why one stays in FP32: every reason is a true one."""
+"""Layers and the reasons why they stay in FP32: every reason is true."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def taken(net: nn.Module, flow: FlowName) -> tuple[dict[str, Layer], float]:
 
 
 def converted(net: nn.Module, flow: FlowName) -> tuple[dict[str, Layer], float]:
-    """The layers of the INT8 model by name, and the error of its answers; sums are exact on every CPU."""
+    """The layers of the INT8 model by name, and the error of its outputs; accumulators are exact on every CPU."""
     engine = Engine.qnnpack
     prepared = FLOWS[flow].prepare(FLOWS[flow].fuse(net, spec(), TWO), spec(SETTINGS, engine=engine), TWO)
     if flow is not FlowName.dynamic:
@@ -289,7 +289,7 @@ _WEIGHTED = ("conv", "linear", "batch_norm", "addmm", "mm", "bmm", "rnn", "gru",
 
 
 class Executed(DispatchMode):
-    """By the name of the innermost module of a row: whether its operators with weights take INT8."""
+    """Whether operators with weights take INT8, by the name of the innermost module with a row."""
 
     def __init__(self, model: nn.Module, rows: set[str]) -> None:
         super().__init__()

@@ -57,7 +57,7 @@ def dry_run(net: nn.Module, flow: FlowName = FlowName.eager, engine: Engine = En
 
 
 def error(net: nn.Module, flow: FlowName = FlowName.eager, engine: Engine = Engine.qnnpack) -> float:
-    """Of the INT8 model's answers; qnnpack's sums are exact on every CPU."""
+    """The error of the INT8 model's outputs; qnnpack's accumulators are exact on every CPU."""
     prepared = FLOWS[flow].prepare(FLOWS[flow].fuse(net, spec(), TWO), spec(SETTINGS, engine=engine), TWO)
     quantize.calibrate(prepared, [images(8, seed=3)])
     converted = FLOWS[flow].convert(prepared).module
@@ -294,14 +294,14 @@ class Applied(nn.Module):
     "clamp", [nn.ReLU6(), nn.Hardtanh(), nn.Hardtanh(-0.3, 0.7), F.relu6, lambda x: x.clamp(-0.5, 0.5)]
 )
 def test_a_clamp_behind_a_convolution_is_right_on_every_engine(clamp: One, engine: Engine, flow: FlowName) -> None:
-    """A convolution answers in channels-last, which qnnpack's clamps take for contiguous."""
+    """Convolutions return channels-last, which qnnpack's clamps take for contiguous."""
     net = trained(nn.Sequential(nn.Conv2d(3, 8, 3), Applied(clamp), nn.Conv2d(8, 4, 1), nn.Flatten()))
     if flow is FlowName.eager and engine is Engine.qnnpack and not isinstance(clamp, nn.Module):
         with pytest.raises(InputError, match=r"aten::\w+ .* engine=qnnpack .* this model works with engine=x86"):
             dry_run(net, flow, engine)
     else:
         dry_run(net, flow, engine)
-        # One part in 256 of a few layers' ranges, and 16-bit sums that saturate on some machines.
+        # One part in 256 of a few layers' ranges, and 16-bit accumulators that saturate on some machines.
         assert error(net, flow, engine) < 0.1
 
 

@@ -1,4 +1,4 @@
-"""Emulated 16-bit sums: against a loop over pairs, against what the kernels execute, and in whole models."""
+"""Emulated 16-bit accumulators: against a loop over pairs, against the kernels, and in whole models."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def executed(module: nn.Module, engine: Engine, inputs: Tensor) -> Tensor:
 
 
 def check_against_execution(shape: str, engine: Engine, asymmetric: bool = False, **how: bool) -> None:
-    """What this machine's kernels answer is what the emulation says, saturating or exact as the probe found them."""
+    """The emulation has the outputs of this machine's kernels, saturating or exact as the probe found them."""
     module, inputs = layer(shape, engine, zero_point=-5 if asymmetric else 0, **how)
     scheme = settings(weight_scheme="asymmetric" if asymmetric else "symmetric").weight.scheme
     saturating = kind(shape) in probe().saturating_kinds(engine, scheme)
@@ -145,7 +145,7 @@ def test_so_are_asymmetric_weights(engine: Engine, shape: str) -> None:
 
 
 def looped(module: nnq.Conv2d | nnq.Linear, inputs: Tensor, engine: Engine) -> np.ndarray:
-    """Real-valued answers by a loop over outputs and terms: 16-bit sums of pairs as the kernels' sources have them."""
+    """Real-valued outputs by a loop over outputs and terms, with 16-bit sums of pairs as in the kernels' sources."""
     weight = module.weight().int_repr().numpy().astype(int)
     values, zero = inputs.int_repr().numpy().astype(int), inputs.q_zero_point()
     if weight.ndim == 2:
@@ -316,7 +316,7 @@ def test_a_transposed_convolution_counts_as_one_that_may_overflow() -> None:
 @pytest.mark.parametrize("per_channel", [True, False])
 @pytest.mark.parametrize("shape", ["conv", "depthwise", "linear"])
 def test_channels_without_weights_keep_their_bias(shape: str, per_channel: bool) -> None:
-    """Exact sums are qnnpack's, which alone wraps around where a bias is many times what the weights can be."""
+    """Exact accumulators are qnnpack's, which alone wraps around if a bias is far larger than the weights' products."""
     module, inputs = layer(shape, Engine.qnnpack)
     integers, scales = module.weight().int_repr(), module.weight().q_per_channel_scales().float()
     scales[: 5 if per_channel else len(scales)] = 1e-12

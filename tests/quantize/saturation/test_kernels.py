@@ -1,4 +1,4 @@
-"""The kernel signature, the guard that follows from it, and known answers that hold with and without VNNI."""
+"""The kernel signature, the guard that follows from it, and known outputs, which hold with and without VNNI."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def resolved(qconfig: QConfig, engine: Engine, target: Target = Target.native) -
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
 def test_576_ones_add_up_to_576_with_every_engine_by_default(engine: Engine, granularity: str) -> None:
-    # 3x3 weights of 1 over 64 channels: where pairs of products saturate, the answer is 289.
+    # 3x3 weights of 1 over 64 channels: if pairs of products saturate, the output is 289.
     conv = nn.Conv2d(64, 16, 3, bias=False)
     nn.init.ones_(conv.weight)
     images = torch.ones(1, 64, 8, 8)
@@ -68,7 +68,7 @@ LAYERS = {
 
 
 def steps_from_exact(net: nn.Module, converted: nn.Module, images: Tensor, engine: Engine) -> Tensor:
-    """How many steps each output of a converted layer is from int32 accumulation, rounded once.
+    """The distance of each output of a converted layer from int32 accumulation, rounded once, in steps.
 
     float64 holds every sum of products exactly, far below 2^53. Where the exact value lies halfway between two steps,
     float32 may round to either: those count as equal. The layers have no biases, which FBGEMM adds in float32 and
@@ -99,7 +99,7 @@ def layer_and_images(kind: str) -> tuple[nn.Module, Tensor]:
     layer = LAYERS[kind]
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        # Mostly of one sign: what overflows 16-bit sums.
+        # Mostly of one sign, which overflows 16-bit accumulators.
         layer.weight.copy_(torch.rand(layer.weight.shape, generator=generator) * 0.9 + 0.1)
     shape = (2, 40) if kind == "linear" else (2, layer.in_channels, 16, 16)
     images = torch.rand(shape, generator=generator)

@@ -1,4 +1,4 @@
-"""overflow=layers: 7 bits where sums saturate and nowhere else, on the side that costs less."""
+"""overflow=layers: 7 bits where accumulators saturate and nowhere else, on the side that costs less."""
 
 from __future__ import annotations
 

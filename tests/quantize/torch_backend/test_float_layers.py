@@ -44,7 +44,7 @@ class Around(nn.Module):
 
 
 class Answers(nn.Module):
-    """A layer or function that gives the model's answer."""
+    """A layer or function that computes the model's output."""
 
     def __init__(self, layer: nn.Module | None, function: Callable[[Tensor], Tensor] | None = None, classes: int = 10):
         super().__init__()

@@ -63,7 +63,7 @@ class Gated(nn.Module):
 
 
 class Odd(nn.Module):
-    """What a traced model may do besides: fixed grids of all kinds, numbers, concatenation, norms."""
+    """Other operations of a traced model: fixed grids of all kinds, numbers, concatenation, norms."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ def fake_weight(weight: Tensor) -> Tensor:
 
 
 def gated(net: Gated, x: Tensor, weight: Callable[[Tensor], Tensor], grid: Callable[[str, Tensor], Tensor]) -> Tensor:
-    """What `Gated` computes, with weights and tensors put onto their grids by the functions given."""
+    """The output of `Gated`, with weights and tensors quantized by the given functions."""
     x = grid("input", x)
     x = F.max_pool2d(grid("conv1", F.conv2d(x, weight(net.conv1.weight), net.conv1.bias, padding=1).relu()), 2)
     x = grid("add", x + grid("conv2", F.conv2d(x, weight(net.conv2.weight), net.conv2.bias, padding=1)))
@@ -323,7 +323,7 @@ def test_parameters_and_clipping_are_those_of_what_is_executed(flow: FlowName) -
     end = (32 - int(q["conv1"].zero_point[0])) * float(q["conv1"].scale[0])
     assert rows["conv1"].clipped == pytest.approx(float((values > end).float().mean()), abs=1e-4)
     assert rows["conv1"].clipped > 0.01
-    # The layer by itself: the codes of its input, and its answer, are held too.
+    # The layer by itself: the codes of its input and its output are clamped, too.
     x = fake(WIDER, *_ends(q["quant" if flow is FlowName.eager else "x"]), 5)
     answer = fake(F.conv2d(x, fake_weight(net.conv1.weight), net.conv1.bias, padding=1).relu(), *_ends(q["conv1"]), 5)  # type: ignore[operator, arg-type, union-attr]
     error = 10 * torch.log10(values.square().sum() / (answer - values).square().sum())
