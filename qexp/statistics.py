@@ -1,8 +1,8 @@
 """Paired statistics, intervals and verdicts: numpy and scipy, no torch.
 
 Accuracies are fractions of 1. Of two sets of predictions on the same images, `first_only` counts the images that
-only the first has right, `second_only` those that only the second has; all that is known about the difference is in
-these two and in the number of images. A difference is always second minus first (INT8 minus FP32).
+only the first has right, `second_only` those that only the second has; the difference is known from these two and
+the number of images. A difference is always second minus first (INT8 minus FP32).
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from scipy import optimize, special, stats
 
 from qexp.records import Interval, Predictions, Verdict, VerdictKind
 
-# With fewer workers than this, their number says next to nothing about how much workers differ.
+# Fewer workers than this are too few to estimate how much workers differ.
 WORKERS_TO_RESAMPLE = 5
 
 # A 99th percentile of fewer calls rests on fewer than ten of them.
 CALLS_FOR_P99 = 1000
 
-# The chance with which a difference is meant to be found: what "M images would do" and `detectable` assume.
+# The power that "M images would settle it" and `detectable` assume.
 POWER = 0.8
 
-# A standard deviation of accuracies that is smaller is rounding.
+# A smaller standard deviation of accuracies is rounding.
 NO_SPREAD = 1e-9
 
 
@@ -243,7 +243,7 @@ def _alpha(confidence: float) -> float:
 
 
 def _round_up(value: float) -> int:
-    """To two significant digits, never down."""
+    """Rounded up to two significant digits."""
     unit = 10 ** max(math.floor(math.log10(value)) - 1, 0)
     return math.ceil(value / unit - 1e-9) * unit
 
@@ -275,9 +275,7 @@ def summarise(samples: np.ndarray) -> Summary:
     )
 
 
-def median_ratio(
-    ratios: Sequence[np.ndarray], confidence: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> Interval:
+def median_ratio(ratios: Sequence[np.ndarray], confidence: float = 0.95, resamples: int = 2000) -> Interval:
     """The median of paired ratios with a percentile bootstrap interval that resamples workers, then blocks.
 
     ratios: of each worker (a fresh process), the ratios of its pairs of blocks, float64 [pairs]; the median is over
@@ -288,7 +286,7 @@ def median_ratio(
     workers = [np.asarray(worker, dtype=np.float64) for worker in ratios]
     if not workers or min(len(worker) for worker in workers) == 0:
         raise ValueError("every worker must have at least one pair of blocks")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     hierarchical = len(workers) >= WORKERS_TO_RESAMPLE
     sizes = np.array([len(worker) for worker in workers])
     padded = np.full((len(workers), sizes.max()), np.nan)
@@ -298,7 +296,7 @@ def median_ratio(
     chosen = rng.integers(len(workers), size=shape) if hierarchical else np.broadcast_to(np.arange(len(workers)), shape)
     blocks = (rng.random((*shape, sizes.max())) * sizes[chosen][..., None]).astype(np.intp)
     drawn = padded[chosen[..., None], blocks]
-    # Each worker gives as many blocks as it has.
+    # Each worker contributes as many blocks as it has.
     drawn[np.arange(sizes.max()) >= sizes[chosen][..., None]] = np.nan
     medians = _medians(drawn.reshape(resamples, -1))
     low, high = np.percentile(medians, [50 * (1 - confidence), 50 * (1 + confidence)])
@@ -360,7 +358,7 @@ class Plateau:
 
 
 def plateau(samples: Sequence[Sequence[float]], exact: bool = False) -> Plateau | None:
-    """From which size on no larger one is shown to have a greater mean; None where no value differs within a size.
+    """The size from which on no larger one is shown to have a greater mean; None where no value differs within a size.
 
     samples: of each size its values, smallest size first; exact: the last size's mean has no error.
     From the smallest up, a size is compared with all larger ones, by intervals that hold together at 95% (Bonferroni:
@@ -398,7 +396,7 @@ def enough(samples: Sequence[Sequence[float]], margin: float, exact: bool = Fals
 
 
 def _gains(samples: Sequence[Sequence[float]], index: int, exact: bool) -> Plateau | None:
-    """Of all larger sizes over this one, as `plateau` defines them, and the spread that they rest on."""
+    """The gains of all larger sizes over this one, as `plateau` defines them, and the spread behind them."""
     own, larger = samples[index], samples[index + 1 :]
     spread, freedom = pooled_spread(samples[index:])
     if spread < NO_SPREAD:

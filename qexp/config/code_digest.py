@@ -1,6 +1,6 @@
-"""What a run is made from, as far as files tell: its settings, its weights, and the code of qexp and of its user.
+"""Digests of the files that a run depends on: its weights, and the code of qexp and of the user.
 
-Found without running any of that code, and without torch.
+Computed without running any of that code, and without torch.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from qexp.config.instantiation import current_folder_first
 from qexp.config.schema import Config
 
 ROOT = Path(qexp.__file__).parent
-# How a run is started, recorded and shown changes nothing in what it finds.
+# Code that starts, records and shows runs doesn't change their results.
 NOT_IN_RESULTS = ("__init__", "__main__", "launch", "report", "tracking")
 # `import qexp.a`, `from qexp.a import b`; `from qexp import a, b`, or in parentheses over several lines
 _IMPORT = re.compile(r"^[ \t]*(?:from|import) +qexp(?:\.(\w+)| +import +(?:\(([^)]+)|([\w ,]+)))", re.MULTILINE)
 
 
 def tags(config: Config) -> dict[str, str]:
-    """What is known of a run before it has begun."""
+    """The provenance tags of a run that are known before it starts."""
     return {
         "config_hash": identity.config_hash(config),
         "code_hash": code_hash(str(config.model["_target_"]), str(config.dataset["_target_"])),
@@ -155,7 +155,7 @@ def _within(place: Path) -> list[Path]:
 
 
 def installed(place: Path) -> bool:
-    """Whether a file or folder is of Python itself or of an installed package, and not of a user's project."""
+    """True if a file or folder belongs to Python itself or an installed package, not to a user's project."""
     # By name too: a virtual environment may see the packages of the Python that it was made from.
     roots = (sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
     return bool({"site-packages", "dist-packages"} & {*place.parts}) or any(map(place.is_relative_to, roots))

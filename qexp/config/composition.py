@@ -1,7 +1,6 @@
-"""What Hydra needs to know before it can compose a configuration: where conf/ is, the schema, the resolvers; and what
-it composes, for one job or for many.
+"""Composition of configurations by Hydra, for one job or for many.
 
-Importing it registers them, in whichever process a launcher runs a job.
+Importing this module registers conf/, the schema and the resolvers, in whichever process a launcher runs a job.
 """
 
 from __future__ import annotations
@@ -98,7 +97,7 @@ def check_quotes(arguments: Sequence[str]) -> None:
 
 
 def _misread(value: str) -> str:
-    """Why Hydra's grammar does not take an override's value as it stands; empty where it does."""
+    """The reason why Hydra's grammar doesn't accept an override's value; empty where it does."""
     try:
         OverridesParser.create().parse_override(f"key={value}")
     except HydraException as error:
@@ -107,13 +106,13 @@ def _misread(value: str) -> str:
 
 
 def without_password(text: str) -> str:
-    """A text whose addresses are without the credentials in them."""
+    """The text without the credentials in its URLs."""
     return re.sub(r"//[^/@\s]*@", "//***@", text)
 
 
 @dataclass(frozen=True, eq=False)
 class Composition:
-    """What Hydra composed. task: the settings; hydra: its own node; overrides: those of the settings, as given."""
+    """A configuration composed by Hydra. task: the settings; hydra: its own node; overrides: of settings, as given."""
 
     task: DictConfig
     hydra: DictConfig
@@ -217,7 +216,7 @@ class Composer:
         self._shared: dict[tuple[str, ...], Composition] = {}
 
     def __call__(self, arguments: Sequence[str]) -> Composition:
-        """What Hydra composes of these overrides, none of which lists several values. Raises Hydra's own errors."""
+        """Compose these overrides, none of which lists several values. Raises Hydra's own errors."""
         overrides = self.parse(arguments)
         choices = tuple(str(override.input_line) for override in overrides if not self._sets_value(override))
         if choices not in self._shared:
@@ -234,12 +233,12 @@ class Composer:
         return parsed
 
     def replaces(self, later: Override, earlier: Override) -> bool:
-        """Tell whether nothing is left of what `earlier` sets or chooses when `later` comes after it."""
+        """True if `later` overrides everything that `earlier` sets or chooses."""
         same = later.get_key_element() == earlier.get_key_element()
         return same and not any(isinstance(value, dict) for one in (later, earlier) for value in _values(one))
 
     def subfolder(self, arguments: Sequence[str], number: int) -> str:
-        """The folder, within the sweep's, that Hydra gives to the job of these overrides. number: the job's."""
+        """Hydra's folder, within the sweep's, for the job with these overrides. number: the job's."""
         template: Any = OmegaConf.to_container(self._master.hydra.sweep, resolve=False)
         if template["subdir"] == "${hydra.job.num}":  # Hydra's own, and nothing has to be composed
             return str(number)
@@ -257,7 +256,7 @@ class Composer:
 
     @cached_property
     def _repository(self) -> Any:
-        """Where groups are found: beside conf/ also in folders that hydra.searchpath adds."""
+        """Hydra's repository of groups, in conf/ and in folders that hydra.searchpath adds."""
         hydra = self._master.hydra
         of_hydra = OmegaConf.to_container(hydra.overrides.hydra)
         return self._loader._parse_overrides_and_create_caching_repo(hydra.job.config_name, of_hydra)[1]

@@ -1,4 +1,4 @@
-"""Where Hydra ends: from its composed DictConfig, or from values that were written down, to a typed Config."""
+"""Conversion of Hydra's DictConfig, or of a saved configuration, to a typed Config."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def from_hydra(composed: Any, cwd: str) -> Config:
 
 
 def _unknown(settings: Any, parent: str = "") -> Iterator[tuple[str, list[str]]]:
-    """What was added to these settings with + and is none of them, each with those that stand beside it."""
+    """Settings added with + that don't exist, each with the names of those that do."""
     known = [one.name for one in fields(settings)]
     for name, value in vars(settings).items():
         if name not in known:
@@ -52,7 +52,7 @@ def _unknown(settings: Any, parent: str = "") -> Iterator[tuple[str, list[str]]]
 
 
 def from_plain(values: Mapping[str, Any]) -> Config:
-    """The configuration that `exact` gave, back from its nested plain values.
+    """The configuration of nested plain values, as `identity.exact` returns them.
 
     Raises ConfigError where an older version wrote them, and a setting has another name now.
     """

@@ -1,4 +1,5 @@
-"""How what can't work is said: in a sentence, with exit status 1, where Hydra or OmegaConf would print a traceback."""
+"""Messages for errors in the configuration: a sentence and exit status 1 instead of Hydra's or OmegaConf's
+traceback."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from qexp.errors import QexpError
 
-# What was called otherwise once, and what it is called now.
+# Former names of settings, and their names today.
 RENAMED = {"latency.runtimes": "runtimes", "job.ahead": "job.at_a_time"}
 
 
@@ -25,8 +26,8 @@ def renamed_setting(setting: str) -> str:
 
 @contextlib.contextmanager
 def exit_with_message() -> Iterator[None]:
-    """What has a sentence (see `message_for`) ends the process with it and status 1; with HYDRA_FULL_ERROR=1 it goes on
-    as it is."""
+    """Print the message of an error that has one (see `message_for`) and exit with status 1; with HYDRA_FULL_ERROR=1
+    print its traceback."""
     try:
         yield
     except Exception as error:
@@ -41,7 +42,7 @@ def exit_with_message() -> Iterator[None]:
 
 
 def message_for(error: Exception) -> str | None:
-    """An error as a sentence for whoever typed what it is about, None where it isn't of a configuration."""
+    """A sentence for the user about an error in the configuration; None for other errors."""
     if isinstance(error, QexpError):
         return str(error)
     if said := renamed_setting(_unknown_key(error)):
@@ -52,7 +53,7 @@ def message_for(error: Exception) -> str | None:
 
 
 def _unknown_key(error: BaseException | None) -> str:
-    """The setting that OmegaConf doesn't know, where that is behind an error of Hydra's; else empty."""
+    """The setting that OmegaConf doesn't know, where that caused an error of Hydra's; else empty."""
     while error is not None:
         if isinstance(error, ConfigAttributeError | ConfigKeyError):
             return error.full_key or ""
@@ -61,7 +62,7 @@ def _unknown_key(error: BaseException | None) -> str:
 
 
 def unresolved(error: OmegaConfBaseException) -> str:
-    """The setting that OmegaConf can't give a value, what is missing, and what to do."""
+    """A sentence: the setting without a value, what is missing, and what to do."""
     setting, reason = error.full_key or "the configuration", str(error).partition("\n")[0].rstrip(".")
     variable = re.search(r"Environment variable '(.+?)' not found", reason)
     if variable:
@@ -80,8 +81,8 @@ def unresolved(error: OmegaConfBaseException) -> str:
 
 
 def _bad_default(error: ValueError) -> str | None:
-    """Of a choice in a file's defaults list that YAML doesn't read as a text; Hydra says of which type it is, and not
-    where."""
+    """A sentence about a choice in a defaults list that YAML doesn't read as text; Hydra names its type, but not the
+    file. None for other errors."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         known = frame.f_locals
         if frame.f_code.co_name == "_create_defaults_list" and {"config_path", "item"} <= known.keys():

@@ -1,4 +1,4 @@
-"""Configurations as plain values: what is written down, the params of a run, and what its result depends on."""
+"""Configurations as plain values: to be saved, as the params of a run, and as the identity of its result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qexp.config.schema import OBSERVER_PARAMETERS, ActivationObserver, Config, 
 from qexp.system import credentials
 
 NOT_APPLICABLE = "n/a"
-# Which observers find the same range in whatever order the images come.
+# Observers whose range doesn't depend on the order of the images.
 ORDERLESS = frozenset(ActivationObserver) - {ActivationObserver.moving_average, ActivationObserver.histogram}
 GROUPS = ("model", "dataset", "train", "qconfig", "observer", "calib", "latency")
 # The settings that tell runs apart most often, in the order of the tables.
@@ -107,8 +107,8 @@ def params(config: Config, choices: Mapping[str, str], overrides: Mapping[str, A
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """What a run's result depends on: the effective settings, without where it is recorded. The same for jobs
-    that would compute the same."""
+    """The settings that a run's result depends on: the effective ones, without those of where it is recorded. Equal for
+    jobs that would compute the same."""
     idle = without_effect(config)
     values = flat(plain(config))
     return {name: value for name, value in values.items() if not _covered(name, (*idle, *RECORDED_ONLY))}

@@ -1,4 +1,4 @@
-"""What a `dataset` group's settings show by themselves: preprocessing, normalisation, the margin, classes."""
+"""Checks of a `dataset` group's settings: preprocessing, normalisation, the margin, classes."""
 
 from __future__ import annotations
 

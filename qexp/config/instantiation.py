@@ -48,7 +48,7 @@ def resolve(
 
 
 def takes(target: Callable[..., Any], argument: str) -> bool:
-    """Whether `target` can be called with the keyword `argument`; True where its signature can't be known."""
+    """True if `target` can be called with the keyword `argument`, or its signature can't be known."""
     parameters = _parameters(target)
     if parameters is None:
         return True

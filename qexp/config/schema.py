@@ -1,7 +1,7 @@
-"""The schema of a configuration, and every check that needs nothing but the configuration.
+"""The schema of a configuration, as dataclasses of plain values.
 
-Hydra ends here: `from_hydra` turns the composed DictConfig into these dataclasses, whose values are plain.
-Neither torch nor mlflow is imported, so that a refusal answers in about a second.
+`conversion.from_hydra` makes them of Hydra's DictConfig, `validation.check` checks them. Neither torch nor mlflow is
+imported, so that bad input is refused within about a second.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Scheme(StrEnum):
 
 
 class Overflow(StrEnum):
-    """Which grid is narrowed to 7 bits, so that sums of two products fit into 16 bits; layers: only where they would
-    not, and on the side where it costs less."""
+    """The side whose range is reduced to 7 bits, so that the sum of two products fits into 16 bits; layers: only in
+    layers where it would not, on the side where that costs less accuracy."""
 
     auto = "auto"
     none = "none"
@@ -61,9 +61,9 @@ class Engine(StrEnum):
 
 
 class FlowName(StrEnum):
-    """How a model is quantized: the name of a flow (see `qexp.quantize.flow`), then the settings without effect in it.
+    """A way to quantize a model (see `qexp.quantize.flow`), followed by the settings that have no effect in it.
 
-    ignores: these, as names or prefixes of names.
+    ignores: these settings, as names or prefixes of names.
     """
 
     ignores: frozenset[str]
@@ -76,7 +76,7 @@ class FlowName(StrEnum):
 
     eager = "eager"
     fx = "fx", "fusion"
-    # torch computes ranges of activations as the model runs, on grids that it reduces to 7 bits by itself.
+    # torch computes ranges of activations as the model runs, and reduces them to 7 bits by itself.
     dynamic = (
         "dynamic",
         "fusion",
@@ -99,10 +99,10 @@ class Target(StrEnum):
 
 
 class RuntimeName(StrEnum):
-    """What executes a saved model: the name of a runtime (see `qexp.runtimes`), then what is true of it.
+    """A way to execute a saved model (see `qexp.runtimes`), followed by its traits.
 
-    int8: it executes INT8 models, and not FP32 ones alone; compiles: it compiles a model in each process, for so long
-    that only those that time do it; served: what it saves MLflow can serve, and is loaded without qexp.
+    int8: it executes INT8 models too; compiles: it compiles the model in each process, which takes so long that only
+    processes that measure latency do it; served: MLflow can serve its file, which is loaded without qexp.
     """
 
     int8: bool
@@ -229,14 +229,14 @@ class Evaluate:
 
 @dataclass
 class PerLayer:
-    """How many evaluation images the table of layers is measured on; 0: no such table."""
+    """The number of evaluation images for the errors in the table of layers; 0: no such errors."""
 
     images: int
 
 
 @dataclass
 class Saturation:
-    """How many evaluation images tell what 16-bit sums do: with exact sums, and with emulated ones."""
+    """The number of evaluation images that are run with exact, and with emulated 16-bit accumulators."""
 
     exact_images: int
     emulated_images: int
@@ -249,8 +249,8 @@ class Compute:
 
 @dataclass
 class Job:
-    """timeout: seconds after which a run is ended as FAILED; None: however long it takes. at_a_time: how many of a
-    sweep's jobs run at a time, where Hydra's own launcher begins them."""
+    """timeout: seconds after which a run ends as FAILED, None for no limit. at_a_time: the number of a sweep's jobs
+    that run at the same time, with Hydra's own launcher."""
 
     timeout: float | None
     at_a_time: int
@@ -258,11 +258,11 @@ class Job:
 
 @dataclass
 class Cache:
-    """What a run may leave in `outputs`/cache for others, in gigabytes (10^9 bytes). enabled: false computes all, and
+    """The limit of `outputs`/cache, which runs share, in gigabytes (10^9 bytes). enabled: false computes everything and
     neither reads nor writes there."""
 
     max_gb: float
-    enabled: bool = True  # what was saved before there was this setting can still be read
+    enabled: bool = True  # a default, so that configurations saved before this setting can still be read
 
 
 @dataclass
@@ -305,7 +305,7 @@ class Config:
     outputs: str
 
 
-# Which observer has which parameter; the rest of its fields are null.
+# The parameters of each observer; its other fields are null.
 OBSERVER_PARAMETERS: dict[ActivationObserver, tuple[str, ...]] = {
     ActivationObserver.minmax: (),
     ActivationObserver.moving_average: ("averaging_constant",),

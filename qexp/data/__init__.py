@@ -1,1 +1,1 @@
-"""Images: the sets, their splits, their preprocessing."""
+"""Data sets: loading, preprocessing and the calibration images."""

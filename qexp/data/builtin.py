@@ -1,7 +1,7 @@
 """The data sets that come with qexp: what `_target_` names in conf/dataset/.
 
-Each is a function of `split` ("train" or "test") that returns a map-style data set of (image, label), as any user's
-own; data.py does all the rest. What a data set may have besides, here or in user code:
+Each is a function of `split` ("train" or "test") that returns a map-style data set of (image, label), as a
+user's own does; loading.py does all the rest. Attributes that a data set may have, here or in user code:
 
     classes      names of the classes, in the order of the labels; without them, classes are called 0, 1, 2 ...
     targets      all labels, so that they need not be read image by image (`labels`, or `samples` of (path, label), too)
@@ -247,7 +247,7 @@ class ImageFolder:
 
     @staticmethod
     def unpacked(arrays: Mapping[str, np.ndarray]) -> ImageFolder:
-        """What `packed` gave."""
+        """The inverse of `packed`."""
         base, fingerprint, *classes = _unpacked(arrays["texts"])
         return ImageFolder(
             Path(base), tuple(classes), arrays["targets"], tuple(_unpacked(arrays["paths"])), fingerprint, {}
@@ -263,7 +263,7 @@ class ImageFolder:
 
 
 def list_images(base: Path, split: str) -> ImageFolder:
-    """What there is in `base`/`split`/<class>/. Raises InputError where it can't be used."""
+    """List the images in `base`/`split`/<class>/. Raises InputError where they can't be used."""
     folder = base / split
     entries = _scan(folder)
     classes = tuple(sorted(e.name for e in entries if e.is_dir() and not _hidden(e.name)))

@@ -1,7 +1,7 @@
-"""A `dataset` group of the configuration becomes `Data`: two splits of uint8 images and labels, checked.
+"""Load and check a data set: from a `dataset` group of the configuration to two splits of uint8 images and labels.
 
-The images come from a callable (`_target_`), qexp's own in builtin.py or the user's; here they get their size, their
-labels get one meaning in both splits, and what is decoded is kept (cache.py). Calibration draws from `train` only.
+The images come from a callable (`_target_`), qexp's own in builtin.py or the user's. Here they are resized and cached
+once decoded, and labels get the same classes in both splits.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from tqdm import tqdm
 
 from qexp.config import code_digest, image_settings, instantiation
 from qexp.config.image_settings import ImageSettings, Preprocessing
-from qexp.config.schema import Calib, Sampling
 from qexp.data import builtin
 from qexp.data import preprocessing as images
 from qexp.errors import InputError, QexpError, one_line
 from qexp.system import cache, machine_lock
+from qexp.system.cache import hash_of
 from qexp.system.steps import step
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 RESERVED = frozenset({"classes", "mean", "std", "resize", "image_size", "interpolation", "margin"})
 
@@ -47,7 +47,8 @@ _SAMPLE = 64
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """What `_target_` returned for one split, and how its images are read. `key` is None if nothing names them."""
+    """The data set that `_target_` returned for one split, and how its images are read. key: of the cache, None where
+    the data set has no fingerprint."""
 
     name: str
     split: str
@@ -58,7 +59,7 @@ class Source:
     key: str | None
 
     def read(self, index: int, shape: tuple[int, ...] | None = None) -> tuple[np.ndarray, bool]:
-        """uint8 [3, H, W] of one image, and whether it has an EXIF rotation; InputError names what is wrong with it."""
+        """The pixels of one image, uint8 [3, H, W], and True if it has an EXIF rotation. Raises InputError."""
         image, label = _item(self, index)
         try:
             pixels = images.to_pixels(image, self.preprocessing)
@@ -81,7 +82,7 @@ class Source:
         return pixels, rotated
 
     def where(self, index: int) -> str:
-        """The image, for a sentence."""
+        """The image's name for messages."""
         if isinstance(self.dataset, builtin.ImageFolder):
             return f"the image {self.dataset.base / self.ids[index]}"
         return f"image {self.ids[index]} of dataset {self.name} ({self.split})"
@@ -117,7 +118,7 @@ class Split:
         return chosen
 
     def drawn(self, indices: np.ndarray) -> np.ndarray:
-        """As `pixels`, but decoded once for everyone who draws the same, and memory-mapped."""
+        """As `pixels`, but decoded once for all runs that use the same indices, and memory-mapped."""
         if self.source.key is None:
             return self.pixels(indices)
         indices = np.ascontiguousarray(indices, np.int64)
@@ -131,7 +132,7 @@ class Split:
     @cached_property
     def digest(self) -> str:
         """Hex digest of every pixel and label; decodes the whole split the first time."""
-        return _hash(self._all.sha256, hashlib.sha256(self.labels.tobytes()).hexdigest())
+        return hash_of([self._all.sha256, hashlib.sha256(self.labels.tobytes()).hexdigest()])
 
     @cached_property
     def _all(self) -> cache.Entry:
@@ -160,7 +161,7 @@ class Split:
             with machine_lock.released():
                 rotated = sum(_in_threads(block, range(0, len(indices), _BLOCK), self.source.dataset))
         if rotated:
-            logger.info(
+            log.info(
                 "%s: %d images carry an EXIF rotation, which is not applied, as in torchvision's ImageFolder",
                 self.name, rotated,
             )  # fmt: skip
@@ -168,7 +169,7 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """mean, std: of three channels, for pixels scaled to 0 to 1; margin: the loss of accuracy that can be lived with.
+    """mean, std: of three channels, for pixels scaled to 0 to 1; margin: the tolerated loss of accuracy.
 
     digest: of the evaluation images, the labels of both splits, their meaning, and the normalisation.
     """
@@ -188,9 +189,9 @@ def load_data(dataset: Mapping[str, Any], cache: Path | None, sweep: str = "") -
     """The data set that `dataset` (plain values, as in Config.dataset) describes; decoded images are cached in `cache`
     (None: in memory).
 
-    All evaluation images are decoded here the first time. sweep: identity of a sweep, whose jobs take folders of images
-    to hold what the first of them found there. Raises ConfigError for what the settings alone show to be wrong,
-    InputError for a data set that can't be used, in a sentence that names the image, folder or label.
+    All evaluation images are decoded here the first time. sweep: identity of a sweep, whose jobs
+    share the first one's listing of a folder. Raises ConfigError for settings that can't work,
+    InputError, which names the image, folder or label, for a data set that can't be used.
     """
     settings = image_settings.check(dataset)
     name = str(dataset.get("_target_")).rpartition(".")[2]
@@ -204,9 +205,8 @@ def load_data(dataset: Mapping[str, Any], cache: Path | None, sweep: str = "") -
     train_split = Split(name, _read_only(train_labels), train.ids, shape, train, cache)
     test_split = Split(name, _read_only(test_labels), test.ids, shape, test, cache)
     _refuse_shared_images(train_split, test_split)
-    digest = _hash(
-        test_split.digest, hashlib.sha256(train_labels.tobytes()).hexdigest(), classes, settings.mean, settings.std
-    )
+    of_labels = hashlib.sha256(train_labels.tobytes()).hexdigest()
+    digest = hash_of([test_split.digest, of_labels, classes, settings.mean, settings.std])
     return Data(name, train_split, test_split, classes, settings.mean, settings.std, settings.margin, digest)
 
 
@@ -220,33 +220,14 @@ def normalise(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -
     return values.sub_(torch.tensor(mean).view(by_channel)).div_(torch.tensor(std).view(by_channel))
 
 
-def draw(split: Split, calib: Calib) -> np.ndarray:
-    """int64 indices into `split` of the calibration images, in order: the first batch_size are the first batch.
-
-    For one seed and sampling a shorter draw is the beginning of a longer one. `random`: a permutation; `stratified`:
-    in every beginning the classes are as equally frequent as their sizes allow; `first`: in the data set's order.
-    batches=null draws all, and so do as many batches as the images fill, the last of which may be short. Raises
-    InputError where there are too few for the last to hold any.
-    """
-    available = len(split)
-    wanted = available if calib.batches is None else calib.batches * calib.batch_size
-    if wanted - available >= calib.batch_size:
-        most = -(-available // calib.batch_size)
-        raise InputError(
-            f"calib.batches={calib.batches} asks for {wanted} images; {split.name} has {available} to calibrate with:"
-            f" at most {most} batches of {calib.batch_size}, or calib.batches=null for all."
-        )
-    return _ORDERS[calib.sampling](split.labels, calib.seed)[:wanted].astype(np.int64)
-
-
 def digest_of(pixels: np.ndarray) -> str:
     """Hex digest of images: their dtype, shape and values."""
     values = np.ascontiguousarray(pixels)
-    return _hash(values.dtype.str, values.shape, hashlib.sha256(values.data).hexdigest())
+    return hash_of([values.dtype.str, values.shape, hashlib.sha256(values.data).hexdigest()])
 
 
 def count_shared(pixels: np.ndarray, test: Split) -> int:
-    """How many of the images `pixels`, uint8 [n, 3, H, W], are evaluation images too, pixel for pixel."""
+    """The number of images among `pixels`, uint8 [n, 3, H, W], that are evaluation images too, pixel for pixel."""
     if len(pixels) == 0:
         return 0
     known = test.pixels().reshape(len(test), -1)
@@ -260,31 +241,6 @@ def count_shared(pixels: np.ndarray, test: Split) -> int:
         any(np.array_equal(row, known[i]) for i in by_sample.get(np.ascontiguousarray(row[thin]).tobytes(), ()))
         for row in asked
     )
-
-
-def _order_random(labels: np.ndarray, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).permutation(len(labels))
-
-
-def _order_stratified(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Every image with no class-mate before it in a random permutation, then every one with one before it, ..."""
-    shuffled = _order_random(labels, seed)
-    by_class = np.argsort(labels[shuffled], kind="stable")
-    sizes = np.bincount(labels[shuffled])
-    rank = np.empty(len(labels), np.int64)
-    rank[by_class] = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return shuffled[np.argsort(rank, kind="stable")]
-
-
-def _order_first(labels: np.ndarray, seed: int) -> np.ndarray:
-    return np.arange(len(labels))
-
-
-_ORDERS: dict[Sampling, Callable[[np.ndarray, int], np.ndarray]] = {
-    Sampling.random: _order_random,
-    Sampling.stratified: _order_stratified,
-    Sampling.first: _order_first,
-}
 
 
 def _open(
@@ -315,7 +271,7 @@ def _open(
     key = None
     if isinstance(fingerprint, str):
         plain = json.dumps({k: v for k, v in spec.items() if k not in RESERVED}, default=str, sort_keys=True)
-        key = _hash("images", _decoder(), plain, split, fingerprint, repr(preprocessing))
+        key = hash_of(["images", _decoder(), plain, split, fingerprint, repr(preprocessing)])
     source = Source(name, split, made, np.empty(0, np.int64), _ids(made, size), preprocessing, key)
     labels = _labels(source, size, folder)
     source = Source(name, split, made, labels, source.ids, preprocessing, key)
@@ -325,7 +281,7 @@ def _open(
 
 
 def _made(function: Callable[..., Any], arguments: Mapping[str, Any], folder: Path | None, sweep: str) -> Any:
-    """What `_target_` returns. Folders of images are listed once for a sweep: that takes 0.7 s for 60,000 files."""
+    """Call `_target_`. A sweep lists a folder of images only once, since that takes 0.7 s for 60,000 files."""
     if function is not builtin.imagefolder or not sweep:
         return function(**arguments)
     key = json.dumps(["listing", sweep, dict(arguments)], sort_keys=True)
@@ -341,7 +297,7 @@ def _made(function: Callable[..., Any], arguments: Mapping[str, Any], folder: Pa
 def _decoder() -> str:
     """Identity of the code that turns files into pixels."""
     libraries = (PIL.__version__, PIL.features.version("jpg"), PIL.features.version("webp"))
-    return _hash(code_digest.of("data.builtin", "data.preprocessing"), libraries)
+    return hash_of([code_digest.of("data.builtin", "data.preprocessing"), libraries])
 
 
 def _ids(dataset: Any, size: int) -> tuple[str, ...]:
@@ -405,7 +361,7 @@ def _listed_labels(dataset: Any, size: int) -> np.ndarray | None:
             labels = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
         except Exception as error:  # whatever it is, it is no list of labels, and the items say it all the same
             said = "%s of %s is no list of labels: %s"
-            logger.debug(said, attribute, type(dataset).__name__, one_line(error))
+            log.debug(said, attribute, type(dataset).__name__, one_line(error))
             continue
         if labels.shape == (size,) and labels.dtype.kind in "iu":
             return labels.astype(np.int64)
@@ -492,7 +448,7 @@ def _named(name: str, settings: ImageSettings, in_train: tuple[str, ...], in_tes
             " names in the order of the labels, dataset.classes=[first,second,...]."
         )
     if all(label.isdecimal() for label in found) and list(found) != sorted(found, key=int):
-        logger.info(
+        log.info(
             "%s: class names are sorted as text (%s ...), as torchvision does; if the model counts them as numbers, set"
             " dataset.classes to the list of names in its order", name, ", ".join(found[:4]),
         )  # fmt: skip
@@ -500,7 +456,7 @@ def _named(name: str, settings: ImageSettings, in_train: tuple[str, ...], in_tes
 
 
 def _with_images(source: Source, classes: tuple[str, ...]) -> frozenset[str]:
-    """Those of the classes that have images in a split."""
+    """The classes that have images in a split."""
     return frozenset(classes[label] for label in np.unique(source.raw_labels) if 0 <= label < len(classes))
 
 
@@ -537,7 +493,7 @@ def _say_missing(name: str, classes: tuple[str, ...], train: np.ndarray, test: n
             effect = (
                 f", so a model that is trained on it can't know {unknown} of the evaluation images" if unknown else ""
             )
-            logger.info(
+            log.info(
                 "%s: %d of %d classes have no images in %s (%s%s)%s", name, len(empty), len(classes), split,
                 ", ".join(classes[i] for i in empty[:3]), " ..." if len(empty) > 3 else "", effect,
             )  # fmt: skip
@@ -577,7 +533,3 @@ def _in_threads(work: Callable[[int], int], starts: range, dataset: Any) -> list
 def _read_only(values: np.ndarray) -> np.ndarray:
     values.flags.writeable = False
     return values
-
-
-def _hash(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8", "surrogateescape")).hexdigest()

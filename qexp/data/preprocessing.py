@@ -1,6 +1,6 @@
-"""From one image, of whatever kind, to uint8 pixels [3, H, W]: RGB, resize, centre crop, as torchvision does them.
+"""Preprocessing of one image to uint8 pixels [3, H, W]: RGB, resize, centre crop, equal to torchvision's.
 
-Knows neither torch nor files. `check` is everything that a `dataset` group's settings show by themselves.
+Imports no torch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Fresh processes that time what a run saved, one after the other: `measure` starts them, `main` is what they do.
+"""Latency in fresh processes, one after the other: `measure` starts the workers, `main` runs in them.
 
-A worker is pinned to cores of its own, with its number of threads set before torch is imported; it reads the saved
-models from the run's folder, sees that they answer as the running process found, and times them side by side. As many
-workers as there are cores start and read at the same time; while one times, the others wait.
+A worker is pinned to cores of its own, with its number of threads set before torch is imported. It reads the saved
+models from the run's folder, checks that their logits agree with the run's, and times them side by side. As many
+workers as there are cores start and load models at the same time; while one measures, the others wait.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from tqdm import tqdm
 from qexp.config import conversion, identity
 from qexp.config.schema import Config, RuntimeName
 from qexp.errors import RunError, without_values
-from qexp.latency import protocol as latency
+from qexp.latency import protocol
 from qexp.records import Precision, Variant
 from qexp.system import machine, processes
 
 log = logging.getLogger(__name__)
 
-# Images on which a worker's models are compared with what the running process found.
+# Images on which a worker's logits are compared with the run's.
 CHECKED_IMAGES = 8
 
 
 @dataclass(frozen=True)
 class Order:
-    """What a worker is told. folder: the run's; scratch: where it finds `inputs.npy` (float32 [n, 3, H, W]) and
-    `<precision>.npy` (their logits, float32 [n, classes]); result: where it writes; precisions: that are timed;
-    all_int8: whether no layer of the INT8 model is left in FP32."""
+    """A worker's input. folder: the run's; scratch: holds `inputs.npy` (float32 [n, 3, H, W]) and `<precision>.npy`
+    (their logits, float32 [n, classes]); result: the file for its timings; precisions: those to time; all_int8: True if
+    no layer of the INT8 model is left in FP32."""
 
     config: dict[str, object]
     folder: str
@@ -60,14 +60,14 @@ def measure(
     inputs: np.ndarray,
     logits: Mapping[Precision, np.ndarray],
     all_int8: bool,
-) -> list[latency.Timing]:
+) -> list[protocol.Timing]:
     """Time every variant in `latency.processes` fresh processes for each number of threads, and merge their timings.
 
-    inputs: float32 [n, 3, H, W]; logits: what these give, float32 [n, classes], by precision; no other precision is
-    timed; all_int8: whether no layer of the INT8 model is left in FP32. Raises RunError where a worker fails, or its
-    models give other logits.
+    inputs: float32 [n, 3, H, W]; logits: the model's for these, float32 [n, classes], by precision; no other
+    precision is timed; all_int8: True if no layer of the INT8 model is left in FP32. Raises RunError where a worker
+    fails, or its models return other logits.
     """
-    protocol = config.latency
+    settings = config.latency
     with tempfile.TemporaryDirectory(prefix="qexp-timing-") as scratch, ExitStack() as closing:
         np.save(Path(scratch) / "inputs.npy", inputs)
         for precision, expected in logits.items():
@@ -84,30 +84,30 @@ def measure(
                 precisions=list(logits),
                 all_int8=all_int8,
             )
-            for process in range(protocol.processes)
-            for threads in protocol.threads
+            for process in range(settings.processes)
+            for threads in settings.threads
         ]
         abreast = len(machine.separate_cores(len(orders)))
-        found: list[latency.Timing] = []
+        found: list[protocol.Timing] = []
         with tqdm(total=len(orders), desc="timing", unit="process", disable=None, leave=False) as bar:
             for first in range(0, len(orders), abreast):
                 for order, process in _ready(orders[first : first + abreast], closing):
                     _go(process, order, _controls(found, order.threads))
-                    found += latency.load(Path(order.result))
+                    found += protocol.load(Path(order.result))
                     bar.update()
-    place = {threads: index for index, threads in enumerate(protocol.threads)}
-    sizes = {size: index for index, size in enumerate(protocol.batch_sizes)}
+    place = {threads: index for index, threads in enumerate(settings.threads)}
+    sizes = {size: index for index, size in enumerate(settings.batch_sizes)}
     names = list(dict.fromkeys(timing.name for timing in found))
 
-    def key(timing: latency.Timing) -> tuple[int, int, int]:
+    def key(timing: protocol.Timing) -> tuple[int, int, int]:
         return place[timing.threads], sizes[timing.batch_size], names.index(timing.name)
 
-    return [latency.merged(list(group)) for _, group in groupby(sorted(found, key=key), key)]
+    return [protocol.merged(list(group)) for _, group in groupby(sorted(found, key=key), key)]
 
 
-def _controls(found: Sequence[latency.Timing], threads: int) -> dict[str, str]:
-    """By batch size, the runtime whose FP32 an earlier worker timed against itself: only what all of them time is
-    merged."""
+def _controls(found: Sequence[protocol.Timing], threads: int) -> dict[str, str]:
+    """By batch size, the runtime whose FP32 model an earlier worker timed as the control: all workers must use the same
+    control to be merged."""
     return {str(t.batch_size): t.variant.runtime for t in found if t.threads == threads and t.control}
 
 
@@ -159,7 +159,7 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def main() -> None:
-    """What a worker does: hear its order, read the models, say so, wait for word of its control, and time."""
+    """The worker: read the order, load the models, report ready, read the control's runtime, and measure."""
     order = Order(**json.loads(sys.stdin.readline()))
     processes.end_with_parent()  # nobody else's timing is disturbed by an orphan
 
@@ -181,7 +181,7 @@ def main() -> None:
     print("ready", flush=True)
     control = json.loads(sys.stdin.read() or sys.exit(1))
     machine.pin(order.cores)
-    timings: list[latency.Timing] = []
+    timings: list[protocol.Timing] = []
     with quantize.engine(config.engine), torch.inference_mode():
         for variant, model in variants.items():
             expected = np.load(scratch / f"{variant.precision}.npy")[:CHECKED_IMAGES]
@@ -190,19 +190,19 @@ def main() -> None:
         timed = with_cuda(variants)
         for batch_size in config.latency.batch_sizes:
             among = control.get(str(batch_size))
-            compiled = _compile(variants, latency.make_batches(inputs, batch_size)[0])
+            compiled = _compile(variants, protocol.make_batches(inputs, batch_size)[0])
             timings += [
                 replace(timing, compile_ms=None if timing.control else compiled.get(timing.variant))
-                for timing in latency.time_side_by_side(
+                for timing in protocol.time_side_by_side(
                     timed,
                     inputs,
                     config.latency,
                     batch_size=batch_size,
                     seed=order.seed,
-                    control_among=[Variant(Precision.fp32, among)] if among else latency.fp32_on_cpu(variants),
+                    control_among=[Variant(Precision.fp32, among)] if among else protocol.fp32_on_cpu(variants),
                 )
             ]
-    latency.save(timings, Path(order.result))
+    protocol.save(timings, Path(order.result))
 
 
 def _compile(variants: Mapping[Variant, Callable[[Any], object]], batch: object) -> dict[Variant, float]:

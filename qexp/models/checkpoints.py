@@ -120,11 +120,11 @@ class _Fit:
     by_module: bool = False  # the module's load_state_dict takes these names, which it may change
 
     def name(self, key: str) -> str:
-        """In the module, of what the file has under this name."""
+        """The module's name of the tensor that the file has under this name."""
         return self.added + _without(self.wrappers, key).removeprefix(self.prefix)
 
     def take(self, keys: Iterable[str]) -> None:
-        """All that the file has under these names."""
+        """Match the tensors that the file has under these names."""
         for key in keys:
             (self.extra if key in self.state.extra else self.names)[self.name(key)] = key
 
@@ -170,7 +170,7 @@ def _is_safetensors(head: bytes) -> bool:
 
 
 def _other_than_torch(path: Path, head: bytes) -> str | None:
-    """What the file is, where its first bytes show that torch.save did not write it; else None."""
+    """The kind of file, where its first bytes show that torch.save did not write it; else None."""
     if head.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer and not the file itself; fetch it with git lfs pull"
     if head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":
@@ -497,9 +497,9 @@ def _describe(path: Path, fit: _Fit, others: list[str]) -> str:
     return "; ".join(parts)
 
 
-def _first(names: Iterable[str], separator: str = ", ", n: int = 3) -> str:
+def _first(names: Iterable[str], separator: str = ", ") -> str:
     names = list(names)
-    return separator.join(names[:n]) + (f"{separator}…" if len(names) > n else "")
+    return separator.join(names[:3]) + (f"{separator}…" if len(names) > 3 else "")
 
 
 def _count(n: int, what: str) -> str:

@@ -347,7 +347,7 @@ def _held(path: Path) -> Iterator[None]:
 
 
 def _training_key(model: Mapping[str, Any], settings: schema.Train, data: Data, seed: int) -> str:
-    """SHA-256 of what a trained model depends on; all but the number of threads, which changes rounding only."""
+    """SHA-256 of everything that a trained model depends on but the number of threads, which changes only rounding."""
     parts = {
         "model": _made_with(model),
         "train": {**asdict(settings), "device": choose_device(settings.device).type},
@@ -360,12 +360,12 @@ def _training_key(model: Mapping[str, Any], settings: schema.Train, data: Data, 
 
 
 def _made_with(model: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes the model, and with which arguments, wherever its weights are from."""
+    """The model's `_target_` and arguments, without where its weights are from."""
     return {key: value for key, value in model.items() if key not in RESERVED}
 
 
 def _digest(module: nn.Module, model: Mapping[str, Any]) -> str:
-    """Of everything that the model computes with: an argument that only its forward reads shows nowhere else."""
+    """SHA-256 of the weights, the structure, the arguments (its forward may read one) and the code."""
     digest = hashlib.sha256()
     digest.update(repr(module).encode())
     digest.update(json.dumps(_made_with(model), sort_keys=True, default=str).encode())

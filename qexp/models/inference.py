@@ -1,4 +1,4 @@
-"""From a model that was loaded back to its predictions on a split; whatever is not finite among them is refused."""
+"""Predictions of a loaded model on a split; logits that are NaN or infinite are refused."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def blocks(
     shuffled: bool = False,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Logits of images of a split (or of `indices` of it, int64), block by block: their positions among these, int64
-    [n], and float32 [n, classes]. Whoever has seen enough stops after a block.
+    [n], and float32 [n, classes]. A caller can stop after any block.
 
     Every batch has `batch_size` images, the last one filled up with copies: the size of a batch can change FP32
     activations in their last bit, and with them INT8 logits. Call it with torch's engine set.
 
-    copies: more of the same model, for as many batches at a time, each on one thread. So nobody waits: with several
-    threads to a layer, each layer waits for the slowest of them, and there is always something else that runs, too.
+    copies: of the model, each for another batch at the same time, on one thread. That is faster than several threads
+    per layer, where each layer waits for the slowest thread.
     shuffled: in a random order, always the same, so that the first blocks are a random sample of the images; for models
     that give an image the same logits in any company.
     """
@@ -106,7 +106,7 @@ def predictions(logits: np.ndarray, split: Split, title: str, indices: np.ndarra
     """float32 logits [n, classes] of a split, or of `indices` (int64) of it, with labels and names of the images.
 
     title: what was computed, as `evaluating INT8`. Raises NotFinite that names the first image and says how many there
-    are where a logit is NaN or infinite: no class is the largest then.
+    are where a logit is NaN or infinite.
     """
     chosen = np.arange(len(split.labels)) if indices is None else indices
     broken = np.flatnonzero(~np.isfinite(logits).all(axis=1))
@@ -121,7 +121,7 @@ def predictions(logits: np.ndarray, split: Split, title: str, indices: np.ndarra
 
 @contextmanager
 def _side_by_side(count: int) -> Iterator[Callable[..., Iterator[np.ndarray]]]:
-    """`map`, with so many calls at a time, each with one of torch's threads; a single one has all of them."""
+    """`map` with `count` calls at a time, each on one torch thread; for a count of 1, on all threads."""
     if count == 1:
         yield map
         return

@@ -1,4 +1,4 @@
-"""Wrappers that training puts around a network or a part of it, and that compute nothing themselves."""
+"""Removal of wrappers around a network or its parts that compute nothing, such as DataParallel."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import nn
 
 
 def unwrap(made: Any) -> Any:
-    """What is within DataParallel's or torch.compile's wrappers; anything else as it is.
+    """The object within DataParallel's or torch.compile's wrappers; anything else as it is.
 
-    In a module the wrappers around its parts are taken off too, in place.
+    Wrappers around submodules are removed too, in place.
     """
     made = _within(made)
     if isinstance(made, nn.Module):

@@ -20,7 +20,8 @@ from qexp.config.schema import (
     Config,
     cache_folder,
 )
-from qexp.data.loading import Data, digest_of, draw, load_data
+from qexp.data.calibration_images import draw
+from qexp.data.loading import Data, digest_of, load_data
 from qexp.errors import InputError
 from qexp.latency import protocol
 from qexp.models import float_model

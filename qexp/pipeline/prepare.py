@@ -24,7 +24,8 @@ from qexp.config.schema import (
     Target,
     cache_folder,
 )
-from qexp.data.loading import Data, count_shared, digest_of, draw, normalise
+from qexp.data.calibration_images import draw
+from qexp.data.loading import Data, count_shared, digest_of, normalise
 from qexp.errors import RunError
 from qexp.latency import shared_timings
 from qexp.models import float_model, inference

@@ -1,1 +1,1 @@
-"""From records to metrics, tables, charts and effects."""
+"""Tables, charts, effects and sentences from run records."""

@@ -74,11 +74,11 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, format="png", dpi=150, facecolor="white", pil_kwargs={"compress_level": 1})
 
 
-def shortened(name: str, length: int = _NAME) -> str:
-    """A name of at most `length` characters, its middle left out where it has more."""
-    if len(name) <= length:
+def shortened(name: str) -> str:
+    """A name cut to `_NAME` characters, by leaving out its middle."""
+    if len(name) <= _NAME:
         return name
-    kept = length - 1
+    kept = _NAME - 1
     return f"{name[: kept // 2]}…{name[len(name) - (kept - kept // 2) :]}"
 
 

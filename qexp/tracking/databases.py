@@ -24,7 +24,7 @@ from qexp.system.credentials import masked
 from qexp.tracking.errors import first_line, in_thread, unusable
 from qexp.tracking.values import user
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 BESIDE_TAG = "qexp.artifacts_beside_database"
@@ -99,7 +99,7 @@ def _quiet_migration() -> Iterator[None]:
 
 
 def _check_sqlite(path: Path, setting: str) -> None:
-    """Whether it is a database that can be written to; MLflow itself would retry for 100 s and then raise a page."""
+    """Raise InputError where the database can't be written to; MLflow would retry for 100 s and print a long error."""
     try:
         connection = sqlite3.connect(path, timeout=SQLITE_SECONDS)
         try:
@@ -121,7 +121,7 @@ def _check_sqlite(path: Path, setting: str) -> None:
 
 
 def open_database(uri: str, setting: str, timeout: float) -> None:
-    """Whether a database server can be reached; and MLflow's tables in it, made if missing.
+    """Make MLflow's tables in a database server where they are missing. Raises InputError where it can't be reached.
 
     As `_probe`, in a thread of its own. MLflow would try for 100 s, and its first migration fails where another process
     begins it at the same moment, on whatever machine: hence a lock of the database's own.
@@ -188,7 +188,7 @@ def _follow_moved_artifacts(path: Path, artifacts: str) -> None:
         )
         for (old,) in rows.fetchall():
             if old != artifacts:
-                logger.info("outputs has moved: artifacts recorded in %s are looked for in %s", old, artifacts)
+                log.info("outputs has moved: artifacts recorded in %s are looked for in %s", old, artifacts)
                 for table, column in (
                     ("experiments", "artifact_location"),
                     ("runs", "artifact_uri"),

@@ -1,4 +1,4 @@
-"""What MLflow, its server or its database raise, in a sentence."""
+"""Messages for errors of MLflow, its server or its database."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def refused(store: Store, what: str) -> Iterator[None]:
 
 
 def unusable(error: BaseException, what: str) -> InputError:
-    """Why a store can't be used: an environment variable of a library, where the error is about one, else `what`."""
+    """An error that names the cause: a library's environment variable where the error is about one, else `what`."""
     said = first_line(error)
     variables = variables_in(said)
     blamed = f"the environment variable {' or '.join(variables)}" if variables else what
@@ -44,7 +44,7 @@ def unusable(error: BaseException, what: str) -> InputError:
 
 
 def variables_in(text: str) -> list[str]:
-    """Which environment variables that MLflow or requests reads an error's text is about, by their names or values."""
+    """The environment variables of MLflow or requests that an error's text mentions, by name or value."""
     known = ("MLFLOW_", "REQUESTS_", "CURL_")
     return sorted(
         name
@@ -56,7 +56,7 @@ def variables_in(text: str) -> list[str]:
 
 
 def of_proxy(error: BaseException | None) -> bool:
-    """Whether it is a proxy that can't be reached."""
+    """True if a proxy can't be reached."""
     while error is not None:
         if isinstance(error, requests.exceptions.ProxyError):
             return True

@@ -1,4 +1,4 @@
-"""How to look at runs."""
+"""Links to runs in MLflow's UI."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from qexp.tracking.store import Store
 
 @dataclass(frozen=True)
 class Ui:
-    """How to look at runs: `command` starts the UI (None where a server has one already), `url` opens it on them."""
+    """A link to runs: `command` starts the UI (None where a server has one already), `url` opens it on them."""
 
     command: str | None
     url: str
 
 
 def ui(store: Store, run: Run, sort_by: Metric = Metric.accuracy_int8) -> Ui:
-    """How to open MLflow's UI on exactly a sweep's runs, given its parent, or on the page of a single run.
+    """The link to exactly a sweep's runs, given its parent, or to the page of a single run.
 
     sort_by: the metric that a sweep's runs are listed by.
     """

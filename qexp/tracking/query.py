@@ -1,4 +1,5 @@
-"""Runs as they are read back from MLflow, and what is changed in those that have ended."""
+"""Runs read from MLflow; and the two changes to ended runs: a new parent (`adopt`), and KILLED for those whose process
+is gone (`close_orphans`)."""
 
 from __future__ import annotations
 
@@ -63,7 +64,7 @@ def _literal(text: str) -> str:
 
 
 def adopt(store: Store, parent: str, records: Sequence[RunRecord]) -> None:
-    """Make those of the runs children of `parent` that have none, or one that was deleted."""
+    """Make `parent` the parent of those runs that have none, or a deleted one."""
     by_parent: dict[str, list[RunRecord]] = {}
     for record in records:
         by_parent.setdefault(record.tags.get(PARENT_TAG, ""), []).append(record)
@@ -84,7 +85,7 @@ def _exists(store: Store, run_id: str) -> bool:
 
 
 def close_orphans(store: Store) -> list[RunRecord]:
-    """Close as KILLED what processes of this machine left open that are gone; what was closed.
+    """Close as KILLED the runs that ended processes of this machine left open. Returns them.
 
     Runs of other machines, and those whose process runs or may do so, are left alone.
     """

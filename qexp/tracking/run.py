@@ -370,7 +370,7 @@ def check_resumed(store: Store, params: Mapping[str, str], run_id: str) -> None:
 
 
 def _is_anothers(row: RunRecord) -> bool:
-    """Whether a process that is not this one says that it has the run, and is not known to have ended."""
+    """True if the run belongs to another process, which isn't known to have ended."""
     if "pid" not in row.tags or "host" not in row.tags:  # `mlflow run` opens it for whom it starts
         return False
     here = row.tags["host"] == machine.host()
@@ -427,7 +427,6 @@ def close_parent(
     status: str,
     table: str,
     counts: Mapping[str, int],
-    artifacts: Mapping[str, Path | str | Mapping[str, Any] | Sequence[Any]] | None = None,
 ) -> None:
     """End a sweep's run. status: FINISHED, FAILED or KILLED; counts: `finished`, `failed`, ..., logged as `jobs/...`.
 
@@ -437,7 +436,7 @@ def close_parent(
     def contents() -> None:
         parent.log_result(
             {MetricName.jobs.of(name): float(count) for name, count in counts.items()},
-            artifacts={"table.txt": table, **(artifacts or {})},
+            artifacts={"table.txt": table},
         )
 
     parent._end_anyhow(status, contents)

@@ -1,4 +1,4 @@
-"""MLflow, and the only place that imports it: where runs are kept, how one is opened, filled, ended and read back.
+"""The store in which MLflow keeps runs: found from the settings, and checked.
 
 Everything goes through `MlflowClient` with explicit run ids, never through MLflow's active run, so that many runs can
 live in one process, nothing leaks from one to the next, and no exit hook of MLflow can call a broken run FINISHED.
@@ -6,7 +6,6 @@ live in one process, nothing leaks from one to the next, and no exit hook of MLf
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import tempfile
@@ -30,7 +29,6 @@ from qexp.system.credentials import masked
 from qexp.tracking.databases import BESIDE_TAG, DATABASES, open_database, open_sqlite, sqlite_path
 from qexp.tracking.errors import first_line, in_thread, of_proxy, refused, root_cause, unusable, variables_in
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # What MLflow imports only when it writes to an artifact store: by scheme, modules and the packages that have them.
@@ -46,7 +44,7 @@ ARTIFACT_CLIENTS = {
 
 @dataclass(frozen=True)
 class Store:
-    """Where runs are kept.
+    """A place where MLflow keeps runs.
 
     uri: the tracking URI. artifacts: URI of the folder that new experiments keep their artifacts in, None where a
     server decides; beside: whether that is the database's own neighbour, and so moves with it. experiment: the name

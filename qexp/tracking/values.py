@@ -102,7 +102,7 @@ def json_value(value: Any) -> Any:
 
 
 def system_tags(tags: Mapping[str, str], description: str | None) -> dict[str, str]:
-    """What MLflow's own front end fills in, and its UI shows; and whose run it is, for `close_orphans`."""
+    """The tags that MLflow's fluent API sets and its UI shows, and those of the process, for `close_orphans`."""
     system = {"mlflow.user": user(), "mlflow.source.name": "qexp", "mlflow.source.type": "LOCAL"}
     process = psutil.Process()
     system |= {"host": machine.host(), "pid": str(process.pid), "pid_started": f"{machine.since_boot(process):.2f}"}

@@ -21,7 +21,8 @@ from qexp.config import image_settings
 from qexp.config.schema import Calib, Sampling
 from qexp.data import loading as data_module
 from qexp.data import preprocessing
-from qexp.data.loading import Data, count_shared, digest_of, draw, load_data, normalise
+from qexp.data.calibration_images import draw
+from qexp.data.loading import Data, count_shared, digest_of, load_data, normalise
 from qexp.errors import ConfigError, InputError
 from tests.helpers import ROOT
 
