@@ -1,4 +1,4 @@
-"""`make bench`: what qexp promises of its figures and of its own speed, as ratios measured side by side in one run.
+"""`make bench`: the accuracy of qexp's figures and its own speed, as ratios that are measured side by side in one run.
 
 `make bench BENCH="calibration order"` runs some of them; A/A takes two hours.
 """

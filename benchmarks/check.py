@@ -1,4 +1,4 @@
-"""False alarms of the check of layers: on the models that ship, in all flows, engines and grids."""
+"""False alarms of the layer check, over the models in conf/, all flows, engines and grids."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SIDE = 32
 
 
 def shipped(seed: int = 0) -> Iterator[tuple[str, nn.Module]]:
-    """Each of MODELS in conf/model with random weights and the statistics of norms that a trained one may have."""
+    """Each of MODELS in conf/model, with random weights and BatchNorm statistics as a trained model may have them."""
     for file in sorted((CONF / "model").glob(f"{MODELS}.yaml")):
         if file.stem == "custom":
             continue
@@ -51,7 +51,7 @@ def shipped(seed: int = 0) -> Iterator[tuple[str, nn.Module]]:
 
 
 def as_if_trained(module: nn.Module, seed: int) -> nn.Module:
-    """In evaluation mode, with norms whose means, variances, weights and biases are neither 0 nor 1."""
+    """The model in evaluation mode, with BatchNorm means, variances, weights and biases that are neither 0 nor 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for norm in module.modules():
@@ -74,7 +74,7 @@ def pictures(count: int, seed: int) -> Tensor:
 
 
 def settings(first: int) -> Iterator[QConfig]:
-    """All bits; with each another of the ways to quantize, from number `first` on."""
+    """QConfigs of all bit widths, each with another combination of the other settings, from number `first` on."""
     ways = itertools.cycle(itertools.product(Granularity, Scheme, Scheme, WeightObserver))
     for bits, (granularity, weights, activations, observer) in zip(
         BITS, itertools.islice(ways, first, None), strict=False
@@ -84,7 +84,7 @@ def settings(first: int) -> Iterator[QConfig]:
 
 
 def check(outputs: str) -> None:
-    """Count the right layers that the check takes for wrong ones, and tell how far they are and what it costs."""
+    """Count the correct layers that the check reports as wrong; print their deviations and the check's cost."""
     torch.set_num_threads(1)
     calibration, images = pictures(8, 1), pictures(FEW, 2)
     spec = quantize.QuantizationSpec(next(settings(0)), Observer(ActivationObserver.minmax), Engine.x86)

@@ -1,4 +1,4 @@
-"""Record what must not change while the code is rebuilt: some twenty runs of the command line.
+"""Record the results that must not change when code is rebuilt: some twenty runs of the command line.
 
     python -m benchmarks.freeze before.json                       # at one commit
     python -m benchmarks.freeze after.json --against before.json  # at another, on the same machine
@@ -6,9 +6,9 @@
 
 The file holds, for each run, digests of its logits and of its scales, its metrics but for timings, and the names and
 values of params, the names of metrics, tags and files. Every run computes everything itself: nothing is read from a
-cache. Takes some five minutes on two cores; the second form ends with status 1 where anything differs, and says what.
+cache. Takes some five minutes on two cores; the second form lists what differs, and ends with status 1 then.
 
-The third form takes what was renamed in between for the same. Its file maps former names to new ones, for each kind of
+The third form allows for renames in between. Its file maps former names to new ones, for each kind of
 name: {"metrics": {"accuracy/kl": "fidelity/kl"}, "params": {}, "tags": {}}. A name that goes on as a part of others, as
 in a new prefix, is written with an asterisk at its end, and so is what replaces it; null stands for a name that is
 gone. "added" lists names (or their beginnings, with an asterisk) that are new: {"added": {"params": ["model.*"]}}.

@@ -1,5 +1,5 @@
-"""A sweep of hundreds of runs of the smallest model: whether the last costs what the first did, and what of it is
-neither the model's nor Hydra's."""
+"""A sweep of hundreds of runs of the smallest model: the cost of its last runs against its first, and the share of it
+that is neither the model's nor Hydra's."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ FIRST = sized(5, 2)
 HYDRAS = sized(50, 4)
 ALONE = sized(10, 1)
 SMALLEST = ("model=tiny", "train=fast", "latency=off", "per_layer.images=0", "saturation.exact_images=0", "calib=small")
-# What of a run isn't the model's: images looked up, files written.
+# The steps of a run that aren't the model's: loading images, writing files.
 RECORDS = ("load data", "result", OTHER)
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A job: when it ended, in seconds, and the megabytes (10^6 bytes) that the sweep's lasting processes held then."""
+    """The end of a job: its time in seconds and the memory of the sweep's lasting processes, in MB (10^6 bytes)."""
 
     at: float
     megabytes: float
 
 
 def many(outputs: str) -> None:
-    """Seconds a run and memory at both ends of RUNS runs; a run's time by whose it is; the same sweep again."""
+    """Measure seconds per run and memory at both ends of RUNS runs, a run's time by step, and the same sweep again."""
     kept = f"{outputs}/many"
     asked = ("-m", "qexp", "-m", *SMALLEST, "study=many", f"outputs={kept}", f"calib.seed=range({RUNS})")
     ended = watched(RUNS, *asked)[FIRST:]
@@ -72,7 +72,7 @@ def many(outputs: str) -> None:
 
 
 def in_processes_of_their_own(configs: list[Config], folder: Path) -> list[dict[str, float]]:
-    """The seconds that each step takes (see `study.steps`) in a process as a sweep's job has it, cold and forked."""
+    """The seconds of each step (see `study.steps`) of each configuration, in a new forked process as a sweep's job."""
     job_process.start_server()
     forked = multiprocessing.get_context("forkserver")
     with ProcessPoolExecutor(1, forked, max_tasks_per_child=1) as executor:
@@ -85,8 +85,10 @@ def each(ended: list[Ended]) -> float:
 
 
 def watched(jobs: int, *arguments: str) -> list[Ended]:
-    """A fresh interpreter that prints a line with # for each job that has ended; it ends the benchmark where it fails
-    or ends another number of jobs than `jobs`."""
+    """Run a fresh interpreter that prints a line with # for each job that has ended.
+
+    Ends the benchmark where it fails or runs another number of jobs than `jobs`.
+    """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     found: list[Ended] = []
     command = [sys.executable, *arguments]

@@ -1,4 +1,4 @@
-"""What Hydra itself takes for the jobs of a sweep: qexp's configuration is composed for each, and nothing is done.
+"""Hydra's own time for the jobs of a sweep: qexp's configuration is composed for each, and nothing is done.
 
 python -m benchmarks.nothing -m calib.seed=range(50)
 """

@@ -1,4 +1,4 @@
-"""One setting by hand: what PyTorch's tutorial on static quantization does for ResNet-18, as a plain script.
+"""One setting as a plain script: the steps of PyTorch's tutorial on static quantization, for ResNet-18.
 
     python -m benchmarks.script --data FOLDER --checkpoint FILE --granularity per_channel --batches 8
 
@@ -51,7 +51,7 @@ def options() -> argparse.Namespace:
 
 
 def normalised(pixels: list[np.ndarray]) -> Tensor:
-    """uint8 [H, W, 3] each to float32 [n, 3, H, W], contiguous as torchvision's ToTensor gives them.
+    """uint8 [H, W, 3] each to float32 [n, 3, H, W], contiguous as torchvision's ToTensor returns them.
 
     (In channels-last FP32 convolutions add up in another order, and ranges differ in their last bits.)
     """
@@ -74,7 +74,7 @@ def accuracy(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) 
 
 
 def qconfig(asked: argparse.Namespace) -> QConfig:
-    """7 bits for activations, as torch's own reduce_range gives them on x86."""
+    """A qconfig with 7 bits for activations, as torch's own reduce_range has on x86."""
     symmetric = asked.activation == "symmetric"
     observer = {"minmax": MinMaxObserver, "moving_average": MovingAverageMinMaxObserver}[asked.observer]
     activation = observer.with_args(
@@ -91,13 +91,13 @@ def qconfig(asked: argparse.Namespace) -> QConfig:
 
 
 def scripted(model: nn.Module, image: Tensor, path: Path) -> nn.Module:
-    """Traced, frozen, saved and loaded back."""
+    """The model, traced, frozen, saved and loaded back."""
     torch.jit.save(torch.jit.freeze(torch.jit.trace(model, image)), path)
     return torch.jit.load(path)
 
 
 def milliseconds(variants: dict[str, Callable[[Tensor], Tensor]], images: Tensor) -> dict[str, float]:
-    """The median of each, timed in turns of at least a block."""
+    """The median time of each, timed alternately in blocks."""
     batches = images.split(1)
     calls: dict[str, list[float]] = {name: [] for name in variants}
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""How much the benchmarks do: all of it, or as little as shows that they still run (QEXP_BENCH_SIZE=smallest)."""
+"""The benchmarks' size: full, or with QEXP_BENCH_SIZE=smallest only enough to show that they still run."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ T = TypeVar("T")
 
 
 def sized(full: T, smallest: T) -> T:
-    """The value for the size that the environment asks for, which processes started by a benchmark inherit."""
+    """The value for the size that the environment sets, which a benchmark's child processes inherit."""
     return smallest if os.environ.get("QEXP_BENCH_SIZE") == "smallest" else full

@@ -1,4 +1,4 @@
-"""What qexp's own work costs beside the bare passes of the model that it can't do without."""
+"""The cost of qexp's own work over the bare forward passes that it needs."""
 
 from __future__ import annotations
 
@@ -59,8 +59,10 @@ def ratio(title: str, numerator: Callable[[], object], denominator: Callable[[],
 
 
 def calibration(outputs: str) -> None:
-    """A pass that serves all observers, and that of torch's histogram, over a bare FP32 pass over the same IMAGES;
-    what each observer then takes to find its ranges; and the peak memory of a pass over FEW and over MANY images."""
+    """Time a calibration pass for all observers, and one of torch's histogram, over a bare FP32 pass of IMAGES.
+
+    Then the time in which each observer finds its ranges, and the peak memory of a pass over FEW and over MANY images.
+    """
     for model in MODELS:
         config = composed(outputs, "latency=off", f"model={model}")
         data = load_data(config.dataset, Path(config.outputs) / "cache")
@@ -98,7 +100,7 @@ def calibration(outputs: str) -> None:
 
 
 def peak_memory(outputs: str, model: str, count: int) -> int:
-    """The most that this process ever held, in MB of 10^6 bytes, after a calibration pass over `count` images."""
+    """This process's peak memory, in MB of 10^6 bytes, after a calibration pass over `count` images."""
     config = composed(outputs, "latency=off", f"model={model}")
     data = load_data(config.dataset, Path(config.outputs) / "cache")
     indices = np.arange(count) % len(data.train)
@@ -115,8 +117,10 @@ def peak_memory(outputs: str, model: str, count: int) -> int:
 
 
 def whole_run(outputs: str) -> None:
-    """A run from a kept float model, FP32 predictions kept and no timing, over a bare INT8 pass over the images; each
-    is calibrated with other images."""
+    """Time runs with a cached float model and FP32 predictions, without timing, over a bare INT8 pass over the images.
+
+    Each run is calibrated with other images.
+    """
     jobs = (composed(outputs, "latency=off", f"model={MODELS[0]}", f"calib.seed={seed}") for seed in itertools.count())
     config = next(jobs)
     folder = Path(config.outputs) / "run"

@@ -42,16 +42,16 @@ GRANULARITIES = sized(("per_tensor", "per_channel"), ("per_channel",))
 SCHEMES = sized(("asymmetric", "symmetric"), ("symmetric",))
 OBSERVERS = sized(("minmax", "moving_average", "percentile", "mse"), ("minmax", "mse"))
 BATCHES = sized((4, 16, 56), (4,))  # the digits have images for 56
-# Those that the script has; in place of another it runs the first, a lower bound of its cost.
+# The observers that the script has; in place of any other it runs the first, a lower bound of its cost.
 SCRIPT_OBSERVERS = ("minmax", "moving_average")
-# Of the settings every fifth is given to the script: each value of each comes up.
+# The script runs every fifth setting: each value of each occurs.
 SCRIPT_STRIDE = sized(5, 1)
 BARE_PASSES = 2
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One run of the study, by the values of what varies."""
+    """One run of the study, by the values of its settings."""
 
     granularity: str
     scheme: str
@@ -61,7 +61,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Found:
-    """What was found with one setting; timed: whether its latency was measured, and not carried from another run."""
+    """The result of one setting. timed: True if its latency was measured, not taken from another run."""
 
     fp32: float
     int8: float
@@ -72,7 +72,7 @@ SETTINGS = [Setting(*values) for values in itertools.product(GRANULARITIES, SCHE
 
 
 def study(outputs: str) -> None:
-    """Runs an hour of both, what a run costs beside a bare INT8 pass, and whether accuracies agree."""
+    """Measure runs per hour of both, the cost of a run over a bare INT8 pass, and the agreement of accuracies."""
     data, checkpoint = given(Path(outputs))
     print(f"images of {data}")
     kept = Path(outputs) / "study"
@@ -80,8 +80,8 @@ def study(outputs: str) -> None:
         "dataset=imagefolder", f"dataset.root={data}", f"model.checkpoint={checkpoint}",
         "latency=quick", "qconfig.overflow=activations",
     )  # fmt: skip
-    # Of runs of their own, elsewhere, one for each kind of kernels, and between all else: a machine that others use is
-    # not as fast at all times. (The system has read the image files by then, so both sides find them in its memory.)
+    # Of runs of their own, elsewhere, one for each kind of kernels, and between all else: a shared machine is not
+    # equally fast at all times. (The system has read the image files by then, so both sides find them in its memory.)
     bare = bare_passes(Path(outputs) / "elsewhere", fixed)
     passes: dict[str, list[float]] = {name: [] for name in bare}
 
@@ -130,13 +130,13 @@ def say(title: str, each: float) -> None:
 
 
 def listed(took: Mapping[str, float]) -> str:
-    """Seconds by name, the longest first; what takes less than a hundredth is left out."""
+    """Seconds by name as text, the longest first; shares below a hundredth are left out."""
     longest = sorted(took.items(), key=lambda item: -item[1])
     return ", ".join(f"{name} {value:.2f}" for name, value in longest if value >= 0.01)
 
 
 def given(outputs: Path) -> tuple[Path, Path]:
-    """The folder of images and the checkpoint that the environment names; else both are made, of the digits."""
+    """The folder of images and the checkpoint that the environment names, or both made from the digits."""
     data, checkpoint = os.environ.get("QEXP_BENCH_DATA"), os.environ.get("QEXP_BENCH_CHECKPOINT")
     if data and checkpoint:
         return Path(data).absolute(), Path(checkpoint).absolute()
@@ -157,7 +157,7 @@ def given(outputs: Path) -> tuple[Path, Path]:
 
 
 def python(*arguments: str) -> str:
-    """What a fresh interpreter prints; it ends the benchmark where it fails."""
+    """The output of a fresh interpreter; ends the benchmark where it fails."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -166,7 +166,7 @@ def python(*arguments: str) -> str:
 
 
 def sweep(outputs: Path, fixed: tuple[str, ...]) -> None:
-    """All settings as one sweep, as a user starts it."""
+    """Run all settings as one sweep, as a user does."""
     varied = {
         "qconfig.weight.granularity": GRANULARITIES,
         "qconfig.activation.scheme": SCHEMES,
@@ -177,7 +177,7 @@ def sweep(outputs: Path, fixed: tuple[str, ...]) -> None:
 
 
 def read(outputs: Path) -> dict[Setting, Found]:
-    """What the jobs of a sweep left in their folders."""
+    """The results of a sweep's jobs, read from their folders."""
     found = {}
     for file in sorted(outputs.glob("sweeps/*/*/config.json")):
         config = conversion.from_plain(json.loads(file.read_text()))
@@ -191,7 +191,7 @@ def read(outputs: Path) -> dict[Setting, Found]:
 
 
 def script(setting: Setting, data: Path, checkpoint: Path) -> tuple[float, dict[str, Any]]:
-    """The seconds that a fresh process of the script takes for a setting, start-up and all, and what it prints."""
+    """The seconds that a fresh process of the script takes for a setting, start-up included, and its output."""
     observer = setting.observer if setting.observer in SCRIPT_OBSERVERS else SCRIPT_OBSERVERS[0]
     started = time.perf_counter()
     said = python(
@@ -203,7 +203,7 @@ def script(setting: Setting, data: Path, checkpoint: Path) -> tuple[float, dict[
 
 def one_more(outputs: str, *fixed: str) -> dict[str, float]:
     """The seconds of each step of one more run of the study, with other calibration images than any before it."""
-    # As a job of the sweep; the first in this process, whose imports and libraries are still cold, is not looked at.
+    # As a job of the sweep. The first one in this process only warms up imports and libraries.
     jobs = [composed(outputs, *fixed, "sweep=study", f"calib.seed={seed}") for seed in (1, 2)]
     folder = Path(outputs) / "one_more"
     folder.mkdir(parents=True)
@@ -212,7 +212,7 @@ def one_more(outputs: str, *fixed: str) -> dict[str, float]:
 
 
 def bare_passes(outputs: Path, fixed: tuple[str, ...]) -> dict[str, Callable[[], None]]:
-    """By name, a bare pass for every granularity and scheme of the study."""
+    """A bare pass for every granularity and scheme of the study, by name."""
     return {
         f"{granularity} {scheme}": bare_pass(
             outputs, f"{granularity}_{scheme}", *fixed, f"qconfig.weight.granularity={granularity}",

@@ -1,4 +1,4 @@
-"""Whether the timing protocol tells the truth where the truth is known."""
+"""The timing protocol's errors where the true ratio is known."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RUNTIMES = ("eager", "torchscript")
 
 
 def made(outputs: str, name: str, *overrides: str) -> tuple[Config, Path, np.ndarray, dict[str, np.ndarray]]:
-    """A run's folder with its saved models, the images to time with, and what these give."""
+    """A run's folder with its saved models, the images to time with, and the models' outputs for them."""
     config = composed(outputs, "saturation.exact_images=0", *overrides)
     folder = Path(outputs) / name
     folder.mkdir(parents=True)
@@ -34,8 +34,10 @@ def made(outputs: str, name: str, *overrides: str) -> tuple[Config, Path, np.nda
 
 
 def against_itself(outputs: str) -> None:
-    """FP32 timed against itself by the protocol `publish`, as a run's control is: how many of the 95% intervals contain
-    1, how wide they are."""
+    """Time FP32 against itself by the protocol `publish`, as a run's control does.
+
+    Prints how many of the 95% intervals contain 1, and their widths.
+    """
     runs = {name: made(outputs, f"aa_{name}", "latency=publish", f"runtimes=[{name}]", *PROTOCOL) for name in RUNTIMES}
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in RUNTIMES}
     valid = 0
@@ -56,7 +58,7 @@ def against_itself(outputs: str) -> None:
 
 
 def order(outputs: str) -> None:
-    """FP32 over INT8 with the variants given in one order, and in the other, by the protocol `standard`."""
+    """Time FP32 over INT8 by the protocol `standard`, with the variants in one order and in the other."""
     for number, runtimes in enumerate(("[eager,torchscript]", "[torchscript,eager]")):
         with_order = f"runtimes={runtimes}"
         config, folder, inputs, logits = made(outputs, f"order{number}", "latency=standard", with_order, *PROTOCOL)

@@ -1,1 +1,1 @@
-"""The machine, its processes, the disk cache, the console and what must not be printed."""
+"""The machine and its lock, processes, the disk cache, downloads, the console and the masking of credentials."""

@@ -1,11 +1,11 @@
-"""What is the same is computed once: arrays on disk, found by a key, written atomically, verified whenever opened.
+"""The disk cache: arrays and files that are found by a key, written atomically, and verified whenever opened.
 
 An entry is `<sha256 of the key>.npy`: a .npy file followed by a SHA-256 over everything before it. A truncated or
-altered entry is therefore recognised, and rebuilt. Using an entry sets its modification time; within `bounded`, a new
-one takes the place of those that were not used for longest. A file in another library's format is `<sha256>.file`, and
-the entry beside it holds its digest.
+altered entry is therefore recognised and rebuilt. Using an entry sets its modification time; within `bounded`, new
+entries replace the least recently used. A file in another library's format is `<sha256>.file`, and the entry beside it
+holds its digest.
 
-Where the folder is None nothing is cached: all is made, and stays in memory.
+Where the folder is None nothing is cached: everything is computed, and stays in memory.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _SEAL = hashlib.sha256().digest_size
 _CHUNK = 1 << 22
 _DAMAGED = "the cache entry %s is damaged (%s); it is made anew"
 
-# The bytes that a folder may hold, set by `bounded`, and those that each was found to hold since, with what was added.
+# The most bytes that a folder may hold, set by `bounded`, and the size of each folder, as last measured plus additions.
 _limit = math.inf
-_taken: dict[Path, int] = {}
-# What this process has mapped, and the entry's file.
+_sizes: dict[Path, int] = {}
+# The memory maps of this process, with their entries' files.
 _mapped: weakref.WeakKeyDictionary[mmap.mmap, Path] = weakref.WeakKeyDictionary()
 
 
@@ -54,10 +54,10 @@ class Entry:
 
 
 def array(folder: Path | None, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """The array kept in `folder` under `key`, as a read-only memory map; what `make` returns is kept if there is none.
+    """The array cached in `folder` under `key`, as a read-only memory map; made by `make` and cached if there is none.
 
-    `key` must name everything that the array depends on. Processes that ask for one entry at the same moment make it
-    once. Raises InputError if the folder can't be written, or is full.
+    `key` must name everything that the array depends on. Of several processes that ask for an entry at the same moment,
+    one makes it. Raises InputError if the folder can't be written, or is full.
     """
 
     def write(path: Path) -> None:
@@ -72,8 +72,7 @@ def array(folder: Path | None, key: str, make: Callable[[], np.ndarray]) -> np.n
 
 
 def arrays(folder: Path | None, key: str, make: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """As `array`, for several arrays that belong together, by name, as one array with fields; they come back in
-    memory."""
+    """As `array`, for several arrays by name, cached as one structured array and returned as copies in memory."""
 
     def packed() -> np.ndarray:
         fields = {name: np.asarray(value) for name, value in make().items()}
@@ -86,13 +85,13 @@ def arrays(folder: Path | None, key: str, make: Callable[[], Mapping[str, np.nda
 
 
 def find(folder: Path | None, key: str) -> np.ndarray | None:
-    """The array cached in `folder` under `key`, as a read-only memory map; None where there is none that is whole."""
+    """The array cached in `folder` under `key`, as a read-only memory map; None where there is no intact entry."""
     found = None if folder is None else _open(_path(folder, key))
     return None if found is None else found.array
 
 
 def find_arrays(folder: Path | None, key: str) -> dict[str, np.ndarray] | None:
-    """As `find`, for what `arrays` keeps."""
+    """As `find`, for arrays that `arrays` has cached."""
     packed = find(folder, key)
     return None if packed is None else _unpacked(packed)
 
@@ -102,13 +101,13 @@ def _unpacked(packed: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def file(folder: Path | None, key: str, make: Callable[[Path], object], target: Path) -> str:
-    """Put the file kept in `folder` under `key` at `target`, and return its SHA-256 in hex.
+    """Put the file cached in `folder` under `key` at `target`, and return its SHA-256 in hex.
 
-    It is kept where there is none yet, as `make` writes it to the path that it is given. `target` becomes another name
-    of the same bytes where the disk allows, else a copy. Raises InputError as `array` does.
+    Where there is none, `make` writes it to the path that it is given. `target` becomes a hard link to the cached file
+    where the file system allows, else a copy. Raises InputError as `array` does.
     """
     if folder is None:
-        target.unlink(missing_ok=True)  # it may be another name of an entry
+        target.unlink(missing_ok=True)  # it may be a hard link to an entry
         make(target)
         return digest_of(target)
     path = _path(folder, key)
@@ -137,8 +136,8 @@ def file(folder: Path | None, key: str, make: Callable[[Path], object], target: 
         with temporary.open("rb+") as made:
             os.fsync(made.fileno())
         temporary.replace(held)
-        _taken.pop(folder, None)  # to be looked through again
-        _link(held, target)  # before room is made, which may take this one too
+        _sizes.pop(folder, None)  # so that it is measured again
+        _link(held, target)  # before room is made, which may remove this entry too
         return np.frombuffer(bytes.fromhex(digest_of(target)), np.uint8)
 
     try:
@@ -146,7 +145,7 @@ def file(folder: Path | None, key: str, make: Callable[[Path], object], target: 
         if found is not None:
             return found
         folder.mkdir(parents=True, exist_ok=True)
-        with _made_once(path.with_suffix(".file.lock")):
+        with _locked(path.with_suffix(".file.lock")):
             found = placed()  # another process may have made it while this one waited
             if found is None:
                 _remove(path)
@@ -159,10 +158,10 @@ def file(folder: Path | None, key: str, make: Callable[[Path], object], target: 
 
 
 def _link(path: Path, target: Path) -> None:
-    target.unlink(missing_ok=True)  # to write into it would write into the entry of which it is another name
+    target.unlink(missing_ok=True)  # writing into a hard link would change the entry
     try:
         os.link(path, target)
-    except OSError:  # of this disk; or there is nothing, which the copy says, too
+    except OSError:  # no hard links here; or no file, for which the copy raises too
         shutil.copyfile(path, target)
 
 
@@ -174,12 +173,14 @@ def digest_of(path: Path) -> str:
 
 @contextmanager
 def bounded(gigabytes: float) -> Iterator[None]:
-    """Meanwhile each new entry makes room in its folder: those that were not used for longest are removed until all
-    together take no more than `gigabytes` (10^9 bytes), or only what this process has in use is left. What another
-    process adds is counted by the next context."""
+    """Bound the size of cache folders within the context.
+
+    After each new entry, the least recently used are removed until the folder takes no more than `gigabytes` (10^9
+    bytes) or only entries that this process uses are left. Additions by other processes count from the next context on.
+    """
     global _limit
     before, _limit = _limit, 1e9 * gigabytes
-    _taken.clear()
+    _sizes.clear()
     try:
         yield
     finally:
@@ -187,11 +188,11 @@ def bounded(gigabytes: float) -> Iterator[None]:
 
 
 def _make_room(folder: Path, added: int) -> None:
-    """added: bytes of what is new in there. All of it is looked through only if these may be too many."""
+    """Remove the least recently used entries where `added` bytes exceed the bound; only then is the folder measured."""
     if _limit == math.inf:
         return
-    if folder in _taken and _taken[folder] + added <= _limit:
-        _taken[folder] += added
+    if folder in _sizes and _sizes[folder] + added <= _limit:
+        _sizes[folder] += added
         return
     entries: list[tuple[int, int, Path]] = []
     for path in (*folder.glob("*.npy"), *folder.glob("*.file")):
@@ -203,17 +204,17 @@ def _make_room(folder: Path, added: int) -> None:
         if taken <= _limit:
             break
         if path not in in_use:
-            # Another process that has it mapped keeps its content.
+            # A process that has it mapped can still read it.
             _remove(path)
             taken -= size
             log.info("removed %s from the cache, which may hold %g GB", path, _limit / 1e9)
-    _taken[folder] = taken
+    _sizes[folder] = taken
 
 
 def filled(
     folder: Path | None, key: str, shape: tuple[int, ...], dtype: Any, fill: Callable[[np.ndarray], None]
 ) -> Entry:
-    """As `array`, for what need not fit into memory: `fill` writes into a memory map of `shape` and `dtype`."""
+    """As `array`, for arrays larger than memory: `fill` writes into a memory map of `shape` and `dtype`."""
     if folder is None:
         return _filled(np.empty(shape, dtype), fill)
 
@@ -228,7 +229,7 @@ def filled(
 
 
 def scratch(folder: Path | None, shape: tuple[int, ...], dtype: Any, fill: Callable[[np.ndarray], None]) -> Entry:
-    """As `filled`, for what no key can name: kept on disk, but only as long as this process uses it."""
+    """As `filled`, without a key: on disk only as long as this process uses it."""
     if folder is None:
         return _filled(np.empty(shape, dtype), fill)
     size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
@@ -263,7 +264,7 @@ def _entry(folder: Path, key: str, write: Callable[[Path], None]) -> Entry:
         return found
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = _made_once(path.with_suffix(".lock"))
+        held = _locked(path.with_suffix(".lock"))
     except OSError as error:
         raise _unwritable(folder, error) from error
     with held:
@@ -271,8 +272,8 @@ def _entry(folder: Path, key: str, write: Callable[[Path], None]) -> Entry:
         return found if found is not None else _make(folder, path, write)
 
 
-def _made_once(path: Path) -> AcquireReturnProxy:
-    """Hold the lock of an entry; whoever waits for it leaves the machine to others."""
+def _locked(path: Path) -> AcquireReturnProxy:
+    """Hold the lock of an entry; a process that waits for it releases the machine's lock meanwhile."""
     held = FileLock(path)
     try:
         return held.acquire(blocking=False)
@@ -282,7 +283,7 @@ def _made_once(path: Path) -> AcquireReturnProxy:
 
 
 def _make(folder: Path, path: Path, write: Callable[[Path], None]) -> Entry:
-    # The lock is held, so whatever stands under this name was left by a process that was killed.
+    # The lock is held, so a file of this name was left by a process that was killed.
     temporary = path.with_suffix(".tmp")
     try:
         temporary.unlink(missing_ok=True)
@@ -308,7 +309,7 @@ def _make(folder: Path, path: Path, write: Callable[[Path], None]) -> Entry:
 
 
 def _open(path: Path) -> Entry | None:
-    """The entry at `path`, or None where there is none, or none that is whole."""
+    """The entry at `path`, or None where there is no intact one."""
     try:
         with path.open("rb") as file:
             found = _Content.of(file, sealed=True)
@@ -322,14 +323,14 @@ def _open(path: Path) -> Entry | None:
         log.info(_DAMAGED, path, error)
         return None
     _mapped[values._mmap] = path.with_suffix(".npy")
-    with suppress(OSError):  # a cache that can only be read is used all the same
+    with suppress(OSError):  # a read-only cache is used all the same
         os.utime(path)
     return Entry(values, found.sha256())
 
 
 @dataclass(frozen=True)
 class _Content:
-    """The bytes of a .npy file in two digests, so that one pass gives the checksum of the file and of the values."""
+    """Digests of a .npy file's header and values, from one pass, for the checksums of the file and of the values."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -338,7 +339,7 @@ class _Content:
 
     @staticmethod
     def of(file: BinaryIO, sealed: bool) -> _Content:
-        """Raises ValueError, EOFError or OSError for what is no whole .npy file."""
+        """Read an open file. Raises ValueError, EOFError or OSError where it is no intact .npy file."""
         size = os.fstat(file.fileno()).st_size - (_SEAL if sealed else 0)
         if size <= 0 or np.lib.format.read_magic(file) != (1, 0):
             raise ValueError("it is truncated")
@@ -363,7 +364,7 @@ class _Content:
 
 
 def _checksum(shape: tuple[int, ...], dtype: np.dtype[Any], values: bytes) -> str:
-    # without the header, whose text is numpy's own affair
+    # without the header, whose text may differ between versions of numpy
     return hashlib.sha256(f"{dtype.str} {tuple(shape)} ".encode() + values).hexdigest()
 
 
@@ -375,7 +376,7 @@ def _remove(path: Path) -> None:
 
 
 def _reserve(path: Path, size: int) -> None:
-    """Raises OSError at once where `path` can't grow to `size` bytes."""
+    """Allocate `size` bytes for `path`; raises OSError at once where the disk has no room."""
     with path.open("r+b") as file:
         _allocate(file.fileno(), size)
 
@@ -397,5 +398,5 @@ def _unwritable(folder: Path, error: OSError) -> InputError:
 
 
 def hash_of(parts: Any) -> str:
-    """sha256 of plain values, as hexadecimal text."""
+    """The SHA-256 of plain values, in hex."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

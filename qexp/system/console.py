@@ -1,8 +1,7 @@
-"""Standard output and error on which nothing fails and no credential is seen: what is printed is no reason to lose a
-run.
+"""Standard output and error that never fail a run and never show a credential.
 
-A reader that has gone (`| head -1`), a closed terminal or a full disk ends the printing and not the runs; what an
-encoding lacks is spelled in ASCII; a stream that was closed from the start is none.
+A reader that has gone (`| head -1`), a closed terminal or a full disk ends the printing and not the runs; characters
+that an encoding lacks are written in ASCII; a stream that was closed from the start becomes one to nowhere.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ SPELLED = {
     "é": "e", "’": "'", "“": '"', "”": '"',
 }  # fmt: skip
 
-# Whoever read it has left, and knows.
+# The reader has left, and needs no message.
 _READER_GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
 
 
 def _spell(error: UnicodeError) -> tuple[str, int]:
-    """In ASCII, what an encoding lacks: as SPELLED, else by its number, as Python writes it in a string."""
+    """Write characters that an encoding lacks as SPELLED has them, else as Python escapes them in a string."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lacking = error.object[error.start : error.end]
@@ -38,7 +37,7 @@ codecs.register_error("qexp.spell", _spell)
 
 
 class Stream(io.TextIOWrapper):
-    """A standard stream without credentials, which goes on as one to nowhere where it can't be written to any more."""
+    """A standard stream that masks credentials, and that writes to nowhere once writing has failed."""
 
     def write(self, text: str) -> int:
         try:
@@ -59,31 +58,31 @@ class Stream(io.TextIOWrapper):
         number = self.fileno()
         with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
             os.dup2(nowhere.fileno(), number)
-        super().flush()  # what waits would be tried again
+        super().flush()  # discards the buffer, which would otherwise be written again
         if error.errno not in _READER_GONE and number == STREAMS["stdout"]:
             print(f"standard output can't be written to ({error.strerror}): the runs go on without.", file=sys.stderr)
 
 
 def protect() -> None:
-    """From now on standard output and error of this process are such streams, and none is closed."""
+    """Replace this process's standard output and error by such streams; open those that were closed."""
     for name, number in STREAMS.items():
         try:
             os.fstat(number)
-        except OSError:  # the next file that is opened would take its place
+        except OSError:  # closed: the next file that is opened would get its number
             nowhere = os.open(os.devnull, os.O_RDWR)
             if nowhere != number:
                 os.dup2(nowhere, number)
                 os.close(nowhere)
         stream = getattr(sys, name)
         if name == "stdin" or (stream is not None and type(stream) is not io.TextIOWrapper):
-            continue  # somebody else's, or such a stream already
+            continue  # another library's, or such a stream already
         if stream is not None:
             stream.flush()
         setattr(sys, name, _over(number, stream))
 
 
 def _over(number: int, stream: io.TextIOWrapper | None) -> Stream:
-    """The stream of this number. stream: Python's own, None where it was closed."""
+    """A Stream on descriptor `number`. stream: Python's own, None where it was closed."""
     binary = io.open(number, "wb", closefd=False)  # noqa: UP020, SIM115
     by_line = number == STREAMS["stderr"] or getattr(stream, "line_buffering", False)
     at_once = getattr(stream, "write_through", False)

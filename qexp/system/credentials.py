@@ -1,9 +1,10 @@
-"""Credentials, and how whatever is written, logged or printed is rid of them.
+"""Masking of credentials in everything that is written, logged or printed.
 
-What is a credential is told by its place: the password in the address of a server or database, a parameter, setting or
-environment variable of such a name. What stood in such places (`learn`) is known, and is found where it stands alone,
-as in another library's error. In memory settings are as they were given; they are masked at the doors: in files
-(`config.plain`, Hydra's), in logs (`keep_out_of_logs`), on the terminal (`console.Stream`), and in MLflow (`tracking`).
+A credential is recognised by its place: the password in the address of a server or database, or the value of a
+parameter, setting or environment variable of such a name. Values found in such places (`learn`) are remembered, and are
+masked where they stand alone too, as in another library's error. In memory settings are as they were given; they are
+masked on the way out: in files (`identity.plain`, Hydra's), in logs (`keep_out_of_logs`), on the terminal
+(`console.Stream`), and in MLflow (`tracking`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _NAME = r"""(?:
 )"""  # as the last part of a setting's name; a class_token is a model's
 _SETTING = re.compile(_NAME, re.VERBOSE | re.IGNORECASE)
 _VARIABLE = re.compile(rf"{_NAME}|\w*_(?:token|pat)", re.VERBOSE | re.IGNORECASE)
-_NO_SECRETS = ("PWD", "OLDPWD")  # what the shell calls its folders
+_NO_SECRETS = ("PWD", "OLDPWD")  # the shell's working folders
 
 # The password of an address; it may hold a slash, as SQLAlchemy reads it, and a port is none.
 _ADDRESS = re.compile(
@@ -48,7 +49,7 @@ _MAPPED = re.compile(
         (?P<secret>'[^']*'|"[^"]*"|(?!null\b|\$\{{)[^\s,'"{{}}\[\]]+)""",
     re.VERBOSE | re.IGNORECASE | re.MULTILINE,
 )
-# Each with what no text without can hold it; the patterns themselves take long.
+# Each with a cheap pattern that a text must match to hold one, since the patterns themselves are slow.
 _PLACES = (
     (re.compile("@"), (_ADDRESS, _BARE)),
     (
@@ -56,19 +57,19 @@ _PLACES = (
         (_ASSIGNED, _MAPPED),
     ),
 )
-# The whole of a setting, whose password may hold anything.
+# An address that is the whole value of a setting: its password may hold any character.
 _WHOLE = re.compile(r"""['"]?[a-z][\w+.\-]*:/{1,3}[^/:@]*:(?P<secret>.+)@""", re.IGNORECASE | re.DOTALL)
 
 _known: set[str] = set()
 
 
 def is_credential(name: str) -> bool:
-    """Whether a setting of this (dotted) name holds one."""
+    """True if a setting of this (dotted) name holds a credential."""
     return _SETTING.fullmatch(name.rpartition(".")[2]) is not None
 
 
 def masked(text: str) -> str:
-    """`text` with MASK in place of every credential."""
+    """`text` with every credential replaced by MASK."""
     for hint, places in _PLACES:
         if hint.search(text):
             for place in places:
@@ -80,7 +81,7 @@ def masked(text: str) -> str:
 
 
 def masked_tree(value: Any, name: str = "") -> Any:
-    """Nested mappings and lists with MASK in place of every credential. name: of the setting that has this value."""
+    """Nested mappings and lists with every credential replaced by MASK. name: of the setting that has this value."""
     if isinstance(value, Mapping):
         return {key: masked_tree(item, str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -97,7 +98,7 @@ def masked_tree(value: Any, name: str = "") -> Any:
 
 
 def learn(value: Any, name: str = "") -> None:
-    """Know the credentials in settings: mappings, lists and dataclasses, or a text such as an address or override."""
+    """Remember the credentials in settings: mappings, lists, dataclasses, or a text such as an address or override."""
     if is_dataclass(value) and not isinstance(value, type):
         learn(asdict(value))
     elif isinstance(value, Mapping):
@@ -113,7 +114,7 @@ def learn(value: Any, name: str = "") -> None:
 
 
 def learn_environment() -> None:
-    """Know the credentials in this process's environment variables."""
+    """Remember the credentials in this process's environment variables."""
     for name, value in os.environ.items():
         if name not in _NO_SECRETS:
             learn(value, "password" if _VARIABLE.fullmatch(name) else "")
@@ -134,13 +135,13 @@ def _forms(secret: str) -> Sequence[str]:
 
 
 def _is_telling(secret: str) -> bool:
-    """Whether a credential can be looked for by itself: a word or a number may stand for something else."""
+    """True if a credential can be masked wherever it stands: a short word or number may mean something else."""
     plain = secret.isalpha() or secret.isdigit()
     return secret != MASK and not secret.startswith("${") and len(secret) >= (12 if plain else 6)
 
 
 class Formatter(logging.Formatter):
-    """Lines as another formatter makes them, without credentials."""
+    """Formats records as another formatter does, with credentials masked."""
 
     def __init__(self, lines: logging.Formatter) -> None:
         super().__init__()
@@ -151,7 +152,7 @@ class Formatter(logging.Formatter):
 
 
 def keep_out_of_logs() -> None:
-    """From now on the root's handlers, whoever configured them, write none."""
+    """Mask credentials in what the root logger's handlers write from now on, whoever configured them."""
     for handler in logging.root.handlers:
         if not isinstance(handler.formatter, Formatter):
             handler.setFormatter(Formatter(handler.formatter or logging.Formatter()))

@@ -1,4 +1,4 @@
-"""Files from the network, whole or not at all."""
+"""Downloads that leave a complete file or none."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-TIMEOUT = 15.0  # seconds without an answer
+TIMEOUT = 15.0  # seconds without a response
 _CHUNK = 1 << 16
 
 
 def download(url: str, path: Path, is_right: Callable[[Path], bool]) -> None:
-    """Fetch `url` to `path`, whose folder is made, with a progress bar where there is a terminal.
+    """Fetch `url` to `path`, whose folder is created, with a progress bar where stderr is a terminal.
 
-    is_right: checks the file that came, before it takes its place. Raises OSError, whose text says why `url` could not
-    be fetched; no partial file stays then.
+    is_right: checks the file before it is put at `path`. Raises OSError, whose text says why `url` could not be
+    fetched, and leaves no partial file.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ UNKNOWN = "unknown"
 # The space of process ids outside of containers (PROC_PID_INIT_INO in Linux's include/linux/proc_ns.h).
 FIRST_PID_SPACE = "pid:[4026531836]"
 
-# Seconds; Linux rounds the time of the system's start to a whole one, and not always to the same.
+# Seconds; Linux rounds the time of the system's start to a whole second, not always to the same one.
 SAME_START = 2.0
 
 # From the most to the least capable: the tag of the first whose flags (Linux's names) are all there.
@@ -62,7 +62,7 @@ class Machine:
 
 
 def describe(root: Path = Path("/")) -> Machine:
-    """The machine as it is now. root: where `proc` and `sys` are, for tests."""
+    """The machine as it is now. root: the folder of `proc` and `sys`, for tests."""
     text = _read(root / "proc/cpuinfo")
     flags = _flags(text)
     siblings = core_siblings(root)
@@ -197,16 +197,17 @@ def allowed_cpus() -> tuple[int, ...]:
 
 
 def allowed_cores(root: Path = Path("/")) -> int:
-    """How many threads can run at the same time here: by affinity, and by the control groups' share of time."""
+    """The number of threads that can run at the same time, by affinity and by the control groups' share of time."""
     limit = cpu_limit(root)
     count = len(allowed_cpus())
     return count if limit is None else max(1, min(count, math.floor(limit)))
 
 
 def separate_cores(count: int, root: Path = Path("/")) -> list[int]:
-    """`count` logical processors that this process may run on, of as many physical cores as there are.
+    """The numbers of `count` logical processors that this process may use, on as many physical cores as possible.
 
-    From the last core on, since the system likes to serve its interrupts on the first. Fewer where fewer are allowed.
+    Taken from the last core on, since the system tends to serve interrupts on the first; fewer where fewer are
+    allowed.
     """
     allowed = set(allowed_cpus())
     cores = [[cpu for cpu in threads if cpu in allowed] for threads in core_siblings(root)]
@@ -217,7 +218,7 @@ def separate_cores(count: int, root: Path = Path("/")) -> list[int]:
 
 
 def pin(cores: Sequence[int]) -> None:
-    """Keep this process, with the threads that it has and those to come, on these processors, where the system can."""
+    """Bind all threads of this process, present and future, to these processors, where the system supports it."""
     if hasattr(os, "sched_setaffinity"):
         for thread in psutil.Process().threads():
             with suppress(ProcessLookupError):  # it has just ended
@@ -225,7 +226,7 @@ def pin(cores: Sequence[int]) -> None:
 
 
 def host() -> str:
-    """Which processes can be seen from here: the machine's name, with the space of process ids within a container."""
+    """The machine's name, with the space of process ids within a container: processes of one host see each other."""
     name = platform.node() or UNKNOWN
     with suppress(OSError):
         space = str(Path("/proc/self/ns/pid").readlink())
@@ -234,21 +235,21 @@ def host() -> str:
 
 
 def since_boot(process: psutil.Process) -> float:
-    """Seconds from the start of the system to that of a process: steps of the clock change nothing in it."""
+    """Seconds from the start of the system to that of a process, which don't change when the clock is set."""
     return float(process.create_time() - psutil.boot_time())
 
 
 def is_running(pid: int, started: float) -> bool:
-    """Whether the process that had this id and this `since_boot` still runs; True where that can't be told.
+    """True if the process that had this id and this `since_boot` still runs, or where the system doesn't say.
 
-    A process that was killed, and that its parent has taken no note of (a zombie), runs no more.
+    A zombie, whose parent has not waited for it, counts as ended.
     """
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # another user's, and perhaps hidden, which psutil takes for gone
+        pass  # another user's, and perhaps hidden, which psutil reports as ended
     try:
         process = psutil.Process(pid)
         return process.status() != psutil.STATUS_ZOMBIE and abs(since_boot(process) - started) < SAME_START
@@ -256,7 +257,7 @@ def is_running(pid: int, started: float) -> bool:
         return True
 
 
-# Environment variables that change how libraries compute or wait, by how they begin.
+# Prefixes of environment variables that change how libraries compute or wait.
 _LIBRARIES = ("OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "FBGEMM_", "ATEN_", "TORCHINDUCTOR_", "LD_PRELOAD")
 
 

@@ -1,13 +1,13 @@
-"""The machine's lock: shared by whatever computes, held alone by what times.
+"""The machine's lock: shared by every process that computes, held alone by one that times.
 
     with machine_lock.computing():      # a job; each batch within it is a slice, marked by another `computing()`
         with machine_lock.released():   # while it waits for something else, such as another process's lock
-    with machine_lock.timing():         # nobody else computes meanwhile
+    with machine_lock.timing():         # no other process computes meanwhile
 
-One lock for all users of the machine, made of two files and the system's `flock`, which it drops when a process ends,
-killed or not. Whoever wants to compute passes the gate (holds the first file for a moment) to share the second; whoever
-wants to time keeps the gate shut from then on, so that it has the second to itself when the slices that have begun are
-over. Both kinds queue at the gate, so neither can keep the other out.
+One lock for all users of the machine, made of two files and the system's `flock`, which is released when a process
+ends, killed or not. To compute, a process holds the first file (the gate) for a moment and then shares the second. To
+time, it keeps the gate locked, so that it has the second to itself as soon as the slices that have started are over.
+Both kinds queue at the gate, so neither can keep the other out.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 PATIENCE = 60.0  # seconds that timing waits for a slice to end
-POLL = 0.005  # seconds between two looks at whether it has
+POLL = 0.005  # seconds between two attempts
 
 
 @dataclass(frozen=True)
 class _Files:
-    """Descriptors of the open files."""
+    """Descriptors of the two open files."""
 
     gate: int
     shared: int
 
 
-class _Mine(threading.local):
-    """What the thread holds: the files where it computes, `alone` where it times."""
+class _Held(threading.local):
+    """The state of one thread. files: open while it computes, else None; alone: True while it times."""
 
     files: _Files | None = None
     alone: bool = False
@@ -47,73 +47,76 @@ class _Mine(threading.local):
 class MachineLock:
     """A lock of the files `qexp-machine.gate` and `qexp-machine.lock` in `folder`, which are made where missing.
 
-    patience: seconds after which timing no longer waits for a process that neither ends its slice nor dies, such as one
-    that was stopped with Ctrl-Z.
+    patience: seconds after which timing stops waiting for a process that neither ends its slice nor dies, such as one
+    that was suspended by Ctrl-Z.
     """
 
     def __init__(self, folder: Path, patience: float = PATIENCE) -> None:
         self._gate, self._shared, self._patience = folder / "qexp-machine.gate", folder / "qexp-machine.lock", patience
-        self._mine, self._said = _Mine(), False
-        os.register_at_fork(after_in_child=self._forget)  # the parent's is not the child's
+        self._held, self._logged = _Held(), False
+        os.register_at_fork(after_in_child=self._forget)  # a child holds none of its parent's locks
 
     def _forget(self) -> None:
-        self._mine = _Mine()
+        self._held = _Held()
 
     @contextmanager
     def computing(self, wait: bool = True) -> Iterator[None]:
-        """Share the machine with others that compute. Within another `computing` of the thread it begins a new slice:
-        who waits to time does so first. Within `timing` it does nothing.
+        """Share the machine with other processes that compute.
 
-        wait: False to raise BlockingIOError where the gate is shut, which a slice within another always waits for.
+        Within another `computing` of the thread this starts a new slice: a process that waits to time does so first.
+        Within `timing` it does nothing. wait: False to raise BlockingIOError where the gate is locked; a slice within
+        another always waits.
         """
-        if self._mine.alone:
+        if self._held.alone:
             yield
-        elif self._mine.files is not None:
-            fcntl.flock(self._mine.files.shared, fcntl.LOCK_UN)
-            self._share(self._mine.files)
+        elif self._held.files is not None:
+            fcntl.flock(self._held.files.shared, fcntl.LOCK_UN)
+            self._share(self._held.files)
             yield
         else:
             with self._opened() as files:
                 self._share(files, wait)
-                self._mine.files = files
+                self._held.files = files
                 try:
                     yield
                 finally:
-                    self._mine.files = None
+                    self._held.files = None
 
     @contextmanager
     def released(self) -> Iterator[None]:
-        """Hold nothing meanwhile where the thread computes: what it waits for may be in the hands of a process that
-        can't go on before somebody has timed."""
-        files = self._mine.files
+        """Release the lock within the context, if the thread holds it for computing.
+
+        Needed around any wait for another process, which may itself be waiting for one that times.
+        """
+        files = self._held.files
         if files is None:
             yield
             return
-        self._mine.files = None
+        self._held.files = None
         fcntl.flock(files.shared, fcntl.LOCK_UN)
         try:
             yield
         except Exception:
             self._take_back(files)
             raise
-        self._take_back(files)  # not where the process is being ended, which can't wait
+        self._take_back(files)  # not on KeyboardInterrupt and the like: a process that is being ended can't wait
 
     def _take_back(self, files: _Files) -> None:
         self._share(files)
-        self._mine.files = files
+        self._held.files = files
 
     @contextmanager
     def timing(self) -> Iterator[None]:
-        """Have the machine alone: nobody who follows this lock computes or times meanwhile."""
+        """Have the machine alone: no other process that uses this lock computes or times meanwhile."""
         with self.released(), self._opened() as files:
             self._pass(files.gate)
             self._sign(files.gate, str(os.getpid()))
             self._until_alone(files.shared)
-            self._mine.alone = True
+            self._held.alone = True
             try:
                 yield
             finally:
-                self._mine.alone = False
+                self._held.alone = False
                 self._sign(files.gate, "")
 
     def _sign(self, gate: int, holder: str) -> None:
@@ -129,7 +132,7 @@ class MachineLock:
             yield _Files(gate, shared)
         finally:
             for descriptor in (shared, gate):
-                # Not by closing alone: a child forked meanwhile holds a copy of the descriptor, and with it the lock.
+                # Closing is not enough: a child forked meanwhile has a copy of the descriptor, and with it the lock.
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
                 os.close(descriptor)
 
@@ -148,8 +151,8 @@ class MachineLock:
             fcntl.flock(gate, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(gate, 32, 0).decode(errors="replace").strip()
-            if holder and not self._said:  # else it is somebody on the way through
-                self._said = True
+            if holder and not self._logged:  # else a process is only passing the gate
+                self._logged = True
                 log.info("waiting for another process to have timed (%s names it)", self._gate)
             fcntl.flock(gate, fcntl.LOCK_EX)
 
@@ -161,8 +164,10 @@ class MachineLock:
                 return
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    said = "a process has computed for %g s without a pause, or was stopped; timing begins beside it."
-                    log.warning(said, self._patience)
+                    message = (
+                        "a process has computed for %g s without a pause, or was stopped; timing begins beside it."
+                    )
+                    log.warning(message, self._patience)
                     return
                 time.sleep(POLL)
 
@@ -177,11 +182,11 @@ def _open(path: Path) -> int:
     except FileNotFoundError:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
-        with suppress(PermissionError):  # another process has just made it
+        with suppress(PermissionError):  # another process has just created it
             os.fchmod(descriptor, 0o666)  # for other users, whatever the umask
         return descriptor
 
 
-# One for the whole machine, whatever TMPDIR is.
+# The same for all processes of the machine, whatever TMPDIR is.
 MACHINE = MachineLock(Path("/tmp") if Path("/tmp").is_dir() else Path(tempfile.gettempdir()))
 computing, released, timing = MACHINE.computing, MACHINE.released, MACHINE.timing

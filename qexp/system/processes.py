@@ -1,5 +1,5 @@
-"""What processes that qexp starts have in common: they end with the one that started them, find the same code, and
-meet at a place whose name is short enough."""
+"""Processes that qexp starts: they end with their parent, find the same code, and connect by sockets whose paths are
+short enough."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 def end_with_parent() -> None:
-    """From now on Linux kills this process when its parent (strictly, the thread that started it) ends, however."""
+    """Have Linux kill this process when its parent (strictly, the thread that started it) ends, however it ends."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -37,14 +37,17 @@ def ignore_terminal() -> None:
 
 
 def python_path() -> str:
-    """Where this process finds code, for PYTHONPATH."""
+    """This process's import path, as a value of PYTHONPATH."""
     return os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
 
 
 @cache
 def prepare_temporary_folder() -> None:
-    """See to it that there is one, say so where it isn't the one that TMPDIR names, and have multiprocessing keep its
-    sockets elsewhere where their paths would be too long in it. Raises InputError."""
+    """Check that there is a folder for temporary files, and log a warning where it isn't the one that TMPDIR names.
+
+    Where the paths of multiprocessing's sockets would be too long in it, they are put elsewhere. Raises InputError
+    without such a folder.
+    """
     try:
         used = tempfile.gettempdir()
     except FileNotFoundError as error:
@@ -57,12 +60,12 @@ def prepare_temporary_folder() -> None:
 
 
 def _shorten_sockets(used: str) -> None:
-    """used: where temporary files go, and go on to."""
+    """Put multiprocessing's sockets in a folder with a short path. used: the folder where other temporary files go."""
     before = tempfile.tempdir
     for folder in SHORT_FOLDERS:
         tempfile.tempdir = folder
         try:
-            util.get_temp_dir()  # made once in a process, which its children know of, and removed when it ends
+            util.get_temp_dir()  # made once in a process, passed to its children, and removed when it ends
             return
         except OSError:
             continue

@@ -1,4 +1,4 @@
-"""How long the steps of a job take."""
+"""Timing of the steps of a job."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
-OTHER = "other"  # what is none of the steps
+OTHER = "other"  # time outside of any step
 
 _seconds: ContextVar[dict[str, float] | None] = ContextVar("seconds", default=None)
 
 
 @contextmanager
 def step(name: str) -> Iterator[None]:
-    """Note the seconds that this takes; as a decorator, those that calls of the function take.
+    """Add the seconds that the context takes, or as a decorator the calls of the function, to step `name`.
 
-    A step within another counts as that other. Outside `noted` nothing is noted.
+    A step within another counts as the outer one. Outside `noted` nothing is recorded.
     """
     seconds = _seconds.get()
     if seconds is None:
@@ -35,7 +35,7 @@ def step(name: str) -> Iterator[None]:
 
 @contextmanager
 def noted(file: Path) -> Iterator[None]:
-    """Write a JSON file with the seconds of each step that is taken within, by name in their order, and of the rest."""
+    """Write a JSON file with the seconds of each step within the context, in their order, and of the time between."""
     seconds: dict[str, float] = {}
     outside, started = _seconds.set(seconds), time.perf_counter()
     try:

@@ -19,12 +19,12 @@ from types import ModuleType
 
 from torch.library import Library
 
-# Kept for the life of the process: the declarations vanish with the Library object.
+# Held for the life of the process: the declarations vanish with the Library object.
 _declared: list[Library] = []
 
 
 def is_mismatch(error: BaseException) -> bool:
-    """Whether an import failed because torchvision's compiled operators did not load."""
+    """True if an import failed because torchvision's compiled operators did not load."""
     return "operator torchvision::" in str(error) and "does not exist" in str(error)
 
 
@@ -46,7 +46,7 @@ def _import_torchvision() -> ModuleType:
 
 @contextlib.contextmanager
 def _compiler_when_called() -> Iterator[None]:
-    """Whatever is imported within takes `is_compile_supported` of torch._dynamo.utils without importing it."""
+    """Let imports within the context take `is_compile_supported` from torch._dynamo.utils without importing that."""
     package, utils = "torch._dynamo", "torch._dynamo.utils"
     if package in sys.modules:
         yield

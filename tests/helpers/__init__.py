@@ -1,4 +1,4 @@
-"""What tests share: networks, settings, the command line, a store."""
+"""Helpers of several tests: networks, settings, the command line, stores."""
 
 from pathlib import Path
 

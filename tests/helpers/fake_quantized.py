@@ -1,7 +1,7 @@
-"""A quantized model in plain float: what an INT8 model should answer, computed by none of torch's INT8 kernels.
+"""A fake-quantized model: the expected outputs of an INT8 model, computed without torch's INT8 kernels.
 
-It is made from the prepared model, before torch converts it: each observer rounds to the grid that it has found, each
-weight is rounded to a grid that is computed here, and everything between is the float operation.
+It is made from the prepared model, before torch converts it: each observer becomes a rounding to the grid that it has
+found, each weight is rounded to a grid that is computed here, and everything between is the float operation.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _KEEPS_GRID = {
     *("relu", "relu_", "relu6", "hardtanh", "hardtanh_", "clamp", "clamp_", "_max_pool2d", "max_pool2d"),
     *("flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "dropout"),
 }
-"""By name, the functions whose answer INT8 kernels give on the grid of their argument. For the first line that is one
-more rounding; the others are there because their answer may be averaged next."""
+"""Names of functions whose INT8 kernels return values on the grid of their argument. For the first line that is one
+more rounding; the others are listed because their output may be averaged next."""
 
 
 _PRODUCTS, _SUMS = {operator.mul, torch.mul, "mul"}, {operator.add, torch.add, "add"}
@@ -34,7 +34,7 @@ _PRODUCTS, _SUMS = {operator.mul, torch.mul, "mul"}, {operator.add, torch.add, "
 
 @dataclass(frozen=True)
 class Grid:
-    """Integers low…high, and what they stand for."""
+    """The quantization grid: integers low…high, with their scale and zero point."""
 
     scale: float
     zero_point: int
@@ -42,9 +42,9 @@ class Grid:
     high: int
 
     def rounded(self, values: Tensor) -> Tensor:
-        answer = torch.fake_quantize_per_tensor_affine(values, self.scale, self.zero_point, self.low, self.high)
-        answer.grid = self  # type: ignore[attr-defined]
-        return answer
+        output = torch.fake_quantize_per_tensor_affine(values, self.scale, self.zero_point, self.low, self.high)
+        output.grid = self  # type: ignore[attr-defined]
+        return output
 
 
 _FIXED_GRIDS = {
@@ -52,11 +52,11 @@ _FIXED_GRIDS = {
     "hardsigmoid": Grid(1 / 256, 0, 0, 255),
     "tanh": Grid(1 / 128, 128, 0, 255),
 }
-"""By name, the functions whose INT8 kernels have one grid for all."""
+"""Output grids of functions whose INT8 kernels have a fixed one, by name."""
 
 
 class Rounding(nn.Module):
-    """Stands where an observer was."""
+    """Rounds its input to a grid; takes the place of an observer."""
 
     def __init__(self, grid: Grid):
         super().__init__()
@@ -66,25 +66,25 @@ class Rounding(nn.Module):
         return self.grid.rounded(x) if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
-class GridsHandedOn(TorchFunctionMode):
-    """Within, what `_KEEPS_GRID` gives of a rounded tensor is rounded to the same grid."""
+class GridPassing(TorchFunctionMode):
+    """Within the mode, outputs of `_KEEPS_GRID` functions of a rounded tensor are rounded to the same grid."""
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         grid = getattr(args[0], "grid", None) if args and isinstance(args[0], Tensor) else None
-        answer = function(*args, **(kwargs or {}))
+        output = function(*args, **(kwargs or {}))
         name = getattr(function, "__name__", "")
-        if grid is not None and isinstance(answer, Tensor) and name != "__get__":
+        if grid is not None and isinstance(output, Tensor) and name != "__get__":
             if name in _KEEPS_GRID or name in _FIXED_GRIDS:
-                return _FIXED_GRIDS.get(name, grid).rounded(answer)
-            if answer is args[0]:
-                del answer.grid  # type: ignore[attr-defined]
-        return answer
+                return _FIXED_GRIDS.get(name, grid).rounded(output)
+            if output is args[0]:
+                del output.grid  # type: ignore[attr-defined]
+        return output
 
 
 class FakeQuantized(nn.Module):
-    """What a calibrated model answers once its tensors are rounded. Weights: symmetric, per channel, of `bits` bits."""
+    """A calibrated model with its tensors rounded to their grids; weights: symmetric, per channel, `weight_bits`."""
 
     def __init__(self, prepared: nn.Module, weight_bits: int = 8):
         super().__init__()
@@ -100,7 +100,7 @@ class FakeQuantized(nn.Module):
             layer.weight = nn.Parameter(_rounded_weight(layer, weight_bits), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.inference_mode(), GridsHandedOn():
+        with torch.inference_mode(), GridPassing():
             return self.model(x)
 
 
@@ -119,8 +119,8 @@ def _quantized_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def _idle_observers(model: nn.Module) -> list[str]:
-    """Those behind a product with a number, or a sum of a tensor and a number: the INT8 kernels keep the integers and
-    change what they stand for, whatever was observed."""
+    """Names of observers after a product or sum of a tensor and a number, where INT8 kernels keep the integers and
+    change scale or zero point, whatever was observed."""
     if not isinstance(model, fx.GraphModule):
         return []
     return [
@@ -134,7 +134,7 @@ def _idle_observers(model: nn.Module) -> list[str]:
 
 
 def _inputs(graph_module: fx.GraphModule) -> dict[str, nn.Module]:
-    """By the name of each module that is called, the module that gives its input."""
+    """For each module that is called on another's output, by name, that other module."""
     return {
         str(node.target): graph_module.get_submodule(str(node.all_input_nodes[0].target))
         for node in graph_module.graph.nodes

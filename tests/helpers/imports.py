@@ -1,4 +1,4 @@
-"""The sources of qexp, and what they import."""
+"""The sources of qexp and their imports."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ PACKAGE = Path(qexp.__file__).parent
 
 
 def files_of(package: str) -> list[Path]:
+    """The sources of a package, or the file of a module beside the packages."""
     folder = PACKAGE / package
     return sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
 
 
 def imported(file: Path) -> Iterator[str]:
-    """The packages (or modules) directly within qexp that a file imports, wherever in it that is."""
+    """The packages (or modules) directly within qexp that a file imports, at its top or within functions."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("qexp."))

@@ -1,4 +1,4 @@
-"""Overrides of small jobs."""
+"""Overrides of small jobs, and waiting for them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ TIMED = (
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Return once the condition holds; AssertionError after so many seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

@@ -1,4 +1,4 @@
-"""Runs as they are read back from a store, made up."""
+"""Made-up records of runs, as they are read back from a store."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from qexp.records import RunRecord
 
 
 def row(name: str, accuracy: float, speedup: float | None = None, *, half: float = 0.0022, **params: str) -> RunRecord:
-    """A finished run with an interval of `half` to each side; a setting's dots are two underscores."""
+    """A finished run, whose accuracy delta has an interval of `half` to each side.
+
+    params: by name, with two underscores for a dot.
+    """
     delta = accuracy - 0.9
     metrics = {Metric.accuracy_fp32: 0.9, Metric.accuracy_int8: accuracy, Metric.accuracy_delta: delta}
     metrics |= {Metric.delta_low: delta - half, Metric.delta_high: delta + half}
@@ -20,12 +23,14 @@ def row(name: str, accuracy: float, speedup: float | None = None, *, half: float
 
 
 def on_target(row: RunRecord, source: str, accuracy: float, delta: float) -> RunRecord:
+    """The run with an accuracy on the target CPU. source: of that accuracy, as the tag accuracy_source says it."""
     target = {Metric.target_accuracy: accuracy, Metric.target_delta: delta, Metric.target_images: 2000.0}
     target |= {Metric.target_delta_low: delta - 0.01, Metric.target_delta_high: delta + 0.01}
     return replace(row, metrics={**row.metrics, **target}, tags={**row.tags, "accuracy_source": source})
 
 
 def by_size(drawn: dict[str, tuple[float, ...]], **params: str) -> list[RunRecord]:
+    """Runs by number of calibration batches ("null": the whole set), with one accuracy for each calib.seed."""
     rows = []
     for batches, accuracies in drawn.items():
         whole = batches == "null"
