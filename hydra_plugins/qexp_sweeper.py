@@ -1,4 +1,4 @@
-"""The sweeper that Hydra finds under `hydra/sweeper: qexp`; what it does lives in qexp/launch/sweep.py.
+"""The sweeper that Hydra finds under `hydra/sweeper: qexp`; its work is done by qexp/launch/sweep.py.
 
 Hydra imports every plugin at each start, so nothing heavy is imported here. It does so without an entry in
 sys.modules, which a dataclass with postponed annotations needs: hence no `from __future__ import annotations`.
@@ -22,11 +22,11 @@ ConfigStore.instance().store(group="hydra/sweeper", name="qexp", node=QexpSweepe
 
 
 class QexpSweeper(BasicSweeper):
-    """Checks every job before the first starts, and owns the parent run, the table, the signals and the exit status."""
+    """Hydra's BasicSweeper with `qexp.launch.sweep.run_sweep` in place of its loop over jobs."""
 
     def sweep(self, arguments: list[str]) -> Any:
-        from qexp.launch.sweep import own
+        from qexp.launch.sweep import run_sweep
 
         assert self.hydra_context is not None
         loader = self.hydra_context.config_loader
-        return own(self.config, self._parse_config(), arguments, loader, self.launcher, self.max_batch_size)
+        return run_sweep(self.config, self._parse_config(), arguments, loader, self.launcher, self.max_batch_size)

@@ -1,4 +1,4 @@
-"""Hydra's door: `python -m qexp` composes a configuration, runs one job or a sweep, and returns the objective."""
+"""The command line: `python -m qexp` composes a configuration with Hydra and runs one job or a sweep."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qexp.system import console, credentials
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def compose_and_run(composed: DictConfig) -> float | None:
-    # torch and mlflow are imported only after this point, so that --help and refusals answer at once.
+    # torch and mlflow are imported only after this point, so that --help and refusals take no time.
     from qexp.launch import job, tracked_run
 
     with open_dict(composed):
@@ -29,8 +29,10 @@ def compose_and_run(composed: DictConfig) -> float | None:
 
 
 def options_first(arguments: Sequence[str]) -> list[str]:
-    """The same command line with its options before the overrides, which argparse, and so Hydra, takes in one row only:
-    with -m or --config-dir among them it refuses those that follow."""
+    """The same command line with its options before the overrides.
+
+    argparse, and so Hydra, refuses overrides that follow an option, such as -m, that stands among them.
+    """
     overrides: list[str] = hydra_utils.get_args_parser().parse_intermixed_args(list(arguments)).overrides
     options, waiting = [], list(overrides)
     for argument in arguments:
@@ -42,7 +44,7 @@ def options_first(arguments: Sequence[str]) -> list[str]:
 
 
 def run_and_report(func: Any) -> Any:
-    """In place of Hydra's function of this name, which prints a page where a sentence would do."""
+    """Replaces Hydra's function of this name, so that a refusal is printed as one sentence."""
 
     def refusing() -> Any:
         with exit_with_message():
@@ -70,7 +72,7 @@ def main() -> None:
     except BaseException as error:
         code = error.code if isinstance(error, SystemExit) else None
         stopped = isinstance(error, KeyboardInterrupt) or (isinstance(code, int) and code > 128)
-        foreign_sweeper.end("KILLED" if stopped else "FAILED")
+        foreign_sweeper.close_parent("KILLED" if stopped else "FAILED")
         raise
 
 

@@ -1,4 +1,4 @@
-"""Hydra's callback: refuses a single run before it has a folder, and writes down what was composed."""
+"""Hydra's callback: refuses a single run before it has a folder, and writes the composed configuration."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from qexp.system import console, credentials
 
 
 class HydraCallback(Callback):
-    """Refuses a single run before Hydra makes a folder for it, writes down what Hydra composed as Hydra does, but for
-    credentials, and lets go of what Hydra would keep of each job."""
+    """Refuses a single run before Hydra makes its folder, and writes Hydra's files without credentials.
+
+    Also releases what Hydra would hold in memory of each job.
+    """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         with exit_with_message():
@@ -28,21 +30,21 @@ class HydraCallback(Callback):
             validation.check(job.config)
             rerun.check(job)
             folder = Path(config.hydra.run.dir)
-            without_credentials(str(folder), "hydra.run.dir")
-            folders.writable(folder)
+            refuse_credentials(str(folder), "hydra.run.dir")
+            folders.make_writable(folder)
             folders.hold(folder)
             folders.check_free("hydra.run.dir", folder)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         if not is_ours(config.hydra):
             with exit_with_message():
-                foreign_sweeper.begin(config)
+                foreign_sweeper.open_parent(config)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        foreign_sweeper.end("FINISHED")
+        foreign_sweeper.close_parent("FINISHED")
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
-        console.protect()  # a launcher may have begun this process
+        console.protect()  # a launcher may have started this process
         credentials.learn_environment()
         credentials.keep_out_of_logs()
         composed = Composition.of(config)
@@ -52,23 +54,23 @@ class HydraCallback(Callback):
         files = {"config": composed.task, "hydra": hydra, "overrides": composed.hydra.overrides.task}
         for name, content in files.items():
             (folder / f"{name}.yaml").write_text(as_yaml(content), encoding="utf-8")
-        if not is_ours(composed.hydra):  # whose sweeper may have written this
+        if not is_ours(composed.hydra):  # another sweeper may have written this file
             mask_file(Path(composed.hydra.sweep.dir) / "multirun.yaml")
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        # Of all jobs of a sweep until it ends, a third of a megabyte each.
+        # Hydra would hold these for all jobs until the sweep ends, a third of a megabyte each.
         job_return.cfg = job_return.hydra_cfg = None
 
 
 def mask_file(file: Path) -> None:
-    """Mask the credentials in a text file, if it is there and holds any."""
+    """Mask the credentials in a text file, if it exists and has any."""
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     if credentials.masked(text) != text:
         file.write_text(credentials.masked(text), encoding="utf-8")
 
 
-def without_credentials(folder: str, setting: str) -> None:
-    """Raise ConfigError where a folder's name would tell a credential, as ${hydra.job.override_dirname} may."""
+def refuse_credentials(folder: str, setting: str) -> None:
+    """Raise ConfigError where a folder's name holds a credential, as ${hydra.job.override_dirname} may."""
     if credentials.masked(folder) != folder:
         raise ConfigError(
             f"{setting} would name a folder after a credential; give that by the environment, as in "

@@ -1,9 +1,9 @@
-"""Several jobs of a sweep at a time, begun by a launcher that thinks of one job at a time.
+"""Several jobs of a sweep at a time, started by a launcher that knows of one job at a time.
 
-Hydra's own launcher composes a job, calls the task function and waits for it. Between `at_a_time`, the task function
-hands its job to `add`, which returns as soon as it may be followed by another; the results come later. There are no
-threads: whoever waits, in `add` or at the end, handles what all jobs that run have to say. The machine's lock has them
-share the machine, and whoever times have it alone; what is done here between two waits holds that lock too.
+Hydra's own launcher composes a job, calls the task function and waits for it. Within `at_a_time`, the task function
+passes its job to `add`, which returns as soon as another job may follow; the results come later. There are no threads:
+`add`, and `finish` at the end, handle the messages of all running jobs. The machine's lock has jobs share the machine,
+and one that times have it alone; what this process does between two waits holds that lock too.
 """
 
 from __future__ import annotations
@@ -15,86 +15,88 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus
 
 from qexp.launch import job_process
-from qexp.launch.job_process import Begun
+from qexp.launch.job_process import JobProcess
 from qexp.system import machine_lock
 
-# A run around its job: it yields the process that it has begun, and is sent what that gives, or thrown what it raises.
-Work = Generator[Begun, Any, Any]
+# An MLflow run around a job: yields the process that it has started, and is sent that job's result or thrown its error.
+TrackedJob = Generator[JobProcess, Any, Any]
 
-POLL_SECONDS = 0.05  # between two looks at whether a process that times has done so
+POLL_SECONDS = 0.05  # between two looks at whether a process still times
 
 
-class Jobs:
+class RunningJobs:
     """The jobs of a sweep, `count` of which run at a time."""
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._running: dict[Begun, tuple[int, Work]] = {}
+        self._running: dict[JobProcess, tuple[int, TrackedJob]] = {}
         self._ended: dict[int, Any] = {}
         self._computing = contextlib.ExitStack()
 
-    def add(self, number: int, work: Work) -> None:
-        """Begin a job once fewer than `count` run; what it raises before its process has begun is raised here."""
+    def add(self, number: int, tracked: TrackedJob) -> None:
+        """Start a job once fewer than `count` run. Raises what it raises before its process has started."""
         ended = self._first_ended() if len(self._running) >= self._count else None
         try:
-            self._running[next(work)] = number, work
+            self._running[next(tracked)] = number, tracked
         finally:
             if ended is not None:
-                self._conclude(ended)  # no sooner than the next has begun
+                self._conclude(ended)  # only once the next has started
 
     def finish(self) -> None:
-        """Wait for all of them."""
+        """Wait for all jobs to end."""
         while self._running:
             self._conclude(self._first_ended())
         self._computing.close()
 
     def stop(self, error: BaseException) -> None:
-        """End all of them, as if each had raised `error`."""
+        """End all jobs, as if each had raised `error`."""
         self._computing.close()
-        for begun in self._running:
-            begun.terminate()
+        for job in self._running:
+            job.terminate()
         while self._running:
-            _, (_, work) = self._running.popitem()
+            _, (_, tracked) = self._running.popitem()
             with contextlib.suppress(BaseException):
-                work.throw(error)
+                tracked.throw(error)
 
     def complete(self, number: int, returned: JobReturn) -> None:
-        """Put what a job gave or raised into what the launcher returned for it."""
+        """Put a job's objective or error into what the launcher returned for it."""
         if number in self._ended:
             found = self._ended[number]
             returned.status = JobStatus.FAILED if isinstance(found, Exception) else JobStatus.COMPLETED
             returned.return_value = found
 
-    def _first_ended(self) -> Begun:
+    def _first_ended(self) -> JobProcess:
         self._computing.close()
         running = list(self._running)
         while True:
             job_process.listen(running)
             try:
                 self._computing.enter_context(machine_lock.computing(wait=False))
-                return next(begun for begun in running if begun.ended)
+                return next(job for job in running if job.ended)
             except BlockingIOError:  # one of them may be the one that times
-                job_process.listen([begun for begun in running if not begun.ended], POLL_SECONDS)
+                job_process.listen([job for job in running if not job.ended], POLL_SECONDS)
 
-    def _conclude(self, begun: Begun) -> None:
-        number, work = self._running[begun]
+    def _conclude(self, job: JobProcess) -> None:
+        number, tracked = self._running[job]
         try:
-            self._ended[number] = conclude(work, begun)
+            self._ended[number] = conclude(tracked, job)
         except Exception as error:
             self._ended[number] = error
-        del self._running[begun]
+        del self._running[job]
 
 
-# Those of the sweep that this process runs, where several run at a time.
-_jobs: Jobs | None = None
+# Set where this process runs several jobs of a sweep at a time.
+_jobs: RunningJobs | None = None
 
 
 @contextlib.contextmanager
-def at_a_time(count: int) -> Iterator[Jobs]:
-    """Meanwhile `perform` begins up to `count` jobs at a time, all of which have ended in the end; an exception ends
-    them."""
+def at_a_time(count: int) -> Iterator[RunningJobs]:
+    """Let `perform` run up to `count` jobs at a time within the context, which waits for all of them at its end.
+
+    An exception ends them all.
+    """
     global _jobs
-    found = Jobs(count)
+    found = RunningJobs(count)
     _jobs = found if count > 1 else None
     try:
         yield found
@@ -106,30 +108,30 @@ def at_a_time(count: int) -> Iterator[Jobs]:
         _jobs = None
 
 
-def perform(number: int, work: Work) -> Any:
-    """What a job gives, or None where others run beside it; it is known then when `at_a_time` ends.
+def perform(number: int, tracked: TrackedJob) -> Any:
+    """Run a job and return its result; within `at_a_time`, start it and return None, since the result comes later.
 
-    number: among those of the sweep.
+    number: of the job in its sweep.
     """
     if _jobs is not None:
-        return _jobs.add(number, work)
-    with contextlib.closing(work):  # where this is stopped, the run is, too
-        begun = next(work)
-        job_process.listen([begun])
+        return _jobs.add(number, tracked)
+    with contextlib.closing(tracked):  # where this is stopped, so is the run
+        job = next(tracked)
+        job_process.listen([job])
         with machine_lock.computing():
-            return conclude(work, begun)
+            return conclude(tracked, job)
 
 
-def conclude(work: Work, begun: Begun) -> Any:
-    """What a run gives whose job has ended, or what it raises."""
-    with begun.own_logging():
+def conclude(tracked: TrackedJob, job: JobProcess) -> Any:
+    """Return the result of a run whose job has ended, or raise its error."""
+    with job.own_logging():
         try:
             try:
-                outcome = begun.outcome()
+                outcome = job.outcome()
             except BaseException as error:
-                work.throw(error)
+                tracked.throw(error)
             else:
-                work.send(outcome)
+                tracked.send(outcome)
         except StopIteration as stop:
             return stop.value
     raise AssertionError("a run has one job")

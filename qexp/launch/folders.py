@@ -1,4 +1,4 @@
-"""The folders that runs write their files into: none writes into another's, whichever sweep it is of."""
+"""The folders that runs write their files into; no run writes into another's folder."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 
 from qexp.errors import ConfigError
 
-RESULT = "predictions.npz"  # what a run writes first of its result (`run_files.written`)
+RESULT = "predictions.npz"  # the first file that a run writes of its result (`run_files.written`)
 
 
-def writable(folder: Path) -> None:
-    """Make `folder`, or raise ConfigError: Hydra would end in a traceback."""
+def make_writable(folder: Path) -> None:
+    """Make `folder`, or raise ConfigError where it can't be written to, for which Hydra prints a traceback."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
@@ -26,8 +26,10 @@ def writable(folder: Path) -> None:
 
 
 def check_free(setting: str, folder: Path, pattern: str = RESULT) -> None:
-    """Raise ConfigError where a finished run's files are in `folder`. setting: what names it; pattern: of where they
-    would be in it."""
+    """Raise ConfigError where `folder` has a finished run's files.
+
+    setting: the one that names the folder; pattern: a glob of such files in it.
+    """
     if any(folder.glob(pattern)):
         raise ConfigError(
             f"{setting}={folder}: a finished run's files are there, and would be written over; give another folder."
@@ -37,7 +39,7 @@ def check_free(setting: str, folder: Path, pattern: str = RESULT) -> None:
 def hold(folder: Path) -> int | None:
     """Keep other runs out of `folder` until this process ends, or raise ConfigError where one is in it.
 
-    The descriptor that holds it; None where the file system knows no locks.
+    Returns the descriptor that holds the lock, or None where the file system has no locks.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
@@ -51,16 +53,16 @@ def hold(folder: Path) -> int | None:
 
 
 def claim(sweep: Path, wanted: Sequence[str]) -> list[str]:
-    """Make a folder for each job of a sweep, of the name that is wanted within `sweep` or else the next that is free.
+    """Make a folder within `sweep` for each job, by the name that is wanted or the next that is free.
 
-    The names that they have. Raises ConfigError where one can't be made; none is left then.
+    Returns their names. Raises ConfigError where one can't be made, and leaves none then.
     """
     claimed: list[str] = []
     for name in wanted:
         try:
             claimed.append(_first_free(sweep, name))
         except OSError as error:
-            leave(sweep, claimed)
+            remove_unused(sweep, claimed)
             raise ConfigError(
                 f"hydra.sweep.subdir: the folder {name} of a job can't be made ({error.strerror}); give another "
                 "template, as ${hydra.job.num}."
@@ -68,8 +70,8 @@ def claim(sweep: Path, wanted: Sequence[str]) -> list[str]:
     return claimed
 
 
-def leave(sweep: Path, claimed: Sequence[str]) -> None:
-    """Remove those of the folders that no job has written into."""
+def remove_unused(sweep: Path, claimed: Sequence[str]) -> None:
+    """Remove the claimed folders that no job has written into."""
     for name in claimed:
         with contextlib.suppress(OSError):
             for folder in itertools.takewhile(lambda one: one != sweep, (sweep / name, *(sweep / name).parents)):
@@ -77,7 +79,7 @@ def leave(sweep: Path, claimed: Sequence[str]) -> None:
 
 
 def save_beside(path: Path, text: str) -> None:
-    """Write a new file: at `path`, or beside the one that is there."""
+    """Write a new file at `path`, or by the next free name where there is a file already."""
     for name in _names(path.stem):
         with contextlib.suppress(FileExistsError), path.with_stem(name).open("x", encoding="utf-8") as file:
             file.write(text)
@@ -85,7 +87,10 @@ def save_beside(path: Path, text: str) -> None:
 
 
 def _first_free(sweep: Path, wanted: str) -> str:
-    """Making a folder is what tells whether it is free: two sweeps may look at the same time."""
+    """Make the folder, or the next that is free, and return its name.
+
+    Only making a folder tells that it is free, since two sweeps may look at the same time.
+    """
     if Path(os.path.normpath(sweep / wanted)) == Path(os.path.normpath(sweep)):
         wanted = "0"  # a job's folder is within the sweep's
     for name in _names(wanted):
@@ -97,7 +102,7 @@ def _first_free(sweep: Path, wanted: str) -> str:
 
 
 def _names(wanted: str) -> Iterator[str]:
-    """`wanted`, and what stands in for it where it is taken: numbers go on, other names get one."""
+    """`wanted`, then the names to try where it is taken: the next numbers, or the name with a number after it."""
     if wanted.isdecimal():
         return map(str, itertools.count(int(wanted)))
     return itertools.chain([wanted], (f"{wanted}-{number}" for number in itertools.count(2)))

@@ -1,6 +1,6 @@
-"""Sweeps of other sweepers than qexp's, which think of their jobs, here trials, as they go: a run that is their parent.
+"""A parent run for sweeps of other sweepers than qexp's, which choose their jobs (trials) as they go.
 
-Light to import: the command line's door ends what was begun, whatever happens in between.
+Cheap to import, since `__main__` closes the parent run whatever happens.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-# Ends the parent run with a status; empty where none is open.
+# Functions that end the open parent run with a status; empty where none is open.
 _open: list[Callable[[str], None]] = []
 
 
-def begin(master: DictConfig) -> None:
-    """Open the run that all trials become children of. master: what Hydra composed for the sweep, which hands the
-    parent on to its jobs.
+def open_parent(master: DictConfig) -> None:
+    """Open the run that all trials become children of.
 
-    Raises ConfigError where the sweep's folder holds finished runs, InputError where the store can't be used.
+    master: the configuration that Hydra composed for the sweep; its overrides get the parent's id, for the jobs.
+    Raises ConfigError where the sweep's folder has finished runs, InputError where the store can't be used.
     """
     from qexp import tracking
     from qexp.config.composition import Composition
@@ -30,12 +30,12 @@ def begin(master: DictConfig) -> None:
     folders.check_free("hydra.sweep.dir", folder, f"**/{folders.RESULT}")
     try:
         job = job_from(Composition.of(master))
-    except ConfigError:  # a setting without a value, which the sweeper may be about to give
+    except ConfigError:  # a setting without a value, which the sweeper may set
         return
     store = tracking.connect(job.config.tracking, Path(job.config.outputs), job.cwd)
     experiment = store.experiment_name(job.choices["dataset"])
     tracking.check_experiment(store, experiment)
-    tracked_run.say_ignored(sweep=True)
+    tracked_run.warn_of_ignored_variables(sweep=True)
     tracked_run.close_orphans(store)
     title = f"sweep {job.config.study or folder.name}"
     parent = tracking.open_parent(store, experiment=experiment, name=title, tags=tags(job))
@@ -45,12 +45,12 @@ def begin(master: DictConfig) -> None:
         rows = tracking.children(store, parent.id)
         if status == "FINISHED" and any(row.status != "FINISHED" for row in rows):
             status = "FAILED"
-        sweep.close(store, parent, rows, status, folder)
+        sweep.close_sweep(store, parent, rows, status, folder)
 
     _open.append(close)
 
 
-def end(status: str) -> None:
+def close_parent(status: str) -> None:
     """Close the parent run, if one is open, with the table of its trials."""
     while _open:
         _open.pop()(status)

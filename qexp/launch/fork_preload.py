@@ -1,7 +1,7 @@
-"""Imported by the process that jobs are forked from (see jobs.py) when it starts, and by nothing else.
+"""Imports for the process that jobs are forked from (see `job_process`), which alone imports this module.
 
-Whatever a job would import and not change is imported here, once. No thread may be started, nor anything computed with
-torch: a forked process has none of its parent's threads, and waits for those of OpenMP for ever.
+What every job would import is imported here once. No thread may be started, nor anything computed with torch: a forked
+process has none of its parent's threads, and would wait for those of OpenMP for ever.
 """
 
 import gc
@@ -9,7 +9,7 @@ import gc
 from qexp.system import processes
 
 processes.end_with_parent()
-processes.ignore_terminal()
+processes.ignore_terminal_signals()
 
 import torch  # noqa: E402
 import torch.utils.serialization.config  # noqa: E402
@@ -21,11 +21,11 @@ from qexp.models import architectures  # noqa: E402, F401
 from qexp.pipeline import run, run_files  # noqa: E402, F401
 from qexp.report import charts  # noqa: E402, F401
 
-# One answer for all jobs of a sweep, of the code that they run.
+# Cached, so that all jobs of a sweep record the same commit.
 run_files.git_sha()
-# What libraries look up once, when they are first used.
+# Libraries look these up once, when they are first used.
 Image.init()
 torch.overrides.get_overridable_functions()
-# What is here for good is not looked through again by every job's garbage collector, and stays shared memory.
+# Keeps what was imported out of every job's garbage collection, so that its memory stays shared.
 gc.collect()
 gc.freeze()

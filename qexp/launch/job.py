@@ -19,16 +19,16 @@ from qexp.config.composition import Composition, known
 from qexp.config.schema import Config
 from qexp.system import credentials
 
-GIVEN = ("tracking.name", "tracking.parent", "sweep")  # to its jobs, by a sweep
+SET_BY_SWEEP = ("tracking.name", "tracking.parent", "sweep")  # settings that a sweep gives to its jobs
 
 
 @dataclass(frozen=True)
 class Job:
-    """A composed configuration, typed and checked, with what Hydra knows of how it came about.
+    """A composed configuration, typed, with what Hydra knows of its composition.
 
-    number: among a sweep's jobs, from 0; alone: whether it is none of a sweep's; hydra_files: the folder in which Hydra
-    writes down what it composed, None where it doesn't; foreign: whether the sweep is another sweeper's than qexp's,
-    which doesn't tell its jobs beforehand.
+    choices: of each config group; overrides: values as text, by the setting's name; number: in its sweep, from 0;
+    alone: True for a job outside of a sweep; hydra_files: the folder where Hydra writes what it composed, None where it
+    doesn't; foreign: True for a job of another sweeper than qexp's, whose jobs aren't known beforehand.
     """
 
     config: Config
@@ -47,8 +47,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """What was given, else the settings that tell one run from another; where it is one of several that nobody has
-        compared, with its number."""
+        """`tracking.name`, or the settings that distinguish runs; with a number where another sweeper made the job."""
         p = self.params
         batches = "all" if self.config.calib.batches is None else p["calib.batches"]
         name = self.config.tracking.name or " ".join([p["model"], p["dataset"], p["qconfig"], p["observer"], batches])
@@ -70,22 +69,22 @@ def job_from(composed: Composition) -> Job:
 
 
 def new_sweep() -> str:
-    """An identity for a sweep that begins."""
+    """A random identifier for a new sweep."""
     return secrets.token_hex(8)
 
 
 def is_ours(hydra: DictConfig) -> bool:
-    """Whether Hydra's sweeper is qexp's."""
+    """True if Hydra's sweeper is qexp's."""
     return str(OmegaConf.select(hydra, "sweeper._target_")).startswith("hydra_plugins.qexp_sweeper.")
 
 
 def hydra_files(folder: Path, hydra: DictConfig) -> Path:
-    """Where in a job's folder it is written down what Hydra composed."""
+    """The folder within a job's folder that has the composed configuration."""
     return folder / (hydra.output_subdir or ".hydra")
 
 
 def _given(overrides: Sequence[str]) -> dict[str, str]:
-    """What overrides set, by the names of the settings, as text; none of them lists several values."""
+    """The values that overrides set, as text, by the settings' names. None of the overrides lists several values."""
     given: dict[str, str] = {}
     for override in overrides:
         key, value = split(override)
@@ -98,17 +97,18 @@ def _given(overrides: Sequence[str]) -> dict[str, str]:
 
 
 def split(override: str) -> tuple[str, str]:
+    """The setting's name and the value of an override."""
     key, _, value = override.partition("=")
     return key.lstrip("+~"), value
 
 
 def command() -> str:
-    """The shell line that repeats this, but for credentials."""
+    """The shell command that repeats this process, with its credentials masked."""
     return shlex.join(["python", "-m", "qexp", *credentials.masked_tree(sys.argv[1:])])
 
 
 def tags(job: Job) -> dict[str, str]:
-    """What a run is known by before it has computed anything."""
+    """A run's tags that are known before it has computed anything."""
     given = {
         "study": job.config.study,
         "experiment": job.choices.get("experiment"),

@@ -1,12 +1,12 @@
 """A job in a process of its own: a crash, memory that runs out or an endless loop ends that job alone, and nothing
 leaks from one job into the next.
 
-Jobs are forked from a server process that has imported torch (qexp/launch/fork_preload.py), in some hundredths of a
-second. Every process that runs jobs has one such server, multiprocessing's `forkserver`. Linux ends a server with its
-owner, and a job with its server, whatever ends them. torch is not imported here.
+Jobs are forked, in some hundredths of a second, from a server process that has imported torch (`fork_preload`). Every
+process that runs jobs has one such server, multiprocessing's `forkserver`. Linux ends a server with its owner, and a
+job with its server, whatever ends them. torch is not imported here.
 
-`begin` starts a job, `listen` handles what any number of them say until one has ended, `outcome` is what it gave or
-raised; `run` is all three.
+`start` starts a job's process, `listen` handles the messages of any number of them until one has ended, and
+`JobProcess.outcome` returns or raises what the job did.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from tqdm import tqdm
 from qexp import errors
 from qexp.config.schema import Config
 from qexp.launch import progress
-from qexp.records import Result
 from qexp.system import console, credentials, processes
 
 SERVER = "qexp.launch.fork_preload"
@@ -48,37 +47,37 @@ CRASHES = ("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGABRT")
 
 _context = multiprocessing.get_context("forkserver")
 _warned: set[str] = set()
-# The terminal's lines that the bars of jobs take, counted from the owner's own.
+# The terminal's lines that jobs' bars take, counted from the owner's own.
 _lines: set[int] = set()
 
 
-class Elsewhere(Exception):
-    """An error as it was printed in another process."""
+class RemoteTraceback(Exception):
+    """The traceback of an error in another process, as text: the cause of the error that is raised here."""
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
 
 
-class _Foreign(Exception):
-    """An error whose class is of code that need not be imported here: subclasses have its module and name."""
+class _NamedError(Exception):
+    """Stands for an error of a class that need not be importable here; subclasses have that class's module and name."""
 
     def __reduce__(self) -> tuple[Callable[..., Exception], tuple[str, ...]]:
-        return foreign, (type(self).__module__, type(self).__name__, str(self))
+        return named_error, (type(self).__module__, type(self).__name__, str(self))
 
 
-def foreign(module: str, kind: str, message: str) -> Exception:
-    """An error of the class `module`.`kind`, which is known by its name alone."""
-    made: type[Exception] = type(kind, (_Foreign,), {"__module__": module})
+def named_error(module: str, kind: str, message: str) -> Exception:
+    """An error that stands for one of the class `module`.`kind`, without importing it."""
+    made: type[Exception] = type(kind, (_NamedError,), {"__module__": module})
     return made(message)
 
 
 class _Terminated(BaseException):
-    """SIGTERM in a job's process: what is open is closed on the way out."""
+    """SIGTERM in a job's process, as an exception, so that what is open is closed on the way out."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What a job raised: the module and name of its class, its text, and its traceback as text (perhaps empty)."""
+    """An error of a job: the module and name of its class, its message, and its traceback as text (may be empty)."""
 
     module: str
     kind: str
@@ -89,30 +88,33 @@ class Failure:
     def of(error: BaseException) -> Failure:
         trace = errors.without_values("".join(traceback.format_exception(error)))
         if isinstance(error, _Terminated):
-            return refused("the job's process was ended by SIGTERM.", trace)
-        # Of a subclass that code elsewhere made of one of ours, the nearest that is ours.
+            return run_failure("the job's process was ended by SIGTERM.", trace)
+        # Of a subclass that a user's code made of one of qexp's errors, the nearest class of qexp.
         kind = next((kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__), type(error))
         ours = kind.__module__ == errors.__name__
         return Failure(kind.__module__, kind.__name__, str(error) if ours else errors.without_values(str(error)), trace)
 
     def error(self) -> Exception:
-        """The same error to be raised here, caused by the one there: ours as what they are, others by their names."""
+        """The same error to be raised here: qexp's own by their classes, others by their names (see `named_error`)."""
         ours = self.module == errors.__name__
-        error = getattr(errors, self.kind)(self.message) if ours else foreign(self.module, self.kind, self.message)
-        error.__cause__ = Elsewhere(self.trace) if self.trace else None
+        error = getattr(errors, self.kind)(self.message) if ours else named_error(self.module, self.kind, self.message)
+        error.__cause__ = RemoteTraceback(self.trace) if self.trace else None
         return error
 
 
-def refused(sentence: str, trace: str = "") -> Failure:
-    """A failure as RunError."""
+def run_failure(sentence: str, trace: str = "") -> Failure:
+    """A failure that is raised as RunError."""
     return Failure(errors.__name__, errors.RunError.__name__, sentence, trace)
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a job's process is told. function: of `experiment`, with its arguments; folder: what is known of a crash is
-    put there; environment: its environment variables; levels: of loggers, by name; line: of the terminal, for its bars,
-    counted from the owner's own."""
+    """The message that tells a job's process what to do.
+
+    function: one of those in `_do`, called with `arguments`; folder: where the traceback of a crash is written;
+    environment: environment variables; cwd: the working folder; levels: of loggers, by name; line: the terminal's line
+    for the job's bars, counted from the owner's own.
+    """
 
     function: str
     arguments: tuple[Any, ...]
@@ -124,11 +126,12 @@ class Task:
 
 
 @dataclass(eq=False)
-class Begun:
-    """A job's process, and the connection to it.
+class JobProcess:
+    """A job's process and the connection to it.
 
-    timeout: `job.timeout`; handlers, level: of the root logger when it was begun, for what the job logs; ended: whether
-    it has, with `answer`: what it gives, a Failure where it fails.
+    timeout: `job.timeout`, in seconds; handlers, level: of the root logger when the process was started, used for what
+    the job logs; deadline: of the monotonic clock; ended: True once the job has ended, with `returned`: the function's
+    return value, or a Failure.
     """
 
     task: Task
@@ -139,11 +142,11 @@ class Begun:
     level: int
     deadline: float = math.inf
     ended: bool = False
-    answer: Any = None
+    returned: Any = None
 
     @contextlib.contextmanager
     def own_logging(self) -> Iterator[None]:
-        """Whatever is logged meanwhile goes where the logs of this job go, whichever job came after it."""
+        """Send what is logged within the context to this job's handlers, though other jobs were started since."""
         root = logging.root
         before, root.handlers = (root.handlers, root.level), self.handlers
         root.setLevel(self.level)
@@ -152,63 +155,65 @@ class Begun:
         finally:
             root.handlers = before[0]
             root.setLevel(before[1])
-            # Hydra closes them when it composes the next job, and a file opens again with the next line.
+            # Hydra closes them when it composes the next job, and a log file is opened again by the next line.
             for handler in self.handlers:
                 if handler not in root.handlers:
                     handler.close()
 
-    def hear(self) -> None:
-        """Handle what it says next, or its end."""
+    def receive(self) -> None:
+        """Handle the process's next message: a log record, or the job's result; or its end without one."""
         try:
-            said = self.channel.recv()
+            message = self.channel.recv()
         except (EOFError, OSError):
-            self.answered(self.died())
+            self.complete(self.unexplained_end())
             return
-        if isinstance(said, logging.LogRecord):
+        if isinstance(message, logging.LogRecord):
             with self.own_logging():
-                _log(said)
+                _log(message)
         else:
-            self.answered(said)
+            self.complete(message)
 
-    def answered(self, answer: Any) -> None:
-        self.ended, self.answer = True, answer
+    def complete(self, returned: Any) -> None:
+        self.ended, self.returned = True, returned
 
-    def died(self) -> Failure:
-        """What happened to a job that said nothing of its end."""
+    def unexplained_end(self) -> Failure:
+        """The failure of a job whose process ended without a message."""
         self.process.join()
         crash = self.task.folder / CRASH
         where = crash.read_text(errors="replace") if crash.exists() else ""
-        return refused(ending(self.process.exitcode or 0), where)
+        return run_failure(exit_sentence(self.process.exitcode or 0), where)
 
     def terminate(self) -> None:
-        """Tell the process to end; `end` waits for it."""
+        """Send SIGTERM to the process; `end` waits for it."""
         if not self.channel.closed:
             self.process.terminate()
 
     def time_out(self) -> None:
-        """End a job that has taken too long."""
+        """End a job that has run longer than its timeout."""
         self.process.terminate()
         until = time.monotonic() + GRACE_SECONDS
         while not self.ended and self.channel.poll(max(0.0, until - time.monotonic())):
-            self.hear()
-        where = self.answer.trace if isinstance(self.answer, Failure) else ""
+            self.receive()
+        where = self.returned.trace if isinstance(self.returned, Failure) else ""
         after = f"{self.timeout:g}"
-        self.answered(refused(f"job.timeout={after}: the job was not done after {after} s, and was ended.", where))
+        self.complete(run_failure(f"job.timeout={after}: the job was not done after {after} s, and was ended.", where))
 
     def outcome(self) -> Any:
-        """What the job gave; raises what it raised, with its traceback as the cause, and RunError where its process
-        ended otherwise or took longer than `job.timeout`. Waits until it has ended."""
+        """Wait for the job's end and return its result, or raise its error, with its traceback as the cause.
+
+        Raises RunError where the process ended without a message or ran longer than `job.timeout`.
+        """
         try:
             listen([self])
             self.process.join(GRACE_SECONDS)
         finally:
             self.end()
-        if isinstance(self.answer, Failure):
-            raise self.answer.error()
-        return self.answer
+        if isinstance(self.returned, Failure):
+            raise self.returned.error()
+        return self.returned
 
     def end(self) -> None:
-        """End the process, if it hasn't, and let go of all that it had."""
+        """End the process, if it runs, and release all that it had."""
         if self.channel.closed:
             return
         _end(self.process)
@@ -219,32 +224,29 @@ class Begun:
 
 
 def start_server() -> None:
-    """Start the process that jobs are forked from, unless there is one; other work can be done until it is ready.
+    """Start the process that jobs are forked from, unless it runs, without waiting until it is ready.
 
     Raises InputError where there is no folder for temporary files.
     """
     processes.prepare_temporary_folder()
     _context.set_forkserver_preload([SERVER])
-    # For Python before 3.13, whose server hears of no other path.
+    # Python before 3.13 tells its server of no other import path.
     with _environment(PYTHONPATH=processes.python_path()):
         forkserver.ensure_running()
 
 
-def run(config: Config, folder: Path) -> Result:
-    """`run_experiment` in a process of its own, with this one's environment, working folder and import path; its log
-    records and warnings are handled here. Raises as `Begun.outcome`."""
-    result: Result = begin(config, folder).outcome()
-    return result
+def start(config: Config, folder: Path) -> JobProcess:
+    """Start `run_experiment` in a process of its own, with this one's environment, working folder and import path.
 
-
-def begin(config: Config, folder: Path) -> Begun:
-    """Start the process of a job (see `run`), whose result is `outcome`. Raises RunError where none can be started."""
+    Its log records and warnings are handled in this process, and its result is the `outcome`. Raises RunError where no
+    process can be started.
+    """
     line = min(set(range(1, len(_lines) + 2)) - _lines) if progress.shown() else 0
-    return _begin("run_experiment", (config, folder), folder, config.job.timeout, line)
+    return _start_child("run_experiment", (config, folder), folder, config.job.timeout, line)
 
 
-def listen(jobs: Sequence[Begun], seconds: float = math.inf) -> None:
-    """Handle what these jobs say until one of them has ended, or for so many seconds; end those that take too long."""
+def listen(jobs: Sequence[JobProcess], seconds: float = math.inf) -> None:
+    """Handle the messages of these jobs until one has ended, or for so many seconds; end those past their deadlines."""
     until = time.monotonic() + seconds
     while not any(job.ended for job in jobs):
         left = min([until, *(job.deadline for job in jobs)]) - time.monotonic()
@@ -252,57 +254,57 @@ def listen(jobs: Sequence[Begun], seconds: float = math.inf) -> None:
         ready = connection.wait(waited_for, min(max(left, 0.0), 3600.0))
         for job in jobs:
             if job.channel in ready:
-                job.hear()
+                job.receive()
             elif job.process.sentinel in ready:
-                job.answered(job.died())
+                job.complete(job.unexplained_end())
             elif time.monotonic() > job.deadline:
                 job.time_out()
         if time.monotonic() > until:
             return
 
 
-def check_inputs(configs: Sequence[Config]) -> None:
-    """`experiment.check_inputs` in a process of its own, as `run`."""
-    _call("check_inputs", configs)
+def check_inputs_in_child(configs: Sequence[Config]) -> None:
+    """Call `pipeline.input_checks.check_inputs` in a process of its own."""
+    _call_in_child("check_inputs", configs)
 
 
-def provenance_tags(configs: Sequence[Config]) -> list[dict[str, str]]:
-    """`input_checks.provenance_tags` in a process of its own, as `run`."""
-    found: list[dict[str, str]] = _call("provenance_tags", configs)
+def provenance_tags_in_child(configs: Sequence[Config]) -> list[dict[str, str]]:
+    """Call `pipeline.input_checks.provenance_tags` in a process of its own."""
+    found: list[dict[str, str]] = _call_in_child("provenance_tags", configs)
     return found
 
 
-def _call(function: str, *arguments: Any) -> Any:
+def _call_in_child(function: str, *arguments: Any) -> Any:
     with tempfile.TemporaryDirectory() as folder:
-        return _begin(function, arguments, Path(folder)).outcome()
+        return _start_child(function, arguments, Path(folder)).outcome()
 
 
-def _begin(
+def _start_child(
     function: str, arguments: tuple[Any, ...], folder: Path, timeout: float | None = None, line: int = 0
-) -> Begun:
+) -> JobProcess:
     task = Task(function, arguments, folder, dict(os.environ), Path.cwd(), _levels(), line)
     start_server()
     channel, other_end = _context.Pipe()
     with _standard_streams() as streams:
-        process = _context.Process(target=_work, args=(other_end, streams), name="qexp job")
-        begun = Begun(task, process, channel, timeout, list(logging.root.handlers), logging.root.level)
+        process = _context.Process(target=_main, args=(other_end, streams), name="qexp job")
+        job = JobProcess(task, process, channel, timeout, list(logging.root.handlers), logging.root.level)
         try:
             with other_end:
-                _start(process)
-            # Not an argument: if Ctrl-C comes first, the process finds nobody at the other end, and ends.
+                _fork(process)
+            # Sent rather than an argument: after Ctrl-C the process finds the channel closed, and ends.
             with contextlib.suppress(BrokenPipeError):
                 channel.send(task)
         except BaseException:
-            begun.end()
+            job.end()
             raise
     _lines.add(line)
-    begun.deadline = time.monotonic() + (math.inf if timeout is None else timeout)
-    return begun
+    job.deadline = time.monotonic() + (math.inf if timeout is None else timeout)
+    return job
 
 
 @contextlib.contextmanager
 def _environment(**variables: str) -> Iterator[None]:
-    """Environment variables for as long as the context lasts."""
+    """Set environment variables within the context."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -317,7 +319,7 @@ def _environment(**variables: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _standard_streams() -> Iterator[list[Connection]]:
-    """Standard input, output and error of this process as they are now, in a form that can be handed on."""
+    """Copies of this process's standard input, output and error, in a form that can be passed to another process."""
     with contextlib.ExitStack() as opened:
         yield [opened.enter_context(Connection(_copy(number))) for number in STANDARD_STREAMS]
 
@@ -330,13 +332,13 @@ def _copy(descriptor: int) -> int:
 
 
 def _levels() -> dict[str, int]:
-    """The levels that loggers have been given; the root's name is empty."""
+    """The levels that were set on loggers, by name; the root's name is empty."""
     loggers = logging.root.manager.loggerDict.items()
     given = {name: logger.level for name, logger in loggers if isinstance(logger, logging.Logger) and logger.level}
     return {"": logging.root.level, **given}
 
 
-def _start(process: ForkServerProcess) -> None:
+def _fork(process: ForkServerProcess) -> None:
     try:
         with _known_start_method():
             process.start()
@@ -346,8 +348,11 @@ def _start(process: ForkServerProcess) -> None:
 
 @contextlib.contextmanager
 def _known_start_method() -> Iterator[None]:
-    """Every process tells those that it starts how they start others in turn. In a worker of joblib's that is `loky`,
-    which a process that has not imported joblib takes for an error: then it is told the system's default."""
+    """Within the context, the default start method is one that multiprocessing itself knows.
+
+    A process passes its start method to those that it starts. In a worker of joblib's that is `loky`, which is an error
+    in a process that has not imported joblib.
+    """
     method, known = multiprocessing.get_start_method(allow_none=True), multiprocessing.get_all_start_methods()
     if method is None or method in known:
         yield
@@ -360,7 +365,7 @@ def _known_start_method() -> Iterator[None]:
 
 
 def _log(record: logging.LogRecord) -> None:
-    """Handle a record of a job here. Warnings are shown once a text, as Python does it within one process."""
+    """Handle a job's log record in this process. Each warning is shown once, as Python does within one process."""
     if record.name != "py.warnings":
         logging.getLogger(record.name).handle(record)
     elif record.getMessage() not in _warned:
@@ -368,8 +373,8 @@ def _log(record: logging.LogRecord) -> None:
         print(record.getMessage().rstrip(), file=sys.stderr)
 
 
-def ending(code: int) -> str:
-    """What happened to a process that said nothing, in a sentence. code: exit status, or minus a signal's number."""
+def exit_sentence(code: int) -> str:
+    """Say in a sentence how a process ended. code: its exit status, or minus the number of a signal."""
     if code >= 0:
         return f"the job's process ended with exit status {code} before the job was done."
     name = signal.Signals(-code).name
@@ -382,7 +387,7 @@ def ending(code: int) -> str:
 
 
 def _end(process: ForkServerProcess) -> None:
-    """End the process, if it has been started and hasn't ended: SIGTERM, for it to clean up, and SIGKILL after that."""
+    """End the process, if it runs: by SIGTERM, after which it can clean up, and then by SIGKILL."""
     if process.is_alive():
         process.terminate()
         process.join(GRACE_SECONDS)
@@ -396,24 +401,24 @@ def _end(process: ForkServerProcess) -> None:
 
 
 class _Sender(logging.handlers.QueueHandler):
-    """Sends each record, its text complete, through a connection."""
+    """Sends log records, each with its message formatted, through a connection."""
 
     def enqueue(self, record: logging.LogRecord) -> None:
         cast(Connection, self.queue).send(record)
 
-    def say(self, what: object) -> None:
-        """Send something else than a record; that of another thread must not come between."""
+    def send(self, message: object) -> None:
+        """Send a message that is no record, while no other thread sends one."""
         self.acquire()
         try:
-            cast(Connection, self.queue).send(what)
+            cast(Connection, self.queue).send(message)
         finally:
             self.release()
 
 
-def _work(channel: Connection, streams: list[Connection]) -> None:
-    """What a job's process does."""
+def _main(channel: Connection, streams: list[Connection]) -> None:
+    """Receive a Task in a job's process, do it, and send its result."""
     processes.end_with_parent()
-    processes.ignore_terminal()
+    processes.ignore_terminal_signals()
     try:
         task: Task = channel.recv()
     except EOFError:  # the owner was stopped
@@ -430,19 +435,19 @@ def _work(channel: Connection, streams: list[Connection]) -> None:
     credentials.learn(task.arguments)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115  (for a debugger in a user's model)
     tqdm.set_lock(threading.RLock())  # its own holds a semaphore, which a killed process would leave to the system
-    # They take the terminal's first lines, so that bars are drawn below the owner's, and those of the job before.
+    # These take the terminal's first lines, so that the job's bars are drawn below the owner's and other jobs'.
     lines = [tqdm(file=Path(os.devnull).open("w")) for _ in range(task.line)]  # noqa: SIM115, F841
     records = _Sender(channel)  # type: ignore[arg-type]
     _configure_logging(records, task.levels)
     with (task.folder / CRASH).open("w") as crash:
         faulthandler.enable(crash)
-        answer = _do(task)
+        returned = _do(task)
         faulthandler.disable()
-    records.say(answer)
+    records.send(returned)
 
 
 def _do(task: Task) -> Any:
-    """What the function gives, a Failure where it fails."""
+    """Call the task's function and return its result, or a Failure where it raises."""
     try:
         signal.signal(signal.SIGTERM, _terminate)
         from qexp.pipeline.input_checks import check_inputs, provenance_tags

@@ -14,8 +14,8 @@ from qexp.config import identity, validation
 from qexp.config.composition import Composer, combinations, quoted, spelled
 from qexp.errors import ConfigError
 from qexp.launch import rerun
-from qexp.launch.callback import without_credentials
-from qexp.launch.job import GIVEN, Job, job_from, split
+from qexp.launch.callback import refuse_credentials
+from qexp.launch.job import SET_BY_SWEEP, Job, job_from, split
 from qexp.system import credentials
 
 log = logging.getLogger(__name__)
@@ -23,24 +23,28 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Planned:
-    """A job of a sweep before it is launched: the overrides that compose it, and what they compose to."""
+    """A job of a sweep before it is launched: the overrides that compose it, the composed job, and its name."""
 
     overrides: list[str]
     job: Job
     name: str
 
 
-def hide_from_names(master: DictConfig) -> None:
-    """What a sweep gives to its jobs, and nobody has typed, is no part of Hydra's `override_dirname`, whatever else the
-    user has taken out of it."""
+def exclude_from_dirname(master: DictConfig) -> None:
+    """Exclude the settings that a sweep gives to its jobs from Hydra's `override_dirname`, beside the user's own
+    exclusions, since nobody typed them."""
     excluded = list(master.hydra.job.config.override_dirname.exclude_keys)
-    if not set(GIVEN) <= set(excluded):
-        keys = spelled([*excluded, *GIVEN])
+    if not set(SET_BY_SWEEP) <= set(excluded):
+        keys = spelled([*excluded, *SET_BY_SWEEP])
         master.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys={keys}")
 
 
 def plan(composer: Composer, params: Sequence[str], typed: Sequence[str]) -> list[Planned]:
-    """Every distinct job, composed and checked. Raises ConfigError for the whole sweep where one can't run."""
+    """Every distinct job, composed and checked.
+
+    params: the sweep's own overrides; typed: those of the command line, which replace the sweep's own of the same
+    setting. Raises ConfigError for the whole sweep where one job can't run.
+    """
     given = composer.parse(typed)
     own = [one for one in composer.parse(params) if not any(composer.replaces(other, one) for other in given)]
     overrides = [*own, *given]
@@ -58,50 +62,52 @@ def plan(composer: Composer, params: Sequence[str], typed: Sequence[str]) -> lis
     ]
     found: dict[str, tuple[list[str], Job]] = {}
     refused: dict[str, str] = {}
-    every = combinations(overrides)
-    for combination in tqdm(every, desc="checking jobs", disable=None, leave=False):
+    all_combinations = combinations(overrides)
+    for combination in tqdm(all_combinations, desc="checking jobs", disable=None, leave=False):
         composed = composer(combination)
         try:
             job = job_from(composed)
             validation.check(job.config, swept)
             rerun.check(job)
             if credentials.masked_tree(combination) != combination:
-                without_credentials(composer.subfolder(combination, 0), "hydra.sweep.subdir")
+                refuse_credentials(composer.subfolder(combination, 0), "hydra.sweep.subdir")
         except ConfigError as error:
             refused.setdefault(str(error), " ".join(combination))
             continue
         found.setdefault(identity.config_hash(job.config), (combination, job))
     if refused:
         reasons = "\n".join(f"{reason} ({which})" for reason, which in refused.items())
-        raise ConfigError(reasons if len(every) == 1 else f"{reasons}\nNo job of this sweep was started.")
-    if len(found) < len(every):
-        same = len(every) - len(found)
-        log.warning("%d of %d jobs would compute the same as another and are not run twice.", same, len(every))
-    told = [credentials.masked_tree(combination) for combination, _ in found.values()]
-    telling = [[combination[place] for place in places] or combination for combination in told]
+        raise ConfigError(reasons if len(all_combinations) == 1 else f"{reasons}\nNo job of this sweep was started.")
+    if len(found) < len(all_combinations):
+        same = len(all_combinations) - len(found)
+        log.warning(
+            "%d of %d jobs would compute the same as another and are not run twice.", same, len(all_combinations)
+        )
+    masked = [credentials.masked_tree(combination) for combination, _ in found.values()]
+    distinguishing = [[combination[place] for place in places] or combination for combination in masked]
     return [
         Planned([*combination, f"tracking.name={quoted(name)}"], job, name)
-        for (combination, job), name in zip(found.values(), names(telling), strict=True)
+        for (combination, job), name in zip(found.values(), names(distinguishing), strict=True)
     ]
 
 
-def names(telling: Sequence[Sequence[str]]) -> list[str]:
-    """A name for each job of a sweep, no two alike. telling: the overrides that tell it from the others."""
-    short_names = [plain(" ".join(map(short, overrides))) for overrides in telling]
+def names(distinguishing: Sequence[Sequence[str]]) -> list[str]:
+    """A unique name for each job of a sweep. distinguishing: for each, the overrides in which it differs."""
+    short_names = [plain(" ".join(map(short, overrides))) for overrides in distinguishing]
     counts = Counter(short_names)
     return [
         name if counts[name] == 1 else plain(" ".join(overrides))
-        for name, overrides in zip(short_names, telling, strict=True)
+        for name, overrides in zip(short_names, distinguishing, strict=True)
     ]
 
 
 def plain(text: str) -> str:
-    """`text` without what OmegaConf would take for an interpolation or an escape."""
+    """`text` without characters that OmegaConf reads as an interpolation or an escape."""
     return text.replace("\\", "/").replace("$", "")
 
 
 def short(override: str) -> str:
-    """An override's value as part of a run's name: a path's last part; `fusion=true` where a bare word says nothing."""
+    """An override as part of a run's name: its value (a path's last part); `fusion=true` for a boolean or number."""
     key, value = split(override)
     value = value.strip("'\"")
     if value.lower() in ("true", "false", "null") or value.replace(".", "", 1).isdigit():

@@ -1,4 +1,4 @@
-"""What a sweep shows while it runs: a line for each job on stdout, a bar over all of them on stderr's terminal."""
+"""A sweep's progress: a line on stdout for each job that ends, and a bar over all jobs where stderr is a terminal."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _CLEAR_BELOW = "\x1b[J"
 
 
 @dataclass
-class _Jobs:
-    """The bar, and what it says beside the jobs done: the best INT8 accuracy so far, how many failed or were reused."""
+class SweepProgress:
+    """The bar, with the best INT8 accuracy so far and how many jobs failed or were reused."""
 
     bar: Any
     reused: int = 0
@@ -37,39 +37,39 @@ class _Jobs:
         self.bar.update()
 
 
-# The sweep's that this process runs the jobs of, one after the other.
-_jobs: _Jobs | None = None
+# Of the sweep whose jobs this process runs.
+_progress: SweepProgress | None = None
 
 
 @contextlib.contextmanager
-def over(count: int, reused: int = 0) -> Iterator[None]:
-    """Show a bar over so many jobs, where stderr is a terminal; reused: how many of them needn't be run again."""
-    global _jobs
-    with tqdm(total=count, initial=reused, desc="jobs", unit="job", disable=None, leave=False, smoothing=0.1) as bar:
-        _jobs = _Jobs(bar, reused)
+def bar(count: int, reused: int = 0) -> Iterator[None]:
+    """Show a bar over `count` jobs, where stderr is a terminal. reused: how many of them aren't run again."""
+    global _progress
+    with tqdm(total=count, initial=reused, desc="jobs", unit="job", disable=None, leave=False, smoothing=0.1) as drawn:
+        _progress = SweepProgress(drawn, reused)
         try:
             yield
         finally:
-            _jobs = None
+            _progress = None
 
 
 def shown() -> bool:
-    """Whether there is a bar over jobs."""
-    return _jobs is not None and not _jobs.bar.disable
+    """True if a bar is on the terminal."""
+    return _progress is not None and not _progress.bar.disable
 
 
 def report(line: str, record: RunRecord) -> None:
-    """A job has ended: print its line, above the bar, which goes on by one."""
+    """Print the line of a job that has ended above the bar, and advance the bar by one."""
     if shown():
-        sys.stderr.write(_CLEAR_BELOW)  # the next job's bars, which are drawn anew, a line below where they were
+        sys.stderr.write(_CLEAR_BELOW)  # other jobs' bars, which are drawn again a line below
     tqdm.write(line)
     sys.stdout.flush()
-    if _jobs is not None:
-        _jobs.add(record)
+    if _progress is not None:
+        _progress.add(record)
 
 
 class Console(logging.StreamHandler[Any]):
-    """Log lines above whatever bars there are."""
+    """Writes log lines above the bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with tqdm.external_write_mode(file=self.stream):
@@ -77,7 +77,7 @@ class Console(logging.StreamHandler[Any]):
 
 
 class Once(logging.Filter):
-    """Lets each sentence through once: what all jobs of a sweep share is said by the first."""
+    """Passes each message below a warning once: all jobs of a sweep log some of the same."""
 
     said: ClassVar[set[str]] = set()
 

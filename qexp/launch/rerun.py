@@ -1,4 +1,4 @@
-"""A run is repeated as it was, and compared with what it was."""
+"""A repetition of an earlier run, with its settings, compared with its results."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from qexp.launch.job import Job
     from qexp.tracking.store import Store
 
-# What may be given beside `rerun`: it says where a run is recorded, not what it computes.
+# Settings that may be given beside `rerun`: they say where a run is recorded, not what it computes.
 BESIDE_RERUN = ("rerun", "outputs", "study", "tracking")
 
 
 def check(job: Job) -> None:
-    """Raise ConfigError where `rerun` stands in a sweep, or beside a setting that would make it another run."""
+    """Raise ConfigError where `rerun` is set in a sweep, or beside a setting that would make it another run."""
     rerun = job.config.rerun
     if rerun is None:
         return
@@ -49,10 +49,10 @@ def check(job: Job) -> None:
 
 @dataclass(frozen=True, eq=False)
 class EarlierRun:
-    """A run that is to be repeated. job: what repeats it; row: as MLflow has it.
+    """A run that is to be repeated. job: the job that repeats it; row: its record in MLflow.
 
-    predictions: the arrays of its `predictions.npz`, None where it has none; added: settings that it did not have, with
-    the values that they have now.
+    predictions: the arrays of its `predictions.npz`, None where it has none; added: settings that its version of qexp
+    did not have, with today's values.
     """
 
     job: Job
@@ -61,7 +61,7 @@ class EarlierRun:
     added: Mapping[str, Any]
 
     def compared(self, now: RunRecord) -> str:
-        """What has changed since, and how the figures differ."""
+        """Lines that say what has changed since, and how the figures differ."""
         then, started = self.row, time.strftime("%Y-%m-%d %H:%M", time.localtime(self.row.start))
         lines = [f"compared with {then.name!r} ({then.run_id}) of {started}, which is {then.status}:"]
         lines.append(comparison(then, now, self.predictions, _arrays(self.job.folder / "predictions.npz")))
@@ -72,9 +72,9 @@ class EarlierRun:
 
 
 def find_earlier(store: Store, job: Job) -> EarlierRun | None:
-    """The run that `job` is to repeat, None where it is a job of its own.
+    """The run that `job` is to repeat, or None where `rerun` is not set.
 
-    Raises InputError where there is no such run, or it can't be repeated.
+    Raises InputError where there is no such run or it can't be repeated.
     """
     from qexp import tracking
 
@@ -104,7 +104,7 @@ def find_earlier(store: Store, job: Job) -> EarlierRun | None:
 
 
 def _recorded(rerun: str, text: str, now: Config) -> tuple[Config, dict[str, Any]]:
-    """The configuration of a run, and the settings in it that are today's since the run has none."""
+    """The configuration of a run from its JSON text, and the settings that it lacked, which have today's values."""
     try:
         values, whole_now = json.loads(text), identity.exact(now)
         whole = _completed(values, whole_now)
@@ -121,7 +121,7 @@ def _recorded(rerun: str, text: str, now: Config) -> tuple[Config, dict[str, Any
 
 
 def _with_credentials(rerun: str, recorded: Any, now: Any, name: str) -> Any:
-    """`recorded` with the credentials that were masked in it, as they are given now. name: of the setting."""
+    """`recorded` with today's values where credentials were masked in it. name: the setting's."""
     if name in identity.RECORDED_ONLY:
         return recorded
     if isinstance(recorded, Mapping):
@@ -140,7 +140,7 @@ def _with_credentials(rerun: str, recorded: Any, now: Any, name: str) -> Any:
 
 
 def _completed(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """`recorded`, and from `now` the settings that it lacks; `model` and `dataset` have keys of their own."""
+    """`recorded` with the settings that it lacks from `now`, except within `model` and `dataset` (open keys)."""
     result = dict(recorded)
     for name, value in now.items():
         if name not in recorded:
@@ -151,7 +151,7 @@ def _completed(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
 
 
 def _as_asked(params: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Choices and overrides that give the same params again (see `identity.params`)."""
+    """Choices and overrides for which `identity.params` returns the same params again."""
     choices = {group: params.get(group, identity.NOT_APPLICABLE) for group in identity.GROUPS}
     changed = {f"{group}.": "" for group, choice in choices.items() if choice.endswith("*")}
     return {group: choice.removesuffix("*") for group, choice in choices.items()}, changed
@@ -163,7 +163,7 @@ def comparison(
     images_then: Mapping[str, np.ndarray] | None,
     images_now: Mapping[str, np.ndarray] | None,
 ) -> str:
-    """Two runs of one configuration as a table: what each depended on, and its figures.
+    """Two runs of one configuration as a table: code, data and machine of each, and its figures.
 
     images: the arrays of `predictions.npz`, by name: labels [N], image_ids [N], logits `fp32` and `int8` [N, classes].
     """
@@ -191,13 +191,13 @@ def comparison(
 
 
 def images_told(then: Mapping[str, np.ndarray], now: Mapping[str, np.ndarray], precision: str) -> str:
-    """How the predictions of two runs differ, in images."""
+    """Say on how many images the predictions of two runs differ."""
     same = all(np.array_equal(then[name], now[name]) for name in ("labels", "image_ids"))
     before, after = then[precision], now[precision]
     if not same or before.shape != after.shape:
         return "other images"
     broken = int((~np.isfinite(before)).any(axis=1).sum())
-    if broken:  # the run is of a time when such logits were not refused
+    if broken:  # the run is of an older version, which accepted such logits
         return f"{broken} of {len(before)} images had NaN or infinity as logits then"
     if np.array_equal(before, after):
         return "equal, the logits bit for bit"

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal: raised once, so that what is open can be closed."""
+"""Ctrl-C, SIGTERM and a closed terminal as an exception that is raised once, so that what is open can be closed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Stop(BaseException):
 
     def __init__(self, number: int) -> None:
         self.code = 128 + number
-        super().__init__(number)  # as given, for pickle makes it again from this
+        super().__init__(number)  # pickle passes these arguments to the constructor again
 
     def __str__(self) -> str:
         return signal.Signals(self.args[0]).name
@@ -30,7 +30,7 @@ _received: list[Stop] = []
 
 def _receive(number: int, frame: Any) -> None:
     if _received:
-        if number == signal.SIGHUP:  # sent by the shell and by the system; nobody is impatient
+        if number == signal.SIGHUP:  # sent by both the shell and the system, not by an impatient user
             return
         os._exit(128 + number)
     _received.append(Stop(number))
@@ -39,12 +39,12 @@ def _receive(number: int, frame: Any) -> None:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP raise Stop once, so that what is open can be closed; the next one leaves at once.
+    """Raise Stop on the first SIGINT, SIGTERM or SIGHUP, so that what is open can be closed; exit at once on the next.
 
-    Contexts may be nested. Stop is what leaves each of them even where the code that the signal hit swallowed it or
-    died of it in another way, as OmegaConf does; SystemExit is not touched, for it means that the stop was dealt with.
-    SIGHUP that was ignored when this process started, as by nohup, still is. Outside the main thread, where Python
-    delivers no signal, nothing is done.
+    Contexts may be nested. Each raises Stop at its end even where the interrupted code swallowed it or raised another
+    error instead, as OmegaConf does; SystemExit passes, since it means that the stop was handled. SIGHUP that was
+    ignored when this process started, as by nohup, stays ignored. Outside the main thread, where Python delivers no
+    signal, this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -53,7 +53,7 @@ def stoppable() -> Iterator[None]:
     stopping = [signal.SIGINT, signal.SIGTERM, *([] if ignored else [signal.SIGHUP])]
     before = {number: signal.signal(number, _receive) for number in stopping}
     try:
-        if not _received:  # else it was swallowed before this context
+        if not _received:  # else it was swallowed before this context was entered
             yield
         if _received:
             raise _received[0]
@@ -72,7 +72,7 @@ def stoppable() -> Iterator[None]:
 
 @contextlib.contextmanager
 def until_stopped() -> Iterator[None]:
-    """`stoppable`, whose Stop ends the process with how to go on and its exit status."""
+    """As `stoppable`, but Stop ends the process with its exit status, after the command to run it again was printed."""
     try:
         with stoppable():
             yield

@@ -1,4 +1,4 @@
-"""A study goes on where an earlier sweep of it stopped: what is finished and would be the same is not run again."""
+"""A study: a sweep of it reuses the finished runs of earlier sweeps whose results would be the same today."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# The tags that say what a result depends on beside its settings, in words.
+# Tags that a result depends on beside its settings, each with its name in messages.
 DEPENDS_ON = {
     "code_hash": "code",
     "checkpoint_digest": "checkpoint",
@@ -32,46 +32,46 @@ DEPENDS_ON = {
 
 @dataclass(frozen=True)
 class Study:
-    """What there is of a study when a sweep of it begins.
+    """The runs of a study at the start of a sweep of it.
 
-    A study has one run for all its sweeps, which each of them opens again, so that its runs are found under one
-    parent. parent: that run's id, None where there is none; before: ids of all runs of the study; done: by
-    config_hash, the finished runs whose result would be the same today.
+    A study has one parent run for all its sweeps: each of them opens it again. parent: that run's id, None where there
+    is none; before: ids of all runs of the study; finished: the finished runs whose results would be the same today,
+    by config_hash.
     """
 
     name: str = ""
     parent: str | None = None
     before: frozenset[str] = frozenset()
-    done: Mapping[str, RunRecord] = field(default_factory=dict)
+    finished: Mapping[str, RunRecord] = field(default_factory=dict)
 
-    def left(self, planned: Sequence[Planned]) -> list[Planned]:
-        """The jobs that have to be run."""
-        return [item for item in planned if identity.config_hash(item.job.config) not in self.done]
+    def to_run(self, planned: Sequence[Planned]) -> list[Planned]:
+        """The jobs without a finished run to reuse."""
+        return [item for item in planned if identity.config_hash(item.job.config) not in self.finished]
 
     def open(self, store: Store, **given: Any) -> Run:
-        """The parent run, with what is done under it. given: as `tracking.open_parent` takes it."""
+        """Open the parent run and put the finished runs under it. given: as `tracking.open_parent` takes it."""
         from qexp import tracking
 
         parent = tracking.open_parent(store, again=self.parent, **given)
         try:
-            tracking.adopt(store, parent.id, list(self.done.values()))
+            tracking.adopt(store, parent.id, list(self.finished.values()))
         except BaseException:
             parent.kill()
             raise
         return parent
 
     def new(self, rows: Sequence[RunRecord]) -> list[RunRecord]:
-        """Those of the parent's runs that this sweep started."""
+        """Those of the parent's runs that this sweep has started."""
         return [row for row in rows if row.run_id not in self.before]
 
-    def with_done(self, planned: Sequence[Planned], rows: Sequence[RunRecord]) -> list[RunRecord]:
-        """This sweep's runs and those that it need not repeat, in the order in which the jobs were planned.
+    def with_reused(self, planned: Sequence[Planned], rows: Sequence[RunRecord]) -> list[RunRecord]:
+        """This sweep's runs and those that it reuses, in the order in which the jobs were planned.
 
-        What was done has the names and params that this sweep gives it, since both depend on what is swept.
+        Reused runs get the names and params that this sweep gives them, since both depend on the settings swept over.
         """
         rows = list(rows)
         for item in planned:
-            row = self.done.get(identity.config_hash(item.job.config))
+            row = self.finished.get(identity.config_hash(item.job.config))
             if row is not None:
                 resolved = {name: value for name, value in row.params.items() if name.startswith("resolved.")}
                 tags = {**row.tags, "reused": f"reused: finished earlier under study={self.name}."}
@@ -81,14 +81,14 @@ class Study:
 
 
 def find_study(store: Store, planned: Sequence[Planned], experiments: Sequence[str]) -> Study:
-    """What there is of the study that these jobs belong to, and say what of it is not run again."""
+    """Find the runs of the study that these jobs belong to, and log how many are reused."""
     from qexp import tracking
 
     config = planned[0].job.config
     if not (config.study and config.resume):
         return Study()
     rows = tracking.of_study(store, config.study, experiments)
-    # One that is still open is another process's.
+    # A parent that is still open belongs to another process.
     parents = [row.run_id for row in rows if tracking.SWEEP_TAG in row.tags and row.status != "RUNNING"]
     if any(tracking.SWEEP_TAG in row.tags and row.status == "RUNNING" for row in rows):
         log.warning("another sweep of study=%s is open; what it has not finished yet is run here too.", config.study)
@@ -99,7 +99,7 @@ def find_study(store: Store, planned: Sequence[Planned], experiments: Sequence[s
     asked = [item.job.config for item in planned if identity.config_hash(item.job.config) in finished]
     done: dict[str, RunRecord] = {}
     changed: dict[str, None] = {}
-    for job, today in zip(asked, job_process.provenance_tags(asked) if asked else [], strict=True):
+    for job, today in zip(asked, job_process.provenance_tags_in_child(asked) if asked else [], strict=True):
         key = today["config_hash"]
         differences = [(row, differing(row.tags, today, job.latency.enabled)) for row in finished[key]]
         same = [row for row, names in differences if not names]
@@ -119,6 +119,9 @@ def find_study(store: Store, planned: Sequence[Planned], experiments: Sequence[s
 
 
 def differing(then: Mapping[str, str], now: Mapping[str, str], timed: bool) -> list[str]:
-    """In words, what differs of all that a result depends on. timed: on the CPU too, and not on its kernels alone."""
+    """Names of what differs among all that a result depends on, from DEPENDS_ON.
+
+    then, now: tags; timed: True if the result depends on the CPU too, and not on its kernels alone.
+    """
     names = [tag for tag in DEPENDS_ON if tag != "cpu" or timed]
     return [DEPENDS_ON[tag] for tag in names if then.get(tag) != now.get(tag)]

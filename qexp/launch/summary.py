@@ -1,4 +1,4 @@
-"""The end of the output of a run or sweep: the tables, and where everything is."""
+"""The end of the output of a run or sweep: the tables, and where its files and MLflow are."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from qexp.records import RunRecord
 from qexp.report import effects, tables
 from qexp.system import credentials
 
-# Of what is said of runs on one kind of CPU.
+# The tables of runs whose CPUs have the same kernels.
 PARTS = (
     tables.runs, tables.latencies, tables.effects_table, tables.calibration_samples, tables.calibration_sizes,
 )  # fmt: skip
 
 
 def summary(records: Sequence[RunRecord]) -> str:
-    """The tables of a sweep: what all runs share, the runs, the effects, and every job that failed.
+    """The tables of a sweep: machine and model, runs, effects of settings, and every job that failed.
 
-    CPUs whose INT8 kernels answer otherwise (the tag kernel_signature) are never pooled: each has its own tables.
+    Runs on CPUs whose INT8 kernels return other values (the tag kernel_signature) are never pooled: each kind of CPU
+    has its own tables.
     """
     alike: dict[str, list[RunRecord]] = {}
     for record in effects.finished(records):
@@ -29,12 +30,13 @@ def summary(records: Sequence[RunRecord]) -> str:
 
 
 def shared(records: Sequence[RunRecord]) -> str:
-    """The machine and the model, once above the table."""
+    """A line above the tables that names the machine and the model."""
     tags = records[0].tags if records else {}
     return f"{tags['cpu']} ({tags['isa']}), torch {tags['torch']}; {tags['float_model']}" if "cpu" in tags else ""
 
 
-def say_where(folder: Path, ui: Any) -> None:
+def print_locations(folder: Path, ui: Any) -> None:
+    """Print where the files are and how to open MLflow. ui: as `tracking.ui` returns it."""
     print(f"Files: {folder}")
     if ui.command:
         given = f", with the password for {credentials.MASK}" if credentials.MASK in ui.command else ""

@@ -1,7 +1,4 @@
-"""What a sweep owns: every job checked before the first starts, the parent run, the table, signals, the exit status.
-
-A single run goes the same way, as an owner of one job (`single`).
-"""
+"""A sweep: every job is checked before the first starts; then the parent run, the table, signals, the exit status."""
 
 from __future__ import annotations
 
@@ -22,11 +19,11 @@ from qexp.config.composition import Composer, as_yaml, quoted
 from qexp.config.error_messages import exit_with_message
 from qexp.launch import concurrent, folders, job_process, progress
 from qexp.launch.job import command, new_sweep, tags
-from qexp.launch.planning import Planned, hide_from_names, plan
+from qexp.launch.planning import Planned, exclude_from_dirname, plan
 from qexp.launch.signals import Stop, stoppable, until_stopped
 from qexp.launch.study import find_study
-from qexp.launch.summary import say_where, summary
-from qexp.launch.tracked_run import close_orphans, failed, say_ignored
+from qexp.launch.summary import print_locations, summary
+from qexp.launch.tracked_run import close_orphans, failed, warn_of_ignored_variables
 from qexp.metrics import Metric
 from qexp.records import RunRecord
 
@@ -35,19 +32,19 @@ if TYPE_CHECKING:
     from qexp.tracking.store import Store
 
 
-def own(
+def run_sweep(
     master: DictConfig, params: Sequence[str], typed: Sequence[str], loader: Any, launcher: Any, batch_size: int | None
 ) -> Any:
-    """Run a sweep: overrides, some of which list several values; every combination is a job.
+    """Run a sweep, whose jobs are the combinations of the overrides' values, and return what the launcher returns.
 
-    params: those of the sweep itself (`hydra.sweeper.params`, as a ready study has them); typed: those of the command
-    line, which stand in place of the sweep's own where they are of the same.
-    All jobs are composed and checked, and the inputs of each distinct one, before the parent run is opened and the
-    first job launched. Exits with status 1 where a job failed, 128 + signal where it was stopped.
+    params: the sweep's own overrides (`hydra.sweeper.params`, as a ready study has them); typed: those of the command
+    line, which replace the sweep's own of the same setting; batch_size: the most jobs that the launcher gets at once.
+    All jobs, and the inputs of each distinct one, are checked before the parent run is opened and the first job
+    launched. Exits with status 1 where a job failed, and with 128 + the signal's number where it was stopped.
     """
     with exit_with_message(), until_stopped():
-        job_process.start_server()  # it imports torch while this process composes the jobs and imports MLflow
-        hide_from_names(master)
+        job_process.start_server()  # imports torch while this process composes the jobs and imports MLflow
+        exclude_from_dirname(master)
         composer = Composer(master, loader)
         return launch(master, composer, plan(composer, params, typed), launcher, batch_size)
 
@@ -60,17 +57,17 @@ def launch(
 
     first = planned[0].job
     folder = Path(os.path.abspath(master.hydra.sweep.dir))  # noqa: PTH100  (as Hydra does, links are not followed)
-    folders.writable(folder)
+    folders.make_writable(folder)
     store = tracking.connect(first.config.tracking, Path(first.config.outputs), first.cwd)
     experiments = sorted({store.experiment_name(item.job.choices["dataset"]) for item in planned})
     for name in experiments:
         tracking.check_experiment(store, name)
-    say_ignored(sweep=True)
+    warn_of_ignored_variables(sweep=True)
     close_orphans(store)
     study = find_study(store, planned, experiments)
-    left = study.left(planned)
+    left = study.to_run(planned)
     if left:
-        job_process.check_inputs([item.job.config for item in left])
+        job_process.check_inputs_in_child([item.job.config for item in left])
     wanted = [composer.subfolder(item.overrides, number) for number, item in enumerate(left)]
     claimed = folders.claim(folder, wanted)
     folders.save_beside(folder / "multirun.yaml", as_yaml(master))
@@ -79,7 +76,7 @@ def launch(
     try:
         parent = study.open(store, experiment=experiments[0], name=title, tags=tags(first))
     except BaseException:
-        folders.leave(folder, claimed)
+        folders.remove_unused(folder, claimed)
         raise
     all_jobs = f"{len(planned)} job{'s' if len(planned) > 1 else ''}"
     print(f"{all_jobs}; runs go to the MLflow experiment {experiments[0]}, under {parent.name!r}.", flush=True)
@@ -87,11 +84,11 @@ def launch(
     returns: list[Any] = []
     status, code = "FINISHED", 0
     try:
-        with stoppable(), progress.over(len(planned), len(planned) - len(left)):
+        with stoppable(), progress.bar(len(planned), len(planned) - len(left)):
             every = [[*item.overrides, f"tracking.parent={parent.id}", f"sweep={sweep}"] for item in left]
             for overrides, name, other in zip(every, claimed, wanted, strict=True):
                 overrides += [f"hydra.sweep.subdir={quoted(name)}"] if name != other else []
-            # Another launcher has processes of its own, each of which does its jobs one by one.
+            # Another launcher has processes of its own, each of which runs its jobs one by one.
             count = first.config.job.at_a_time if isinstance(launcher, BasicLauncher) else 1
             with concurrent.at_a_time(count) as running:
                 for chunk in BasicSweeper.split_overrides_to_chunks(every, batch_size) if left else []:
@@ -104,14 +101,16 @@ def launch(
         status = "FAILED"
         raise
     finally:
-        folders.leave(folder, claimed)
+        folders.remove_unused(folder, claimed)
         rows = study.new(tracking.children(store, parent.id, experiments))
         tracked_names = {row.name for row in rows}
-        rows += [row for batch in returns for row in map(unstarted, batch) if row and row.name not in tracked_names]
-        rows = study.with_done(planned, rows)
+        rows += [
+            row for batch in returns for row in map(failed_before_run, batch) if row and row.name not in tracked_names
+        ]
+        rows = study.with_reused(planned, rows)
         if status == "FINISHED" and any(row.status != "FINISHED" for row in rows):
             status, code = "FAILED", 1
-        close(store, parent, rows, status, folder)
+        close_sweep(store, parent, rows, status, folder)
     if status == "KILLED":
         finished = sum(row.status == "FINISHED" for row in rows)
         print(f"Stopped after {finished} of {all_jobs}. To run it again:\n  {command()}", file=sys.stderr)
@@ -120,19 +119,19 @@ def launch(
     return returns
 
 
-def close(store: Store, parent: Run, rows: Sequence[RunRecord], status: str, folder: Path) -> None:
-    """End a sweep's run with the table of its jobs, which is printed too, and where everything is."""
+def close_sweep(store: Store, parent: Run, rows: Sequence[RunRecord], status: str, folder: Path) -> None:
+    """End a sweep's run with the table of its jobs, and print the table and where everything is."""
     from qexp import tracking
 
     text = summary(rows)
     counts = Counter(row.status.lower() for row in rows)
     tracking.close_parent(parent, status, text, {name: counts[name] for name in ("finished", "failed", "killed")})
     print(f"\n{text}\n")
-    say_where(folder, tracking.ui(store, parent, sort_by=Metric.accuracy_int8))
+    print_locations(folder, tracking.ui(store, parent, sort_by=Metric.accuracy_int8))
 
 
-def unstarted(returned: Any) -> RunRecord | None:
-    """A failed job as a row, in case it failed before it had a run; None where it did not fail."""
+def failed_before_run(returned: Any) -> RunRecord | None:
+    """The record of a failed job, for one that failed before it had a run; None for a job that did not fail."""
     if returned.status is JobStatus.COMPLETED:
         return None
     given = OverridesParser.create().parse_overrides(list(returned.overrides))

@@ -1,4 +1,4 @@
-"""One job as a run in MLflow: by itself, or as one of a sweep's."""
+"""One job as a run in MLflow: by itself, or in a sweep."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from qexp.config.error_messages import exit_with_message
 from qexp.config.schema import LogModel
 from qexp.launch import concurrent, folders, job_process, progress
 from qexp.launch.job import Job, tags
-from qexp.launch.job_process import Begun
+from qexp.launch.job_process import JobProcess
 from qexp.launch.rerun import find_earlier
 from qexp.launch.signals import stoppable, until_stopped
-from qexp.launch.summary import say_where, summary
+from qexp.launch.summary import print_locations, summary
 from qexp.records import WARNING_TAG, Result, RunRecord
 from qexp.report import sentences, tables
 
@@ -26,19 +26,19 @@ log = logging.getLogger(__name__)
 
 
 def run(job: Job) -> float | None:
-    """Hydra's task: one run, tracked; by itself, or as one of a sweep's jobs. Returns the objective."""
+    """Hydra's task function: run a job, by itself or in a sweep, as a run in MLflow, and return the objective."""
     if job.config.sweep is not None and not job.foreign:
         with stoppable():
-            objective: float | None = concurrent.perform(job.number, swept(job))
+            objective: float | None = concurrent.perform(job.number, track_swept(job))
             return objective
-    if not job.alone:  # a job of another sweeper, which handles what is raised
-        return single(job)
+    if not job.alone:  # a job of another sweeper, which handles its errors
+        return run_single(job)
     with exit_with_message(), until_stopped():
-        return single(job)
+        return run_single(job)
 
 
-def single(job: Job) -> float | None:
-    """One run by itself: configuration, tracking server and inputs are checked before it starts."""
+def run_single(job: Job) -> float | None:
+    """Run a job by itself, after its configuration, the tracking server and its inputs were checked."""
     from qexp import tracking
 
     validation.check(job.config)
@@ -53,18 +53,18 @@ def single(job: Job) -> float | None:
     experiment = store.experiment_name(job.choices["dataset"])
     tracking.check_run(store, experiment=experiment, params=job.params, resume=job.alone)
     if job.alone:
-        say_ignored(sweep=False)
-    job_process.check_inputs([job.config])
-    row, handle = concurrent.perform(job.number, tracked(job, swept=identity.GROUPS if earlier else ()))
+        warn_of_ignored_variables(sweep=False)
+    job_process.check_inputs_in_child([job.config])
+    row, handle = concurrent.perform(job.number, track(job, swept=identity.GROUPS if earlier else ()))
     print(f"\n{summary([row])}\n")
     if earlier:
         print(f"{earlier.compared(row)}\n")
-    say_where(job.folder, tracking.ui(store, handle))
+    print_locations(job.folder, tracking.ui(store, handle))
     return row.metrics.get(job.config.objective)
 
 
-def say_ignored(sweep: bool) -> None:
-    """Log which of MLflow's environment variables are set and not followed."""
+def warn_of_ignored_variables(sweep: bool) -> None:
+    """Log a warning for each of MLflow's environment variables that is set and has no effect."""
     from qexp import tracking
 
     for sentence in tracking.ignored(sweep):
@@ -72,7 +72,7 @@ def say_ignored(sweep: bool) -> None:
 
 
 def close_orphans(store: Store) -> None:
-    """Close, as KILLED, the runs that were left open by processes of this machine that are gone, and say so."""
+    """Close, as KILLED, the runs that ended processes of this machine left open, and log their names."""
     from qexp import tracking
 
     closed = tracking.close_orphans(store)
@@ -81,11 +81,10 @@ def close_orphans(store: Store) -> None:
         log.warning("%d runs whose process is gone were still open, and are closed as KILLED: %s.", len(closed), names)
 
 
-def swept(job: Job) -> Generator[Begun, Result, float | None]:
-    """`tracked` for one of a sweep's jobs, with its line and its step of the bar, whether it is finished or fails.
-    Returns the objective."""
+def track_swept(job: Job) -> Generator[JobProcess, Result, float | None]:
+    """As `track`, for a job of a sweep: print its line and advance the bar when it ends, and return the objective."""
     try:
-        row, _ = yield from tracked(job, swept=identity.GROUPS)
+        row, _ = yield from track(job, swept=identity.GROUPS)
     except Exception as error:
         row = failed(job.name, error)
         progress.report(f"#{job.number + 1}  {tables.failures([row])}", row)
@@ -94,11 +93,11 @@ def swept(job: Job) -> Generator[Begun, Result, float | None]:
     return row.metrics.get(job.config.objective)
 
 
-def tracked(job: Job, swept: Collection[str] = ()) -> Generator[Begun, Result, tuple[RunRecord, Any]]:
-    """The job as a run in MLflow, which ends as FINISHED, FAILED or KILLED whatever happens.
+def track(job: Job, swept: Collection[str] = ()) -> Generator[JobProcess, Result, tuple[RunRecord, Any]]:
+    """Run the job as a run in MLflow, which ends as FINISHED, FAILED or KILLED whatever happens.
 
-    Begins the job's process, yields it, and is sent its result or thrown what it raises (see `concurrent.perform`).
-    Returns the run's record and its handle.
+    Starts the job's process, yields it, and is sent its result or thrown its error (see `concurrent.perform`). swept:
+    the settings that a sweep may vary. Returns the run's record and its handle.
     """
     from qexp import tracking
 
@@ -111,25 +110,24 @@ def tracked(job: Job, swept: Collection[str] = ()) -> Generator[Begun, Result, t
         params=job.params,
         tags={**tags(job), **code_digest.tags(job.config)},
         parent=job.config.tracking.parent,
-        # Hydra's own count tells a single run from a job of another sweeper than ours.
         resume=job.alone,
     ) as handle:
-        # At once, so that a run that fails or is killed can be repeated too.
+        # Before the job starts, so that a run that fails or is killed can be repeated too.
         handle.log_artifacts({"config.json": identity.plain(job.config)})
-        begun = job_process.begin(job.config, job.folder)
+        process = job_process.start(job.config, job.folder)
         try:
-            result = yield begun
+            result = yield process
         finally:
-            begun.end()
+            process.end()
         warnings = {WARNING_TAG + warning.code: sentences.warning(warning) for warning in result.warnings}
         found = {**result.tags, **result.verdict.tags(), **warnings}
         files = {name: Path(path) for name, path in result.files.items()}
         if job.hydra_files is not None and job.hydra_files.is_dir():
             files["hydra"] = job.hydra_files
-        kept = job.config.tracking.log_model
-        if kept is LogModel.none or (kept is LogModel.auto and not job.alone):
+        log_model = job.config.tracking.log_model
+        if log_model is LogModel.none or (log_model is LogModel.auto and not job.alone):
             files.pop("model")
-        if kept is LogModel.flavor:
+        if log_model is LogModel.flavor:
             handle.log_model(**result.flavor)
         used = [tracking.DatasetUse(**use) for use in result.datasets]
         handle.log_result(result.metrics, found, files, used, result.resolved)
@@ -139,7 +137,7 @@ def tracked(job: Job, swept: Collection[str] = ()) -> Generator[Begun, Result, t
 
 
 def failed(name: str, error: Exception) -> RunRecord:
-    """The row of a job that has failed."""
+    """The record of a job that has failed."""
     from qexp import tracking
 
     return RunRecord("", name, "FAILED", tags={"error": tracking.sentence(error)})

@@ -30,7 +30,7 @@ def end_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def ignore_terminal() -> None:
+def ignore_terminal_signals() -> None:
     """A terminal sends Ctrl-C, and its end, to all of its processes; what follows is their owner's business."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

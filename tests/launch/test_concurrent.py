@@ -21,7 +21,7 @@ from qexp.config import schema
 from qexp.errors import RunError
 from qexp.latency import shared_timings
 from qexp.launch import concurrent, job_process
-from qexp.launch.job_process import Begun
+from qexp.launch.job_process import JobProcess
 from qexp.records import Result
 from qexp.system import machine_lock
 from tests.helpers.jobs import TIMED
@@ -36,26 +36,28 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What happens to jobs from now on, by the names of their folders, in its order: `+job0` begins, `-job0` has
     ended."""
     found: list[str] = []
-    begin, end = job_process.begin, Begun.end
+    begin, end = job_process.start, JobProcess.end
 
-    def begun(config: schema.Config, folder: Path) -> Begun:
+    def begun(config: schema.Config, folder: Path) -> JobProcess:
         found.append(f"+{folder.name}")
         return begin(config, folder)
 
-    def ended(job: Begun) -> None:
+    def ended(job: JobProcess) -> None:
         if job.ended and not job.channel.closed:
             found.append(f"-{job.task.folder.name}")
         end(job)
 
-    monkeypatch.setattr(job_process, "begin", begun)
-    monkeypatch.setattr(Begun, "end", ended)
+    monkeypatch.setattr(job_process, "start", begun)
+    monkeypatch.setattr(JobProcess, "end", ended)
     return found
 
 
-def work(config: schema.Config, folder: Path, thrown: list[BaseException] | None = None) -> Generator[Begun, Any, Any]:
+def work(
+    config: schema.Config, folder: Path, thrown: list[BaseException] | None = None
+) -> Generator[JobProcess, Any, Any]:
     """As a run does it. thrown: takes what is thrown."""
     folder.mkdir(exist_ok=True)
-    begun = job_process.begin(config, folder)
+    begun = job_process.start(config, folder)
     try:
         return (yield begun)
     except BaseException as error:
@@ -172,7 +174,7 @@ def test_what_stops_the_sweep_ends_all_and_is_thrown_into_every_run(
     tmp_path: Path, trouble: Callable[..., schema.Config]
 ) -> None:
     thrown: list[BaseException] = []
-    begun: list[Begun] = []
+    begun: list[JobProcess] = []
     pids: list[int] = []
 
     def stopped() -> None:

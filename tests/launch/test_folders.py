@@ -33,7 +33,7 @@ def test_sweeps_that_begin_at_the_same_moment_share_no_folder(tmp_path: Path) ->
 def test_a_folder_that_no_job_has_used_is_removed(tmp_path: Path) -> None:
     claimed = folders.claim(tmp_path, ["0", "1", "a/b"])
     (tmp_path / "0" / "qexp.log").touch()
-    folders.leave(tmp_path, claimed)
+    folders.remove_unused(tmp_path, claimed)
     assert [path.name for path in tmp_path.iterdir()] == ["0"]
 
 

@@ -56,8 +56,8 @@ def test_trials_have_a_parent_and_names_of_their_own(
 def test_what_was_begun_is_ended_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
     monkeypatch.setattr(foreign_sweeper, "_open", [ended.append])
-    foreign_sweeper.end("FAILED")
-    foreign_sweeper.end("FINISHED")
+    foreign_sweeper.close_parent("FAILED")
+    foreign_sweeper.close_parent("FINISHED")
     assert ended == ["FAILED"]
 
 

@@ -139,7 +139,7 @@ def trap(composed: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def failure(config: schema.Config) -> Exception:
     """What the job raises, in the folder `run`."""
     with pytest.raises(Exception) as caught:  # noqa: PT011
-        job_process.run(config, Path("run"))
+        job_process.start(config, Path("run")).outcome()
     assert not list(Path("run").glob("*"))  # nothing of its own is left
     return caught.value
 
@@ -198,12 +198,12 @@ def test_every_exception_survives_pickle() -> None:
         "Stop": (signal.SIGINT,),
     }
     kinds = exceptions()
-    assert {RunError, NotFinite, InputError, QexpError, job_process.Elsewhere} <= set(kinds)
+    assert {RunError, NotFinite, InputError, QexpError, job_process.RemoteTraceback} <= set(kinds)
     assert set(given) <= {kind.__name__ for kind in kinds}
     for kind in kinds:
         error = kind(*given.get(kind.__name__, ("what happened",)))
         again = pickle.loads(pickle.dumps(error))
-        assert type(again) is kind or isinstance(error, job_process._Foreign)
+        assert type(again) is kind or isinstance(error, job_process._NamedError)
         assert (str(again), vars(again)) == (str(error), vars(error))
 
 
@@ -273,7 +273,7 @@ import pickle, sys
 from pathlib import Path
 from qexp.launch import job_process, signals
 with signals.until_stopped():
-    job_process.run(pickle.loads(Path(sys.argv[1]).read_bytes()), Path("run"))
+    job_process.start(pickle.loads(Path(sys.argv[1]).read_bytes()), Path("run")).outcome()
 """
 
 
@@ -332,7 +332,7 @@ from qexp.errors import InputError
 config, me, seen = pickle.loads(Path(sys.argv[1]).read_bytes()), psutil.Process(), []
 for _ in range(40):
     try:
-        job_process.run(config, Path("run"))
+        job_process.start(config, Path("run")).outcome()
     except InputError:
         seen.append((me.num_fds(), me.num_threads(), len(me.children()), me.memory_info().rss))
 few, many = seen[10], seen[-1]
@@ -354,9 +354,9 @@ import pickle, sys
 from pathlib import Path
 from qexp.launch import job_process
 config = pickle.loads(Path("config").read_bytes())
-job_process.check_inputs([config])
-assert job_process.provenance_tags([config])[0]["torch"]
-assert job_process.run(config, Path("run")).metrics["accuracy/int8"] > 0.6
+job_process.check_inputs_in_child([config])
+assert job_process.provenance_tags_in_child([config])[0]["torch"]
+assert job_process.start(config, Path("run")).outcome().metrics["accuracy/int8"] > 0.6
 assert "torch" not in sys.modules
 """
 
@@ -400,7 +400,7 @@ def test_three_jobs_in_a_row_give_the_same(composed: Composed, checkpoint: Path,
     results: list[Result] = []
     for number in range(3):
         (tmp_path / f"{number}").mkdir()
-        results.append(job_process.run(config, tmp_path / f"{number}"))
+        results.append(job_process.start(config, tmp_path / f"{number}").outcome())
     first, *others = [{**result.metrics, "calib/seconds": 0.0} for result in results]
     assert others == [first, first]
     assert first["accuracy/int8"] > 0.6
@@ -416,7 +416,7 @@ def one(folder):
     from qexp.launch import job_process
     config = pickle.loads(Path("config").read_bytes())
     try:
-        job_process.run(config, Path(folder))
+        job_process.start(config, Path(folder)).outcome()
     except Exception as error:
         return type(error).__name__, str(error), multiprocessing.get_start_method()
 

@@ -29,12 +29,12 @@ def test_a_bar_tells_jobs_done_failed_reused_and_the_best_so_far(
 ) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    with progress.over(6, reused=2):
+    with progress.bar(6, reused=2):
         assert progress.shown()
         for number, accuracy in enumerate((0.8, 0.9, None, 0.7)):
             progress.report(f"#{number}", row(accuracy))
             assert capsys.readouterr().out == f"#{number}\n"
-        progress._jobs.bar.refresh()  # type: ignore[union-attr]
+        progress._progress.bar.refresh()  # type: ignore[union-attr]
     assert not progress.shown()
     last = [text for text in terminal.getvalue().split("\r") if text.strip()][-1]
     assert "6/6" in last
@@ -42,7 +42,7 @@ def test_a_bar_tells_jobs_done_failed_reused_and_the_best_so_far(
 
 
 def test_where_there_is_no_terminal_there_are_lines_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress.over(1):
+    with progress.bar(1):
         assert not progress.shown()
         progress.report("#1", row(0.8))
     progress.report("#2", row(0.8))  # in a process of another launcher
@@ -54,7 +54,7 @@ def test_a_log_line_is_written_once_above_the_bar(monkeypatch: pytest.MonkeyPatc
     for name in ("stderr", "stdout"):
         monkeypatch.setattr(sys, name, terminal)
     handler = progress.Console(terminal)
-    with progress.over(2):
+    with progress.bar(2):
         handler.handle(logging.LogRecord("qexp", logging.INFO, "", 0, "a line", (), None))
     written = terminal.getvalue()
     assert written.count("a line") == 1

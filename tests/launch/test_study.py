@@ -174,7 +174,7 @@ def test_only_what_would_give_the_same_is_reused_and_latest_first(
     parent.kill()
     found = study.find_study(store, items, ["qexp/digits", "qexp/none yet"])
     assert found.parent == parent.id
-    assert [item.name for item in found.left(items)] == ["failed", "other code", "new"]
+    assert [item.name for item in found.to_run(items)] == ["failed", "other code", "new"]
     said = [entry.getMessage() for entry in caplog.records if entry.name == "qexp.launch.study"]
     assert said == [
         "1 of 4 jobs are finished already under study=it's one and are not run again; resume=false runs all.",
@@ -184,7 +184,7 @@ def test_only_what_would_give_the_same_is_reused_and_latest_first(
     assert again.id == parent.id
     new = begin(store, "new", again.id)
     new.finish()
-    rows = found.with_done(items, found.new(tracking.children(store, again.id)))
+    rows = found.with_reused(items, found.new(tracking.children(store, again.id)))
     assert [(row.name, row.run_id) for row in rows] == [("same", ids["same"]), ("new", new.id)]
     assert rows[0].params == {"calib.seed": "0", "resolved.overflow": "none"}
     assert rows[0].tags["reused"] == "reused: finished earlier under study=it's one."
@@ -227,7 +227,7 @@ def test_a_parent_that_another_process_has_open_is_not_taken_from_it(store: trac
     found = study.find_study(store, items, ["qexp/digits"])
     second = found.open(store, experiment="qexp/digits", name="sweep", tags={"study": "it's one"})
     assert second.id != first.id
-    assert [row.run_id for row in found.with_done(items, [])] == [run.id]
+    assert [row.run_id for row in found.with_reused(items, [])] == [run.id]
     assert [row.run_id for row in tracking.children(store, first.id)] == [run.id]  # it stays where it is
 
 

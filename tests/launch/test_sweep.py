@@ -118,14 +118,14 @@ def test_a_stop_ends_a_single_run_and_a_planned_sweep_in_words(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals, code: int, then: str
 ) -> None:
     single: Any = SimpleNamespace(config=SimpleNamespace(sweep=None), alone=True)
-    monkeypatch.setattr(tracked_run, "single", lambda job: hit(number, then))
-    monkeypatch.setattr(sweep, "hide_from_names", lambda master: None)
+    monkeypatch.setattr(tracked_run, "run_single", lambda job: hit(number, then))
+    monkeypatch.setattr(sweep, "exclude_from_dirname", lambda master: None)
     monkeypatch.setattr(sweep, "plan", lambda *arguments: hit(number, then))
     monkeypatch.setattr(sweep, "launch", lambda *arguments: pytest.fail("went on after the stop"))
     nothing: Any = None
     ways: list[Callable[[], object]] = [lambda: tracked_run.run(single)]
     if then != "swallow":  # a plan that goes on as if nothing had been is stopped when the sweep is left
-        ways.append(lambda: sweep.own(nothing, [], [], nothing, nothing, None))
+        ways.append(lambda: sweep.run_sweep(nothing, [], [], nothing, nothing, None))
     for way in ways:
         with pytest.raises(SystemExit) as ended:
             way()
@@ -210,10 +210,10 @@ def test_what_hydra_composed_is_kept_of_a_job(
         metrics={}, resolved={}, tags={}, verdict=verdict, warnings=(), files={"model": str(folder)}, datasets=(),
         flavor={},
     )  # fmt: skip
-    monkeypatch.setattr(job_process, "begin", lambda config, folder: SimpleNamespace(end=lambda: None))
+    monkeypatch.setattr(job_process, "start", lambda config, folder: SimpleNamespace(end=lambda: None))
     choices = {"dataset": "digits", "model": "tiny"}
     job = Job(composed(), choices, {}, folder, tmp_path, 0, False, folder / ".hydra")
-    run = tracked_run.tracked(job)
+    run = tracked_run.track(job)
     next(run)
     with pytest.raises(StopIteration) as ended:
         run.send(result)

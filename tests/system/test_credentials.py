@@ -160,9 +160,9 @@ def test_a_mask_in_place_of_a_credential_is_refused(
 
 
 def test_a_folder_is_not_named_after_one() -> None:
-    callback.without_credentials("outputs/seed=1", "hydra.sweep.subdir")
+    callback.refuse_credentials("outputs/seed=1", "hydra.sweep.subdir")
     with pytest.raises(ConfigError, match=r"hydra\.sweep\.subdir would name a folder after a credential"):
-        callback.without_credentials("outputs/tracking.uri=http:/me:pw@host,seed=1", "hydra.sweep.subdir")
+        callback.refuse_credentials("outputs/tracking.uri=http:/me:pw@host,seed=1", "hydra.sweep.subdir")
 
 
 def test_a_rerun_takes_them_from_what_is_given_now() -> None:
