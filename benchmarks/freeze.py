@@ -149,7 +149,7 @@ def renamed(record: dict[str, Any], renames: dict[str, Any]) -> dict[str, Any]:
 
 
 def today(name: str, renames: dict[str, str | None]) -> str | None:
-    """What a name is today, None where it is gone."""
+    """Today's name for a former one, None where it is gone."""
     for former, new in renames.items():
         if former == name:
             return new

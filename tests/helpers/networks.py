@@ -1,4 +1,4 @@
-"""Networks as people write them, of every kind that is asked about: each says in a line what is special about it.
+"""Networks of many kinds, as people write them; the docstring of each names its special part.
 
 All take float32 [n, 3, 16, 16] and give [n, 10]. `NETWORKS` has them by name; `built` gives one with random weights.
 Beside each network stands which flow refuses it, with words of the sentence: of eager mode it takes but what has INT8
@@ -32,7 +32,7 @@ CLASSES = 10
 
 @dataclass(frozen=True)
 class Network:
-    """A class, and words of the sentence in which a flow refuses it: fx, fx with engine=qnnpack alone, or eager."""
+    """A class, and words of the error with which a flow refuses it: fx, fx with engine=qnnpack alone, or eager."""
 
     build: Callable[[], nn.Module]
     fx: tuple[str, ...]
@@ -40,7 +40,7 @@ class Network:
     eager: tuple[str, ...]
 
     def refused(self, flow: FlowName, engine: Engine) -> tuple[str, ...]:
-        """The words; none where it is quantized."""
+        """The words of the error; none where the flow quantizes it."""
         if flow is FlowName.eager:
             return self.eager
         return self.fx or (self.qnnpack if engine is Engine.qnnpack else ())
@@ -51,7 +51,7 @@ Words = str | tuple[str, ...]
 
 
 def network(fx: Words = (), qnnpack: Words = (), eager: Words = ()) -> Callable[[type], type]:
-    """Enters a class into the table."""
+    """A decorator that adds a class to the table."""
 
     def enter(cls: type) -> type:
         words = [(part,) if isinstance(part, str) else part for part in (fx, qnnpack, eager)]
@@ -62,7 +62,7 @@ def network(fx: Words = (), qnnpack: Words = (), eager: Words = ()) -> Callable[
 
 
 def images(count: int, seed: int = 0) -> Tensor:
-    """Blurred noise of many contrasts, which tells images apart where white noise would be averaged away."""
+    """Blurred noise of many contrasts: networks distinguish it, where white noise would be averaged away."""
     generator = torch.Generator().manual_seed(seed)
     coarse = F.interpolate(torch.randn(count, 3, 4, 4, generator=generator), size=SIZE, mode="bilinear")
     contrast = torch.rand(count, 1, 1, 1, generator=generator) + 0.5
@@ -70,7 +70,7 @@ def images(count: int, seed: int = 0) -> Tensor:
 
 
 def built(name: str) -> nn.Module:
-    """The network in evaluation mode, its weights and statistics as if it had been trained: none of them 0 or 1."""
+    """The network in evaluation mode, with weights and statistics as after training: none of them 0 or 1."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(like: Tensor) -> Tensor:
@@ -1608,7 +1608,7 @@ class QuantizableBlock(nn.Module):
 
 @network()
 class QuantizableResNet(nn.Module):
-    """As the tutorial has it: stubs, FloatFunctional for sums, cat and products, and a fuse_model of its own."""
+    """The tutorial's pattern: stubs, FloatFunctional for sums, cat and products, and a fuse_model of its own."""
 
     def __init__(self) -> None:
         super().__init__()

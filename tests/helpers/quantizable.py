@@ -68,7 +68,7 @@ def images(count: int = 8, seed: int = 0, size: int = 16) -> Tensor:
 
 
 def trained(module: nn.Module, seed: int = 0) -> nn.Module:
-    """In evaluation mode, with weights and BatchNorm statistics as if it had been trained: none of them 0 or 1."""
+    """The module in evaluation mode, with weights and BatchNorm statistics as after training: none of them 0 or 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for m in module.modules():
@@ -87,7 +87,7 @@ def trained(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Root of the mean squared difference, as a share of the expected values' own."""
+    """The norm of the difference over the norm of the expected values."""
     return float((actual - expected).norm() / expected.norm())
 
 
@@ -112,7 +112,7 @@ class Plain(nn.Module):
 
 
 class Chain(nn.Module):
-    """Modules one after the other, each used once: the eager flow takes it without its help."""
+    """Modules in sequence, each used once, which the eager flow supports without changes."""
 
     def __init__(self, clamp: type[nn.Module] = nn.ReLU) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class Chain(nn.Module):
 
 
 class Upsampling(nn.Module):
-    """Has a layer whose 16-bit sums can't be emulated: a transposed convolution."""
+    """Has a layer whose 16-bit accumulators can't be emulated: a transposed convolution."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class Upsampling(nn.Module):
 
 
 class Squeezed(nn.Module):
-    """As in the MobileNets: inverted bottlenecks, squeeze and excitation, and a concatenation."""
+    """Blocks of the MobileNets: inverted bottlenecks, squeeze and excitation, and a concatenation."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -33,21 +33,20 @@ SMALL = ("model=tiny", "latency=off", "per_layer.images=0", "saturation.exact_im
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What happens to jobs from now on, by the names of their folders, in its order: `+job0` begins, `-job0` has
-    ended."""
+    """The starts (`+job0`) and ends (`-job0`) of jobs from now on, in their order, by the names of their folders."""
     found: list[str] = []
-    begin, end = job_process.start, JobProcess.end
+    start, end = job_process.start, JobProcess.end
 
-    def begun(config: schema.Config, folder: Path) -> JobProcess:
+    def started(config: schema.Config, folder: Path) -> JobProcess:
         found.append(f"+{folder.name}")
-        return begin(config, folder)
+        return start(config, folder)
 
     def ended(job: JobProcess) -> None:
         if job.ended and not job.channel.closed:
             found.append(f"-{job.task.folder.name}")
         end(job)
 
-    monkeypatch.setattr(job_process, "start", begun)
+    monkeypatch.setattr(job_process, "start", started)
     monkeypatch.setattr(JobProcess, "end", ended)
     return found
 
@@ -55,21 +54,21 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def work(
     config: schema.Config, folder: Path, thrown: list[BaseException] | None = None
 ) -> Generator[JobProcess, Any, Any]:
-    """As a run does it. thrown: takes what is thrown."""
+    """Start a job and yield its process, as a run does. thrown: collects the errors that are thrown in."""
     folder.mkdir(exist_ok=True)
-    begun = job_process.start(config, folder)
+    process = job_process.start(config, folder)
     try:
-        return (yield begun)
+        return (yield process)
     except BaseException as error:
         if thrown is not None:
             thrown.append(error)
         raise
     finally:
-        begun.end()
+        process.end()
 
 
 def launched(asked: Sequence[schema.Config], tmp_path: Path, count: int = 2) -> list[JobReturn]:
-    """What a launcher has that does one job after the other, in the folders job0, job1, ..."""
+    """Launch jobs one after the other, in the folders job0, job1, ..., and return what Hydra's launcher would."""
     returned = [JobReturn(status=JobStatus.COMPLETED) for _ in asked]
     with concurrent.at_a_time(count) as running:
         for number, config in enumerate(asked):
@@ -104,7 +103,7 @@ def test_two_jobs_run_at_a_time_and_give_what_they_give_by_themselves(
 
 
 def windows_of(folder: Path) -> tuple[float, float]:
-    """When a job began to time, and when it had done so."""
+    """The times at which a job started and ended timing."""
     rows = json.loads((folder / "latency.json").read_text())["rows"]
     return min(row["started"] for row in rows), max(row["ended"] for row in rows)
 
@@ -148,7 +147,7 @@ def make(split, what, seconds=0):
 
 @pytest.fixture
 def trouble(composed: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., schema.Config]:
-    """trouble(what, seconds) -> the configuration of a job that says what it is and ends after so long, badly."""
+    """trouble(what, seconds) -> the configuration of a job that logs `what` and crashes after so many seconds."""
     (tmp_path / "trouble.py").write_text(TROUBLE)
     monkeypatch.syspath_prepend(tmp_path)
     custom = ("dataset=custom", "dataset._target_=trouble.make")
@@ -174,21 +173,21 @@ def test_what_stops_the_sweep_ends_all_and_is_thrown_into_every_run(
     tmp_path: Path, trouble: Callable[..., schema.Config]
 ) -> None:
     thrown: list[BaseException] = []
-    begun: list[JobProcess] = []
+    started: list[JobProcess] = []
     pids: list[int] = []
 
     def stopped() -> None:
         with concurrent.at_a_time(2) as running:
             for number in range(2):
                 concurrent.perform(number, work(trouble(number, 600), tmp_path / f"job{number}", thrown))
-            begun.extend(running._running)
-            pids.extend(one.process.pid or 0 for one in begun)
+            started.extend(running._running)
+            pids.extend(one.process.pid or 0 for one in started)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         stopped()
     assert [type(error) for error in thrown] == [KeyboardInterrupt] * 2
-    assert all(one.channel.closed for one in begun)
+    assert all(one.channel.closed for one in started)
     assert not [pid for pid in pids if psutil.pid_exists(pid)]
     with machine_lock.computing(wait=False):
         pass  # nothing of it is held
@@ -196,7 +195,7 @@ def test_what_stops_the_sweep_ends_all_and_is_thrown_into_every_run(
 
 @contextmanager
 def logging_to(*handlers: logging.Handler) -> Iterator[None]:
-    """As Hydra configures it for a job: what there was before is closed."""
+    """Log to these handlers within the context and close them, as Hydra does for a job."""
     before = logging.root.handlers, logging.root.level
     logging.root.handlers = list(handlers)
     logging.root.setLevel(logging.INFO)

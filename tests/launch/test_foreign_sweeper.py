@@ -1,4 +1,4 @@
-"""Sweeps of other sweepers than qexp's: their trials are under one run, and each can be told from the others."""
+"""Sweeps of other sweepers than qexp's: their trials are under one parent run, and each has its own name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FAST = ("latency=off", "per_layer.images=0", "saturation.exact_images=0", "calib
 
 
 def runs(folder: Path) -> list[tuple[str, str, str, str]]:
-    """(id, name, status, parent's id or "") of every run under folder/outputs, in the order in which they began."""
+    """(id, name, status, parent's id or "") of every run under folder/outputs, in the order in which they started."""
     with contextlib.closing(sqlite3.connect(folder / "outputs" / "mlflow.db")) as connection:
         return connection.execute(
             "select r.run_uuid, r.name, r.status, coalesce(t.value, '') from runs r left join tags t "
@@ -53,7 +53,7 @@ def test_trials_have_a_parent_and_names_of_their_own(
     assert [run[2] for run in runs(tmp_path) if run[1].startswith("sweep ")] == ["FINISHED", "FAILED"]
 
 
-def test_what_was_begun_is_ended_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_open_parent_is_closed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
     monkeypatch.setattr(foreign_sweeper, "_open", [ended.append])
     foreign_sweeper.close_parent("FAILED")

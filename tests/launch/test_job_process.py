@@ -1,6 +1,6 @@
-"""A job in a process of its own: what happens to it is said in a sentence, nothing leaks or outlives its owner.
+"""A job in a process of its own: its end is reported in a sentence, and nothing leaks or outlives its owner.
 
-The jobs are traps: data sets that do what a job must survive, in the first step of the pipeline.
+The jobs are traps: data sets that crash, hang or raise in the first step of the pipeline.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def trap(composed: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def failure(config: schema.Config) -> Exception:
-    """What the job raises, in the folder `run`."""
+    """The error of a job in the folder `run`."""
     with pytest.raises(Exception) as caught:  # noqa: PT011
         job_process.start(config, Path("run")).outcome()
     assert not list(Path("run").glob("*"))  # nothing of its own is left
@@ -230,7 +230,7 @@ def test_a_job_finds_what_its_owner_has_and_nothing_of_the_job_before(
 
 
 def test_every_child_computes_with_as_many_threads_as_asked_for(trap: Callable[..., schema.Config]) -> None:
-    """One that waits for OpenMP threads of the process that it was forked from would never end."""
+    """A child that waited for OpenMP threads of the process that it was forked from would never end."""
     for _ in range(3):
         total, _, threads, _ = str(failure(trap("compute", "compute.threads=2", "job.timeout=60"))).split()
         assert int(total) == 2000 * 2000 * 500
@@ -255,7 +255,7 @@ def test_records_are_handled_here_and_warnings_shown_once(
 
 
 def test_a_job_reads_what_its_owner_could(trap: Callable[..., schema.Config]) -> None:
-    """As a debugger does."""
+    """A debugger in a user's model needs it."""
     reading, writing = os.pipe()
     os.write(writing, b"typed\n")
     before = os.dup(0)
@@ -426,7 +426,7 @@ print(Parallel(n_jobs=2, backend="loky")(delayed(one)(folder) for folder in ("ru
 
 
 def test_a_job_runs_in_a_worker_of_joblibs(trap: Callable[..., schema.Config], tmp_path: Path) -> None:
-    """Whose processes start others in a way of joblib's own, which they tell to those that they start."""
+    """joblib's workers pass a start method of joblib's own to the processes that they start."""
     (tmp_path / "config").write_bytes(pickle.dumps(trap("refuse")))
     (tmp_path / "other").mkdir()
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}

@@ -60,7 +60,7 @@ def test_the_params_of_a_repeated_run_are_those_that_it_had(composed: Composed) 
 
 
 def recorded(store: tracking.Store, config: Config, values: dict[str, Any] | None) -> str:
-    """A run that holds these values as its configuration."""
+    """The id of a run with these values as its recorded configuration."""
     with begin(store, "first") as run:
         if values is not None:
             run.log_artifacts({"config.json": values})

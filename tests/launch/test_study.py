@@ -347,7 +347,7 @@ def test_two_sweeps_may_start_at_once_in_an_empty_folder(tmp_path: Path, checkpo
 
 
 def kill_one(main: subprocess.Popen[bytes], chance: random.Random) -> None:
-    """SIGKILL to the sweep's first process, or to one of those that it has started, where there are any."""
+    """Send SIGKILL to the sweep's first process, or to one of those that it has started."""
     with contextlib.suppress(psutil.NoSuchProcess):
         first = psutil.Process(main.pid)
         others = first.children(recursive=True)
@@ -355,15 +355,17 @@ def kill_one(main: subprocess.Popen[bytes], chance: random.Random) -> None:
 
 
 def duplicates(runs: list[dict[str, Any]]) -> dict[str, int]:
-    """How often each configuration was finished, where that isn't once."""
+    """The number of finished runs of each configuration that doesn't have one."""
     finished = Counter(run["tags"]["config_hash"] for run in runs if run["status"] == "FINISHED")
     return {name: count for name, count in finished.items() if count != 1}
 
 
 @pytest.mark.slow
 def test_whatever_is_killed_and_whenever_the_same_command_ends_the_study(tmp_path: Path, checkpoint: Path) -> None:
-    """At moments over the whole of a sweep, and, since most of that is its start, over its jobs alone in every other
-    turn. The first turn begins in an empty folder, and so may hit the making of the store."""
+    """Kill at random moments of a whole sweep and, in every other turn, of its jobs alone: the start takes longest.
+
+    The first turn starts in an empty folder, so that it may hit the creation of the store.
+    """
     given = (f"model.checkpoint={checkpoint}", "calib.seed=range(4)")
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
@@ -391,7 +393,7 @@ def test_whatever_is_killed_and_whenever_the_same_command_ends_the_study(tmp_pat
         assert len([run for run in after if run["status"] == "FINISHED"]) == 4
         assert duplicates(after) == {}
         assert finished <= {run["id"] for run in after}
-        assert len(after) - len(before) == 4 - len(finished)  # as many were begun as were left to do
+        assert len(after) - len(before) == 4 - len(finished)  # as many were started as were not finished
         assert len(sweeps_of(folder, study)) == 1
         assert all(cache._open(file) is not None for file in (folder / "outputs" / "cache").glob("*.npy"))
     assert [run["status"] for run in sweeps_of(folder)] == ["FINISHED"] * KILLS

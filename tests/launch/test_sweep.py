@@ -1,4 +1,4 @@
-"""What a sweep's owner decides by itself: names, quoting, sentences that are said once, signals."""
+"""A sweep's names, messages that are logged once, signals, and summary."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ STOPPING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 @pytest.fixture(autouse=True)
 def sighup_as_in_a_terminal() -> Iterator[None]:
-    """Tests may be run by nohup."""
+    """Don't ignore SIGHUP, as under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -86,7 +86,7 @@ def test_sighup_that_was_ignored_still_is() -> None:
 
 
 def hit(number: signal.Signals, then: str) -> None:
-    """A signal, and what the code that it hits makes of it: as OmegaConf, whose clean-up fails on a half-made node."""
+    """Send a signal within code that raises it, swallows it, or replaces it by another error, as OmegaConf does."""
     try:
         os.kill(os.getpid(), number)
         signal.sigtimedwait([], 5)
@@ -169,7 +169,7 @@ def test_the_end_of_the_terminal_is_no_second_signal(first: signal.Signals) -> N
     assert closed == [True]
 
 
-def test_after_a_swallowed_stop_nothing_else_is_begun() -> None:
+def test_after_a_swallowed_stop_nothing_else_is_started() -> None:
     def stopped() -> None:
         with signals.stoppable():
             hit(signal.SIGTERM, "swallow")
@@ -201,7 +201,7 @@ def test_cpus_whose_kernels_answer_otherwise_are_not_pooled() -> None:
 def test_what_hydra_composed_is_kept_of_a_job(
     composed: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A job's process says which files it has made; whatever it saw, Hydra's are there when the job ends."""
+    """Hydra's files are logged even where the job's result does not list them."""
     folder = tmp_path / "job"
     (folder / ".hydra").mkdir(parents=True)
     (folder / ".hydra" / "overrides.yaml").write_text("- seed=1\n")

@@ -1,4 +1,4 @@
-"""cache.py: entries are whole or made anew, whatever happened to the folder."""
+"""The disk cache: entries are intact or made again, whatever happened to the folder."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_an_entry_is_read_from_a_folder_in_which_nothing_can_be_written(tmp_path
 
 @pytest.fixture
 def read_only(tmp_path: Path) -> Iterator[Path]:
-    """A folder with a whole entry under "whole" and a damaged one under "damaged", in which nobody may write."""
+    """A read-only folder with an intact entry under "whole" and a damaged one under "damaged"."""
     # Not in tmp_path, which only its owner may enter.
     with tempfile.TemporaryDirectory(prefix="qexp-read-only-") as name:
         folder = Path(name)

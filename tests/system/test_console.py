@@ -1,4 +1,4 @@
-"""What is printed is no reason to lose a run: readers that leave, closed streams, full disks, poor encodings."""
+"""Printing never fails a run: readers that leave, closed streams, full disks, poor encodings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ sys.exit(3)
 
 
 def printing(lines: int, shell: str = "", **environment: str) -> subprocess.CompletedProcess[bytes]:
-    """What comes of a process that prints, with this after its command line in a shell."""
+    """Run a process that prints, with this text after its command line in a shell."""
     return subprocess.run(
         ["bash", "-c", f'"$@" {shell}', "bash", sys.executable, "-c", PRINTS, str(lines)],
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, capture_output=True, timeout=60,
@@ -140,7 +140,7 @@ def test_the_table_is_printed_in_ascii_where_there_is_no_more(tmp_path: Path) ->
 def test_a_closed_terminal_ends_a_run_as_killed_unless_it_was_told_to_go_on(
     tmp_path: Path, before: signal.Handlers, code: int, status: str
 ) -> None:
-    """The terminal's end is what all of its processes get, and the shell's word for it comes on top."""
+    """All processes of a terminal get SIGHUP when it is closed, and the shell sends another."""
     from tests.helpers.jobs import wait_until
 
     with subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Files are fetched whole, or not at all."""
+"""Downloads leave a complete file or none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The machine is described as it is, and its processes are told apart."""
+"""The machine's description, limits and CPUs, and the identity of processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The machine's lock: shared by what computes, held alone by what times, fair to both, dropped by whatever ends."""
+"""The machine's lock: shared for computing, exclusive for timing, fair to both, released when a process ends."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from qexp.system.machine_lock import MachineLock
 ended = threading.Event()
 threading.Thread(target=lambda: (sys.stdin.read(), ended.set())).start()
 machine, found = MachineLock(Path(sys.argv[1])), []
-print("begun", flush=True)
+print("started", flush=True)
 with machine.computing():
     while not ended.is_set():
         with machine.computing():
@@ -50,7 +50,7 @@ print(*found, sep="\\n")
 
 @contextmanager
 def another_process(program: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """A process that runs `program` and has said its first line."""
+    """A process that runs `program` and has printed its first line."""
     command = [sys.executable, "-c", program, *map(str, arguments)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -62,7 +62,7 @@ def another_process(program: str, *arguments: object) -> Iterator[subprocess.Pop
 
 
 def is_free(path: Path, operation: int = fcntl.LOCK_EX) -> bool:
-    """Whether the file can be locked so."""
+    """True if the file can be locked with these flags."""
     with path.open() as file:
         try:
             fcntl.flock(file, operation | fcntl.LOCK_NB)
@@ -92,7 +92,7 @@ def test_computing_is_shared_and_timing_is_not(tmp_path: Path) -> None:
     assert is_free(gate(tmp_path / "folder"))
 
 
-def test_whoever_times_waits_for_the_slices_begun_and_nobody_computes_meanwhile(tmp_path: Path) -> None:
+def test_whoever_times_waits_for_the_slices_started_and_nobody_computes_meanwhile(tmp_path: Path) -> None:
     """Two processes and a pool of threads compute without a pause."""
     machine, ended, mine = MachineLock(tmp_path), threading.Event(), []
 
@@ -242,7 +242,7 @@ def test_the_lock_is_free_after_an_error(tmp_path: Path, way: str) -> None:
 
 @pytest.mark.parametrize("way", ["computing", "timing"])
 def test_a_signal_ends_the_wait(tmp_path: Path, way: str) -> None:
-    """And with it what was held."""
+    """The exception of a signal's handler leaves the wait and releases the lock."""
 
     def interrupt(number: int, frame: object) -> None:
         raise InterruptedError
@@ -304,7 +304,7 @@ def test_one_lock_for_the_machine_whatever_the_folder_for_temporary_files_is(tmp
 
 
 def test_a_slice_costs_next_to_nothing(tmp_path: Path) -> None:
-    """A tenth of a millisecond at most, where a batch of the smallest model takes several."""
+    """At most 0.1 ms, where a batch of the smallest model takes several milliseconds."""
     machine, took = MachineLock(tmp_path), []
     with machine.computing():
         for _ in range(200):

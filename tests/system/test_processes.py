@@ -1,4 +1,4 @@
-"""Where processes meet: sockets whose paths are short enough, whatever TMPDIR is."""
+"""Sockets between processes have paths that are short enough, whatever TMPDIR is."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if __name__ == "__main__":
 
 
 def meeting(folder: Path, tmpdir: str) -> tuple[list[str], str]:
-    """What a process with this TMPDIR prints: warnings, where temporary files go, where it and its child meet."""
+    """Output of a process with this TMPDIR: warnings, folder of temporary files, socket shared with its child."""
     (folder / "meet.py").write_text(MEET)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": tmpdir}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""How long the steps of a job take."""
+"""Timing of the steps of a job."""
 
 from __future__ import annotations
 
