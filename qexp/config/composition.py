@@ -186,7 +186,7 @@ def quoted(text: str) -> str:
 
 
 def _is_read_as(text: Any, value: Any) -> bool:
-    """Tell whether this text, as the whole value of an override, is read as this one."""
+    """True if Hydra reads this text, as the whole value of an override, as this one."""
     if not isinstance(text, str):
         return False
     try:

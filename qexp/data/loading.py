@@ -33,7 +33,7 @@ from qexp.data import builtin
 from qexp.data import preprocessing as images
 from qexp.errors import InputError, QexpError, one_line
 from qexp.system import cache, machine_lock
-from qexp.system.cache import hash_of
+from qexp.system.cache import hash_of, read_only
 from qexp.system.steps import step
 
 log = logging.getLogger(__name__)
@@ -202,8 +202,8 @@ def load_data(dataset: Mapping[str, Any], cache: Path | None, sweep: str = "") -
     classes, train_labels, test_labels = _meaning(name, settings, train, test)
     first = test.read(0)[0]
     shape = (first.shape[0], first.shape[1], first.shape[2])
-    train_split = Split(name, _read_only(train_labels), train.ids, shape, train, cache)
-    test_split = Split(name, _read_only(test_labels), test.ids, shape, test, cache)
+    train_split = Split(name, read_only(train_labels), train.ids, shape, train, cache)
+    test_split = Split(name, read_only(test_labels), test.ids, shape, test, cache)
     _refuse_shared_images(train_split, test_split)
     of_labels = hashlib.sha256(train_labels.tobytes()).hexdigest()
     digest = hash_of([test_split.digest, of_labels, classes, settings.mean, settings.std])
@@ -528,8 +528,3 @@ def _in_threads(work: Callable[[int], int], starts: range, dataset: Any) -> list
         return list(pool.map(work, starts))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _read_only(values: np.ndarray) -> np.ndarray:
-    values.flags.writeable = False
-    return values

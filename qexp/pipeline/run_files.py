@@ -170,7 +170,7 @@ def write_layers(
     layers: tuple[Layer, ...],
     fidelity: tuple[Fidelity, ...],
     sums: tuple[LayerSaturation, ...],
-    narrowed: tuple[ReducedRange, ...],
+    reduced: tuple[ReducedRange, ...],
 ) -> dict[str, str]:
     """Write the table of layers (layers.csv, in execution order) and its chart. Returns paths as `write_files`.
 
@@ -179,7 +179,7 @@ def write_layers(
     127); narrowed: the side whose range overflow=layers reduced to 7 bits.
     """
     of_layers, measured = {layer.name: layer for layer in layers}, {row.name: row for row in fidelity}
-    shares, sides = {row.name: row.share for row in sums}, {row.name: str(row.side) for row in narrowed}
+    shares, sides = {row.name: row.share for row in sums}, {row.name: str(row.side) for row in reduced}
     codes = {row.name: row.highest for row in sums if row.highest}
     rows = []
     for name in dict.fromkeys([*measured, *of_layers]):

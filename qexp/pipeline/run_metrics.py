@@ -15,7 +15,7 @@ from qexp.metrics import Metric
 from qexp.records import Artifact, Interval, Layer, Precision, Predictions, Variant, Verdict
 
 
-def of_accuracy(fp32: Predictions, int8: Predictions) -> dict[str, float]:
+def accuracy_metrics(fp32: Predictions, int8: Predictions) -> dict[str, float]:
     """Both accuracies on the same images, and their paired difference with its interval and tests."""
     fp32_only, int8_only, n = statistics.discordant(fp32, int8)
     delta = statistics.tango(fp32_only, int8_only, n)
@@ -39,7 +39,7 @@ def of_accuracy(fp32: Predictions, int8: Predictions) -> dict[str, float]:
     }
 
 
-def of_runtimes(predictions: Mapping[Variant, Predictions], reference: Variant) -> dict[str, float]:
+def runtime_metrics(predictions: Mapping[Variant, Predictions], reference: Variant) -> dict[str, float]:
     """INT8 accuracy in each runtime, and the share of images with the same prediction as in the reference."""
     numbers = {}
     for variant in predictions:
@@ -50,7 +50,7 @@ def of_runtimes(predictions: Mapping[Variant, Predictions], reference: Variant) 
     return numbers
 
 
-def of_target(fp32: Predictions, on_target: TargetAccuracy, margin: float) -> dict[str, float]:
+def target_metrics(fp32: Predictions, on_target: TargetAccuracy, margin: float) -> dict[str, float]:
     """INT8 accuracy on the target CPU, and the accuracy that 16-bit accumulators cost."""
     first_only, second_only, n = statistics.discordant(fp32.at(on_target.images), on_target.predictions)
     delta = statistics.tango(first_only, second_only, n)
@@ -118,7 +118,7 @@ def recommended_guard(guard: Overflow) -> str:
     return f"qconfig.overflow={Overflow.auto if guard is Overflow.none else Overflow.weights}"
 
 
-def of_latency(timings: list[protocol.Timing], headline: Variant) -> dict[str, float]:
+def latency_metrics(timings: list[protocol.Timing], headline: Variant) -> dict[str, float]:
     """p50, p90 and p99 of each variant at the first batch size and number of threads, and the headline variant's
     speedup over the fastest FP32 variant."""
     first = [timing for timing in side_by_side(timings) if not timing.control]
@@ -182,14 +182,14 @@ def latency_tags(config: Config, timings: list[protocol.Timing]) -> dict[str, st
     }
 
 
-def of_size(float_bytes: int, artifacts: list[Artifact], headline: Variant) -> dict[str, float]:
+def size_metrics(float_bytes: int, artifacts: list[Artifact], headline: Variant) -> dict[str, float]:
     """Megabytes of the float model as its owner would ship it, and of the INT8 model as saved for the headline's
     runtime."""
     int8 = next(artifact.bytes for artifact in artifacts if artifact.variant == headline)
     return {Metric.size_fp32: float_bytes / 1e6, Metric.size_int8: int8 / 1e6, Metric.size_ratio: float_bytes / int8}
 
 
-def of_layers(layers: tuple[Layer, ...]) -> dict[str, float]:
+def layer_metrics(layers: tuple[Layer, ...]) -> dict[str, float]:
     """The numbers of layers in INT8 and in FP32, and of BatchNorms that were not folded."""
     weighted = [layer for layer in layers if layer.kind != "batchnorm"]
     return {

@@ -17,7 +17,7 @@ from qexp.quantize.saturation import kernels
 from qexp.records import AccuracySource, Layer, RunWarning, SaturationStatus, WarningCode
 
 
-def of_sums(
+def saturation_warnings(
     config: Config,
     guard: Overflow,
     layers: tuple[Layer, ...],
@@ -61,14 +61,16 @@ def of_sums(
         )
 
 
-def of_slow_kernels(config: Config, slow: tuple[str, ...]) -> Iterator[RunWarning]:
+def slow_kernel_warnings(config: Config, slow: tuple[str, ...]) -> Iterator[RunWarning]:
     """A warning about layers without a fast kernel. slow: their names (see `slow_depthwise.without_fast_kernel`)."""
     if slow:
         onednn = config.qconfig.weight.scheme is Scheme.symmetric and Engine.onednn in supported()
         yield RunWarning(WarningCode.slow_depthwise, {"engine": config.engine, "layers": slow, "onednn": onednn})
 
 
-def general(config: Config, data: Data, layers: tuple[Layer, ...], found: Mapping[str, Any]) -> Iterator[RunWarning]:
+def general_warnings(
+    config: Config, data: Data, layers: tuple[Layer, ...], found: Mapping[str, Any]
+) -> Iterator[RunWarning]:
     """All warnings but those about accumulators and kernels. found: the run's metrics and tags."""
     if config.dataset["_target_"] == "qexp.data.builtin.digits":
         yield RunWarning(WarningCode.data_set_for_trying, {"images": len(data.test)})

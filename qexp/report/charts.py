@@ -1,4 +1,4 @@
-"""Charts of what a run found: with matplotlib's Figure alone, so that nobody's pyplot, backend or style is touched.
+"""Charts of a run's results, with matplotlib's Figure alone, so that pyplot, backend and style stay the user's.
 
 matplotlib is slow to import: import this module where a chart is made, not at the top of a file. No torch.
 """
@@ -88,7 +88,7 @@ def _noisiest(rows: Sequence[Fidelity], count: int) -> set[int]:
 
 
 def _noise(axes: Axes, rows: Sequence[Fidelity], bad: set[int], size: float) -> None:
-    """SQNR: what is not finite has no marker."""
+    """Draw SQNR; values that are not finite have no marker."""
     places = range(len(rows))
     inside = [_finite(row.sqnr_db) for row in rows]
     own = [_finite(row.own_sqnr_db) for row in rows]
@@ -107,7 +107,8 @@ def _noise(axes: Axes, rows: Sequence[Fidelity], bad: set[int], size: float) -> 
 
 
 def _clipped(axes: Axes, rows: Sequence[Fidelity]) -> None:
-    """Shares in per cent, linear up to a hundredth and logarithmic above: most layers clip nothing, a few a lot."""
+    """Draw shares in per cent, linear up to a hundredth and logarithmic above: most layers clip nothing, a few a
+    lot."""
     values = [row.clipped * 100 for row in rows]
     axes.barh(range(len(rows)), values, height=0.62, color=_GREY, linewidth=0)
     axes.set_xscale("symlog", linthresh=_LINEAR_PERCENT, linscale=0.5)

@@ -1,8 +1,8 @@
 """Effects of settings, calibration samples and calibration sizes, computed from tracked runs; tables.py shows them.
 
-Accuracies are fractions of 1. Two kinds of chance are kept apart: the *sampling error*, what other test images would
-change, is half the 95% interval of a run's difference to FP32; the *spread of samples*, what other calibration images
-(`calib.seed`) change on the same test images, is a standard deviation that only several runs tell.
+Accuracies are fractions of 1. Two kinds of random variation are reported separately: the *sampling error*, from the
+choice of test images, is half the 95% interval of a run's difference to FP32; the *spread of samples*, from the choice
+of calibration images (`calib.seed`) on the same test images, is a standard deviation over several runs.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ from qexp.metrics import Metric
 from qexp.records import AccuracySource, Interval, RunRecord
 
 if TYPE_CHECKING:
-    from qexp.statistics import (
-        Plateau,  # imported where it is used, since a refusal in a second is worth more than scipy
-    )
+    from qexp.statistics import Plateau  # imported at runtime only where used: scipy would delay refusals
 
-# What the tag `accuracy_source` says where the accuracy on the target's CPU isn't that of what ran here.
+# Words for the tag `accuracy_source` where the accuracy on the target CPU wasn't executed here.
 SOURCES: dict[str, str] = {
     AccuracySource.exact: "with sums that don't saturate",
     AccuracySource.emulated: "with its kernels' 16-bit sums emulated",
@@ -43,7 +41,7 @@ CALIBRATION = ("calib", SIZE, SEED)
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A run's accuracies as they are shown; fp32 and int8 on the same images, delta their paired difference.
+    """A run's accuracies, as reports show them; fp32 and int8 on the same images, delta their paired difference.
 
     source: "" where they are of what ran here, else a key of SOURCES, and they are the target's. comparable: INT8
     accuracy that can be compared between runs on different numbers of images, FP32's on the whole evaluation set plus
@@ -164,7 +162,7 @@ def _held(name: str, names: Sequence[str], records: Sequence[RunRecord]) -> list
 
 
 def _sets(group: str, field: str, records: Sequence[RunRecord]) -> bool:
-    """Return whether each choice of the group goes with one value of the field in all records."""
+    """True if each choice of the group goes with one value of the field in all records."""
     pairs = {(value(record, group), value(record, field)) for record in records}
     return field.startswith(f"{group}.") and len(pairs) == len({choice for choice, _ in pairs})
 
@@ -277,7 +275,7 @@ class CalibrationSizes:
 
 
 def calibration_sizes(records: Sequence[RunRecord]) -> list[CalibrationSizes]:
-    """One for each combination of the other settings in which `calib.batches` varied."""
+    """The calibration sizes of each combination of the other settings in which `calib.batches` varied."""
     from qexp import statistics
 
     runs = [run for run in compared(records) if value(run[0], SIZE) != NOT_APPLICABLE]
@@ -296,7 +294,7 @@ def calibration_sizes(records: Sequence[RunRecord]) -> list[CalibrationSizes]:
 
 
 def _fits(values: tuple[str, ...], whole: tuple[str, ...]) -> bool:
-    """Return whether the values are those of `whole`, but for settings that have no effect."""
+    """True if the values equal those of `whole`, but for settings that have no effect."""
     return all(a in (b, NOT_APPLICABLE) for a, b in zip(values, whole, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Sentences for verdicts and warnings, which are plain values until they are printed or written down."""
+"""Sentences for verdicts and warnings, which are plain values until they are printed or saved."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def verdict(found: Verdict) -> str:
 
 
 def conclusion(found: Verdict) -> str:
-    """A verdict without what to do about it: `no loss beyond 0.5 points`."""
+    """A verdict without advice: `no loss beyond 0.5 points`."""
     if found.kind is VerdictKind.no_loss:
         return f"no loss beyond {_margin(found)}"
     return "loss" if found.kind is VerdictKind.loss else f"can't tell with {found.images:,} images"
@@ -47,7 +47,7 @@ def _margin(found: Verdict) -> str:
 
 
 def warning(found: RunWarning) -> str:
-    """A warning, with what avoids what it warns of."""
+    """A warning, with the settings that avoid its cause."""
     data = found.data
     match found.code:
         case WarningCode.data_set_for_trying:

@@ -1,4 +1,4 @@
-"""Tracked runs as text: a sweep's final table, what settings, calibration samples and sizes do, and every latency.
+"""Tables of tracked runs: a sweep's summary, effects of settings, calibration samples and sizes, and every latency.
 
 Accuracies are fractions of 1; differences between them are printed in points (hundredths). What is computed is in
 `qexp/report/effects.py`.
@@ -294,7 +294,7 @@ def _estimated(records: Sequence[RunRecord]) -> list[str]:
 
 
 def calibration_samples(records: Sequence[RunRecord]) -> str:
-    """A table of what other calibration images change, for each setting with two samples or more of them, beside the
+    """A table of the spread between calibration samples, for each setting with two samples or more, beside the
     sampling error.
 
     The two are never added up: to tell which is larger, both are taken as standard deviations. Empty where no setting
@@ -322,7 +322,7 @@ def calibration_samples(records: Sequence[RunRecord]) -> str:
 
 
 def _larger(found: Sequence[effects.CalibrationSamples]) -> str:
-    """A sentence on which source of chance is the larger; by calibration size, since that sets the spread."""
+    """A sentence that names the larger source of variation; by calibration size, on which the spread depends."""
     spreads, number = effects.spreads(found), sum(len(group.accuracies) for group in found)
     images = f"{_points(spreads.images)} between test images"
     size = next((name for name in found[0].settings if name in effects.CALIBRATION), None)

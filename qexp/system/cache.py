@@ -67,7 +67,7 @@ def array(folder: Path | None, key: str, make: Callable[[], np.ndarray]) -> np.n
             np.save(file, value, allow_pickle=False)
 
     if folder is None:
-        return _read_only(np.asarray(make()).view())
+        return read_only(np.asarray(make()).view())
     return _entry(folder, key, write).array
 
 
@@ -245,10 +245,11 @@ def scratch(folder: Path | None, shape: tuple[int, ...], dtype: Any, fill: Calla
 
 def _filled(target: np.ndarray, fill: Callable[[np.ndarray], None]) -> Entry:
     fill(target)
-    return Entry(_read_only(target), _checksum(target.shape, target.dtype, hashlib.sha256(target.data).digest()))
+    return Entry(read_only(target), _checksum(target.shape, target.dtype, hashlib.sha256(target.data).digest()))
 
 
-def _read_only(values: np.ndarray) -> np.ndarray:
+def read_only(values: np.ndarray) -> np.ndarray:
+    """The array itself, made read-only."""
     values.flags.writeable = False
     return values
 

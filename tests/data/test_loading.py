@@ -19,8 +19,8 @@ from PIL import Image
 
 from qexp.config import image_settings
 from qexp.config.schema import Calib, Sampling
+from qexp.data import calibration_images, preprocessing
 from qexp.data import loading as data_module
-from qexp.data import preprocessing
 from qexp.data.calibration_images import draw
 from qexp.data.loading import Data, count_shared, digest_of, load_data, normalise
 from qexp.errors import ConfigError, InputError
@@ -726,7 +726,7 @@ def test_every_beginning_of_a_stratified_draw_has_equal_classes(digits: Data) ->
 
 def test_a_stratified_draw_of_unequal_classes_takes_the_small_ones_whole() -> None:
     labels = np.repeat([0, 1, 3], [50, 2, 5])
-    drawn = labels[data_module._order_stratified(labels, 0)]
+    drawn = labels[calibration_images._order_stratified(labels, 0)]
     assert np.bincount(drawn[:9]).tolist() == [4, 2, 0, 3] or np.bincount(drawn[:9]).tolist() == [3, 2, 0, 4]
     assert (drawn[12:] == 0).all()
 

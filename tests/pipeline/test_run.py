@@ -160,7 +160,7 @@ def test_a_runtime_has_its_own_accuracy_and_its_agreement_with_the_reference() -
 
     fp32, eager, other = (Variant(Precision.fp32, "eager"), *(Variant(Precision.int8, r) for r in ("eager", "other")))
     found = {fp32: predictions(0, 1, 2, 0), eager: predictions(0, 1, 2, 1), other: predictions(0, 1, 1, 1)}
-    assert run_metrics.of_runtimes(found, eager) == {
+    assert run_metrics.runtime_metrics(found, eager) == {
         "runtime_accuracy/eager": 0.75, "runtime_agreement/eager": 1.0,
         "runtime_accuracy/other": 0.5, "runtime_agreement/other": 0.75,
     }  # fmt: skip

@@ -92,12 +92,12 @@ def test_the_guard_is_explained_where_it_concerns_the_network(composed: Composed
 
 def test_numbers_on_saturation_are_of_layers_that_saturate() -> None:
     fp32 = predicted(100, 90)
-    none = run_metrics.of_target(fp32, answered(row("conv", 0), exact=81), 0.005)
+    none = run_metrics.target_metrics(fp32, answered(row("conv", 0), exact=81), 0.005)
     assert none[Metric.saturation_layers] == 0
     assert none[Metric.exact_accuracy] == 0.81
     exact = {Metric.exact_accuracy, Metric.exact_images, Metric.saturation_layers}
     assert {name for name in none if name.startswith("saturation/")} == exact
-    some = run_metrics.of_target(fp32, answered(row("conv", 3)), 0.005)
+    some = run_metrics.target_metrics(fp32, answered(row("conv", 3)), 0.005)
     assert some[Metric.saturation_loss] == pytest.approx(0.08)
     assert some[Metric.saturation_agreement] == pytest.approx(0.92)
     assert Metric.saturation_sqnr in some
@@ -105,7 +105,7 @@ def test_numbers_on_saturation_are_of_layers_that_saturate() -> None:
 
 def said(config: Config, layers: tuple[Layer, ...], *given: object, answer: target_cpu.TargetAccuracy) -> list[str]:
     guard = prepare.resolved(config).overflow
-    found = warnings.of_sums(config, guard, layers, given, answer)  # type: ignore[arg-type]
+    found = warnings.saturation_warnings(config, guard, layers, given, answer)  # type: ignore[arg-type]
     return [sentences.warning(one) for one in found]
 
 
@@ -194,11 +194,11 @@ def test_depthwise_convolutions_without_a_fast_kernel_are_named(composed: Compos
     assert slow(Engine.x86, True) == [name for name in alone if name != "92 channels"]  # oneDNN's, up to 100 groups
     assert slow(Engine.onednn, False) == slow(Engine.qnnpack, True) == []
 
-    (warning,) = warnings.of_slow_kernels(composed(), without_fast_kernel(int8, Engine.x86, True))
+    (warning,) = warnings.slow_kernel_warnings(composed(), without_fast_kernel(int8, Engine.x86, True))
     sentence = sentences.warning(warning)
     assert "takes for 5 depthwise convolutions (6, 7, 8, ...)" in sentence
     assert "engine=onednn has one" in sentence
-    assert list(warnings.of_slow_kernels(composed(), ())) == []
+    assert list(warnings.slow_kernel_warnings(composed(), ())) == []
 
 
 @pytest.mark.parametrize("flow", [FlowName.eager, FlowName.fx])

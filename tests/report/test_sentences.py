@@ -22,7 +22,7 @@ def said(config: Config, layers: tuple[Layer, ...], **found: object) -> dict[War
     data = SimpleNamespace(test=range(899))
     names = {"low": Metric.speedup_low, "high": Metric.speedup_high}
     values = {names.get(name, name): value for name, value in found.items()}
-    return {one.code: sentences.warning(one) for one in warnings.general(config, data, layers, values)}  # type: ignore[arg-type]
+    return {one.code: sentences.warning(one) for one in warnings.general_warnings(config, data, layers, values)}  # type: ignore[arg-type]
 
 
 def test_what_the_reader_must_know_has_a_code_and_a_sentence(composed: Callable[..., Config]) -> None:
