@@ -72,9 +72,9 @@ def _through(model: nn.Module, flow: Flow, spec: QuantizationSpec, one: Tensor, 
     quant_max = quant_max_of(quantized.module)
     if quant_max < QUANT_MAX and (operator := beyond(quantized.module, spec.engine, one, quant_max)):
         raise InputError(
-            f"flow={flow.name} can't keep what {operator} gives within qconfig.activation.bits="
-            f"{spec.qconfig.activation.bits}, for torch's kernel knows 8 alone: call it as a module of torch.nn, or "
-            "use qconfig.activation.bits=8"
+            f"flow={flow.name} can't keep the output of {operator} within qconfig.activation.bits="
+            f"{spec.qconfig.activation.bits}, since torch's kernel supports only 8: call it as a module of torch.nn, "
+            "or use qconfig.activation.bits=8"
         )
     if not any(layer.int8 for layer in quantized.layers):
         raise InputError(f"flow={flow.name} finds no layer in {type(model).__name__} that it could quantize")

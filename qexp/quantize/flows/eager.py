@@ -138,14 +138,14 @@ def _fused(module: nn.Module, example: Tensor) -> nn.Module:
         graph_module = trace(module, example)
     except UntraceableError as error:
         raise InputError(
-            f"flow=eager can't find what to fuse in {type(module).__name__}, which has no fuse_model() and whose "
+            f"flow=eager can't find the layers to fuse in {type(module).__name__}, which has no fuse_model() and whose "
             f"{place(error.module, error.kind)} {error.reason}"
         ) from error
     chains = list(_chains(graph_module))
     left = _unfused_batchnorm(graph_module, chains)
     if left:
         raise InputError(
-            f"flow=eager can't fold the BatchNorm {left} into the convolution before it, for one of them is not a "
+            f"flow=eager can't fold the BatchNorm {left} into the convolution before it, since one of them is not a "
             "plain torch.nn module, or is called elsewhere too; flow=fx can"
         )
     names = {part: name for name, part in module.named_modules()}

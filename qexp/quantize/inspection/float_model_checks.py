@@ -59,7 +59,7 @@ def checked(module: nn.Module, image: Tensor, name: str) -> Tensor:
         raise InputError(_without_statistics(module) or reason) from error
     if logits.dtype not in (torch.float32, torch.float64):
         dtype = str(logits.dtype).removeprefix("torch.")
-        raise InputError(_autocast(module, image) or f"the float model gives logits in {dtype}; it must be float32.")
+        raise InputError(_autocast(module, image) or f"the float model returns logits in {dtype}; it must be float32.")
     if not logits.isfinite().all():
         broken = [label for label, value in module.named_parameters() if not value.isfinite().all()]
         if broken:
@@ -113,7 +113,7 @@ def of_a_batch(module: nn.Module, image: Tensor, logits: Tensor) -> str:
         except Exception as error:  # whatever a model's own code raises
             return f"the float model takes one image at a time, and fails with three: {first_line(error)}."
     if len(together) != 3:
-        return f"the float model gives {len(together)} rows of logits for three images; it must give one for each."
+        return f"the float model returns {len(together)} rows of logits for three images; it must give one for each."
     if difference(logits, together[:1]) <= TOLERANCE_UNTRAINED:
         return ""
     if reason := _without_statistics(module):
@@ -153,7 +153,7 @@ def squeezed(module: nn.Module, image: Tensor) -> str:
     if found is None:
         return ""
     where, function = found
-    return f"{function} in its {where} drops the dimension of the images, too, where there is one; write flatten(1)"
+    return f"{function} in its {where} also drops the batch dimension of a single image; write flatten(1)"
 
 
 def hooked(module: nn.Module, image: Tensor) -> str:
@@ -174,7 +174,7 @@ def hooked(module: nn.Module, image: Tensor) -> str:
                 if difference(expected, plain(image)) > TOLERANCE:
                     what = place(name, type(m).__name__) if name else f"the model itself ({type(m).__name__})"
                     return (
-                        f"{what} has a hook that changes what the model computes, and is lost when modules are traced, "
+                        f"{what} has a hook that changes the model's output, and is lost when modules are traced, "
                         "fused or quantized; write what it does into forward."
                     )
     return ""

@@ -52,7 +52,7 @@ def _advice(float_module: nn.Module, fused: nn.Module, flow: Flow, image: Tensor
         return draws
     if flow.fuses_on_request:
         return "only modules that always run one after the other may be fused"
-    return "tracing follows one call of forward, and what that decides anew in each call is lost"
+    return "tracing follows one call of forward, and decisions that forward takes at each call are lost"
 
 
 def blame(float_module: nn.Module, fused: nn.Module, batch: Tensor) -> str:
@@ -82,7 +82,7 @@ def _run(module: nn.Module, batch: Tensor, see: Callable[[str, Tensor], None]) -
     def hook(name: str) -> Callable[..., None]:
         def forward_hook(m: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if isinstance(output, Tensor) and output.is_floating_point():
-                # A copy, for a ReLU may work in place on it.
+                # A copy, since a ReLU may work in place on it.
                 see(name, output.clone())
 
         return forward_hook

@@ -88,11 +88,11 @@ class Deviation:
         if not self.bias <= 1:
             return f"holds a bias that differs from the float one by {self.bias / 1e5:.2g} of the largest"
         if self.calibrated and not math.isclose(self.step, self.calibrated, rel_tol=1e-5):
-            return f"gives its output in steps of {self.step:.3g}, where calibration found {self.calibrated:.3g}"
+            return f"quantizes its output in steps of {self.step:.3g}, where calibration found {self.calibrated:.3g}"
         if not self.output <= self.allowed:
             grid = f"steps of its grid ({self.step:.3g})" if self.step else "ten-thousandths of its largest value"
             return (
-                f"gives, for what it reads, an output {self.output:.3g} {grid} away from its float counterpart's, "
+                f"has, for the same input, an output {self.output:.3g} {grid} away from its float counterpart's, "
                 f"where rounding explains {self.allowed:g}"
             )
         return ""

@@ -182,7 +182,6 @@ def _compare(name: str, output: Any, expected: Any) -> None:
     steps = float((output.dequantize() - expected).abs().max()) / output.q_scale() if output.numel() else 0.0
     if not steps <= _STEPS:
         raise _Refused(
-            f"computes {name} with these arguments, which torch's INT8 kernel of "
-            f"engine={torch.backends.quantized.engine} answers with values that are up to {steps:.0f} steps of their "
-            "grid from those of FP32"
+            f"computes {name} with these arguments, for which torch's INT8 kernel of "
+            f"engine={torch.backends.quantized.engine} is up to {steps:.0f} steps of the output's grid off"
         )

@@ -292,7 +292,7 @@ def test_a_squeeze_that_int8_does_not_take_is_named(squeeze: Callable[[Tensor], 
             return self.fc(self.squeeze(F.adaptive_avg_pool2d(self.conv1(x), 1)))
 
     said = (
-        r"squeeze_?\(\) in its own forward \(Named\) drops the dimension of the images, too, where there is one; "
+        r"squeeze_?\(\) in its own forward \(Named\) also drops the batch dimension of a single image; "
         r"write flatten\(1\); this model works with flow=fx\.$"
     )
     with pytest.raises(InputError, match=said):

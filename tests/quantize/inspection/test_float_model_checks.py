@@ -159,9 +159,7 @@ def test_hooks_of_the_model_itself_are_refused_and_those_of_modules_within_are_t
     fused = FLOWS[FlowName.fx].fuse(net, spec(), ONE)
     torch.testing.assert_close(fused(ONE), net(ONE))
     net.register_forward_pre_hook(lambda m, inputs: (inputs[0] * 2,))
-    assert refusal(net, FlowName.fx).startswith(
-        "the model itself (Net) has a hook that changes what the model computes"
-    )
+    assert refusal(net, FlowName.fx).startswith("the model itself (Net) has a hook that changes the model's output")
 
 
 @pytest.mark.parametrize("flow", [FlowName.eager, FlowName.fx])
@@ -269,6 +267,6 @@ def test_a_model_that_does_not_take_each_image_of_a_batch_by_itself_is_refused(f
         "the float model's output for an image depends on the others in its batch, from its module head (Other) on"
     )
     one_answer = with_head(lambda self, x: self.fc(x.mean(0, keepdim=True)))
-    assert refusal(one_answer, flow).startswith("the float model gives 1 rows of logits for three images")
+    assert refusal(one_answer, flow).startswith("the float model returns 1 rows of logits for three images")
     by_size = with_head(lambda self, x: self.fc(x.reshape(x.shape[0], -1) / x.norm(dim=1, keepdim=True)))
     assert refusal(by_size, FlowName.fx) == ""

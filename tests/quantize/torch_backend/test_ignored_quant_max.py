@@ -390,7 +390,7 @@ def test_an_operation_whose_bits_the_eager_flow_cannot_choose_is_refused() -> No
     def tried(flow: FlowName, bits: int) -> None:
         quantize.dry_run(Functional(), FLOWS[flow], spec(settings(activation_bits=bits)), SEEN)
 
-    with pytest.raises(InputError, match=r"keep what sigmoid gives within qconfig.activation.bits=4.*flow=fx"):
+    with pytest.raises(InputError, match=r"keep the output of sigmoid within qconfig.activation.bits=4.*flow=fx"):
         tried(FlowName.eager, 4)
     tried(FlowName.eager, 8)
     tried(FlowName.fx, 4)
