@@ -76,10 +76,11 @@ def general_warnings(
         yield RunWarning(WarningCode.data_set_for_trying, {"images": len(data.test)})
     if not FLOWS[config.flow].calibrates and config.engine is Engine.onednn:
         yield RunWarning(WarningCode.one_model_a_thread)
-    if found.get("latency_valid") == "false":
-        yield RunWarning(WarningCode.timing_untrusted)
     low, high = found.get(Metric.speedup_low), found.get(Metric.speedup_high)
-    if low is not None and high is not None:
+    if found.get("latency_valid") == "false":
+        # Nor does it tell which of the two is faster: its INT8 side need not be the fastest variant.
+        yield RunWarning(WarningCode.timing_untrusted)
+    elif low is not None and high is not None:
         if high < 1:
             yield RunWarning(WarningCode.int8_slower, {"flow": config.flow, "engine": config.engine})
         elif low <= 1:

@@ -33,7 +33,6 @@ def test_what_the_reader_must_know_has_a_code_and_a_sentence(composed: Callable[
         WarningCode.timing_untrusted: (
             "the timing can't be trusted (the tag latency_reason says why): repeat it on a quiet machine."
         ),
-        WarningCode.int8_slower: "INT8 is slower than FP32 with flow=eager engine=x86 on this CPU.",
         WarningCode.layers_in_fp32: "4 layers stay in FP32 (head.0, head.1, head.2, ...): left out.",
         WarningCode.batchnorm_left: "1 BatchNorms were not folded into a convolution.",
     }
@@ -41,6 +40,8 @@ def test_what_the_reader_must_know_has_a_code_and_a_sentence(composed: Callable[
     assert set(dynamic) == {
         WarningCode.data_set_for_trying, WarningCode.one_model_a_thread, WarningCode.int8_not_faster
     }  # fmt: skip
+    slower = said(composed(), LAYERS[:1], latency_valid="true", low=0.7, high=0.9)
+    assert slower[WarningCode.int8_slower] == "INT8 is slower than FP32 with flow=eager engine=x86 on this CPU."
     assert set(said(composed(), LAYERS[:1], low=1.1, high=1.2)) == {WarningCode.data_set_for_trying}
 
 
