@@ -9,7 +9,7 @@ from dataclasses import asdict
 from enum import StrEnum
 from typing import Any
 
-from qexp.config.schema import OBSERVER_PARAMETERS, ActivationObserver, Config, Sampling
+from qexp.config.schema import ActivationObserver, Config, Sampling
 from qexp.system import credentials
 
 NOT_APPLICABLE = "n/a"
@@ -77,8 +77,9 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def without_effect(config: Config) -> tuple[str, ...]:
     """The settings that change nothing for the choices made, as names or prefixes of names."""
     names = sorted(config.flow.ignores)
-    has = OBSERVER_PARAMETERS[config.observer.name]
-    names += [f"observer.{name}" for names_ in OBSERVER_PARAMETERS.values() for name in names_ if name not in has]
+    has = config.observer.name.parameters
+    others = [name for observer in ActivationObserver for name in observer.parameters if name not in has]
+    names += [f"observer.{name}" for name in others]
     if config.calib.sampling is Sampling.first:
         names.append("calib.seed")
     if config.calib.batches is None and config.observer.name in ORDERLESS:

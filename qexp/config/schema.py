@@ -39,12 +39,25 @@ class WeightObserver(StrEnum):
 
 
 class ActivationObserver(StrEnum):
+    """A way to find the range of an activation (see `qexp.quantize.calibration.ranges`), followed by its parameters.
+
+    parameters: these fields of `Observer`; its other fields are null.
+    """
+
+    parameters: tuple[str, ...]
+
+    def __new__(cls, name: str, *parameters: str) -> ActivationObserver:
+        observer = str.__new__(cls, name)
+        observer._value_ = name
+        observer.parameters = parameters
+        return observer
+
     minmax = "minmax"
-    moving_average = "moving_average"
-    histogram = "histogram"
-    percentile = "percentile"
+    moving_average = "moving_average", "averaging_constant"
+    histogram = "histogram", "bins"
+    percentile = "percentile", "percentile"
     mse = "mse"
-    entropy = "entropy"
+    entropy = "entropy", "bins"
 
 
 class Sampling(StrEnum):
@@ -303,17 +316,6 @@ class Config:
     rerun: str | None
     objective: str
     outputs: str
-
-
-# The parameters of each observer; its other fields are null.
-OBSERVER_PARAMETERS: dict[ActivationObserver, tuple[str, ...]] = {
-    ActivationObserver.minmax: (),
-    ActivationObserver.moving_average: ("averaging_constant",),
-    ActivationObserver.histogram: ("bins",),
-    ActivationObserver.percentile: ("percentile",),
-    ActivationObserver.mse: (),
-    ActivationObserver.entropy: ("bins",),
-}
 
 
 def cache_folder(config: Config) -> Path | None:

@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable
 from qexp.config import image_settings
 from qexp.config.identity import LABELS, exact, flat
 from qexp.config.schema import (
-    OBSERVER_PARAMETERS,
     ActivationObserver,
     Config,
     Engine,
@@ -133,11 +132,11 @@ def _check_qconfig(config: Config) -> None:
 
 
 def _check_observer(observer: Observer) -> None:
-    has = OBSERVER_PARAMETERS[observer.name]
-    for parameter in sorted({name for names in OBSERVER_PARAMETERS.values() for name in names}):
+    has = observer.name.parameters
+    for parameter in sorted({name for one in ActivationObserver for name in one.parameters}):
         value = getattr(observer, parameter)
         if value is not None and parameter not in has:
-            owners = [f"observer={name}" for name, names in OBSERVER_PARAMETERS.items() if parameter in names]
+            owners = [f"observer={one}" for one in ActivationObserver if parameter in one.parameters]
             raise ConfigError(
                 f"observer.{parameter}={value}: observer={observer.name} has no such parameter, "
                 f"{' and '.join(owners)} {'does' if len(owners) == 1 else 'do'}."

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qexp.config.schema import OBSERVER_PARAMETERS, ActivationObserver, Observer, Scheme
+from qexp.config.schema import ActivationObserver, Observer, Scheme
 from qexp.quantize.calibration.grid import Grid
 
 if TYPE_CHECKING:
@@ -41,11 +41,11 @@ _ROW_BLOCK = 256  # channels at a time, to bound memory
 
 def solver(observer: Observer) -> Solver:
     """Return the function that finds this observer's range. Raises ValueError if a parameter is missing."""
-    parameters = {name: getattr(observer, name) for name in OBSERVER_PARAMETERS[observer.name]}
+    parameters = {name: getattr(observer, name) for name in observer.name.parameters}
     missing = [name for name, value in parameters.items() if value is None]
     if missing:
         raise ValueError(f"observer.{missing[0]} has no value")
-    return partial(_SOLVERS[observer.name], **parameters)
+    return partial(SOLVERS[observer.name], **parameters)
 
 
 def range_minmax(stats: TensorStats, grid: Grid, scheme: Scheme) -> tuple[float, float]:
@@ -323,7 +323,7 @@ def _x_log_x(x: np.ndarray) -> np.ndarray:
     return x * np.log(x, out=np.zeros(x.shape), where=x > 0)
 
 
-_SOLVERS: dict[ActivationObserver, Callable[..., tuple[float, float]]] = {
+SOLVERS: dict[ActivationObserver, Callable[..., tuple[float, float]]] = {
     ActivationObserver.minmax: range_minmax,
     ActivationObserver.moving_average: range_moving_average,
     ActivationObserver.percentile: range_percentile,
