@@ -363,17 +363,18 @@ def test_models_that_share_a_timing_have_the_same_speedup(composed: Composed) ->
     overrides = [("observer=minmax", "calib.batches=1"), ("observer=histogram", "calib.batches=8")]
     configs = [composed("qconfig.overflow=none", *some) for some in overrides]
     image, engine = images(1, size=32), configs[0].engine
-    speedups: dict[str, list[float]] = {"one": [], "other": []}
+    fp32, *int8 = Variant(Precision.fp32, "eager"), Variant(Precision.int8, "one"), Variant(Precision.int8, "other")
+    speedups: dict[Variant, list[float]] = {variant: [] for variant in int8}
     for _ in range(5):
         models = dict(zip(speedups, (converted(config, net) for config in configs), strict=True))
         assert len({quantize.executed(model, engine, image) for model in models.values()}) == 1
         with quantize.engine(engine), latency.threads(1):
-            fp32, *timings = latency.time_side_by_side(
-                {"fp32": FLOWS[FlowName.eager].fuse(net, spec(), image), **models},
+            reference, *timings = latency.time_side_by_side(
+                {fp32: FLOWS[FlowName.eager].fuse(net, spec(), image), **models},
                 images(8, size=32),
                 replace(configs[0].latency, seconds=3),
             )
         for name, timing in zip(speedups, timings, strict=True):
-            speedups[name].append(latency.speedup(fp32, timing).value)
+            speedups[name].append(latency.speedup(reference, timing).value)
     a, b = map(statistics.mean_interval, speedups.values())
     assert max(a.low, b.low) <= min(a.high, b.high), (a, b)

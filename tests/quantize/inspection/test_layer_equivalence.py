@@ -217,7 +217,7 @@ def test_another_padding_is_another_function(flow: FlowName) -> None:
         module.padding = (0, 0)
         module.set_weight_bias(weight, bias)
         module.padding = (1, 1)
-    assert " right (Conv2d) gives" in one.fault()
+    assert " right (Conv2d) has" in one.fault()
 
 
 @pytest.mark.parametrize("flow", BOTH)
@@ -225,7 +225,7 @@ def test_an_activation_that_is_left_out_is_missed(flow: FlowName) -> None:
     one = case(Joined(), flow)
     one.int8.get_submodule("" if flow is FlowName.fx else "module").act = nn.Identity()  # type: ignore[assignment]
     # In a graph the node is still there; among modules the next layer reads what it should not.
-    assert (" act (Identity) gives" if flow is FlowName.fx else " left (Conv2d) reads") in one.fault()
+    assert (" act (Identity) has" if flow is FlowName.fx else " left (Conv2d) reads") in one.fault()
 
 
 def test_a_relu_that_is_left_out_is_missed_by_the_next_layer() -> None:
@@ -292,7 +292,7 @@ def test_an_int8_kernel_that_computes_another_function_is_found() -> None:
     int8 = FLOWS[FlowName.eager].convert(prepared).module
     wrong = Case(float_model, int8, FlowName.eager, Engine.x86)
     int8.module[1] = nnq.InstanceNorm2d(8, norm.weight, norm.bias, 0.03, 128)  # type: ignore[index, operator]
-    assert " 1 (InstanceNorm2d) gives" in wrong.fault()
+    assert " 1 (InstanceNorm2d) has" in wrong.fault()
 
 
 def test_saturation_is_counted_apart() -> None:
@@ -334,7 +334,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 def test_a_flow_that_changes_a_model_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, "blocks.0.conv2")
-    with pytest.raises(InputError, match=r"blocks\.0\.conv2 \(Conv2d\) gives.*this model works with flow=eager or"):
+    with pytest.raises(InputError, match=r"blocks\.0\.conv2 \(Conv2d\) has.*this model works with flow=eager or"):
         quantize.dry_run(trained(architectures.tiny()), FLOWS[FlowName.fx], spec(engine=Engine.qnnpack), images(1))
 
 
@@ -343,5 +343,5 @@ def test_a_run_whose_int8_model_is_another_function_fails(
 ) -> None:
     spoil(monkeypatch, "blocks.1.conv1")
     config = composed("model=tiny", "flow=fx", "engine=qnnpack", "latency=off", f"model.checkpoint={checkpoint}")
-    with pytest.raises(RunError, match=r"blocks\.1\.conv1 \(ConvReLU2d\) gives"):
+    with pytest.raises(RunError, match=r"blocks\.1\.conv1 \(ConvReLU2d\) has"):
         run.run_experiment(config, tmp_path)
