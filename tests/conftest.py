@@ -1,4 +1,4 @@
-"""What the tests share: configurations composed from the real conf/, and the command line as a user types it."""
+"""Fixtures that all tests share: configurations of the real conf/, and the command line as a user types it."""
 
 from __future__ import annotations
 

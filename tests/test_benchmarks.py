@@ -14,7 +14,7 @@ from tests.helpers import ROOT
 
 
 def run(*arguments: str | Path, size: str = "smallest") -> str:
-    """What `python -m` prints with these arguments."""
+    """The text that `python -m` prints with these arguments."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "QEXP_BENCH_SIZE": size}
     done = subprocess.run(
         [sys.executable, "-m", *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600

@@ -1,4 +1,4 @@
-"""What errors of other people's code become in a message: never a tensor's values."""
+"""Messages made of errors of other people's code never hold a tensor's values."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from PIL import Image
 from qexp.errors import InputError, one_line
 from qexp.system.download import download
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 # torchvision.datasets.folder.IMG_EXTENSIONS, and two more
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"})
@@ -218,7 +218,7 @@ def _split_folder(base: Path, asked: str | None, setting: str, candidates: Seque
             f" them, or say which by dataset.{setting}=<folder>."
         )
     if len(found) > 1:
-        logger.info("evaluating on %s, not on %s; dataset.test=%s takes that one", found[0], found[1], found[1])
+        log.info("evaluating on %s, not on %s; dataset.test=%s takes that one", found[0], found[1], found[1])
     return found[0]
 
 
@@ -281,7 +281,7 @@ def list_images(base: Path, split: str) -> ImageFolder:
         counts.append(len(files) - before)
     if ignored:
         left_out = ", ".join(f"{count} {what}" for what, count in sorted(ignored.items()))
-        logger.info("%s: left out %s", folder, left_out)
+        log.info("%s: left out %s", folder, left_out)
     if not files:
         raise InputError(
             f"dataset.root={base}: the class folders of {split} ({classes[0]}, say) hold no images; images end"

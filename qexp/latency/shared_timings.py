@@ -43,7 +43,7 @@ def timing_key(config: Config, data: Data, float_digest: str, int8: nn.Module, i
     settings = {name: value for name, value in identity.plain(config)["latency"].items() if name != "reuse"}
     here = {name: value for name, value in asdict(machine.describe()).items() if name != "load"}
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    where = [here, cuda, kernels.probe().id, torch.__version__, machine.library_environment()]
+    where = [here, cuda, kernels.probe().id, torch.__version__, machine.numerics_environment()]
     code = code_digest.of("latency")
     return json.dumps(["timings", models, data.test.digest, settings, where, code], sort_keys=True)
 

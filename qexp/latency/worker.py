@@ -106,8 +106,10 @@ def measure(
 
 
 def _controls(found: Sequence[protocol.Timing], threads: int) -> dict[str, str]:
-    """By batch size, the runtime whose FP32 model an earlier worker timed as the control: all workers must use the same
-    control to be merged."""
+    """Return, by batch size, the runtime whose FP32 model an earlier worker timed as the control.
+
+    All workers must use the same one, for their timings to be merged.
+    """
     return {str(t.batch_size): t.variant.runtime for t in found if t.threads == threads and t.control}
 
 

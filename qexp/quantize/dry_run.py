@@ -24,7 +24,7 @@ from qexp.quantize.torch_backend.deprecations import unprinted
 from qexp.quantize.torch_backend.engines import engine, supported
 from qexp.quantize.torch_backend.ignored_quant_max import quant_max_of
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def dry_run(model: nn.Module, flow: Flow, spec: QuantizationSpec, example: Tensor, image: str = "the example") -> None:
@@ -99,9 +99,7 @@ def _takes(model: nn.Module, flow: Flow, spec: QuantizationSpec, one: Tensor, im
         with unprinted():
             _through(model, flow, spec, one, image, logits)
     except Exception as error:  # any error: these settings are not recommended
-        logger.debug(
-            "flow=%s engine=%s does not take the model either: %s", flow.name, spec.engine.value, one_line(error)
-        )
+        log.debug("flow=%s engine=%s does not take the model either: %s", flow.name, spec.engine.value, one_line(error))
         return False
     return True
 

@@ -261,7 +261,7 @@ def is_running(pid: int, started: float) -> bool:
 _LIBRARIES = ("OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "FBGEMM_", "ATEN_", "TORCHINDUCTOR_", "LD_PRELOAD")
 
 
-def library_environment() -> dict[str, str]:
+def numerics_environment() -> dict[str, str]:
     """The environment variables that change how numerical libraries compute or wait, by name."""
     # torch sets TORCHINDUCTOR_CACHE_DIR itself, when its compiler is first imported.
     names = (n for n in sorted(os.environ) if n.startswith(_LIBRARIES) and not n.endswith("_CACHE_DIR"))

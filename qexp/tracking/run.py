@@ -49,7 +49,7 @@ from qexp.tracking.values import (
     write_artifact,
 )
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 PARAMS_AT_ONCE = 100  # what MLflow takes in one request
@@ -254,7 +254,7 @@ class Run:
         try:
             in_thread(work).result(timeout=END_SECONDS)
         except Exception as problem:
-            logger.warning(
+            log.warning(
                 "MLflow at %s did not take that run %s ended as %s: %s",
                 masked(self.store.uri),
                 self.name,

@@ -329,7 +329,7 @@ def test_a_quoted_text_is_read_back_by_hydra_as_it_was(text: str) -> None:
 
 
 def typed(shell: str) -> list[str]:
-    """What the shell makes of a line."""
+    """The arguments that the shell makes of a line."""
     return shlex.split(shell)
 
 

@@ -1,4 +1,4 @@
-"""What runs share is found by what it depends on: the same is never computed twice, and nothing else is ever shared."""
+"""Runs find what they share by all that it depends on: nothing is computed twice, and nothing else is shared."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def run(composed: Composed, checkpoint: Path, tmp_path: Path) -> Run:
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, of: Callable[..., Any]) -> list[Any]:
-    """What `of` gives for the arguments of each call of owner.name, which goes on as it would."""
+    """A list of what `of` returns for the arguments of each call of owner.name, which goes on as it would."""
     seen: list[Any] = []
     original = getattr(owner, name)
 

@@ -1,4 +1,4 @@
-"""What a run tells beside its numbers: what concerns this network on this CPU, and nothing that is idle or false."""
+"""The sentences of a run beside its numbers: all that concerns this network on this CPU, and nothing idle or false."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def predicted(count: int, right: int) -> Predictions:
 def answered(
     *rows: emulation.LayerSaturation, source: AccuracySource = AccuracySource.executed, exact: int = 88
 ) -> target_cpu.TargetAccuracy:
-    """What 100 images say, of which 80 are right with the sums that are executed."""
+    """The accuracy on a target of 100 images, of which 80 are right with the sums that are executed."""
     every, executed = np.arange(100), predicted(100, 80)
     seen = SaturationStatus.observed if any(row.saturates for row in rows) else SaturationStatus.possible
     return target_cpu.TargetAccuracy(source, every, executed, seen, every, predicted(100, exact), executed, rows)

@@ -1,4 +1,4 @@
-"""What settings, calibration samples and calibration sizes do, as numbers; test_tables.py has it in words."""
+"""Effects of settings, calibration samples and calibration sizes, as numbers; test_tables.py has them in words."""
 
 from __future__ import annotations
 

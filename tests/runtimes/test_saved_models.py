@@ -1,4 +1,4 @@
-"""What is saved loads back to the same logits, takes any batch, and refuses to run under another engine."""
+"""Saved models load back to the same logits, take any batch, and refuse to run under another engine."""
 
 from __future__ import annotations
 

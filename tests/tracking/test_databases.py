@@ -1,4 +1,4 @@
-"""What several share: an outputs folder for the users of a group, a database for those who start at the same time."""
+"""Stores that several share: an outputs folder for a group, a database for those who start at the same time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RUN = ["-m", "qexp", "model=tiny", "train=fast", "latency=off"]
 
 
 def as_user(user: int) -> list[str]:
-    """What a command line begins with that another user is to run, who may read what root can; for root alone."""
+    """The beginning of a command line that another user is to run, who may read what root can; for root alone."""
     can_read = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
     return ["setpriv", f"--reuid={user}", f"--regid={GROUP}", "--clear-groups", *can_read]
 
@@ -44,7 +44,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def not_the_groups(folder: Path) -> list[Path]:
-    """What in a folder another user of its group can't write to."""
+    """The paths in a folder that another user of its group can't write to."""
     return [path for path in (folder, *folder.rglob("*")) if not path.stat().st_mode & stat.S_IWGRP]
 
 

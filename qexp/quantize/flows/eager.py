@@ -40,7 +40,7 @@ from qexp.quantize.torch_backend.float_layers import InFloat, mark_float_layers,
 from qexp.quantize.torch_backend.transposed_convolutions import fold
 from qexp.quantize.torch_backend.workarounds import worked_around
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _FUSIBLE = (
     (nn.Conv2d, nn.BatchNorm2d, nn.ReLU),
@@ -292,7 +292,7 @@ def _clamped(module: nn.Module, example: Tensor) -> dict[str, ValueRange]:
     try:
         graph_module = trace(module, example)
     except UntraceableError as error:
-        logger.info(
+        log.info(
             "qconfig.range_after_clamp has no effect: %s %s",
             place(public(error.module, module), error.kind),
             error.reason,

@@ -22,7 +22,7 @@ from qexp.quantize.graph.copies import evaluation_copy
 from qexp.quantize.graph.tensor_names import place, running
 from qexp.quantize.graph.tracing import standard_type
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4
 """Allowed difference of two equivalent float models, as a share of the largest logit."""
@@ -79,7 +79,7 @@ def cause(module: nn.Module, image: Tensor) -> str:
     try:
         return unrepeatable(module, image) or _autocast(module, image) or hooked(module, image)
     except Exception as error:  # a model's own code may fail when watched
-        logger.debug("the model can't be looked into: %s", first_line(error))
+        log.debug("the model can't be looked into: %s", first_line(error))
         return ""
 
 

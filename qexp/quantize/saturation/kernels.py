@@ -183,4 +183,4 @@ def computed_by(threads: int) -> list[Any]:
     threads: torch's.
     """
     here = machine.describe()
-    return [threads, torch.__version__, here.cpu, here.isa, probe().id, machine.library_environment()]
+    return [threads, torch.__version__, here.cpu, here.isa, probe().id, machine.numerics_environment()]

@@ -289,7 +289,7 @@ _WEIGHTED = ("conv", "linear", "batch_norm", "addmm", "mm", "bmm", "rnn", "gru",
 
 
 class Executed(DispatchMode):
-    """Whether operators with weights take INT8, by the name of the innermost module with a row."""
+    """Notes for each operator with weights if it takes INT8, by the name of the innermost module with a row."""
 
     def __init__(self, model: nn.Module, rows: set[str]) -> None:
         super().__init__()
