@@ -17,9 +17,9 @@ from hydra import compose, initialize_config_dir
 
 from benchmarks.size import sized
 from qexp import quantize
-from qexp.config import conversion, schema
+from qexp.config import conversion
 from qexp.config.composition import CONF
-from qexp.config.schema import Config, Observer
+from qexp.config.schema import ActivationObserver, Config, Observer
 from qexp.data.loading import load_data, normalise
 from qexp.latency import protocol
 from qexp.models import float_model
@@ -32,8 +32,8 @@ IMAGES = sized(512, 16)
 FEW, MANY = 8, sized(2048, 16)  # images, whose passes' memory is compared
 _PARAMETERS = {"averaging_constant": 0.01, "bins": 2048, "percentile": 99.99}
 OBSERVERS = {
-    str(name): Observer(name, **{key: _PARAMETERS[key] for key in parameters})  # type: ignore[arg-type]
-    for name, parameters in schema.OBSERVER_PARAMETERS.items()
+    str(name): Observer(name, **{key: _PARAMETERS[key] for key in name.parameters})  # type: ignore[arg-type]
+    for name in ActivationObserver
 }
 
 
