@@ -17,6 +17,7 @@ from qexp.system import machine
 BENCHMARKS: dict[str, Callable[[str], None]] = {
     "calibration": speed.calibration,
     "whole_run": speed.whole_run,
+    "lock": speed.lock,
     "order": timing.order,
     "study": study.study,
     "many": many.many,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import statistics
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,10 +27,12 @@ from qexp.latency import protocol
 from qexp.models import float_model
 from qexp.pipeline import prepare, run
 from qexp.runtimes import saved_models
+from qexp.system.machine_lock import MachineLock
 
 ROUNDS = sized(5, 1)
 MODELS = sized(("resnet18", "mobilenet_v2"), ("tiny",))
 IMAGES = sized(512, 16)
+SLICES, SLICERS, WAITS = sized((200, 4, 50), (5, 2, 3))
 FEW, MANY = 8, sized(2048, 16)  # images, whose passes' memory is compared
 _PARAMETERS = {"averaging_constant": 0.01, "bins": 2048, "percentile": 99.99}
 OBSERVERS = {
@@ -110,10 +114,57 @@ def peak_memory(outputs: str, model: str, count: int) -> int:
     size = config.calib.batch_size
     parts = np.split(indices, range(size, count, size))
     with protocol.threads(config.compute.threads):
-        quantize.calibrate(prepared, (normalise(data.train.pixels(part), data.mean, data.std) for part in parts))
+        quantize.calibrate(
+            prepared, parts, as_input=lambda part: normalise(data.train.pixels(part), data.mean, data.std)
+        )
     # Not ru_maxrss, which a process inherits from the one that started it.
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024 // 10**6
+
+
+def lock(outputs: str) -> None:
+    """Time a slice of the machine's lock over a batch of the smallest model, and the wait of a process that times.
+
+    The wait is beside SLICERS threads that compute in slices of 10 ms without a pause.
+    """
+    machine = MachineLock(Path(outputs))
+    config = composed(outputs, "latency=off", "model=tiny")
+    model = float_model.build(config.model, 10, 0).eval()
+    images = torch.zeros(config.evaluate.batch_size, 3, 32, 32)
+
+    def slices() -> None:
+        with machine.computing():
+            for _ in range(SLICES):
+                with machine.computing():
+                    pass
+
+    def batches() -> None:
+        with torch.inference_mode():
+            for _ in range(SLICES):
+                model(images)
+
+    with protocol.threads(1):
+        ratio(f"{SLICES} slices of the lock, over as many batches of tiny", slices, batches)
+    ended = threading.Event()
+
+    def compute() -> None:
+        while not ended.is_set():
+            with machine.computing():
+                time.sleep(0.01)
+
+    with ThreadPoolExecutor(SLICERS) as pool:
+        for _ in range(SLICERS):
+            pool.submit(compute)
+        waits = []
+        for _ in range(WAITS):
+            asked = time.perf_counter()
+            with machine.timing():
+                waits.append(time.perf_counter() - asked)
+            time.sleep(0.05)
+        ended.set()
+    print(
+        f"a timing waits {statistics.median(waits):.3f} s, at most {max(waits):.3f} s, for slices of 0.01 s", flush=True
+    )
 
 
 def whole_run(outputs: str) -> None:

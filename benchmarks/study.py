@@ -114,8 +114,8 @@ def study(outputs: str) -> None:
     print(f"the script's time: {listed(by_step)}", flush=True)
 
     for name, took in passes.items():
-        each = f"{statistics.median(took):.2f} s [{min(took):.2f}, {max(took):.2f}], the median of {len(took)}"
-        print(f"a bare INT8 pass, {name}, takes {each}")
+        text = f"{statistics.median(took):.2f} s [{min(took):.2f}, {max(took):.2f}], the median of {len(took)}"
+        print(f"a bare INT8 pass, {name}, takes {text}")
     beside = cold - statistics.fmean(map(statistics.median, passes.values()))
     print(f"beside the mean of these, a run of the sweep takes {beside:.2f} s")
     one_run = one_more(str(kept), *fixed)

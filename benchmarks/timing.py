@@ -14,6 +14,7 @@ from qexp.config.schema import Config
 from qexp.data.loading import load_data, normalise
 from qexp.latency import protocol, worker
 from qexp.pipeline import measure, run
+from qexp.records import Precision
 from qexp.system import machine_lock
 
 REPEATS = sized(40, 1)
@@ -21,7 +22,7 @@ PROTOCOL = sized((), ("model=tiny", "latency=quick", "latency.processes=1", "lat
 RUNTIMES = ("eager", "torchscript")
 
 
-def made(outputs: str, name: str, *overrides: str) -> tuple[Config, Path, np.ndarray, dict[str, np.ndarray]]:
+def made(outputs: str, name: str, *overrides: str) -> tuple[Config, Path, np.ndarray, dict[Precision, np.ndarray]]:
     """A run's folder with its saved models, the images to time with, and the models' outputs for them."""
     config = composed(outputs, "saturation.exact_images=0", *overrides)
     folder = Path(outputs) / name
@@ -30,7 +31,7 @@ def made(outputs: str, name: str, *overrides: str) -> tuple[Config, Path, np.nda
     data = load_data(config.dataset, Path(config.outputs) / "cache")
     inputs = normalise(data.test.pixels(np.arange(measure.LATENCY_IMAGES)), data.mean, data.std).numpy()
     kept = np.load(folder / "predictions.npz")
-    return config, folder, inputs, {precision: kept[precision] for precision in ("fp32", "int8")}
+    return config, folder, inputs, {precision: kept[precision] for precision in Precision}
 
 
 def against_itself(outputs: str) -> None:
@@ -45,7 +46,9 @@ def against_itself(outputs: str) -> None:
         for name, (config, folder, inputs, logits) in runs.items():
             config.seed = 1000 * repeat
             with machine_lock.timing():
-                itself, control = worker.measure(config, folder, inputs, {"fp32": logits["fp32"]}, all_int8=True)
+                itself, control = worker.measure(
+                    config, folder, inputs, {Precision.fp32: logits[Precision.fp32]}, all_int8=True
+                )
             valid += protocol.validity([itself, control])[0]
             interval = protocol.speedup(itself, control)
             found[name].append((interval.low, interval.high))

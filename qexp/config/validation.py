@@ -6,15 +6,7 @@ from collections.abc import Collection, Iterable
 
 from qexp.config import image_settings
 from qexp.config.identity import LABELS, exact, flat
-from qexp.config.schema import (
-    ActivationObserver,
-    Config,
-    Engine,
-    LogModel,
-    Observer,
-    RuntimeName,
-    Scheme,
-)
+from qexp.config.schema import ActivationObserver, Config, Engine, LogModel, Observer, RuntimeName, Scheme
 from qexp.errors import ConfigError
 from qexp.metrics import Metric
 from qexp.system import credentials

@@ -35,68 +35,66 @@ def predict(
     copies: Sequence[Model] = (),
     shuffled: bool = False,
 ) -> Predictions:
-    """Logits of every image of a split, or of `indices` (int64) of it, in this order; see `blocks`.
+    """Logits of every image of a split, or of `indices` (int64) of it, in this order.
 
-    Raises NotFinite as `predictions` does.
+    Every batch has `batch_size` images, the last one filled up with copies: the size of a batch can change FP32
+    activations in their last bit, and with them INT8 logits. Call it with torch's engine set. copies: of the model,
+    each for another batch at the same time; shuffled: see `blocks`. Raises NotFinite as `predictions` does.
     """
-    size = len(split.labels) if indices is None else len(indices)
-    parts = blocks(model, split, mean, std, batch_size, title, indices, copies, shuffled)
+    chosen = np.arange(len(split.labels)) if indices is None else indices
+    if indices is None:
+        split.pixels()  # decoded once for all, and memory-mapped from then on
+
+    def logits_of(one: Model, positions: np.ndarray) -> np.ndarray:
+        images = normalise(split.pixels(np.resize(chosen[positions], batch_size)), mean, std)
+        with torch.inference_mode():
+            # Of a single image, a model that ends in squeeze() gives one row without saying so.
+            logits: np.ndarray = one(images).reshape(batch_size, -1)[: len(positions)].numpy().astype(np.float32)
+        return logits
+
+    parts = blocks(logits_of, (model, *copies), len(chosen), batch_size, title, shuffled)
     positions, logits = (np.concatenate(part) for part in zip(*parts, strict=True))
-    in_order = np.empty((size, logits.shape[1]), np.float32)
+    in_order = np.empty((len(chosen), logits.shape[1]), np.float32)
     in_order[positions] = logits
     return predictions(in_order, split, title, indices)
 
 
 def blocks(
-    model: Model,
-    split: Split,
-    mean: Sequence[float],
-    std: Sequence[float],
+    logits_of: Callable[[Model, np.ndarray], np.ndarray],
+    models: Sequence[Model],
+    count: int,
     batch_size: int,
-    title: str = "evaluating",
-    indices: np.ndarray | None = None,
-    copies: Sequence[Model] = (),
+    title: str,
     shuffled: bool = False,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Logits of images of a split (or of `indices` of it, int64), block by block: their positions among these, int64
-    [n], and float32 [n, classes]. A caller can stop after any block.
+    """Logits of `count` images, block by block: their positions among these, int64 [n], and float32 [n, classes]. A
+    caller can stop after any block.
 
-    Every batch has `batch_size` images, the last one filled up with copies: the size of a batch can change FP32
-    activations in their last bit, and with them INT8 logits. Call it with torch's engine set.
-
-    copies: of the model, each for another batch at the same time, on one thread. That is faster than several threads
-    per layer, where each layer waits for the slowest thread.
-    shuffled: in a random order, always the same, so that the first blocks are a random sample of the images; for models
-    that give an image the same logits in any company.
+    logits_of: from a model and the positions of a batch, int64, to its logits; models: equal ones, each for another
+    batch at the same time, on one thread. That is faster than several threads per layer, where each layer waits for the
+    slowest thread. shuffled: in a random order, always the same, so that the first blocks are a random sample of the
+    images; for models that give an image the same logits in any company.
     """
-    chosen = np.arange(len(split.labels)) if indices is None else indices
-    order = np.random.default_rng(ORDER_SEED).permutation(len(chosen)) if shuffled else np.arange(len(chosen))
-    if indices is None:
-        split.pixels()  # decoded once for all, and memory-mapped from then on
+    order = np.random.default_rng(ORDER_SEED).permutation(count) if shuffled else np.arange(count)
     free: SimpleQueue[Model] = SimpleQueue()
-    for one in (model, *copies):
+    for one in models:
         free.put(one)
 
     @machine_lock.computing()
     def batch(start: int) -> np.ndarray:
-        part = chosen[order[start : start + batch_size]]
-        images = normalise(split.pixels(np.resize(part, batch_size)), mean, std)
         mine = free.get()
         try:
-            with torch.inference_mode():
-                # Of a single image, a model that ends in squeeze() gives one row without saying so.
-                logits: np.ndarray = mine(images).reshape(batch_size, -1)[: len(part)].numpy().astype(np.float32)
+            return logits_of(mine, order[start : start + batch_size])
         finally:
             free.put(mine)
-        return logits
 
-    starts = range(0, len(chosen), batch_size)
+    starts = range(0, count, batch_size)
     with (
-        _side_by_side(1 + len(copies)) as mapped,
+        _side_by_side(len(models)) as mapped,
         tqdm(mapped(batch, starts), desc=title, total=len(starts), unit="batch", disable=None, leave=False) as found,
     ):
         batches = iter(found)
-        for start in range(0, len(chosen), BLOCK_BATCHES * batch_size):
+        for start in range(0, count, BLOCK_BATCHES * batch_size):
             with machine_lock.released():  # each batch takes the machine's lock by itself, in whichever thread
                 logits = np.concatenate(list(islice(batches, BLOCK_BATCHES)))
             yield order[start : start + len(logits)], logits

@@ -12,12 +12,7 @@ from torch import nn
 from qexp import quantize
 from qexp.accuracy import target_cpu
 from qexp.config import identity
-from qexp.config.schema import (
-    Config,
-    Engine,
-    QConfig,
-    Target,
-)
+from qexp.config.schema import Config, Engine, QConfig, Target
 from qexp.data.loading import Data
 from qexp.latency import protocol
 from qexp.metrics import Metric

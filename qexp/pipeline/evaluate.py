@@ -9,10 +9,7 @@ import numpy as np
 
 from qexp import quantize
 from qexp.accuracy.prediction_key import prediction_key
-from qexp.config.schema import (
-    Config,
-    cache_folder,
-)
+from qexp.config.schema import Config, cache_folder
 from qexp.data.loading import Data
 from qexp.errors import RunError
 from qexp.models import inference

@@ -15,11 +15,7 @@ from tqdm import tqdm
 
 from qexp import quantize
 from qexp.config import identity
-from qexp.config.schema import (
-    Calib,
-    Config,
-    cache_folder,
-)
+from qexp.config.schema import Calib, Config, cache_folder
 from qexp.data.calibration_images import draw
 from qexp.data.loading import Data, digest_of, load_data
 from qexp.errors import InputError

@@ -9,9 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from qexp import quantize
-from qexp.config.schema import (
-    Config,
-)
+from qexp.config.schema import Config
 from qexp.data.loading import Data
 from qexp.latency import protocol, shared_timings, worker
 from qexp.pipeline.prepare import Saved, images_of
@@ -28,7 +26,8 @@ def measure_latency(
     config: Config, data: Data, saved: Saved, predictions: Mapping[Variant, Predictions], folder: Path
 ) -> tuple[list[protocol.Timing], str]:
     """The timings of every variant, and "", measured by one job at a time on the whole machine; with `latency.reuse`
-    the timings of another run whose INT8 model executes the same operators (see `timing_key`), and that run's name."""
+    the timings of another run whose INT8 model executes the same operators (see
+    `shared_timings.timing_key`), and that run's name."""
     if not config.latency.enabled:
         return [], ""
     measure = partial(side_by_side, config, data, saved, predictions, folder)

@@ -15,15 +15,7 @@ from torch import Tensor, nn
 
 from qexp import quantize
 from qexp.config import identity
-from qexp.config.schema import (
-    ActivationObserver,
-    Config,
-    Overflow,
-    QConfig,
-    RuntimeName,
-    Target,
-    cache_folder,
-)
+from qexp.config.schema import ActivationObserver, Config, Overflow, QConfig, RuntimeName, Target, cache_folder
 from qexp.data.calibration_images import draw
 from qexp.data.loading import Data, count_shared, digest_of, normalise
 from qexp.errors import RunError
@@ -75,13 +67,13 @@ def check_fusion(config: Config, data: Data, fp32: float_model.FloatModel, fused
     finite, RunError where the two models don't compute the same.
     """
 
-    def measure() -> np.ndarray:
+    def measure() -> float:
         with torch.inference_mode():
             expected, actual = fp32.module(images), fused(images)
         inference.predictions(expected.numpy(), data.test, "evaluating FP32", np.arange(len(images)))
-        return np.array([quantize.difference(expected, actual)])
+        return quantize.difference(expected, actual)
 
-    difference = float(cache.array(cache_folder(config), cache_keys.fusion_key(config, data, fp32.digest), measure)[0])
+    difference = cache.number(cache_folder(config), cache_keys.fusion_key(config, data, fp32.digest), measure)
     if difference > quantize.TOLERANCE:
         raise RunError(quantize.explained(fp32.module, fused, quantize.FLOWS[config.flow], images))
     return difference
@@ -151,11 +143,8 @@ def reduce_range(
 
 def shipped_size(config: Config, fp32: float_model.FloatModel, images: Tensor) -> int:
     """Bytes of the float model as its owner would ship it, cached. images: float32 [n, 3, H, W]."""
-
-    def measure() -> np.ndarray:
-        return np.array([saved_models.float_size(fp32.module, images)])
-
-    return int(cache.array(cache_folder(config), cache_keys.float_size_key(fp32.digest), measure)[0])
+    measure = partial(saved_models.float_size, fp32.module, images)
+    return int(cache.number(cache_folder(config), cache_keys.float_size_key(fp32.digest), measure))
 
 
 def why_guarded(
@@ -256,13 +245,6 @@ def contents_of(
     return contents
 
 
-def timing_key(config: Config, data: Data, float_digest: str, int8: nn.Module) -> str:
-    """The key under which runs share timings; empty where this run measures its own."""
-    if not config.latency.enabled or not shared_timings.reuses_timings(config):
-        return ""
-    return shared_timings.timing_key(config, data, float_digest, int8, images_of(data, data.test.pixels(np.arange(1))))
-
-
 @step("save")
 @small_steps()
 def save(
@@ -270,10 +252,10 @@ def save(
     data: Data,
     fp32: float_model.FloatModel,
     int8: quantize.QuantizedModel,
+    images: Tensor,
     folder: Path,
 ) -> Saved:
-    """Write both models for every runtime asked for into `folder`, and read them back."""
-    images = comparison_images(data)
+    """Write both models for every runtime asked for into `folder`, and read them back. images: float32 [n, 3, H, W]."""
     structures = {
         Precision.fp32: partial(quantize.sharing_copy, int8.fused),
         Precision.int8: partial(quantize.blank_copy, int8),
@@ -285,6 +267,7 @@ def save(
     variants = saved_models.read(config, structures, folder, here)
     contents = contents_of(config, fp32.digest, artifacts, variants)
     size = shipped_size(config, fp32, images)
-    key = timing_key(config, data, fp32.digest, int8.module)
+    shares = config.latency.enabled and shared_timings.reuses_timings(config)
+    key = shared_timings.timing_key(config, data, fp32.digest, int8.module, images[:1]) if shares else ""
     all_int8 = all(layer.int8 for layer in int8.layers)
     return Saved(artifacts, variants, contents, in_memory, all_int8, size, key)

@@ -55,7 +55,7 @@ def run_experiment(config: Config, folder: Path) -> Result:
         check_int8(config, int8, reduced, images)
 
         # From here on it is the saved models, read back, that are evaluated and timed.
-        saved = save(config, data, fp32, int8, folder)
+        saved = save(config, data, fp32, int8, images, folder)
         predictions = predict(config, data, saved)
         timings, latency_from = measure_latency(config, data, saved, predictions, folder)
         headline = headline_variant(config, saved.reference_variant(Precision.int8), timings)

@@ -10,12 +10,7 @@ int8 = flow.convert(prepared)
 from __future__ import annotations
 
 from qexp.quantize.calibration.cached import calibrate_once
-from qexp.quantize.calibration.grid import (
-    SAFE_CODE,
-    Side,
-    executed_bits,
-    executed_quant_max,
-)
+from qexp.quantize.calibration.grid import SAFE_CODE, Side, executed_bits, executed_quant_max
 from qexp.quantize.calibration.passes import calibrate
 from qexp.quantize.dry_run import dry_run
 from qexp.quantize.flow import Prepared, QuantizationSpec, QuantizedModel

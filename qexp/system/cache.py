@@ -71,6 +71,11 @@ def array(folder: Path | None, key: str, make: Callable[[], np.ndarray]) -> np.n
     return _entry(folder, key, write).array
 
 
+def number(folder: Path | None, key: str, make: Callable[[], float]) -> float:
+    """The number cached in `folder` under `key`; made by `make` and cached if there is none. As `array`."""
+    return float(array(folder, key, lambda: np.array([make()]))[0])
+
+
 def arrays(folder: Path | None, key: str, make: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """As `array`, for several arrays by name, cached as one structured array and returned as copies in memory."""
 

@@ -11,16 +11,7 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 from qexp.tracking.errors import sentence
 from qexp.tracking.links import ui
 from qexp.tracking.query import adopt, children, close_orphans, fetch, find, of_study
-from qexp.tracking.run import (
-    SERVED_MODEL,
-    DatasetUse,
-    Run,
-    check_run,
-    close_parent,
-    ignored,
-    open_parent,
-    start_run,
-)
+from qexp.tracking.run import SERVED_MODEL, DatasetUse, Run, check_run, close_parent, ignored, open_parent, start_run
 from qexp.tracking.store import Store, check_experiment, connect
 from qexp.tracking.values import SWEEP_TAG
 
