@@ -23,7 +23,9 @@ def download(url: str, path: Path, is_right: Callable[[Path], bool]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     request = urllib.request.Request(url, headers={"User-Agent": "qexp"})
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as response, partial.open("wb") as file:
+        # urlopen would keep the proxies that the environment named at its first call.
+        opener = urllib.request.build_opener()
+        with opener.open(request, timeout=TIMEOUT) as response, partial.open("wb") as file:
             total = int(response.headers.get("Content-Length") or 0) or None
             with tqdm(desc=path.name, total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
                 while chunk := response.read(_CHUNK):

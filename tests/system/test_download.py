@@ -41,3 +41,15 @@ def test_of_one_that_is_not_nothing_stays(server: str, tmp_path: Path, name: str
         download(f"{server}/{name}", tmp_path / "file", lambda path: False)
     assert not (tmp_path / "file").exists()
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_proxies_are_those_of_the_environment_now(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as environment:
+        for variable in ("no_proxy", "NO_PROXY"):
+            environment.delenv(variable, raising=False)
+        environment.setenv("http_proxy", "http://127.0.0.1:9")  # nothing listens there
+        with pytest.raises(OSError, match="refused"):
+            download(f"{server}/file", tmp_path / "file", lambda path: True)
+    download(f"{server}/file", tmp_path / "file", lambda path: True)
