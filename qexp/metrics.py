@@ -75,15 +75,24 @@ class Metric(StrEnum):
 
     runtime_accuracy = "runtime_accuracy/<runtime>", *_FRACTION, "INT8 accuracy in this runtime"
     runtime_agreement = "runtime_agreement/<runtime>", *_FRACTION, "share of images with the reference's prediction"
+    runtime_speedup = "runtime_speedup/<runtime>", *_RATIO, "fastest FP32 over INT8 in this runtime", "speedup"
+    runtime_speedup_low = "runtime_speedup/<runtime>_low", *_RATIO, "95% interval of it (bootstrap of rounds)"
+    runtime_speedup_high = "runtime_speedup/<runtime>_high", *_RATIO, "upper end of that interval"
     runtime_latency = "runtime_latency/<variant>_ms", *_MS, "p50 of this variant", "latency"
     runtime_latency_p90 = "runtime_latency/<variant>_p90_ms", *_MS, "p90 of this variant"
     runtime_latency_p99 = "runtime_latency/<variant>_p99_ms", *_MS, "p99 of this variant"
+
+    images = "discordant/images", *_IMAGES, "evaluation images"
+    fp32_only = "discordant/<runtime>_fp32_only", *_IMAGES, "images that FP32 alone has right, INT8 in this runtime not"
+    int8_only = "discordant/<runtime>_int8_only", *_IMAGES, "images that INT8 in this runtime alone has right"
 
     target_accuracy = "target/accuracy", *_FRACTION, "INT8 accuracy on the CPU that `target` means"
     target_delta = "target/delta", *_FRACTION, "target's accuracy minus FP32's on the same images"
     target_delta_low = "target/delta_low", *_FRACTION, "95% interval of it, paired by image (Tango)"
     target_delta_high = "target/delta_high", *_FRACTION, "upper end of that interval"
     target_images = "target/images", *_IMAGES, "images that the target's accuracy was measured on"
+    target_fp32_only = "target/fp32_only", *_IMAGES, "of these, those that FP32 alone has right"
+    target_int8_only = "target/int8_only", *_IMAGES, "of these, those that INT8 alone has right on the target"
 
     exact_accuracy = "saturation/exact_accuracy", *_FRACTION, "INT8 accuracy with sums that don't saturate"
     exact_images = "saturation/exact_images", *_IMAGES, "images that it was measured on"

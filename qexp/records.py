@@ -138,6 +138,23 @@ class Predictions:
         return self.logits.argmax(axis=1) == self.labels
 
 
+@dataclass(frozen=True, eq=False)
+class Top1:
+    """The predicted classes of a run, by which runs of the same images are paired.
+
+    labels, fp32: int32 [N]; int8: int32 [N] by runtime; runtimes whose logits are equal bit for bit share an array.
+    target_images: int64 [M], the images on which the accuracy on the target's CPU was measured, and target: int32 [M],
+    the classes there; None where what was executed here holds for it. classes: their names.
+    """
+
+    labels: np.ndarray
+    fp32: np.ndarray
+    int8: Mapping[str, np.ndarray]
+    classes: tuple[str, ...]
+    target_images: np.ndarray | None = None
+    target: np.ndarray | None = None
+
+
 class AccuracySource(StrEnum):
     """The means by which the accuracy on the target was found."""
 

@@ -41,7 +41,7 @@ FIELDS = (
     "seed",
 )
 # What is said of a run, and changes nothing in its result.
-RECORDED_ONLY = ("tracking", "job", "cache", "sweep", "study", "resume", "rerun", "objective", "outputs")
+RECORDED_ONLY = ("tracking", "job", "cache", "sweep", "study", "resume", "rerun", "objective", "report", "outputs")
 # What a run is called: made of masked settings, it may hold a mask.
 LABELS = ("tracking.name", "study")
 

@@ -237,7 +237,11 @@ class Latency:
 
 @dataclass
 class Evaluate:
+    """select_share: of the evaluation images, those that a report chooses the winner by, 0: none; it is then tested on
+    the others."""
+
     batch_size: int
+    select_share: float
 
 
 @dataclass
@@ -253,6 +257,32 @@ class Saturation:
 
     exact_images: int
     emulated_images: int
+
+
+class ReportObjective(StrEnum):
+    """The best of the settings: the fastest or smallest within the margin, or the most accurate within max_ms."""
+
+    fastest = "fastest"
+    smallest = "smallest"
+    accurate = "accurate"
+
+
+@dataclass
+class Report:
+    """What a report recommends by; none of it changes a run.
+
+    auto: a sweep makes its report when it ends; margin: the tolerated loss, None: the data set's; max_ms: the highest
+    latency, of objective=accurate; runtime: the only one considered, None: all; batch_size, threads: of the timings,
+    None: the first that the runs have.
+    """
+
+    auto: bool
+    objective: ReportObjective
+    margin: float | None
+    max_ms: float | None
+    runtime: RuntimeName | None
+    batch_size: int | None
+    threads: int | None
 
 
 @dataclass
@@ -315,6 +345,7 @@ class Config:
     resume: bool
     rerun: str | None
     objective: str
+    report: Report
     outputs: str
 
 

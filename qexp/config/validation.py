@@ -6,7 +6,17 @@ from collections.abc import Collection, Iterable
 
 from qexp.config import image_settings
 from qexp.config.identity import LABELS, exact, flat
-from qexp.config.schema import ActivationObserver, Config, Engine, LogModel, Observer, RuntimeName, Scheme
+from qexp.config.schema import (
+    ActivationObserver,
+    Config,
+    Engine,
+    LogModel,
+    Observer,
+    Report,
+    ReportObjective,
+    RuntimeName,
+    Scheme,
+)
 from qexp.errors import ConfigError
 from qexp.metrics import Metric
 from qexp.system import credentials
@@ -32,6 +42,7 @@ def check(config: Config, swept: Collection[str] = ()) -> None:
     _check_entropy(config)
     _check_credentials(config)
     _check_mappings(config)
+    check_report(config.report)
     image_settings.check(config.dataset)
 
 
@@ -168,3 +179,28 @@ def _check_mappings(config: Config) -> None:
         raise ConfigError(f"dataset.margin={margin}: must be an accuracy loss in (0, 1), such as 0.005.")
     if config.objective not in OBJECTIVES:
         raise ConfigError(f"objective={config.objective}: must be one of {', '.join(OBJECTIVES)}.")
+    if not 0 <= config.evaluate.select_share < 1:
+        raise ConfigError(
+            f"evaluate.select_share={config.evaluate.select_share}: must be a share of the evaluation images in "
+            "[0, 1), such as 0.3; 0 sets none aside."
+        )
+
+
+def check_report(report: Report) -> None:
+    """Raise ConfigError where a setting of the report can't work."""
+    if report.margin is not None and not 0 < report.margin < 1:
+        raise ConfigError(f"report.margin={report.margin}: must be an accuracy loss in (0, 1), such as 0.005.")
+    for name in ("max_ms", "batch_size", "threads"):
+        value = getattr(report, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"report.{name}={value}: must be positive.")
+    accurate = report.objective is ReportObjective.accurate
+    if accurate and report.max_ms is None:
+        raise ConfigError(
+            "report.objective=accurate: needs report.max_ms, the highest latency in ms, such as report.max_ms=2."
+        )
+    if report.max_ms is not None and not accurate:
+        raise ConfigError(
+            f"report.max_ms={report.max_ms}: has an effect with report.objective=accurate only, and this is "
+            f"report.objective={report.objective}."
+        )

@@ -43,9 +43,7 @@ def test_of_one_that_is_not_nothing_stays(server: str, tmp_path: Path, name: str
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_proxies_are_those_of_the_environment_now(
-    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_proxies_are_those_of_the_environment_now(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as environment:
         for variable in ("no_proxy", "NO_PROXY"):
             environment.delenv(variable, raising=False)
