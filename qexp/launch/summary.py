@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from qexp.records import RunRecord
-from qexp.report import effects, tables
+from qexp.report import tables
+from qexp.report.study import finished
 from qexp.system import credentials
 
 # The tables of runs whose CPUs have the same kernels.
@@ -23,7 +24,7 @@ def summary(records: Sequence[RunRecord]) -> str:
     has its own tables.
     """
     alike: dict[str, list[RunRecord]] = {}
-    for record in effects.finished(records):
+    for record in finished(records):
         alike.setdefault(record.tags.get("kernel_signature", ""), []).append(record)
     parts = [part(group) for group in alike.values() or [[]] for part in (shared, *PARTS)]
     return "\n\n".join(part for part in [*parts, tables.failures(records)] if part)

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from statistics import NormalDist, fmean
 from typing import TYPE_CHECKING
 
-from qexp.config.identity import FIELDS, GROUPS, NOT_APPLICABLE
+from qexp.config.identity import NOT_APPLICABLE
 from qexp.metrics import Metric
 from qexp.records import AccuracySource, Interval, RunRecord
+from qexp.report.study import finished, sets, value, varied
 
 if TYPE_CHECKING:
     from qexp.statistics import Plateau  # imported at runtime only where used: scipy would delay refusals
@@ -33,8 +34,6 @@ ON_TARGET = (Metric.target_accuracy, Metric.target_delta, Metric.target_delta_lo
 # Fewer pairs than this tell next to nothing about how much they vary.
 PAIRS_FOR_INTERVAL = 3
 
-# The params that are an axis of their own wherever they vary.
-MAIN = frozenset((*GROUPS, *FIELDS))
 SIZE, SEED = "calib.batches", "calib.seed"
 CALIBRATION = ("calib", SIZE, SEED)
 
@@ -82,38 +81,13 @@ def together(record: RunRecord, *metrics: str) -> list[float]:
     return [record.metrics[name] for name in metrics] if record.metrics.keys() >= set(metrics) else []
 
 
-def finished(records: Iterable[RunRecord]) -> list[RunRecord]:
-    return [record for record in records if record.status == "FINISHED"]
-
-
 def compared(records: Iterable[RunRecord]) -> list[Evaluated]:
     """The finished runs that have an accuracy, with it."""
     return [(record, found) for record in finished(records) if (found := accuracy(record))]
 
 
-def value(record: RunRecord, setting: str) -> str:
-    return record.params.get(setting, NOT_APPLICABLE)
-
-
 def _values(record: RunRecord, settings: Iterable[str]) -> tuple[str, ...]:
     return tuple(value(record, setting) for setting in settings)
-
-
-def varied(records: Sequence[RunRecord], without: Sequence[str] = ()) -> list[str]:
-    """The settings with several values among the records; of those that split the records in the same way the first.
-
-    Not what was resolved, nor a setting that has one value and no effect in the other records: another one says so; nor
-    what nobody varied by itself, a group's minor field that goes with the group's choice.
-    """
-    result: dict[tuple[int, ...], str] = {}
-    for name in dict.fromkeys(name for record in records for name in record.params):
-        values = [value(record, name) for record in records]
-        if name.startswith("resolved.") or name in without or len({*values} - {NOT_APPLICABLE}) < 2:
-            continue
-        group = name.partition(".")[0]
-        if name in MAIN or group not in GROUPS or not _sets(group, name, records):
-            result.setdefault(tuple(map(values.index, values)), name)
-    return list(result.values())
 
 
 @dataclass(frozen=True)
@@ -158,13 +132,7 @@ def _held(name: str, names: Sequence[str], records: Sequence[RunRecord]) -> list
     """The settings that are equal in otherwise equal runs: all others but those that can't be while `name` varies, a
     group's choice and the fields that it sets. A field that is swept beside its group's choice is held."""
     others = [other for other in names if other != name]
-    return [other for other in others if not _sets(name, other, records) and not _sets(other, name, records)]
-
-
-def _sets(group: str, field: str, records: Sequence[RunRecord]) -> bool:
-    """True if each choice of the group goes with one value of the field in all records."""
-    pairs = {(value(record, group), value(record, field)) for record in records}
-    return field.startswith(f"{group}.") and len(pairs) == len({choice for choice, _ in pairs})
+    return [other for other in others if not sets(name, other, records) and not sets(other, name, records)]
 
 
 def _effect(

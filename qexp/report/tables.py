@@ -18,7 +18,8 @@ from qexp.config.schema import RuntimeName
 from qexp.metrics import Metric
 from qexp.records import CUDA, PRECISIONS, Interval, RunRecord, VerdictKind
 from qexp.report import effects, sentences
-from qexp.report.effects import finished, together
+from qexp.report.effects import together
+from qexp.report.study import finished, value
 
 # With more runs than this, the table of latencies shows their range instead of each.
 MOST_RUNS = 12
@@ -116,7 +117,7 @@ def _notes(record: RunRecord) -> dict[str, list[str]]:
     accuracy, notes = effects.accuracy(record), {"run": [*record.warnings.values(), *([reused] if reused else [])]}
     if accuracy and accuracy.source:
         # Not of what ran here, and maybe not of all images.
-        images, target = record.metrics.get(Metric.target_images), effects.value(record, "target")
+        images, target = record.metrics.get(Metric.target_images), value(record, "target")
         number = "" if images is None else f" on {images:,.0f} images"
         cpu = f"target={target}" if target != NOT_APPLICABLE else "the target's CPU"
         how = f"{effects.SOURCES[accuracy.source]},{number}"
