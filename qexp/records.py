@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -133,9 +133,14 @@ class Predictions:
         return Predictions(self.logits[indices], self.labels[indices], ids)
 
     @property
+    def top1(self) -> np.ndarray:
+        """int32 [N]: the class of the largest logit, the first of equal ones."""
+        return self.logits.argmax(axis=1).astype(np.int32)
+
+    @property
     def correct(self) -> np.ndarray:
         """bool [N]: True where the top-1 class is the label."""
-        return self.logits.argmax(axis=1) == self.labels
+        return np.asarray(self.top1 == self.labels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +158,41 @@ class Top1:
     classes: tuple[str, ...]
     target_images: np.ndarray | None = None
     target: np.ndarray | None = None
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays of its file, by name; that of runtimes that share an array is named after the first of them."""
+        named = {"labels": self.labels, "fp32": self.fp32, "classes": np.array(self.classes, dtype=np.str_)}
+        written = set[int]()
+        for runtime, classes in self.int8.items():
+            if id(classes) not in written:
+                named[f"int8_{runtime}"] = classes
+                written.add(id(classes))
+        if self.target is not None and self.target_images is not None:
+            named |= {"target": self.target, "target_images": self.target_images}
+        return named
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], same: Sequence[Sequence[str]]) -> Top1:
+        """What `arrays` returned. same: the groups of runtimes that share an array."""
+        int8 = {runtime: arrays[f"int8_{group[0]}"] for group in same for runtime in group}
+        return cls(
+            arrays["labels"], arrays["fp32"], int8, tuple(arrays["classes"].tolist()),
+            arrays.get("target_images"), arrays.get("target"),
+        )  # fmt: skip
+
+
+SAME_TAG = "runtimes.same"
+"""The tag of the groups of INT8 runtimes whose logits are equal bit for bit: `eager torchscript; inductor`."""
+
+
+def same_as_text(groups: Sequence[Sequence[str]]) -> str:
+    """Groups of runtimes as the tag `runtimes.same` has them."""
+    return "; ".join(" ".join(group) for group in groups)
+
+
+def same_from_text(text: str) -> tuple[tuple[str, ...], ...]:
+    """The groups of runtimes that `same_as_text` wrote."""
+    return tuple(tuple(group.split()) for group in text.split(";") if group.split())
 
 
 class AccuracySource(StrEnum):

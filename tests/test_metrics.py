@@ -17,8 +17,11 @@ uncertainty/fp32_low uncertainty/fp32_high uncertainty/int8_low uncertainty/int8
 uncertainty/mcnemar_p uncertainty/non_inferiority_p uncertainty/detectable
 fidelity/agreement fidelity/kl fidelity/sqnr_db
 runtime_accuracy/<runtime> runtime_agreement/<runtime>
+runtime_speedup/<runtime> runtime_speedup/<runtime>_low runtime_speedup/<runtime>_high
 runtime_latency/<variant>_ms runtime_latency/<variant>_p90_ms runtime_latency/<variant>_p99_ms
+discordant/images discordant/<runtime>_fp32_only discordant/<runtime>_int8_only
 target/accuracy target/delta target/delta_low target/delta_high target/images
+target/fp32_only target/int8_only
 saturation/exact_accuracy saturation/exact_images
 saturation/loss saturation/loss_low saturation/loss_high saturation/agreement saturation/sqnr_db saturation/layers
 quant/layers_int8 quant/layers_float quant/layers_narrowed quant/batchnorm_left quant/fusion_difference
@@ -46,6 +49,11 @@ def test_the_metrics_of_variants_are_read_back_by_variant() -> None:
     }
     assert Metric.runtime_latency.within(metrics) == {"int8_eager": 1.0}
     assert Metric.runtime_latency_p90.within(metrics) == {"int8_eager": 2.0}
+    counts = {Metric.images: 9.0, Metric.fp32_only.of("eager_channels_last"): 3.0, Metric.target_fp32_only: 4.0}
+    assert Metric.fp32_only.within(counts) == {"eager_channels_last": 3.0}
+    speedups = {Metric.runtime_speedup.of("eager"): 4.0, Metric.runtime_speedup_low.of("eager"): 3.0}
+    assert Metric.runtime_speedup.within(speedups) == {"eager": 4.0}
+    assert Metric.runtime_speedup_low.within(speedups) == {"eager": 3.0}
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,17 @@ from qexp.pipeline.prepare import Calibration, Saved, images_of
 from qexp.quantize.inspection.layer_errors import at_a_time
 from qexp.quantize.saturation import kernels
 from qexp.quantize.torch_backend.slow_depthwise import without_fast_kernel
-from qexp.records import Fidelity, Precision, Predictions, Result, Variant
+from qexp.records import (
+    SAME_TAG,
+    AccuracySource,
+    Fidelity,
+    Precision,
+    Predictions,
+    Result,
+    Top1,
+    Variant,
+    same_as_text,
+)
 from qexp.system.steps import step
 
 
@@ -89,6 +99,26 @@ class Measured:
     on_target: target_cpu.TargetAccuracy
 
 
+def top1(
+    data: Data,
+    fp32: Predictions,
+    int8: Mapping[str, Predictions],
+    same: Sequence[tuple[str, ...]],
+    on_target: target_cpu.TargetAccuracy,
+) -> Top1:
+    """The predicted classes. int8: predictions by runtime; same: groups of runtimes whose logits are equal."""
+    shared = {group: int8[group[0]].top1 for group in same}
+    executed = on_target.source is AccuracySource.executed
+    return Top1(
+        labels=fp32.labels.astype(np.int32),
+        fp32=fp32.top1,
+        int8={runtime: classes for group, classes in shared.items() for runtime in group},
+        classes=tuple(data.classes),
+        target_images=None if executed else on_target.images,
+        target=None if executed else on_target.predictions.top1,
+    )
+
+
 @step("result")
 def result(
     config: Config,
@@ -104,7 +134,10 @@ def result(
     qconfig, layers = measured.int8.qconfig, measured.int8.layers
     predictions = {"fp32": measured.predictions[measured.saved.reference_variant(Precision.fp32)]}
     predictions["int8"] = measured.predictions[measured.headline]
+    int8 = {one.runtime: found for one, found in measured.predictions.items() if one.precision is Precision.int8}
+    same = run_metrics.same_runtimes(int8)
     outcome = {
+        SAME_TAG: same_as_text(same),
         **run_metrics.latency_tags(config, measured.timings),
         **({"latency_from": measured.latency_from} if measured.latency_from else {}),
         "accuracy_source": str(measured.on_target.source),
@@ -112,7 +145,9 @@ def result(
     }
     numbers = {
         **run_metrics.accuracy_metrics(predictions["fp32"], predictions["int8"]),
-        **run_metrics.runtime_metrics(measured.predictions, measured.saved.reference_variant(Precision.int8)),
+        **run_metrics.runtime_metrics(
+            predictions["fp32"], int8, measured.saved.reference_variant(Precision.int8).runtime
+        ),
         **run_metrics.target_metrics(predictions["fp32"], measured.on_target, margin),
         **run_metrics.latency_metrics(measured.timings, measured.headline),
         **run_metrics.size_metrics(measured.saved.float_bytes, measured.saved.artifacts, measured.headline),
@@ -131,6 +166,7 @@ def result(
         measured.latency_from,
         measured.saved.artifacts,
     )
+    top1_file = run_files.write_top1(folder, top1(data, predictions["fp32"], int8, same, measured.on_target))
     layer_files = run_files.write_layers(
         folder, config, layers, measured.layer_errors, measured.on_target.layers, reduced
     )
@@ -145,7 +181,7 @@ def result(
             *warnings.saturation_warnings(config, qconfig.overflow, layers, reduced, measured.on_target),
             *warnings.slow_kernel_warnings(config, slow_kernels(config, measured.int8.module)),
         ),
-        files={**files, **layer_files},
+        files={**files, **top1_file, **layer_files},
         datasets=run_files.datasets_used(config, data, measured.calibration.images),
         flavor=run_files.flavor(config, data, measured.saved.artifacts),
     )

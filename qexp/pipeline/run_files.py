@@ -22,7 +22,7 @@ from qexp.latency import protocol
 from qexp.quantize import ReducedRange
 from qexp.quantize.saturation import kernels
 from qexp.quantize.saturation.emulation import LayerSaturation
-from qexp.records import Artifact, Fidelity, Interval, Layer, Precision, Predictions, QParams
+from qexp.records import Artifact, Fidelity, Interval, Layer, Precision, Predictions, QParams, Top1
 from qexp.runtimes import RUNTIMES
 from qexp.system import machine
 
@@ -162,6 +162,12 @@ COLUMNS = (
     "name", "kind", "int8", "sqnr_db", "own_sqnr_db", "weight_sqnr_db", "clipped", "saturated", "highest", "narrowed",
     "scale", "kernel", "reason",
 )  # fmt: skip
+
+
+def write_top1(folder: Path, top1: Top1) -> dict[str, str]:
+    """Write the predicted classes (top1.npz, without pickle). Returns paths as `write_files`."""
+    np.savez_compressed(folder / "top1.npz", allow_pickle=False, **top1.arrays())
+    return {"top1.npz": str(folder / "top1.npz")}
 
 
 def write_layers(

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
+
 from qexp import statistics
 from qexp.accuracy import target_cpu
 from qexp.accuracy.target_cpu import TargetAccuracy
@@ -39,15 +41,31 @@ def accuracy_metrics(fp32: Predictions, int8: Predictions) -> dict[str, float]:
     }
 
 
-def runtime_metrics(predictions: Mapping[Variant, Predictions], reference: Variant) -> dict[str, float]:
-    """INT8 accuracy in each runtime, and the share of images with the same prediction as in the reference."""
-    numbers = {}
-    for variant in predictions:
-        if variant.precision is Precision.int8:
-            same = statistics.agreement(predictions[reference], predictions[variant])
-            numbers[Metric.runtime_accuracy.of(variant.runtime)] = float(predictions[variant].correct.mean())
-            numbers[Metric.runtime_agreement.of(variant.runtime)] = same
+def runtime_metrics(fp32: Predictions, int8: Mapping[str, Predictions], reference: str) -> dict[str, float]:
+    """INT8 accuracy in each runtime, the images that only it or only FP32 has right, and the share of images with the
+    same prediction as in the reference runtime."""
+    numbers: dict[str, float] = {Metric.images: float(len(fp32.labels))}
+    for runtime, found in int8.items():
+        fp32_only, int8_only, _ = statistics.discordant(fp32, found)
+        numbers |= {
+            Metric.runtime_accuracy.of(runtime): float(found.correct.mean()),
+            Metric.runtime_agreement.of(runtime): statistics.agreement(int8[reference], found),
+            Metric.fp32_only.of(runtime): float(fp32_only),
+            Metric.int8_only.of(runtime): float(int8_only),
+        }
     return numbers
+
+
+def same_runtimes(int8: Mapping[str, Predictions]) -> tuple[tuple[str, ...], ...]:
+    """The runtimes in groups whose logits are equal bit for bit, in the order given."""
+    groups: list[list[str]] = []
+    for runtime, found in int8.items():
+        alike = [group for group in groups if np.array_equal(int8[group[0]].logits, found.logits)]
+        if alike:
+            alike[0].append(runtime)
+        else:
+            groups.append([runtime])
+    return tuple(map(tuple, groups))
 
 
 def target_metrics(fp32: Predictions, on_target: TargetAccuracy, margin: float) -> dict[str, float]:
@@ -60,6 +78,8 @@ def target_metrics(fp32: Predictions, on_target: TargetAccuracy, margin: float) 
         Metric.target_delta_low: delta.low,
         Metric.target_delta_high: delta.high,
         Metric.target_images: float(n),
+        Metric.target_fp32_only: float(first_only),
+        Metric.target_int8_only: float(second_only),
         Metric.non_inferiority_p: statistics.non_inferiority(first_only, second_only, n, margin),
         Metric.saturation_layers: float(len(on_target.saturating_layers)),
     }
@@ -119,8 +139,8 @@ def recommended_guard(guard: Overflow) -> str:
 
 
 def latency_metrics(timings: list[protocol.Timing], headline: Variant) -> dict[str, float]:
-    """p50, p90 and p99 of each variant at the first batch size and number of threads, and the headline variant's
-    speedup over the fastest FP32 variant."""
+    """p50, p90 and p99 of each variant at the first batch size and number of threads, and the speedup of INT8 over the
+    fastest FP32 variant in each runtime, the headline's among them."""
     first = [timing for timing in side_by_side(timings) if not timing.control]
     if not first:
         return {}
@@ -132,14 +152,18 @@ def latency_metrics(timings: list[protocol.Timing], headline: Variant) -> dict[s
         if summary.p99 is not None:
             metrics[Metric.runtime_latency_p99.of(timing.variant)] = summary.p99
     fp32 = fastest(first, Precision.fp32)
-    int8 = next(timing for timing in first if timing.variant == headline)
-    ratio = protocol.speedup(fp32, int8)
+    for int8 in first:
+        if int8.variant.precision is Precision.int8:
+            ratio, runtime = protocol.speedup(fp32, int8), int8.variant.runtime
+            metrics[Metric.runtime_speedup.of(runtime)] = ratio.value
+            metrics[Metric.runtime_speedup_low.of(runtime)] = ratio.low
+            metrics[Metric.runtime_speedup_high.of(runtime)] = ratio.high
     return metrics | {
         Metric.latency_fp32: fp32.summary.p50,
-        Metric.latency_int8: int8.summary.p50,
-        Metric.speedup: ratio.value,
-        Metric.speedup_low: ratio.low,
-        Metric.speedup_high: ratio.high,
+        Metric.latency_int8: metrics[Metric.runtime_latency.of(headline)],
+        Metric.speedup: metrics[Metric.runtime_speedup.of(headline.runtime)],
+        Metric.speedup_low: metrics[Metric.runtime_speedup_low.of(headline.runtime)],
+        Metric.speedup_high: metrics[Metric.runtime_speedup_high.of(headline.runtime)],
     }
 
 

@@ -22,7 +22,7 @@ from qexp.models import inference
 from qexp.pipeline import input_checks, run_metrics
 from qexp.pipeline.prepare import Saved
 from qexp.pipeline.run import run_experiment
-from qexp.records import Precision, Predictions, Result, Variant, WarningCode
+from qexp.records import SAME_TAG, Precision, Predictions, Result, Top1, Variant, WarningCode, same_from_text
 from qexp.runtimes import RUNTIMES
 from tests.helpers import ROOT
 
@@ -73,6 +73,17 @@ def test_every_flow_on_every_engine_gives_a_whole_result(
     accuracy = (kept["int8"].argmax(1) == kept["labels"]).mean()
     assert accuracy == pytest.approx(result.metrics[Metric.accuracy_int8])
     assert not np.array_equal(kept["int8"], kept["fp32"])
+    with np.load(tmp_path / "run" / "top1.npz") as arrays:
+        top1 = Top1.from_arrays(dict(arrays), same_from_text(result.tags[SAME_TAG]))
+    headline = result.resolved["resolved.runtime"]
+    assert np.array_equal(top1.fp32, kept["fp32"].argmax(1))
+    assert np.array_equal(top1.int8[headline], kept["int8"].argmax(1))
+    right = top1.fp32 == top1.labels
+    for runtime, classes in top1.int8.items():
+        assert result.metrics[Metric.fp32_only.of(runtime)] == (right & (classes != top1.labels)).sum()
+        assert result.metrics[Metric.int8_only.of(runtime)] == (~right & (classes == top1.labels)).sum()
+    assert set(top1.int8) == {"eager", "torchscript"}
+    assert result.metrics[Metric.runtime_speedup.of(headline)] == result.metrics[Metric.speedup]
 
 
 def test_what_was_saved_gives_the_same_logits_in_a_fresh_process(run: Callable[..., Result], tmp_path: Path) -> None:
@@ -158,12 +169,17 @@ def test_a_runtime_has_its_own_accuracy_and_its_agreement_with_the_reference() -
     def predictions(*classes: int) -> Predictions:
         return Predictions(np.eye(3, dtype=np.float32)[list(classes)], np.array([0, 1, 2, 0]), ("a", "b", "c", "d"))
 
-    fp32, eager, other = (Variant(Precision.fp32, "eager"), *(Variant(Precision.int8, r) for r in ("eager", "other")))
-    found = {fp32: predictions(0, 1, 2, 0), eager: predictions(0, 1, 2, 1), other: predictions(0, 1, 1, 1)}
-    assert run_metrics.runtime_metrics(found, eager) == {
+    found = {"eager": predictions(0, 1, 2, 1), "other": predictions(0, 1, 1, 0), "twin": predictions(0, 1, 2, 1)}
+    assert run_metrics.runtime_metrics(predictions(0, 2, 2, 0), found, "eager") == {
+        "discordant/images": 4.0,
         "runtime_accuracy/eager": 0.75, "runtime_agreement/eager": 1.0,
-        "runtime_accuracy/other": 0.5, "runtime_agreement/other": 0.75,
+        "discordant/eager_fp32_only": 1.0, "discordant/eager_int8_only": 1.0,
+        "runtime_accuracy/other": 0.75, "runtime_agreement/other": 0.5,
+        "discordant/other_fp32_only": 1.0, "discordant/other_int8_only": 1.0,
+        "runtime_accuracy/twin": 0.75, "runtime_agreement/twin": 1.0,
+        "discordant/twin_fp32_only": 1.0, "discordant/twin_int8_only": 1.0,
     }  # fmt: skip
+    assert run_metrics.same_runtimes(found) == (("eager", "twin"), ("other",))
 
 
 def test_a_runtime_that_cannot_be_used_is_refused_before_any_work(
