@@ -10,15 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from statistics import NormalDist, fmean
 from typing import TYPE_CHECKING
 
 from qexp.config.identity import NOT_APPLICABLE
 from qexp.metrics import Metric
 from qexp.records import AccuracySource, Interval, RunRecord
+from qexp.report.contrasts import Difference
 from qexp.report.study import finished, sets, value, varied
 
 if TYPE_CHECKING:
+    from qexp.report.study import Conditions, Study
     from qexp.statistics import Plateau  # imported at runtime only where used: scipy would delay refusals
 
 # Words for the tag `accuracy_source` where the accuracy on the target CPU wasn't executed here.
@@ -92,6 +95,117 @@ def _values(record: RunRecord, settings: Iterable[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Effect:
+    """One value of a setting against the setting's first value, over pairs of runs that are equal in every other one.
+
+    runs: those that have the value; pairs: 0 where no run has a partner, and then there is no difference; accuracy:
+    INT8's; speed: of the speedup over FP32, None where a partner has no valid timing.
+    """
+
+    setting: str
+    value: str
+    runs: int
+    pairs: int
+    accuracy: Difference | None
+    speed: Difference | None
+
+
+class AxisKind(StrEnum):
+    """The kinds of axes: a difference in accuracy or speed is shown; none is, for all may be chance; there is none,
+    since every run answers and is timed the same; or it can't be told, since runs lack partners or uncertainty."""
+
+    mattered = "mattered"
+    within_noise = "within_noise"
+    nothing = "nothing"
+    unknown = "unknown"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A setting that varied; first: the value that its effects are against; effects: one for each other value."""
+
+    setting: str
+    first: str
+    effects: tuple[Effect, ...]
+
+    @property
+    def kind(self) -> AxisKind:
+        found = [one for effect in self.effects for one in (effect.accuracy, effect.speed) if one]
+        if any(one.shown for one in found):
+            return AxisKind.mattered
+        if found and all(one.nothing for one in found):
+            return AxisKind.nothing
+        return AxisKind.within_noise if any(one.interval for one in found) else AxisKind.unknown
+
+
+@dataclass(frozen=True)
+class MainEffects:
+    """The effects of each setting that varied, in the order of the tables, the runtime's within runs at the end.
+
+    critical: half the width of accuracies' intervals in standard errors, NaN where there are none; unpaired: finished
+    runs without predictions, whose intervals are conservative; untimed: finished runs without a valid timing.
+    """
+
+    axes: tuple[Axis, ...]
+    critical: float
+    unpaired: int
+    untimed: int
+
+
+@dataclass(frozen=True)
+class Departure:
+    """A departure from additivity: how much more `row` brings over the first row with `column` than with the first
+    column, over blocks of four runs that are equal in every other setting."""
+
+    row: str
+    column: str
+    blocks: int
+    difference: Difference
+
+
+@dataclass(frozen=True)
+class Interaction:
+    """Two settings together, as heat maps [rows, columns]; None where a cell has no run with that figure.
+
+    runs: the number of runs; accuracy: mean INT8 minus FP32 accuracy; speedup: geometric mean; accuracy_departure,
+    speed_departure: the clearest one, with an interval that holds for all departures of the study together; None where
+    no block of four runs is complete.
+    """
+
+    row: str
+    column: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    runs: tuple[tuple[int, ...], ...]
+    accuracy: tuple[tuple[float | None, ...], ...]
+    speedup: tuple[tuple[float | None, ...], ...]
+    accuracy_departure: Departure | None
+    speed_departure: Departure | None
+
+    @property
+    def shown(self) -> bool:
+        """True where a departure from additivity is shown."""
+        return any(one.difference.shown for one in (self.accuracy_departure, self.speed_departure) if one)
+
+
+def main_effects(study: Study, runtime: str | None = None, conditions: Conditions | None = None) -> MainEffects:
+    """The effects of each setting that varied among the finished runs, and of the runtime within each run.
+
+    runtime: the one that accuracies and speedups are of, None: of each run its headline's; conditions: the batch size
+    and number of threads of the timings, None: the first.
+    """
+    raise NotImplementedError
+
+
+def interactions(study: Study, runtime: str | None = None, conditions: Conditions | None = None) -> list[Interaction]:
+    """Each two settings of whose combinations three in four have runs, the clearest departures from additivity first.
+
+    runtime, conditions: as in `main_effects`.
+    """
+    raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class MeanEffect:
     """The effect of one value of one setting, over the runs that have it.
 
     accuracy, speedup: means over those runs; delta_accuracy, delta_speedup: mean difference to the setting's first
@@ -111,7 +225,7 @@ class Effect:
     delta_speedup: float | None
 
 
-def effects(records: Sequence[RunRecord]) -> list[Effect]:
+def effects(records: Sequence[RunRecord]) -> list[MeanEffect]:
     """The effect of each value of each setting that varied among the finished runs."""
     runs = compared(records)
     names = varied([record for record, _ in runs])
@@ -137,13 +251,13 @@ def _held(name: str, names: Sequence[str], records: Sequence[RunRecord]) -> list
 
 def _effect(
     setting: str, choice: str, group: Sequence[Evaluated], pairs: Sequence[tuple[Evaluated, Evaluated]], is_first: bool
-) -> Effect:
+) -> MeanEffect:
     from qexp import statistics
 
     differences = [b.comparable - a.comparable for (_, a), (_, b) in pairs]
     speedups = [together(record, Metric.speedup) for record, _ in group]
     steps = [(together(a, Metric.speedup), together(b, Metric.speedup)) for (a, _), (b, _) in pairs]
-    return Effect(
+    return MeanEffect(
         setting,
         choice,
         runs=len(group),

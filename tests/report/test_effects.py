@@ -16,7 +16,7 @@ from qexp.report import effects as report_effects
 from tests.helpers.rows import RISING, by_size, on_target, row
 
 
-def effects(rows: Sequence[RunRecord]) -> dict[tuple[str, str], report_effects.Effect]:
+def effects(rows: Sequence[RunRecord]) -> dict[tuple[str, str], report_effects.MeanEffect]:
     return {(effect.setting, effect.value): effect for effect in report_effects.effects(rows)}
 
 
