@@ -174,6 +174,117 @@ def non_inferiority(first_only: int, second_only: int, n: int, margin: float) ->
     return float(stats.norm.sf(tango_z(-margin, first_only, second_only, n))) if n else 1.0
 
 
+def mean_score_z(
+    values: np.ndarray, counts: np.ndarray, mean: np.ndarray | float, lowest: float = -1, highest: float = 1
+) -> np.ndarray:
+    """The score z = sum n_k (v_k - mean) / sqrt(n variance) of the hypothesis that images have this mean.
+
+    values: [K], what an image can count, between `lowest` and `highest`, such as the mean difference over several
+    calibration seeds; counts: [..., K], the images of each value; mean: broadcasts with counts' other axes. The
+    variance is that of the distribution on [lowest, highest] that is the most likely under the hypothesis (see
+    `_mean_variance`). For values -1, 0 and 1 it is `tango_z`. Positive where the observed mean is larger than the
+    hypothesis; it falls as mean grows. 0 for no images.
+    """
+    v, count = np.asarray(values, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    hypothesis, n = np.asarray(mean, dtype=np.float64), count.sum(axis=-1)
+    numerator = count @ v - n * hypothesis
+    variance = n * _mean_variance(v, count, hypothesis, lowest, highest)
+    # As for `tango_z`; and nothing but rounding, where all images count as much as the hypothesis says.
+    numerator = np.where(np.abs(numerator) <= 1e-9, 0.0, numerator)
+    limit = np.where(numerator == 0, 0.0, np.copysign(np.inf, numerator))
+    return np.divide(numerator, np.sqrt(variance), out=limit, where=variance > 0)
+
+
+def _mean_variance(v: np.ndarray, count: np.ndarray, mean: np.ndarray, lowest: float, highest: float) -> np.ndarray:
+    """Variance of one image's value under the hypothesis that the mean is `mean`, by maximum likelihood.
+
+    The shares are p_k = (n_k / n) / (1 + t (v_k - mean)), with t such that their mean is the hypothesis'; it lies in
+    [-1 / (highest - mean), 1 / (mean - lowest)], and the shares' mean falls as it grows. Where even an end of that
+    leaves the mean too high or too low, the shares sum to less than 1, and the rest of the images lies at the end of
+    the scale that none was seen at. 0 where the mean is an end of the scale itself.
+    Owen 2001, "Empirical Likelihood", chapter 2, of distributions that may have unseen values too.
+    """
+    distance = v - mean[..., None]
+    share = count / np.maximum(count.sum(axis=-1, keepdims=True), 1)
+    share, distance = np.broadcast_arrays(share, distance)
+    shape = share.shape[:-1]
+    inside = np.broadcast_to((mean > lowest) & (mean < highest), shape)
+    middle = np.where(inside, mean, (lowest + highest) / 2)
+    below, above = -1 / (highest - middle), 1 / (middle - lowest)
+
+    def shares(t: np.ndarray) -> np.ndarray:
+        # Unseen values have no share, whatever they are divided by.
+        return np.divide(share, 1 + t[..., None] * distance, out=np.zeros(share.shape), where=share > 0)
+
+    with np.errstate(divide="ignore"):
+        for _ in range(60):
+            t = (below + above) / 2
+            too_high = np.sum(shares(t) * distance, axis=-1) > 0
+            below, above = np.where(too_high, t, below), np.where(too_high, above, t)
+        t = (below + above) / 2
+        p = shares(t)
+    rest = np.maximum(1 - p.sum(axis=-1), 0)
+    end = np.where(t > 0, lowest, highest)
+    variance = np.sum(p * distance**2, axis=-1) + rest * (end - mean) ** 2
+    return np.asarray(np.where(inside, variance, 0.0))
+
+
+def mean_score_interval(
+    values: np.ndarray, counts: np.ndarray, z: np.ndarray | float | None = None, lowest: float = -1, highest: float = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """The score intervals of the mean of many columns at once: (low, high), float64 of counts' shape but for the last.
+
+    Every mean whose `mean_score_z` is between -z and z; by default the two-sided 95%, and a larger z where several
+    intervals are to hold together. values, counts: as there. For values -1, 0 and 1 it is `tango_bounds`.
+    """
+    size = np.asarray(_alpha(0.95) if z is None else z, dtype=np.float64)
+    shape = np.broadcast_shapes(np.shape(counts)[:-1], size.shape)
+
+    def end(level: np.ndarray) -> np.ndarray:
+        below, above = np.full(shape, float(lowest)), np.full(shape, float(highest))
+        for _ in range(44):
+            middle = (below + above) / 2
+            under = mean_score_z(values, counts, middle, lowest, highest) > level
+            below, above = np.where(under, middle, below), np.where(under, above, middle)
+        return (below + above) / 2
+
+    return end(size), end(-size)
+
+
+def holm(p: Sequence[float] | np.ndarray) -> np.ndarray:
+    """p-values [hypotheses] adjusted so that rejecting those up to a level errs at all with that probability at most.
+
+    Whatever their dependence. Holm 1979, "A simple sequentially rejective multiple test procedure", Scandinavian
+    Journal of Statistics 6; equal to R's p.adjust(p, "holm").
+    """
+    found = np.asarray(p, dtype=np.float64)
+    order = np.argsort(found, kind="stable")
+    adjusted = np.empty(len(found))
+    adjusted[order] = np.minimum(np.maximum.accumulate(found[order] * np.arange(len(found), 0, -1)), 1)
+    return adjusted
+
+
+def images_to_qualify(values: np.ndarray, counts: np.ndarray, margin: float, level: float) -> int | None:
+    """The number of images that would show, in four cases of five, that the mean lies above -margin.
+
+    values [K], counts [K]: of the images seen (see `mean_score_z`), which others are taken to be like; level: of the
+    one-sided test. Without a single difference, half a one to each side is assumed, as by `images_needed`. Rounded up
+    to two digits, and more than the images seen unless those do. None where the mean seen is -margin or less: more of
+    the same would never do.
+    """
+    v, count = np.asarray(values, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    n = count.sum()
+    mean = float(count @ v / n) if n else 0.0
+    if not n or mean <= -margin:
+        return None
+    if not np.any(count[v != 0]):
+        v, count = np.array([-1.0, 0.0, 1.0]), np.array([0.5, n - 1, 0.5])
+    spread = math.sqrt(float(count @ (v - mean) ** 2 / n))
+    at_margin = math.sqrt(float(_mean_variance(v, count, np.asarray(-margin), -1, 1)))
+    root = (float(stats.norm.isf(level)) * at_margin + float(stats.norm.isf(1 - POWER)) * spread) / (mean + margin)
+    return _round_up(max(root**2, 1.0))
+
+
 def verdict(first_only: int, second_only: int, n: int, margin: float, confidence: float = 0.95) -> Verdict:
     """The verdict on the second against the first.
 

@@ -168,6 +168,121 @@ def test_simulated_coverage_of_tangos_interval(capsys: pytest.CaptureFixture[str
     assert max(value for (_, expected, _), value in coverage.items() if expected >= 20) <= 0.97
 
 
+# ---- The mean of per-image values, such as the difference over several calibration seeds
+
+SIGNS = np.array([-1.0, 0.0, 1.0])
+THIRDS = np.arange(-3, 4) / 3
+
+
+def test_the_mean_score_of_one_seed_is_tangos() -> None:
+    rng = np.random.default_rng(0)
+    b, c = rng.integers(0, 12, 60), rng.integers(0, 12, 60)
+    b[:10], c[5:15] = 0, 0
+    n = b + c + rng.choice([0, 1, 30, 700], 60)
+    n = np.maximum(n, 1)
+    counts = np.stack([b, n - b - c, c], axis=-1)
+    for d in (-0.6, -0.005, 0.0, 0.02, 0.7):
+        found = statistics.mean_score_z(SIGNS, counts, d)
+        np.testing.assert_allclose(found, statistics.tango_z(d, b, c, n), rtol=1e-7, atol=1e-7)
+    low, high = statistics.mean_score_interval(SIGNS, counts)
+    np.testing.assert_allclose([low, high], statistics.tango_bounds(b, c, n), atol=1e-8)
+
+
+def most_likely(counts: np.ndarray, mean: float) -> np.ndarray:
+    """The shares of THIRDS of the largest likelihood among those of this mean, by a general optimiser."""
+    seen = counts > 0
+
+    def loss(p: np.ndarray) -> float:
+        return -float(counts[seen] @ np.log(np.maximum(p[seen], 1e-300))) / counts.sum()
+
+    constraints = [{"type": "eq", "fun": lambda p: p.sum() - 1}, {"type": "eq", "fun": lambda p: p @ THIRDS - mean}]
+    best = None
+    for start in (np.full(7, 1 / 7), (counts + 0.5) / (counts + 0.5).sum()):
+        found = optimize.minimize(
+            loss, start, method="SLSQP", bounds=[(0, 1)] * 7, constraints=constraints,
+            options={"ftol": 1e-14, "maxiter": 2000},
+        )  # fmt: skip
+        if abs(found.x.sum() - 1) < 1e-8 and (best is None or found.fun < best.fun):
+            best = found
+    assert best is not None
+    return np.asarray(best.x)
+
+
+@pytest.mark.parametrize("mean", [-0.4, -0.03, 0.0, 0.2])
+def test_the_mean_scores_variance_is_that_of_the_most_likely_multinomial(mean: float) -> None:
+    tables = [[3, 2, 4, 80, 3, 1, 2], [0, 0, 2, 90, 5, 0, 0], [0, 4, 0, 60, 0, 0, 0], [0, 0, 0, 50, 0, 0, 0]]
+    for counts in np.array(tables, dtype=np.float64):
+        p, n = most_likely(counts, mean), counts.sum()
+        spread = math.sqrt(n * float(p @ (THIRDS - mean) ** 2))
+        numerator = float(counts @ THIRDS - n * mean)
+        found = float(statistics.mean_score_z(THIRDS, counts, mean))
+        expected = numerator / spread if spread > 1e-3 else 0.0
+        assert found == pytest.approx(expected, rel=2e-3, abs=1e-6), counts
+
+
+def test_the_mean_score_falls_as_the_hypothesis_grows_and_its_interval_widens_with_z() -> None:
+    rng = np.random.default_rng(1)
+    counts = rng.multinomial(800, [0.01, 0.01, 0.02, 0.92, 0.02, 0.01, 0.01], size=20)
+    grid = np.linspace(-0.9, 0.9, 37)
+    assert (np.diff(statistics.mean_score_z(THIRDS, counts[:, None, :], grid), axis=1) < 1e-9).all()
+    low, high = statistics.mean_score_interval(THIRDS, counts)
+    wide_low, wide_high = statistics.mean_score_interval(THIRDS, counts, np.full(20, 3.0))
+    mean = counts @ THIRDS / 800
+    assert (wide_low < low).all()
+    assert (low < mean).all()
+    assert (mean < high).all()
+    assert (high < wide_high).all()
+    np.testing.assert_allclose(statistics.mean_score_z(THIRDS, counts, wide_low), 3.0, atol=1e-4)
+
+
+def test_the_mean_score_of_other_scales_moves_with_them() -> None:
+    counts = np.array([5, 3, 80, 9])
+    values = np.array([-2.0, -1.0, 0.0, 2.0])
+    found = statistics.mean_score_z(values, counts, 0.1, lowest=-2, highest=2)
+    assert found == pytest.approx(float(statistics.mean_score_z(values / 2, counts, 0.05)))
+
+
+def test_no_images_tell_nothing() -> None:
+    assert float(statistics.mean_score_z(SIGNS, np.zeros(3), -0.01)) == 0
+    low, high = statistics.mean_score_interval(SIGNS, np.zeros(3))
+    assert (float(low), float(high)) == pytest.approx((-1, 1))
+
+
+def test_holm_equals_rs() -> None:
+    # R: p.adjust(c(0.01, 0.04, 0.03, 0.005, 1), "holm")
+    found = statistics.holm([0.01, 0.04, 0.03, 0.005, 1])
+    assert found == pytest.approx([0.04, 0.09, 0.09, 0.025, 1.0])
+    assert len(statistics.holm([])) == 0
+
+
+@pytest.mark.parametrize(("shares", "level"), [((0.006, 0.004), 0.025 / 48), ((0.0, 0.0), 0.025 / 48)])
+def test_that_many_images_qualify_in_four_cases_of_five(shares: tuple[float, float], level: float) -> None:
+    n, margin = 10_000, 0.01
+    b, c = (round(n * share) for share in shares)
+    needed = statistics.images_to_qualify(SIGNS, np.array([b, n - b - c, c]), margin, level)
+    assert needed is not None
+    drawn = np.random.default_rng(2).multinomial(needed, [shares[0], 1 - sum(shares), shares[1]], size=4000)
+    power = np.mean(distributions.norm.sf(statistics.mean_score_z(SIGNS, drawn, -margin)) <= level)
+    assert power > 0.76
+    if any(shares):
+        assert power < 0.86
+
+
+def test_no_number_of_images_qualifies_what_loses_the_margin() -> None:
+    assert statistics.images_to_qualify(SIGNS, np.array([10, 90, 0]), 0.1, 0.025) is None
+    assert statistics.images_to_qualify(SIGNS, np.zeros(3), 0.1, 0.025) is None
+
+
+def test_images_without_a_disagreement_can_still_be_too_few() -> None:
+    """744 images and a margin of 0.5 points can't qualify any of 48 settings; about 2,200 without a disagreement do."""
+    nothing = np.array([0, 744, 0])
+    p = float(distributions.norm.sf(statistics.mean_score_z(SIGNS, nothing, -0.005)))
+    assert 0.025 / 48 < p == pytest.approx(statistics.non_inferiority(0, 0, 744, 0.005))
+    needed = statistics.images_to_qualify(SIGNS, nothing, 0.005, 0.025 / 48)
+    assert needed is not None
+    assert 2150 < needed < 6000
+
+
 # ---- Wilson, McNemar
 
 
