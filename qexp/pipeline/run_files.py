@@ -19,6 +19,7 @@ from qexp.config import code_digest, identity
 from qexp.config.schema import Config, RuntimeName
 from qexp.data.loading import Data
 from qexp.latency import protocol
+from qexp.pipeline import run_metrics
 from qexp.quantize import ReducedRange
 from qexp.quantize.saturation import kernels
 from qexp.quantize.saturation.emulation import LayerSaturation
@@ -149,9 +150,12 @@ def write_files(
         build = {"version": torch.__version__, "build": torch.__config__.show(), "engine": str(config.engine)}
         measured_by = {"latency_from": latency_from} if latency_from else {}
         where = {"machine": asdict(machine.describe()), "torch": build, **measured_by}
-        _json(
-            folder / "latency.json", {**where, "rows": rows, "speedups": [_pair(*p) for p in protocol.pairs(timings)]}
-        )
+        validity = [
+            {"batch_size": batch_size, "threads": threads, "reasons": reasons}
+            for (batch_size, threads), reasons in run_metrics.reasons_by_conditions(config, timings).items()
+        ]
+        speedups = [_pair(*pair) for pair in protocol.pairs(timings)]
+        _json(folder / "latency.json", {**where, "rows": rows, "speedups": speedups, "validity": validity})
         samples = {f"{t.name}.batch{t.batch_size}.threads{t.threads}": t.samples for t in timings}
         np.savez_compressed(folder / "latency_samples.npz", **samples)  # type: ignore[arg-type]
         names += ["latency.json", "latency.csv", "latency_samples.npz"]

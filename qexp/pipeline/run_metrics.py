@@ -188,9 +188,17 @@ def headline_variant(config: Config, first: Variant, timings: list[protocol.Timi
 
 def reasons_against(config: Config, timings: list[protocol.Timing]) -> tuple[str, ...]:
     """The reasons why the logged timings can't be trusted, or don't hold for the target; empty where there are none."""
-    _, reasons = protocol.validity(side_by_side(timings))
+    return next(iter(reasons_by_conditions(config, timings).values()))
+
+
+def reasons_by_conditions(config: Config, timings: list[protocol.Timing]) -> dict[tuple[int, int], tuple[str, ...]]:
+    """As `reasons_against`, by batch size and number of threads."""
     other_kernels = target_cpu.other_kernels(config)
-    return (*reasons, other_kernels) if other_kernels else reasons
+    measurements: dict[tuple[int, int], list[protocol.Timing]] = {}
+    for timing in timings:
+        measurements.setdefault((timing.batch_size, timing.threads), []).append(timing)
+    found = {conditions: protocol.validity(measured)[1] for conditions, measured in measurements.items()}
+    return {conditions: (*reasons, *[other_kernels] * bool(other_kernels)) for conditions, reasons in found.items()}
 
 
 def latency_tags(config: Config, timings: list[protocol.Timing]) -> dict[str, str]:

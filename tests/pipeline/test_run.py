@@ -66,7 +66,9 @@ def test_every_flow_on_every_engine_gives_a_whole_result(
     assert result.metrics[Metric.accuracy_fp32] > 0.6
     assert result.metrics[Metric.layers_int8] == (1 if flow is FlowName.dynamic else 7)
     assert abs(result.metrics[Metric.accuracy_delta]) < 0.1
-    assert {"cpu", "isa", "kernel_signature", "torch", "fastest.fp32", "latency_valid"} <= set(result.tags)
+    assert {"cpu", "isa", "kernel_signature", "float_digest", "torch", "fastest.fp32", "latency_valid"} <= set(
+        result.tags
+    )
     warned = WarningCode.one_model_a_thread in codes(result)
     assert warned == (flow is FlowName.dynamic and engine is Engine.onednn)
     kept = np.load(tmp_path / "run" / "predictions.npz")
@@ -132,7 +134,10 @@ def test_the_headline_is_all_of_one_variant(
 ) -> None:
     monkeypatch.setattr(protocol, "validity", lambda timings: (trusted, () if trusted else ("noise",)))
     monkeypatch.setattr(run_metrics, "fastest", slowest_int8)
-    result = run("runtimes=[torchscript,eager]")
+    result = run("runtimes=[torchscript,eager]", "latency.batch_sizes=[1,4]")
+    kept = json.loads((tmp_path / "run" / "latency.json").read_text())["validity"]
+    assert [one["batch_size"] for one in kept] == [1, 4]
+    assert [one["reasons"] for one in kept] == [[] if trusted else ["noise"]] * 2
     runtime = "eager" if trusted else "torchscript"
     assert result.resolved["resolved.runtime"] == runtime
     numbers, variant = result.metrics, Variant(Precision.int8, runtime)
