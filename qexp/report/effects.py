@@ -79,7 +79,7 @@ def accuracy(record: RunRecord) -> Accuracy | None:
     source = record.tags.get("accuracy_source", "")
     source = source if source in SOURCES and Metric.target_accuracy in record.metrics else ""
     found = together(record, Metric.accuracy_fp32, *(ON_TARGET if source else EXECUTED))
-    if not found:
+    if not found or not all(map(math.isfinite, found)):
         return None
     fp32, int8, delta, low, high = found
     interval = Interval(delta, low, high, 0.95, "Tango score")
@@ -263,10 +263,10 @@ def interactions(study: Study, runtime: str | None = None, conditions: Condition
 
 @dataclass(frozen=True, eq=False)
 class _Outcome:
-    """A finished run's INT8 model in one runtime. delta: INT8 minus FP32 accuracy, NaN where unknown."""
+    """A finished run's INT8 model in one runtime. delta: INT8 minus FP32 accuracy."""
 
     answers: Answers
-    delta: float
+    delta: float | None
     timing: Timing | None
 
 
@@ -281,7 +281,7 @@ def _outcome(study: Study, record: RunRecord, runtime: str, conditions: Conditio
     found = accuracy(record) if runtime == value(record, "resolved.runtime") else _in_runtime(record, runtime)
     timing = _timing(study, record, runtime, conditions)
     if found is None:
-        return _Outcome(Answers(math.nan), math.nan, timing)
+        return _Outcome(Answers(math.nan), None, timing)
     top1 = study.top1.get(record.run_id)
     correct, images = _correct(top1, runtime, found.source) if top1 else (None, None)
     measured = record.metrics.get(Metric.target_images if found.source else Metric.images, 0)
@@ -447,7 +447,10 @@ def _heat_maps(design: _Design, outcomes: Sequence[_Outcome], row: str, column: 
     """The two settings without departures."""
     rows, columns = design.choices[row], design.choices[column]
     cells = [[design.runs((row, i), (column, j)).tolist() for j in range(len(columns))] for i in range(len(rows))]
-    deltas = [[_mean([outcomes[run].delta for run in cell]) for cell in line] for line in cells]
+    deltas = [
+        [_mean([delta for run in cell if (delta := outcomes[run].delta) is not None]) for cell in line]
+        for line in cells
+    ]
     logs = [[_mean([t.log_speedup for run in cell if (t := outcomes[run].timing)]) for cell in line] for line in cells]
     return Interaction(
         row,
