@@ -14,6 +14,7 @@ from statistics import fmean, stdev
 
 import numpy as np
 from scipy import optimize, special, stats
+from scipy.optimize import elementwise
 
 from qexp.records import Interval, Predictions, Verdict, VerdictKind
 
@@ -237,16 +238,21 @@ def mean_score_interval(
     Every mean whose `mean_score_z` is between -z and z; by default the two-sided 95%, and a larger z where several
     intervals are to hold together. values, counts: as there. For values -1, 0 and 1 it is `tango_bounds`.
     """
-    size = np.asarray(_alpha(0.95) if z is None else z, dtype=np.float64)
-    shape = np.broadcast_shapes(np.shape(counts)[:-1], size.shape)
+    columns = np.atleast_2d(np.asarray(counts, dtype=np.float64))
+    table = columns.reshape(-1, columns.shape[-1])
+    size = np.broadcast_to(_alpha(0.95) if z is None else z, columns.shape[:-1]).reshape(-1)
 
     def end(level: np.ndarray) -> np.ndarray:
-        below, above = np.full(shape, float(lowest)), np.full(shape, float(highest))
-        for _ in range(44):
-            middle = (below + above) / 2
-            under = mean_score_z(values, counts, middle, lowest, highest) > level
-            below, above = np.where(under, middle, below), np.where(under, above, middle)
-        return (below + above) / 2
+        def excess(mean: np.ndarray, column: np.ndarray) -> np.ndarray:
+            # Infinite at the ends of the scale, where a root finder needs a number of the right sign.
+            found = mean_score_z(values, table[column], mean, lowest, highest) - level[column]
+            return np.clip(np.nan_to_num(found), -1e6, 1e6)
+
+        bracket = np.full(len(table), float(lowest)), np.full(len(table), float(highest))
+        found = elementwise.find_root(excess, bracket, args=(np.arange(len(table)),))
+        at_low, at_high = (excess(edge, np.arange(len(table))) for edge in bracket)
+        inside = np.where(at_low <= 0, lowest, np.where(at_high >= 0, highest, found.x))
+        return np.asarray(inside.reshape(np.shape(counts)[:-1]))
 
     return end(size), end(-size)
 
@@ -282,7 +288,7 @@ def images_to_qualify(values: np.ndarray, counts: np.ndarray, margin: float, lev
     spread = math.sqrt(float(count @ (v - mean) ** 2 / n))
     at_margin = math.sqrt(float(_mean_variance(v, count, np.asarray(-margin), -1, 1)))
     root = (float(stats.norm.isf(level)) * at_margin + float(stats.norm.isf(1 - POWER)) * spread) / (mean + margin)
-    return _round_up(max(root**2, 1.0))
+    return round_up(max(root**2, 1.0))
 
 
 def verdict(first_only: int, second_only: int, n: int, margin: float, confidence: float = 0.95) -> Verdict:
@@ -328,7 +334,7 @@ def images_needed(first_only: int, second_only: int, n: int, margin: float, conf
     start = math.log(n + 1)
     if lacking(start) <= 0:
         return n + 1
-    return _round_up(math.exp(optimize.brentq(lacking, start, start + 60)))
+    return round_up(math.exp(optimize.brentq(lacking, start, start + 60)))
 
 
 def detectable(first_only: int, second_only: int, n: int, confidence: float = 0.95) -> float:
@@ -353,7 +359,7 @@ def _alpha(confidence: float) -> float:
     return float(stats.norm.isf((1 - confidence) / 2))
 
 
-def _round_up(value: float) -> int:
+def round_up(value: float) -> int:
     """Rounded up to two significant digits."""
     unit = 10 ** max(math.floor(math.log10(value)) - 1, 0)
     return math.ceil(value / unit - 1e-9) * unit

@@ -13,7 +13,7 @@ import secrets
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +27,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 import qexp
+from qexp.config import identity
 from qexp.config.identity import GROUPS
 from qexp.config.schema import Config
 from qexp.errors import ConfigError
@@ -270,3 +271,22 @@ class Composer:
 def _values(override: Override) -> list[Any]:
     value = override.value()
     return value.list if isinstance(value, ChoiceSweep) else [value]
+
+
+@cache
+def defaults() -> dict[str, str]:
+    """The params of a run without overrides, as far as conf/ writes them down as plain values: the groups' choices, the
+    fields of these, and the other settings."""
+    whole = _plain(CONF / "config.yaml")
+    choices = {name: choice for entry in whole["defaults"] if isinstance(entry, dict) for name, choice in entry.items()}
+    params = identity.texts(whole)
+    for group in GROUPS:
+        params |= {group: str(choices[group])} | identity.texts(
+            {group: _plain(CONF / group / f"{choices[group]}.yaml")}
+        )
+    return {name: text for name, text in params.items() if "${" not in text}
+
+
+def _plain(path: Path) -> dict[str, Any]:
+    found: Any = OmegaConf.to_container(OmegaConf.load(path))
+    return dict(found)

@@ -125,6 +125,11 @@ def _covered(name: str, prefixes: Collection[str]) -> bool:
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
+def texts(tree: Mapping[str, Any]) -> dict[str, str]:
+    """Nested plain values as one mapping of texts, as params have them."""
+    return {name: _text(value) for name, value in flat(tree).items()}
+
+
 def _text(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(_text, value))}]"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,19 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from qexp.config import conversion
-from qexp.config.composition import CONF, Composer, Composition, check_choices, check_quotes, combinations, quoted
+from qexp.config import conversion, identity
+from qexp.config.composition import (
+    CONF,
+    Composer,
+    Composition,
+    check_choices,
+    check_quotes,
+    combinations,
+    defaults,
+    quoted,
+)  # fmt: skip
 from qexp.config.error_messages import message_for
+from qexp.config.schema import Config
 from qexp.errors import ConfigError
 from qexp.launch import planning
 from qexp.launch.job import job_from
@@ -363,3 +373,12 @@ def test_what_hydra_reads_or_refuses_by_itself_is_left_to_it_and_no_password_is_
     with pytest.raises(ConfigError) as refused:
         check_quotes(["tracking.uri=postgresql://me:secret@host/db?sslmode=require"])
     assert "secret" not in str(refused.value)
+
+
+def test_the_defaults_are_the_params_of_a_run_without_overrides(composed: Callable[..., Config]) -> None:
+    params, found = identity.params(composed(), defaults(), {}), defaults()
+    assert {*identity.GROUPS, "qconfig.overflow", "calib.batches", "engine"} <= found.keys()
+    for name in found.keys() & params.keys():
+        # A number is written as 3 and has the type that says 3.0.
+        same = {params[name], params[name].removesuffix(".0")}
+        assert found[name] in same or params[name] == identity.NOT_APPLICABLE, name
