@@ -115,6 +115,11 @@ def identity(config: Config) -> dict[str, Any]:
     return {name: value for name, value in values.items() if not _covered(name, (*idle, *RECORDED_ONLY))}
 
 
+def is_recorded_only(name: str) -> bool:
+    """True for a setting of where a run is recorded, which changes nothing in its result."""
+    return _covered(name, RECORDED_ONLY)
+
+
 def config_hash(config: Config) -> str:
     """The first 16 hex digits of the sha256 of `identity`."""
     text = json.dumps(identity(config), sort_keys=True, default=str)

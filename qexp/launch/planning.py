@@ -84,11 +84,16 @@ def plan(composer: Composer, params: Sequence[str], typed: Sequence[str]) -> lis
             "%d of %d jobs would compute the same as another and are not run twice.", same, len(all_combinations)
         )
     masked = [credentials.masked_tree(combination) for combination, _ in found.values()]
-    distinguishing = [[combination[place] for place in places] or combination for combination in masked]
+    distinguishing = [[combination[place] for place in places] or of_result(combination) for combination in masked]
     return [
         Planned([*combination, f"tracking.name={quoted(name)}"], job, name)
         for (combination, job), name in zip(found.values(), names(distinguishing), strict=True)
     ]
+
+
+def of_result(overrides: Sequence[str]) -> list[str]:
+    """The overrides that a result depends on, which name the only job of a sweep; all where there is none."""
+    return [override for override in overrides if not identity.is_recorded_only(split(override)[0])] or [*overrides]
 
 
 def names(distinguishing: Sequence[Sequence[str]]) -> list[str]:

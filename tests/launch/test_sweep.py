@@ -41,6 +41,12 @@ def test_no_two_jobs_have_one_name() -> None:
     assert planning.names(telling) == ["model.checkpoint=/a/net.pt", "model.checkpoint=/b/net.pt", "other.pt"]
 
 
+def test_the_only_job_of_a_sweep_is_named_by_what_its_result_depends_on() -> None:
+    given = ["qconfig=per_channel", "outputs=/tmp/out", "resume=false", "report.auto=false", "calib.batches=32"]
+    assert planning.of_result(given) == ["qconfig=per_channel", "calib.batches=32"]
+    assert planning.of_result(["outputs=/tmp/out"]) == ["outputs=/tmp/out"]
+
+
 def test_what_all_jobs_say_is_let_through_once_and_warnings_always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress.Once, "said", set())
 
