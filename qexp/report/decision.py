@@ -131,6 +131,11 @@ class _Case:
         """The candidates that are neither shown to lose the margin or more nor known not to be what is asked for."""
         return [one for one in self.found if not self.loses(one) and not self.fails(one)]
 
+    @property
+    def open(self) -> bool:
+        """True where a candidate could be recommended, if only it were accurate."""
+        return any(not one.reasons for one in self.found)
+
     def loses(self, one: Candidate) -> bool:
         """True where it is shown to lose the margin or more."""
         return one.delta is not None and one.delta.high < -self.margin
@@ -373,37 +378,58 @@ def _answer(
 
 def _reasons(case: _Case, kind: Answer, images: int) -> Iterator[str]:
     """The reasons for an answer that is no setting, and those for which candidates can't be recommended."""
-    number, margin = len(case.found), points(case.margin)
-    every = f"of {number} candidates" if number > 1 else "of the one candidate"
+    number, objective = len(case.found), case.question.objective
     if not case.found:
         yield "no run has finished"
-    if kind is Answer.stay_on_fp32 and case.question.objective is ReportObjective.accurate:
-        ms = [(one.latency.fp32_ms, one.latency.ms) for one in case.found if one.latency and one.latency.valid]
-        fp32, int8 = (min(column) for column in zip(*ms, strict=True))
-        if fp32 <= case.limit:
-            yield f"FP32 itself takes {Metric.latency_fp32.text(fp32)} ms, and {case.limit:g} ms are allowed"
-        else:
-            yield f"the fastest candidate takes {Metric.latency_int8.text(int8)} ms, and {case.limit:g} ms are allowed"
+    if kind is Answer.stay_on_fp32 and objective is ReportObjective.accurate:
+        yield _too_slow(case)
     elif kind is Answer.stay_on_fp32:
         losing = sum(case.loses(one) for one in case.found)
         others = sum(case.fails(one) and not case.loses(one) for one in case.found)
         if losing:
-            yield f"{losing} {every} {'are' if losing > 1 else 'is'} shown to lose {margin} or more"
+            yield f"{_some(losing, number)} {_are(losing)} shown to lose {points(case.margin)} or more"
         if others:
-            what = "smaller" if case.question.objective is ReportObjective.smallest else "faster"
-            yield f"{others} {every} {'are' if others > 1 else 'is'} not shown to be {what} than FP32"
-    if kind is Answer.cant_tell and case.found and not any(one.qualifies for one in case.found):
-        if images and not case.share and _hopeless(images, case.margin, number):
-            yield (
-                f"{images:,} images can't show for any {every} that it loses less than {margin}, even if not a single "
-                "image were answered otherwise"
-            )
-        elif not case.share:
-            yield f"none {every} is shown to lose less than {margin}"
-        else:
-            yield f"the winner is not shown to lose less than {margin}"
+            what = "smaller" if objective is ReportObjective.smallest else "faster"
+            yield f"{_some(others, number)} {_are(others)} not shown to be {what} than FP32"
+    elif kind is Answer.cant_tell and case.open and not any(one.qualifies for one in case.found):
+        yield _not_shown(case, images)
     for reason, count in Counter(one.reasons[0] for one in case.found if one.reasons).most_common():
-        yield f"{count} {every} can't be recommended: {reason}"
+        yield f"{_some(count, number)} can't be recommended: {reason}"
+
+
+def _some(count: int, number: int) -> str:
+    """`31 of 48 candidates`."""
+    if number == 1:
+        return "the one candidate"
+    if count == number:
+        return "both candidates" if number == 2 else f"all {number} candidates"
+    return f"{count} of {number} candidates"
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
+
+
+def _too_slow(case: _Case) -> str:
+    known = [one.latency for one in case.found if one.latency and one.latency.valid]
+    fp32, int8 = min(one.fp32_ms for one in known), min(one.ms for one in known)
+    if fp32 <= case.limit:
+        return f"FP32 itself takes {Metric.latency_fp32.text(fp32)} ms, and {case.limit:g} ms are allowed"
+    return f"the fastest candidate takes {Metric.latency_int8.text(int8)} ms, and {case.limit:g} ms are allowed"
+
+
+def _not_shown(case: _Case, images: int) -> str:
+    margin, number = points(case.margin), len(case.found)
+    if case.share:
+        return f"the candidate chosen on the images set aside is not shown, on the others, to lose less than {margin}"
+    if images and _hopeless(images, case.margin, number):
+        any_of = "the one candidate" if number == 1 else f"any of {number} candidates"
+        return (
+            f"{images:,} images can't show for {any_of} that it loses less than {margin}, even if not a single image "
+            "were answered otherwise"
+        )
+    none = "the one candidate is not" if number == 1 else f"none of {number} candidates is"
+    return f"{none} shown to lose less than {margin}"
 
 
 def _hopeless(images: int, margin: float, number: int) -> bool:

@@ -1,10 +1,20 @@
-"""Sentences for verdicts and warnings, which are plain values until they are printed or saved."""
+"""Sentences for verdicts, warnings and recommendations, which are plain values until they are printed or saved."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from qexp.records import RunWarning, Verdict, VerdictKind, WarningCode
+from qexp.config.identity import NOT_APPLICABLE
+from qexp.config.schema import ReportObjective
+from qexp.metrics import Metric
+from qexp.records import Interval, RunWarning, Verdict, VerdictKind, WarningCode
+
+if TYPE_CHECKING:
+    from qexp.report.decision import Candidate, Recommendation  # which import scipy
+
+# Candidates that a sentence names; more are counted.
+NAMED = 3
 
 
 def verdict(found: Verdict) -> str:
@@ -43,7 +53,7 @@ def cause(found: Verdict) -> str:
 
 
 def _margin(found: Verdict) -> str:
-    return f"{100 * found.margin:g} points"
+    return _points(found.margin)
 
 
 def warning(found: RunWarning) -> str:
@@ -105,3 +115,174 @@ def _or_onednn(onednn: bool) -> str:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+# ---- Recommendations
+
+
+def recommendation(found: Recommendation) -> tuple[str, str]:
+    """What to do and the evidence for it; what else there is to know. Each is a sentence."""
+    from qexp.report.decision import Answer
+
+    match found.kind:
+        case Answer.ship:
+            return _ships(found), _beside(found)
+        case Answer.stay_on_fp32:
+            return f"Stay on FP32: {', and '.join(found.reasons)}.", _most_accurate(found)
+        case Answer.speed_unknown:
+            return f"How fast INT8 is can't be said: {_first(found)}.", _qualified(found)
+    return f"Can't tell{_with_images(found)}: {_first(found)}.", _provisional(found)
+
+
+def setting(values: Mapping[str, str]) -> str:
+    """A setting in short, for those who know which settings varied: `per_channel, mse, 8 batches, overflow=none`."""
+    return ", ".join(_value(name, text) for name, text in values.items() if text != NOT_APPLICABLE) or "INT8"
+
+
+def _value(name: str, text: str) -> str:
+    if name == "calib.batches":
+        return "all calibration images" if text == "null" else f"{text} batch{'es' * (text != '1')}"
+    if name in ("qconfig", "observer", "flow", "engine"):
+        return text.removesuffix("*")
+    return f"{name.removeprefix('qconfig.')}={text}"
+
+
+def candidate(one: Candidate) -> str:
+    """A candidate and the run that ships: `per_channel, mse in torchscript (run NAME)`."""
+    return f"{setting(one.setting)} in {one.runtime} (run {one.ships.name})"
+
+
+def _ships(found: Recommendation) -> str:
+    one = found.chosen
+    assert one is not None
+    lead = f"Ship {candidate(one)}:"
+    if found.objective is ReportObjective.accurate:
+        within = f"nothing within {found.max_ms:g} ms is shown to be more accurate"
+        return f"{lead} {within}; {_speed(one, ms=True)}, {_accuracy(one)}."
+    gain = _size(one) if found.objective is ReportObjective.smallest else _speed(one)
+    return f"{lead} {gain}, {_accuracy(one)}, shown to lose less than {_points(found.margin)} ({_test(found)})."
+
+
+def _test(found: Recommendation) -> str:
+    """The p-value of the chosen candidate, and how it was found: `p = 0.003 after Holm over 48 candidates`."""
+    assert found.chosen is not None
+    p = f"p {'< 0.0001' if found.chosen.adjusted < 1e-4 else f'= {found.chosen.adjusted:.2g}'}"
+    if found.chosen_by:
+        return f"{p}, tested once on {found.images:,} images after it was chosen on {found.chosen_by:,} others"
+    number = len(found.candidates)
+    return f"{p} after Holm over {number} candidates" if number > 1 else p
+
+
+def _speed(one: Candidate, ms: bool = False) -> str:
+    """`5.30× [5.10, 5.40] as fast as the fastest FP32`; with ms, the latency before it."""
+    if one.latency is None:
+        return "not timed"
+    found, text = one.latency.speedup, Metric.speedup.text
+    said = f"{text(found.value)}× [{text(found.low)}, {text(found.high)}] as fast as the fastest FP32"
+    if not one.latency.valid:
+        said += ", by a timing that can't be trusted"
+    return f"{Metric.latency_int8.text(one.latency.ms)} ms, {said}" if ms else said
+
+
+def _size(one: Candidate) -> str:
+    """`11.31 MB, where FP32 has 44.80 MB`."""
+    if one.size_mb is None:
+        return "of unknown size"
+    fp32 = one.ships.metrics.get(Metric.size_fp32)
+    beside = "" if fp32 is None else f", where FP32 has {Metric.size_fp32.text(fp32)} MB"
+    return f"{Metric.size_int8.text(one.size_mb)} MB{beside}"
+
+
+def _accuracy(one: Candidate) -> str:
+    """`accuracy -0.12 points [-0.40, +0.15]`, of INT8 against FP32."""
+    return "of unknown accuracy" if one.delta is None else f"accuracy {_interval(one.delta)}"
+
+
+def _interval(delta: Interval) -> str:
+    return f"{_signed(delta.value)} points [{_signed(delta.low)}, {_signed(delta.high)}]"
+
+
+def _beside(found: Recommendation) -> str:
+    """What is tied with the chosen one, and how its calibration seeds differ."""
+    one = found.chosen
+    assert one is not None
+    left_out = {id(each) for each in found.dropped}
+    others = [each for each in found.tied if each is not one and id(each) not in left_out]
+    alike = {
+        ReportObjective.fastest: "as fast, as far as can be told,",
+        ReportObjective.smallest: "as small",
+        ReportObjective.accurate: "as accurate, as far as can be told,",
+    }[found.objective]
+    better = "fastest" if found.objective is ReportObjective.accurate else "simplest"
+    if others:
+        said = f"{_listed(others)} {_are(others)} {alike} and this is the {better} of them"
+    else:
+        said = f"No other candidate that qualifies is {alike.split(',')[0]}"
+    if found.dropped:
+        said += f"; {len(found.dropped)} more {_are(found.dropped)} shown to be less accurate"
+    return f"{said}{_seeds(one)}."
+
+
+def _are(some: Sequence[object]) -> str:
+    return "is" if len(some) == 1 else "are"
+
+
+def _listed(some: Sequence[Candidate]) -> str:
+    names = [f"{setting(one.setting)} in {one.runtime}" for one in some[:NAMED]]
+    if more := len(some) - len(names):
+        names.append(f"{more} more")
+    return names[0] if len(names) == 1 else f"{'; '.join(names[:-1])} and {names[-1]}"
+
+
+def _seeds(one: Candidate) -> str:
+    """The spread over calibration seeds, as a clause; empty for a single one."""
+    if len(one.deltas) < 2:
+        return ""
+    low, high, own = (_signed(value) for value in (min(one.deltas), max(one.deltas), one.deltas[0]))
+    return (
+        f"; accuracies are means over {len(one.deltas)} calibration seeds ({low} to {high} points), and the run is "
+        f"that of the first ({own})"
+    )
+
+
+def _most_accurate(found: Recommendation) -> str:
+    known = [one for one in found.candidates if one.delta]
+    best = max(known, key=lambda one: one.delta.value if one.delta else 0.0, default=None)
+    if best is None:
+        return "No candidate has an accuracy."
+    only = "The one candidate" if len(known) == 1 else "The most accurate candidate"
+    return f"{only} is {candidate(best)}: {_accuracy(best)}, {_speed(best)}."
+
+
+def _qualified(found: Recommendation) -> str:
+    count, number, one = len(found.qualified), len(found.candidates), found.chosen
+    assert one is not None
+    some = "It is" if number == 1 else f"{count} of {number} candidates {'are' if count > 1 else 'is'}"
+    settles = f"; to know, it would take {' and '.join(found.settles)}" if found.settles else ""
+    which = ", the simplest of them" if count > 1 else ":"
+    return f"{some} shown to lose less than {_points(found.margin)}{which} {candidate(one)}, {_accuracy(one)}{settles}."
+
+
+def _first(found: Recommendation) -> str:
+    return found.reasons[0] if found.reasons else "no candidate qualifies"
+
+
+def _with_images(found: Recommendation) -> str:
+    return f" with these {found.images:,} images" if found.images else ""
+
+
+def _provisional(found: Recommendation) -> str:
+    settles = f"it would take {' and '.join(found.settles)}" if found.settles else ""
+    if found.chosen is None:
+        return f"{settles[:1].upper()}{settles[1:]}." if settles else "There is nothing to recommend yet."
+    gain = _size(found.chosen) if found.objective is ReportObjective.smallest else _speed(found.chosen)
+    rest = f"; to know, {settles}" if settles else ""
+    return f"Provisionally the best is {candidate(found.chosen)}: {gain}, {_accuracy(found.chosen)}{rest}."
+
+
+def _points(fraction: float) -> str:
+    return f"{100 * fraction:g} points"
+
+
+def _signed(fraction: float) -> str:
+    return f"{100 * fraction:+.{Metric.accuracy_delta.digits - 2}f}"
