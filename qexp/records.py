@@ -319,7 +319,7 @@ class RunRecord:
 
     status: MLflow's, RUNNING, FINISHED, FAILED or KILLED; start, end: in seconds since 1970, end None while it runs;
     params: every setting that the result depends on, the groups' choices, and what was executed as `resolved.*`;
-    metrics: by the names of `Metric`.
+    metrics: by the names of `Metric`; artifacts: URI of the folder of its files, empty where it isn't known.
     """
 
     run_id: str
@@ -330,6 +330,7 @@ class RunRecord:
     params: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
+    artifacts: str = ""
 
     @property
     def verdict(self) -> Verdict | None:

@@ -8,20 +8,24 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
+from qexp.tracking.artifacts import artifacts, top1
 from qexp.tracking.errors import sentence
 from qexp.tracking.links import ui
-from qexp.tracking.query import adopt, children, close_orphans, fetch, find, of_study
+from qexp.tracking.query import Selection, adopt, children, close_orphans, fetch, find, find_runs, of_study
 from qexp.tracking.run import SERVED_MODEL, DatasetUse, Run, check_run, close_parent, ignored, open_parent, start_run
 from qexp.tracking.store import Store, check_experiment, connect
-from qexp.tracking.values import SWEEP_TAG
+from qexp.tracking.values import PARENT_TAG, SWEEP_TAG
 
 __all__ = [
+    "PARENT_TAG",
     "SERVED_MODEL",
     "SWEEP_TAG",
     "DatasetUse",
     "Run",
+    "Selection",
     "Store",
     "adopt",
+    "artifacts",
     "check_experiment",
     "check_run",
     "children",
@@ -30,10 +34,12 @@ __all__ = [
     "connect",
     "fetch",
     "find",
+    "find_runs",
     "ignored",
     "of_study",
     "open_parent",
     "sentence",
     "start_run",
+    "top1",
     "ui",
 ]

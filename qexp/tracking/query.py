@@ -3,7 +3,10 @@ is gone (`close_orphans`)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import requests
@@ -16,7 +19,7 @@ from qexp.system import machine
 from qexp.system.credentials import masked
 from qexp.tracking.errors import first_line, refused
 from qexp.tracking.store import Store, check_client
-from qexp.tracking.values import PARENT_TAG
+from qexp.tracking.values import PARENT_TAG, SWEEP_TAG
 
 PAGE = 500
 
@@ -37,6 +40,73 @@ def of_study(store: Store, study: str, experiments: Sequence[str]) -> list[RunRe
         return _search(store, _ids(store, experiments), f"tags.study = {_literal(study)}")
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Runs chosen for a report, in the order in which they started, and a name for them all: of their sweep, of their
+    study, or the filter. parent: the sweep's own run, where they are of one."""
+
+    name: str
+    records: tuple[RunRecord, ...]
+    parent: RunRecord | None = None
+
+
+def find_runs(
+    store: Store, *, sweep: str | None = None, study: str | None = None, filter: str | None = None
+) -> Selection:
+    """The runs of a sweep (by its run's id or name; of several of this name, the latest), of a study, or that an MLflow
+    filter selects; of the latest sweep where none is given.
+
+    They are looked for in the experiment that the settings name, else in all. Without sweeps' own runs, deleted ones,
+    and those that a later one replaces. Raises InputError where there are none.
+    """
+    where = masked(store.uri)
+    with refused(store, f"the filter {filter}" if filter else "a search"):
+        experiments = _ids(store, [store.experiment]) if store.experiment else _experiments(store)
+        if filter or study:
+            condition = filter or f"tags.study = {_literal(study or '')}"
+            rows = _search(store, experiments, condition)
+            jobs = tuple(latest([row for row in rows if SWEEP_TAG not in row.tags]))
+            if not jobs:
+                raise InputError(
+                    f"MLflow at {where} has no run with {f'filter={filter}' if filter else f'study={study}'}."
+                )
+            return Selection(filter or study or "", jobs)
+        sweeps = _search(store, experiments, f"tags.`{SWEEP_TAG}` = 'true'")
+        named = [row for row in sweeps if sweep in (None, row.run_id, row.name)]
+        if not named:
+            known = ", ".join(repr(row.name) for row in sorted(sweeps, key=_last_active)[-3:])
+            if not sweeps:
+                raise InputError(
+                    f"MLflow at {where} has no sweep; run one first, or give study=NAME or filter=CONDITION."
+                )
+            raise InputError(
+                f"MLflow at {where} has no sweep={sweep}, neither an id nor a name; the latest are {known}."
+            )
+        parent = max(named, key=_last_active)
+        jobs = tuple(latest(_search(store, experiments, f"tags.`{PARENT_TAG}` = '{parent.run_id}'")))
+        return Selection(parent.name, jobs, parent)
+
+
+def _last_active(record: RunRecord) -> float:
+    return max(record.start, record.end or 0)
+
+
+def latest(records: Sequence[RunRecord]) -> list[RunRecord]:
+    """The runs without those that a later, finished run of the same configuration on the same CPU replaces: repeated
+    since the code has changed, or since they had failed. records: in the order in which they started."""
+    replaced: set[tuple[str, ...]] = set()
+    kept = []
+    for record in reversed(records):
+        config, cpu = record.tags.get("config_hash", ""), record.tags.get("cpu", "")
+        is_finished = record.status == "FINISHED"
+        if config and ((config, cpu) if is_finished else (config,)) in replaced:
+            continue
+        if config and is_finished:
+            replaced |= {(config,), (config, cpu)}
+        kept.append(record)
+    return kept[::-1]
+
+
 def _ids(store: Store, experiments: Sequence[str]) -> list[str]:
     found = [store.client.get_experiment_by_name(name) for name in experiments]
     return [experiment.experiment_id for experiment in found if experiment is not None]
@@ -47,14 +117,32 @@ def _search(store: Store, experiment_ids: Sequence[str], condition: str) -> list
     records: list[RunRecord] = []
     token: str | None = None
     while experiment_ids:
-        page = store.client.search_runs(
-            list(experiment_ids), condition, max_results=PAGE, order_by=["attributes.start_time ASC"], page_token=token
-        )
+        with _no_gc():
+            page = store.client.search_runs(
+                list(experiment_ids),
+                condition,
+                max_results=PAGE,
+                order_by=["attributes.start_time ASC"],
+                page_token=token,
+            )
         records.extend(record_of(run) for run in page)
         token = page.token
         if not token:
             break
     return records
+
+
+@contextmanager
+def _no_gc() -> Iterator[None]:
+    """Without garbage collection: MLflow makes an object of each param, metric and tag, and looking through them again
+    and again is more than half of a search's time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _literal(text: str) -> str:
@@ -142,4 +230,14 @@ def record_of(run: MlflowRun) -> RunRecord:
     info, data = run.info, run.data
     end = info.end_time / 1000 if info.end_time else None
     start = info.start_time / 1000
-    return RunRecord(info.run_id, info.run_name, info.status, start, end, data.params, data.metrics, data.tags)
+    return RunRecord(
+        info.run_id,
+        info.run_name,
+        info.status,
+        start,
+        end,
+        data.params,
+        data.metrics,
+        data.tags,
+        info.artifact_uri or "",
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -73,6 +74,47 @@ def server(empty: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+FIRST, SECOND, GROUP = 54_001, 54_002, 54_003
+NOBODY = 65_534  # whom every Linux knows by name, as PostgreSQL wants it
+
+
+def as_user(user: int) -> list[str]:
+    """The beginning of a command line that another user is to run, who may read what root can; for root alone."""
+    can_read = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+    return ["setpriv", f"--reuid={user}", f"--regid={GROUP}", "--clear-groups", *can_read]
+
+
+POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+NEEDS_POSTGRES = pytest.mark.skipif(
+    not POSTGRES or not importlib.util.find_spec("psycopg2"),
+    reason="needs PostgreSQL (/usr/lib/postgresql) and psycopg2",
+)
+
+
+@pytest.fixture
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of an empty database of a server of its own."""
+    folder = tmp_path_factory.mktemp("postgres")
+    user = as_user(NOBODY) if os.geteuid() == 0 else []
+    if user:
+        os.chown(folder, NOBODY, GROUP)
+    data, port = str(folder / "data"), str(free_port())
+    environment = {**os.environ, "LC_ALL": "C"}
+    programs = POSTGRES[-1]
+
+    def run(program: str, *arguments: str) -> None:
+        command = [*user, str(programs / program), *arguments]
+        subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+    run("initdb", "-D", data, "-U", "qexp", "-A", "trust")
+    listening = f"-p {port} -k '' -h 127.0.0.1"
+    run("pg_ctl", "-D", data, "-o", listening, "-l", str(folder / "log"), "-w", "start")
+    try:
+        yield f"postgresql+psycopg2://qexp@127.0.0.1:{port}/postgres"
+    finally:
+        run("pg_ctl", "-D", data, "-m", "immediate", "stop")
 
 
 def begin(store: tracking.Store, name: str = "run", parent: str | None = None, **params: str) -> tracking.Run:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import sqlite3
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,17 +16,9 @@ from qexp import tracking
 from qexp.errors import InputError
 from qexp.tracking import databases, values
 from tests.helpers import ROOT
-from tests.helpers.stores import free_port, settings
+from tests.helpers.stores import FIRST, GROUP, NEEDS_POSTGRES, SECOND, as_user, settings
 
-FIRST, SECOND, GROUP = 54_001, 54_002, 54_003
-NOBODY = 65_534  # whom every Linux knows by name, as PostgreSQL wants it
 RUN = ["-m", "qexp", "model=tiny", "train=fast", "latency=off"]
-
-
-def as_user(user: int) -> list[str]:
-    """The beginning of a command line that another user is to run, who may read what root can; for root alone."""
-    can_read = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
-    return ["setpriv", f"--reuid={user}", f"--regid={GROUP}", "--clear-groups", *can_read]
 
 
 @pytest.fixture(scope="module")
@@ -118,36 +108,8 @@ def test_two_users_of_a_group_share_one_outputs_folder(tmp_path: Path) -> None:
     assert {path.stat().st_uid for path in shared.rglob("*")} == {FIRST, SECOND}
 
 
-POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-NEEDS = "needs PostgreSQL (/usr/lib/postgresql) and psycopg2"
-
-
-@pytest.fixture
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of an empty database of a server of its own."""
-    folder = tmp_path_factory.mktemp("postgres")
-    user = as_user(NOBODY) if os.geteuid() == 0 else []
-    if user:
-        os.chown(folder, NOBODY, GROUP)
-    data, port = str(folder / "data"), str(free_port())
-    environment = {**os.environ, "LC_ALL": "C"}
-    programs = POSTGRES[-1]
-
-    def run(program: str, *arguments: str) -> None:
-        command = [*user, str(programs / program), *arguments]
-        subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
-
-    run("initdb", "-D", data, "-U", "qexp", "-A", "trust")
-    listening = f"-p {port} -k '' -h 127.0.0.1"
-    run("pg_ctl", "-D", data, "-o", listening, "-l", str(folder / "log"), "-w", "start")
-    try:
-        yield f"postgresql+psycopg2://qexp@127.0.0.1:{port}/postgres"
-    finally:
-        run("pg_ctl", "-D", data, "-m", "immediate", "stop")
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not POSTGRES or not importlib.util.find_spec("psycopg2"), reason=NEEDS)
+@NEEDS_POSTGRES
 def test_first_starts_on_an_empty_server_at_the_same_time_all_succeed(postgres: str, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from tests.helpers.stores import begin, settings;"
