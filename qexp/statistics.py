@@ -218,7 +218,7 @@ def _mean_variance(v: np.ndarray, count: np.ndarray, mean: np.ndarray, lowest: f
         return np.divide(share, 1 + t[..., None] * distance, out=np.zeros(share.shape), where=share > 0)
 
     with np.errstate(divide="ignore"):
-        for _ in range(60):
+        for _ in range(48):
             t = (below + above) / 2
             too_high = np.sum(shares(t) * distance, axis=-1) > 0
             below, above = np.where(too_high, t, below), np.where(too_high, above, t)
@@ -249,7 +249,9 @@ def mean_score_interval(
             return np.clip(np.nan_to_num(found), -1e6, 1e6)
 
         bracket = np.full(len(table), float(lowest)), np.full(len(table), float(highest))
-        found = elementwise.find_root(excess, bracket, args=(np.arange(len(table)),))
+        found = elementwise.find_root(
+            excess, bracket, args=(np.arange(len(table)),), tolerances={"xatol": 1e-10, "xrtol": 1e-10}
+        )
         at_low, at_high = (excess(edge, np.arange(len(table))) for edge in bracket)
         inside = np.where(at_low <= 0, lowest, np.where(at_high >= 0, highest, found.x))
         return np.asarray(inside.reshape(np.shape(counts)[:-1]))
