@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks import check, effects, many, speed, study, timing
+from benchmarks import check, decision, effects, many, speed, study, timing
 from qexp.system import machine
 
 BENCHMARKS: dict[str, Callable[[str], None]] = {
@@ -22,6 +22,7 @@ BENCHMARKS: dict[str, Callable[[str], None]] = {
     "study": study.study,
     "many": many.many,
     "check": check.check,
+    "decision": decision.recommendations,
     "effects": effects.effects,
     "aa": timing.against_itself,
 }

@@ -192,8 +192,10 @@ def _ship(case: _Case, good: Sequence[Candidate]) -> Recommendation:
 
 
 def _tested_once(case: _Case, usable: Sequence[Candidate]) -> Recommendation:
-    """The winner on the images set aside, tested on the rest."""
+    """The winner on the images set aside, tested on the rest: of those that would, by their estimates, probably qualify
+    there, or without any of those whose estimate is within the margin."""
     within = [one for one in usable if one.selection is not None and one.selection > -case.margin]
+    within = [one for one in within if _would_qualify(case, one)] or within
     if not within:
         return _nothing_to_ship(case)
     best = max(within, key=case.worth)
@@ -212,6 +214,17 @@ def _tested_once(case: _Case, usable: Sequence[Candidate]) -> Recommendation:
     # So many for the test alone.
     needed = None if needed is None else statistics.round_up(needed / (1 - case.share))
     return _answer(case, Answer.cant_tell, winner, tied=tied, dropped=dropped, needed=needed)
+
+
+def _would_qualify(case: _Case, one: Candidate) -> bool:
+    """True if the number of images of the test would do, were they like those set aside."""
+    sums, seeds = sums_of(case.study, one.hypothesis), len(one.records)
+    if sums is None:
+        return False
+    first, rest = parts(len(sums), case.share)
+    counts = np.bincount(sums[first] + seeds, minlength=2 * seeds + 1)
+    needed = statistics.images_to_qualify(scale_of(seeds), counts, case.margin, LEVEL)
+    return needed is not None and needed <= len(rest)
 
 
 def _adjusted(found: Sequence[Candidate]) -> tuple[Candidate, ...]:

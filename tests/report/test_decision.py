@@ -407,6 +407,15 @@ def test_the_winners_test_needs_no_correction() -> None:
     assert [one.ships.name for one in alone.qualified] == ["s39"]
 
 
+def test_what_would_hardly_qualify_on_the_rest_is_not_chosen_on_the_first() -> None:
+    first, _ = parts(10_000, 0.3)
+    near = first[first < 9000][:12].tolist()  # 0.4 points of the first 3,000
+    runs = [with_setting("far", 0, 3.0), Planted("near", near, 4.0, params={"observer": "near"})]
+    assert named(decision.recommend(study(*runs, share=0.3), question())) == ("ship", "far")
+    # Alone it is tried all the same.
+    assert named(decision.recommend(study(runs[1], share=0.3), question())) == ("ship", "near")
+
+
 # ---- The front
 
 
