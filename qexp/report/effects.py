@@ -227,10 +227,15 @@ def _outcome(study: Study, record: RunRecord, runtime: str, conditions: Conditio
     if found is None:
         return _Outcome(Answers(math.nan), None, timing)
     top1 = study.top1.get(record.run_id)
-    correct, images = _correct(top1, runtime, found.source) if top1 else (None, None)
+    correct, images = _correct(top1, runtime, found.source) if top1 and _is_paired(study, top1) else (None, None)
     measured = record.metrics.get(Metric.target_images if found.source else Metric.images, 0)
     answers = Answers(found.comparable, correct, images, found.sampling / Z, int(measured))
     return _Outcome(answers, found.delta.value, timing)
+
+
+def _is_paired(study: Study, top1: Top1) -> bool:
+    """True where the predictions are of the same images as those of the study's other runs, by their labels."""
+    return np.array_equal(top1.labels, next(iter(study.top1.values())).labels)
 
 
 def _in_runtime(record: RunRecord, runtime: str) -> Accuracy | None:
@@ -239,7 +244,7 @@ def _in_runtime(record: RunRecord, runtime: str) -> Accuracy | None:
 
     headline = accuracy(record)
     counts = together(record, Metric.fp32_only.of(runtime), Metric.int8_only.of(runtime), Metric.images)
-    if headline is None or headline.source or not counts:
+    if headline is None or headline.source or not counts or not all(map(math.isfinite, counts)):
         return None
     fp32_only, int8_only, images = map(int, counts)
     delta = statistics.tango(fp32_only, int8_only, images)

@@ -153,6 +153,16 @@ def test_without_predictions_intervals_are_conservative_and_estimates_the_same()
         assert other.interval.low < one.interval.low < one.interval.high < other.interval.high
 
 
+def test_predictions_of_other_images_are_not_paired() -> None:
+    runs = [run(value, right(*range(10 * int(value))), a=value) for value in "01"]
+    other = replace(runs[1][1], labels=runs[1][1].labels + 1)
+    found = main_effects(study([runs[0], (runs[1][0], other)]))
+    one = difference(effect(found, "a", "1").accuracy)
+    assert one.interval
+    assert (found.unpaired, one.value) == (1, pytest.approx(-0.01))
+    assert "conservative" in one.interval.method
+
+
 def test_answers_on_the_target_count_where_they_were_measured() -> None:
     """With a=0 the accuracy on the target was measured, on the first ten images, of which it has none right."""
     images = np.arange(10)
