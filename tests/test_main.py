@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qexp.__main__ import options_first
+from qexp.config.command_line import options_first
 from tests.helpers import ROOT
 from tests.helpers.cli import Run, runs
 

@@ -29,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 import qexp
 from qexp.config import identity
 from qexp.config.identity import GROUPS
-from qexp.config.schema import Config
+from qexp.config.schema import Config, ReportCommand
 from qexp.errors import ConfigError
 from qexp.system import credentials
 
@@ -47,6 +47,7 @@ OmegaConf.register_new_resolver("qexp.by_engine", by_engine, replace=True)
 # Two runs that start in the same second must not share a folder.
 OmegaConf.register_new_resolver("qexp.hex", lambda: secrets.token_hex(2), use_cache=True, replace=True)
 ConfigStore.instance().store(name="schema", node=Config)
+ConfigStore.instance().store(name="report_schema", node=ReportCommand)
 
 
 def check_choices(arguments: Sequence[str]) -> None:

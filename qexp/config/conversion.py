@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qexp.config import identity
-from qexp.config.schema import Config
+from qexp.config.schema import Config, ReportCommand
 from qexp.errors import ConfigError
 from qexp.system import credentials
 
@@ -18,6 +18,25 @@ def from_hydra(composed: Any, cwd: str) -> Config:
 
     Raises ConfigError where a value that has no default is missing.
     """
+    config: Config = _typed(composed, Config)
+    config.outputs = absolute(config.outputs, cwd)
+    for group, key in ((config.model, "checkpoint"), (config.dataset, "root")):
+        if isinstance(group.get(key), str):
+            group[key] = absolute(group[key], cwd)
+    credentials.learn(config)
+    return config
+
+
+def report_from_hydra(composed: Any, cwd: str) -> ReportCommand:
+    """As `from_hydra`, for the settings of `python -m qexp.report`."""
+    command: ReportCommand = _typed(composed, ReportCommand)
+    command.outputs = absolute(command.outputs, cwd)
+    credentials.learn(command)
+    return command
+
+
+def _typed(composed: Any, schema: type[Any]) -> Any:
+    """The composed DictConfig as an object of a dataclass of the schema."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -25,19 +44,14 @@ def from_hydra(composed: Any, cwd: str) -> Config:
 
     try:
         missing = sorted(str(key) for key in OmegaConf.missing_keys(composed))
-        missing += [one.name for one in fields(Config) if one.name not in composed]
+        missing += [one.name for one in fields(schema) if one.name not in composed]
         if missing:
             raise ConfigError(f"{missing[0]} has no value: give one, as in {missing[0]}=...")
-        config: Config = OmegaConf.to_object(composed)  # type: ignore[assignment]
+        config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise ConfigError(unresolved(error)) from error
     for name, allowed in _unknown(config):
         raise ConfigError(renamed_setting(name) or f"{name} is no setting; there are {', '.join(allowed)}.")
-    config.outputs = absolute(config.outputs, cwd)
-    for group, key in ((config.model, "checkpoint"), (config.dataset, "root")):
-        if isinstance(group.get(key), str):
-            group[key] = absolute(group[key], cwd)
-    credentials.learn(config)
     return config
 
 

@@ -309,11 +309,15 @@ class Cache:
 
 
 @dataclass
-class Tracking:
+class Connection:
     uri: str | None
     experiment: str | None
-    log_model: LogModel
     timeout: float
+
+
+@dataclass
+class Tracking(Connection):
+    log_model: LogModel
     parent: str | None
     name: str | None
 
@@ -346,6 +350,21 @@ class Config:
     rerun: str | None
     objective: str
     report: Report
+    outputs: str
+
+
+@dataclass
+class ReportCommand:
+    """The settings of `python -m qexp.report`: the runs that it is about, by at most one of sweep, study, filter and
+    compare, and by what it recommends. compare: two ids of runs; name: of the report's folder."""
+
+    sweep: str | None
+    study: str | None
+    filter: str | None
+    compare: list[str] | None
+    name: str | None
+    report: Report
+    tracking: Connection
     outputs: str
 
 

@@ -13,6 +13,7 @@ from qexp.config.schema import (
     LogModel,
     Observer,
     Report,
+    ReportCommand,
     ReportObjective,
     RuntimeName,
     Scheme,
@@ -204,3 +205,18 @@ def check_report(report: Report) -> None:
             f"report.max_ms={report.max_ms}: has an effect with report.objective=accurate only, and this is "
             f"report.objective={report.objective}."
         )
+
+
+def check_report_command(command: ReportCommand) -> None:
+    """Raise ConfigError for settings of `python -m qexp.report` that can't work whatever runs there are."""
+    check_report(command.report)
+    ways = {"sweep": command.sweep, "study": command.study, "filter": command.filter, "compare": command.compare}
+    given = [name for name, value in ways.items() if value is not None]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)}: a report is of one of them; give one of {', '.join(ways)}, or none.")
+    if command.compare is not None and len(set(command.compare)) != 2:
+        raise ConfigError(
+            f"compare={','.join(command.compare)}: must be the ids of two runs, as in compare=RUN_A,RUN_B."
+        )
+    if not command.tracking.timeout > 0:
+        raise ConfigError(f"tracking.timeout={command.tracking.timeout}: must be positive.")

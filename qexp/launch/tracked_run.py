@@ -15,9 +15,9 @@ from qexp.launch.job import Job, tags
 from qexp.launch.job_process import JobProcess
 from qexp.launch.rerun import find_earlier
 from qexp.launch.signals import stoppable, until_stopped
-from qexp.launch.summary import print_locations, summary
+from qexp.launch.summary import print_locations
 from qexp.records import WARNING_TAG, Result, RunRecord
-from qexp.report import sentences, tables
+from qexp.report import formats, sentences, single_run
 
 if TYPE_CHECKING:
     from qexp.tracking.store import Store
@@ -56,7 +56,7 @@ def run_single(job: Job) -> float | None:
         warn_of_ignored_variables(sweep=False)
     job_process.check_inputs_in_child([job.config])
     row, handle = concurrent.perform(job.number, track(job, swept=identity.GROUPS if earlier else ()))
-    print(f"\n{summary([row])}\n")
+    print(f"\n{single_run.summary(row, formats.columns())}\n")
     if earlier:
         print(f"{earlier.compared(row)}\n")
     print_locations(job.folder, tracking.ui(store, handle))
@@ -87,9 +87,9 @@ def track_swept(job: Job) -> Generator[JobProcess, Result, float | None]:
         row, _ = yield from track(job, swept=identity.GROUPS)
     except Exception as error:
         row = failed(job.name, error)
-        progress.report(f"#{job.number + 1}  {tables.failures([row])}", row)
+        progress.report(f"#{job.number + 1}  {single_run.failures([row])}", row)
         raise
-    progress.report(f"#{job.number + 1}  {tables.line(row)}", row)
+    progress.report(f"#{job.number + 1}  {single_run.line(row)}", row)
     return row.metrics.get(job.config.objective)
 
 

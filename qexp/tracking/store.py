@@ -62,7 +62,7 @@ class Store:
         return self.experiment or f"qexp/{dataset}"
 
 
-def connect(tracking: schema.Tracking, outputs: Path, folder: Path | None = None) -> Store:
+def connect(tracking: schema.Connection, outputs: Path, folder: Path | None = None) -> Store:
     """The store that the settings, or else MLflow's own environment variables, name; by default one in `outputs`.
 
     outputs: folder for everything that is written, made if missing. folder: what a relative SQLite path is relative

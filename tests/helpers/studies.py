@@ -9,10 +9,11 @@ import numpy as np
 
 from qexp import statistics
 from qexp.metrics import Metric
-from qexp.records import RunRecord, Top1
+from qexp.records import Precision, RunRecord, Top1, Variant
 from qexp.report.study import Study, studies
 
 IMAGES = 1000
+FP32_MS = 10.0
 FP32 = np.arange(IMAGES) < 900
 """The images that FP32 has right."""
 
@@ -50,6 +51,8 @@ def run(
             metrics |= {Metric.accuracy_delta: delta.value, Metric.delta_low: delta.low, Metric.delta_high: delta.high}
     for runtime, ratio in speedups.items():
         metrics[Metric.runtime_speedup.of(runtime)] = ratio
+        metrics[Metric.latency_fp32] = FP32_MS
+        metrics[Metric.runtime_latency.of(Variant(Precision.int8, runtime))] = FP32_MS / ratio
         metrics[Metric.runtime_speedup_low.of(runtime)] = ratio * float(np.exp(-width))
         metrics[Metric.runtime_speedup_high.of(runtime)] = ratio * float(np.exp(width))
     given = {key.replace("__", "."): text for key, text in params.items()}

@@ -1,0 +1,45 @@
+"""What `python -m qexp.report` does: it finds the runs, and writes the report that was asked for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from qexp import tracking
+from qexp.config.schema import ReportCommand
+from qexp.errors import InputError
+from qexp.report import comparison, files
+
+
+def report(command: ReportCommand, cwd: Path) -> str:
+    """Write the report and return what to print. cwd: the folder that relative paths were typed in.
+
+    Raises InputError where there are no such runs, or the store can't be used.
+    """
+    outputs = Path(command.outputs)
+    check_store(command, outputs)
+    store = tracking.connect(command.tracking, outputs, cwd)
+    if command.compare is not None:
+        first, second = command.compare
+        return comparison.make(store, first, second, outputs / "reports", command.name).text
+    selected = tracking.find_runs(store, sweep=command.sweep, study=command.study, filter=command.filter)
+    title = command.name or selected.name
+    folder = outputs / "reports" / files.folder_name(title)
+    made = files.make(store, selected.records, command.report, folder, title, source(command))
+    return made.text
+
+
+def source(command: ReportCommand) -> str:
+    """The override that names the runs; empty for the latest sweep."""
+    given = {"sweep": command.sweep, "study": command.study, "filter": command.filter}
+    return next((f"{name}={value}" for name, value in given.items() if value is not None), "")
+
+
+def check_store(command: ReportCommand, outputs: Path) -> None:
+    """Raise InputError where the default store is meant and doesn't exist; to connect to it would make it."""
+    elsewhere = command.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "").strip()
+    if not elsewhere and not (outputs / "mlflow.db").is_file():
+        raise InputError(
+            f"outputs={outputs} has no runs (there is no mlflow.db in it); give the folder that runs were written to, "
+            "or tracking.uri=ADDRESS."
+        )

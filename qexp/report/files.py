@@ -1,0 +1,91 @@
+"""A report of runs: the files in its folder, what a terminal prints of it, and what MLflow shows of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qexp.config import schema
+from qexp.records import RunRecord
+from qexp.report import evidence, formats, sentences, terminal, wording
+from qexp.report.findings import Findings, find
+from qexp.system import credentials
+
+if TYPE_CHECKING:
+    from qexp.tracking.store import Store
+
+PARENT_TAG = "mlflow.parentRunId"
+
+
+@dataclass(frozen=True)
+class Made:
+    """A report. folder: its files; text: for a terminal; note: the recommendation and the table in Markdown."""
+
+    folder: Path
+    text: str
+    note: str
+
+
+def make(
+    store: Store, records: Sequence[RunRecord], settings: schema.Report, folder: Path, name: str, source: str = ""
+) -> Made:
+    """Write the report of these runs into a folder, which is made.
+
+    name: the report's title; source: the override that finds the same runs again, `sweep=ID`; by default the runs'
+    common sweep or study.
+    """
+    return write(find(store, records, settings), records, folder, name, source or source_of(records))
+
+
+def write(found: Sequence[Findings], records: Sequence[RunRecord], folder: Path, name: str, source: str) -> Made:
+    """Write the report of what was found, as `make` does."""
+    from qexp.report import html, page
+
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = folder / "figures"
+    figures.mkdir(exist_ok=True)
+    whole = page.page(name, found, records, figures, terminal.again(folder, source))
+    texts = {
+        "report.html": html.render(whole),
+        "runs.csv": evidence.runs_csv(records),
+        "table.md": "\n\n".join(_headed(one, evidence.markdown(evidence.rows(one.headline))) for one in found) + "\n",
+        "table.tex": "\n".join(
+            f"% {wording.study(one.study)}\n{evidence.latex(evidence.rows(one.headline))}" for one in found
+        ),
+    }
+    for file, text in texts.items():
+        (folder / file).write_text(credentials.masked(text), encoding="utf-8")
+    text = f"{terminal.summary(found, formats.columns())}\n\n{terminal.next_steps(found, folder, source)}"
+    return Made(folder, text, note(found, records))
+
+
+def note(found: Sequence[Findings], records: Sequence[RunRecord]) -> str:
+    """The recommendation and the table of the candidates that matter, in Markdown."""
+    parts = []
+    for one in found:
+        rows = evidence.rows(one.headline)
+        table = evidence.markdown(rows[: evidence.MOST], max(0, len(rows) - evidence.MOST)) if rows else ""
+        parts.append(_headed(one, f"{' '.join(sentences.recommendation(one.headline))}\n\n{table}", len(found) > 1))
+    missing = wording.missing(records)
+    return "\n\n".join([*parts, missing] if missing else parts)
+
+
+def _headed(found: Findings, text: str, headed: bool = True) -> str:
+    return f"### {wording.study(found.study)}\n\n{text}" if headed else text
+
+
+def source_of(records: Sequence[RunRecord]) -> str:
+    """The override that finds these runs again; empty where they have nothing in common."""
+    for setting, tag in (("sweep", PARENT_TAG), ("study", "study")):
+        values = {record.tags.get(tag, "") for record in records}
+        if len(values) == 1 and "" not in values:
+            return f"{setting}={values.pop()}"
+    return ""
+
+
+def folder_name(title: str) -> str:
+    """A title as the name of a folder."""
+    return re.sub(r"[^\w.=,+-]+", "_", title).strip("._")[:80] or "report"

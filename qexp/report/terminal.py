@@ -1,0 +1,165 @@
+"""What a sweep or a run prints at its end: what to ship, the runs that matter, what mattered, what to type next."""
+
+from __future__ import annotations
+
+import shlex
+import textwrap
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tabulate import tabulate
+
+from qexp.report import evidence, formats, sentences, wording
+from qexp.report.effects import Axis, AxisKind, Effect
+from qexp.report.findings import Findings
+from qexp.system import credentials
+
+# Lines of a screen, and of what a sweep prints around its summary: where the report, the files and MLflow are.
+SCREEN, AROUND = 40, 12
+MOST_FAILURES = 3
+MOST_AXES = 8
+
+
+def summary(found: Sequence[Findings], columns: int) -> str:
+    """Each study: the recommendation in two sentences, the candidates that matter, a line for each setting."""
+    lines = (SCREEN - AROUND) // max(1, len(found))
+    return "\n\n".join(_study(one, columns, lines) for one in found)
+
+
+def _study(found: Findings, columns: int, lines: int) -> str:
+    heading = formats.shortened(wording.study(found.study), columns)
+    said = [line for text in sentences.recommendation(found.headline) for line in textwrap.wrap(text, columns)]
+    mattered = _mattered(found, columns)
+    room = lines - len(said) - len(mattered) - len(("heading", "", "", ""))
+    parts = [[heading, *said], _candidates(found, columns, room), mattered]
+    return "\n\n".join("\n".join(part) for part in parts if part)
+
+
+def _candidates(found: Findings, columns: int, room: int) -> list[str]:
+    """The candidates that matter, as wide as the terminal, and below them what is left out and what did not finish.
+
+    room: for so many lines, but for at least three candidates.
+    """
+    rows = evidence.rows(found.headline)
+    below = 2 + 1 + min(MOST_FAILURES + 1, len(found.study.records) - len(found.study.finished))
+    most = min(evidence.MOST, max(3, room - below))
+    lines = _fitting(rows[:most], columns)
+    if len(rows) > most:
+        lines.append(f"and {formats.count(len(rows) - most, 'more candidate')}, in the report")
+    ended = [record for record in found.study.records if record.status != "FINISHED"]
+    for record in ended[:MOST_FAILURES]:
+        lines.append(
+            textwrap.shorten(f"{record.status}  {record.name}: {wording.ended(record)}", columns, placeholder=" …")
+        )
+    if len(ended) > MOST_FAILURES:
+        lines.append(f"and {formats.count(len(ended) - MOST_FAILURES, 'more run')} that did not finish")
+    return lines
+
+
+# From the most to the least important; the last ones are left out where the terminal is narrow.
+_COLUMNS = ("setting", "points [95%]", "speedup [95%]", "outcome", "latency, ms", "adjusted p", "size, MB")
+
+
+def _fitting(rows: Sequence[evidence.Row], columns: int) -> list[str]:
+    """The table with as many columns as fit beside whole names; with half-widths for intervals, and at last with names
+    cut, where that is too wide."""
+    if not rows:
+        return ["No run has finished."]
+    shown = [heading for heading in _COLUMNS if heading in evidence.columns(rows)]
+    for count in range(len(shown), 3, -1):
+        table = _table(rows, shown[:count])
+        if max(map(len, table)) <= columns:
+            return table
+    halves = [row.short for row in rows]
+    beside = max(map(len, _table([replace(row, name="") for row in halves], shown[:4], "±95%"))) - len("setting")
+    room = max(8, columns - beside)
+    return _table([replace(row, name=formats.shortened(row.name, room)) for row in halves], shown[:4], "±95%")
+
+
+def _table(rows: Sequence[evidence.Row], shown: Sequence[str], interval: str = "[95%]") -> list[str]:
+    ordered = [heading for heading in evidence.COLUMNS if heading in shown]
+    cells = [evidence.cells(row, ordered) for row in rows]
+    headings = [heading.replace("[95%]", interval) for heading in ordered]
+    return str(tabulate(cells, headings, tablefmt="simple", disable_numparse=True)).splitlines()
+
+
+def _mattered(found: Findings, columns: int) -> list[str]:
+    axes = found.effects.axes
+    if not axes:
+        return []
+    names = [_short(axis, axes) for axis in axes[:MOST_AXES]]
+    longest = max(map(len, names))
+    lines = [
+        formats.cut(f"{name:<{longest}}  {_axis(axis)}", columns)
+        for name, axis in zip(names, axes[:MOST_AXES], strict=True)
+    ]
+    if len(axes) > MOST_AXES:
+        lines.append(f"and {formats.count(len(axes) - MOST_AXES, 'more setting')}, in the report")
+    return ["What mattered:", *lines]
+
+
+def _short(axis: Axis, axes: Sequence[Axis]) -> str:
+    """The last part of a setting's name, where no other setting has the same."""
+    last = axis.setting.rpartition(".")[2]
+    return last if sum(last == other.setting.rpartition(".")[2] for other in axes) == 1 else axis.setting
+
+
+def _axis(axis: Axis) -> str:
+    """A setting in one line."""
+    if axis.kind is AxisKind.nothing:
+        return "changed nothing"
+    if axis.kind is AxisKind.unknown:
+        return "can't be told from these runs"
+    if axis.kind is AxisKind.within_noise:
+        return "within noise"
+    shown = [effect for effect in axis.effects if any(one and one.shown for one in (effect.accuracy, effect.speed))]
+    first = max(shown, key=_clearness)
+    rest = f"; {len(shown) - 1} more" if len(shown) > 1 else ""
+    return f"{first.value} against {axis.first}: {_effect(first)}{rest}"
+
+
+def _clearness(effect: Effect) -> float:
+    """The clearest of an effect's differences, in half-widths of its interval."""
+    found = [one.interval for one in (effect.accuracy, effect.speed) if one and one.shown and one.interval]
+    nulls = [one.null for one in (effect.accuracy, effect.speed) if one and one.shown and one.interval]
+    return max(abs(one.value - null) / max(one.high - one.low, 1e-12) for one, null in zip(found, nulls, strict=True))
+
+
+def _effect(effect: Effect) -> str:
+    told = []
+    if effect.accuracy and effect.accuracy.shown:
+        told.append(f"points {wording.effect(effect.accuracy, 100, '+.2f')}")
+    if effect.speed and effect.speed.shown:
+        told.append(f"speed ×{wording.effect(effect.speed, 1, '.2f')}")
+    return ", ".join(told)
+
+
+def next_steps(found: Sequence[Findings], folder: Path, source: str) -> str:
+    """Where the report is, and what to type next. source: the override that finds the runs again."""
+    lines = [
+        f"Report: {_from_here(folder / 'report.html')}",
+        "With another margin:",
+        f"  {again(folder, source)} report.margin=0.01",
+    ]
+    chosen = next((one.headline.chosen for one in found if one.headline.chosen), None)
+    if chosen is not None and chosen.ships.run_id:
+        command = shlex.join(["python", "-m", "qexp", f"rerun={chosen.ships.run_id}", *_outputs(folder)])
+        lines += [f"To run {formats.cut(chosen.ships.name, 40)} again, with its model:", f"  {command}"]
+    return "\n".join(lines)
+
+
+def again(folder: Path, source: str) -> str:
+    """The command that makes a report again, with credentials masked. folder: the report's."""
+    words = ["python", "-m", "qexp.report", *([source] if source else []), *_outputs(folder)]
+    return shlex.join(credentials.masked_tree(words))
+
+
+def _outputs(folder: Path) -> list[str]:
+    """The setting `outputs` that a report's folder is in, where it isn't the default."""
+    outputs = folder.absolute().parent.parent
+    return [] if outputs == Path.cwd() / "outputs" else [f"outputs={_from_here(outputs)}"]
+
+
+def _from_here(path: Path) -> str:
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -1,0 +1,114 @@
+"""Readings of effects and of calibration, in a sentence each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qexp.records import RunRecord
+from qexp.report import effects, readings
+from tests.helpers.rows import RISING, by_size, row
+from tests.helpers.studies import grid, right, run, study
+
+
+def said(rows: Sequence[RunRecord]) -> str:
+    return "\n".join(readings.calibration(effects.calibration_sizes(rows)))
+
+
+def test_a_setting_within_noise_one_that_mattered_and_one_that_changed_nothing_are_told_apart() -> None:
+    lost = {"minmax": 0, "mse": 1, "entropy": 100}
+    runs = [
+        run(f"{one['observer']} {one['fusion']}", right(*range(lost[one["observer"]])), 3.0, **one)
+        for one in grid(observer=["minmax", "mse", "entropy"], fusion=["true", "false"])
+    ]
+    told = [readings.axis(axis) for axis in effects.main_effects(study(runs)).axes]
+    assert told[0].startswith("observer: entropy against minmax: -10.00 [-")
+    assert "mse" not in told[0]
+    assert told[1] == "fusion changed nothing."
+
+
+def test_samples_are_told_apart_from_the_choice_of_test_images() -> None:
+    rows = [row(str(seed), 0.85 + 0.001 * seed, calib__seed=str(seed)) for seed in range(3)]
+    assert readings.samples(effects.calibration_samples(rows)) == (
+        "Another draw of calibration images (calib.seed) changes accuracy by a standard deviation of 0.10 points "
+        "[0.05, 0.63]; other test images would change it by 0.11."
+    )
+
+
+def test_the_reading_of_a_sweep_over_sizes_says_from_where_and_how_much_could_be_missed() -> None:
+    assert said(by_size(RISING)) == (
+        "From 8 batches (128 images) on no rise of the mean accuracy is shown, but one of up to 0.09 "
+        "points is possible (95%; SD of samples 0.03), less than the sampling error of a run (±0.22): more calibration "
+        "would hardly help."
+    )
+
+
+def test_a_size_that_is_enough_is_named_where_a_smaller_one_only_could_be() -> None:
+    drawn = {"1": (0.8457, 0.8463, 0.8408), "8": (0.8493, 0.8495, 0.8487), "32": (0.8497, 0.8496, 0.8505)}
+    assert said(by_size(drawn)) == (
+        "From 1 batch (16 images) on no rise of the mean accuracy is shown, but one of up to 1.17 "
+        "points is possible (95%; SD of samples 0.18); from 8 batches (128 images) on it is less than the sampling "
+        "error of a run (±0.22), so more than that would hardly help."
+    )
+
+
+def test_the_order_of_runs_does_not_matter() -> None:
+    assert said(by_size(RISING)[::-1]) == said(by_size(RISING))
+
+
+def test_accuracy_that_rises_up_to_the_largest_size_is_said_to() -> None:
+    drawn = {"1": (0.80, 0.801, 0.802), "2": (0.82, 0.821, 0.822), "4": (0.84, 0.841, 0.842)}
+    assert said(by_size(drawn)) == (
+        "Accuracy still rises at the largest size tried, 4 batches (64 images), +2.00 "
+        "[+1.77, +2.23] points over 2 batches (32 images): more may help."
+    )
+    assert "rises up to all 898 images" in said(by_size({**drawn, "null": (0.86,)}))
+
+
+def test_more_images_that_make_it_worse_are_said_to() -> None:
+    worse = said(by_size({"1": (0.84, 0.841, 0.842), "2": (0.80, 0.801, 0.802)}))
+    assert "From 1 batch (16 images) on no rise of the mean accuracy is shown" in worse
+    assert "every larger size is worse, 2 batches (32 images) by -4.00 [-4.23, -3.77] points." in worse
+
+
+def test_one_larger_size_that_is_worse_is_named() -> None:
+    drawn = {"1": (0.84, 0.841, 0.842), "2": (0.80, 0.801, 0.802), "4": (0.841, 0.842, 0.8405)}
+    text = said(by_size(drawn))
+    assert "but one of up to 0.2" in text
+    assert "; more can be worse, 2 batches (32 images) by -4.00 [-4.2" in text
+
+
+def test_wide_samples_are_not_taken_for_no_effect() -> None:
+    text = said(by_size({"1": (0.82, 0.85), "2": (0.84, 0.83)}))
+    assert "more than the sampling error of a run (±0.22) at every size: more samples (calib.seed) would tell" in text
+
+
+def test_one_sample_a_size_says_what_would_tell() -> None:
+    assert said(by_size({"1": (0.80,), "8": (0.849,), "null": (0.85,)})) == (
+        "With one sample of calibration images a size, what the size does can't be told apart from "
+        "what the sample does; calib.sampling=random calib.seed=0,1,2 would."
+    )
+
+
+def test_samples_that_dont_differ_give_no_spread_to_judge_by() -> None:
+    text = said(by_size({"1": (0.80, 0.80), "8": (0.81, 0.81)}))
+    assert "lie within 1.00 points" in text
+
+
+def test_sizes_are_read_for_each_combination_of_the_other_settings() -> None:
+    higher = {size: tuple(accuracy + 0.01 for accuracy in drawn) for size, drawn in list(RISING.items())[:-1]}
+    rows = [*by_size(RISING, qconfig="per_tensor"), *by_size(higher, qconfig="per_channel")]
+    lines = said(rows).splitlines()
+    assert [line.split(",")[0] for line in lines] == ["With qconfig=per_tensor", "With qconfig=per_channel"]
+
+
+def test_what_holds_for_several_combinations_is_said_once() -> None:
+    once = {"1": (0.80,), "8": (0.85,)}
+    rows = [*by_size(once, qconfig="per_tensor"), *by_size(once, qconfig="per_channel"), *by_size(RISING, qconfig="x")]
+    undecided, decided = said(rows).splitlines()
+    assert undecided.startswith("With 2 combinations of the other settings, with one sample")
+    assert decided.startswith("With qconfig=x, from")
+
+
+def test_one_size_is_no_sweep_over_sizes() -> None:
+    assert said([row("a", 0.85, calib__batches="8")]) == ""
+    assert said([]) == ""
