@@ -213,17 +213,24 @@ def _mean_variance(v: np.ndarray, count: np.ndarray, mean: np.ndarray, lowest: f
     middle = np.where(inside, mean, (lowest + highest) / 2)
     below, above = -1 / (highest - middle), 1 / (middle - lowest)
 
-    def shares(t: np.ndarray) -> np.ndarray:
+    def over(t: np.ndarray, amount: np.ndarray) -> np.ndarray:
         # Unseen values have no share, whatever they are divided by.
-        return np.divide(share, 1 + t[..., None] * distance, out=np.zeros(share.shape), where=share > 0)
+        return np.divide(amount, 1 + t[..., None] * distance, out=np.zeros(share.shape), where=share > 0)
 
-    with np.errstate(divide="ignore"):
-        for _ in range(60):
-            t = (below + above) / 2
-            too_high = np.sum(shares(t) * distance, axis=-1) > 0
-            below, above = np.where(too_high, t, below), np.where(too_high, above, t)
-        t = (below + above) / 2
-        p = shares(t)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # Most roots are an end, or Newton's steps find them, once near enough; bisection where they leave the bracket.
+        low = np.where(np.sum(over(above, share) * distance, axis=-1) > 0, above, below)
+        high = np.where(np.sum(over(below, share) * distance, axis=-1) > 0, above, below)
+        t = (low + high) / 2
+        for step in range(60):
+            ratio = over(t, distance)
+            excess, slope = np.sum(share * ratio, axis=-1), np.sum(share * ratio**2, axis=-1)
+            low, high = np.where(excess > 0, t, low), np.where(excess > 0, high, t)
+            newton = t + excess / slope
+            before, t = t, np.where((newton > low) & (newton < high) & (step >= 10), newton, (low + high) / 2)
+            if np.all(np.abs(t - before) <= 1e-11 * (above - below)):
+                break
+        p = over(t, share)
     rest = np.maximum(1 - p.sum(axis=-1), 0)
     end = np.where(t > 0, lowest, highest)
     variance = np.sum(p * distance**2, axis=-1) + rest * (end - mean) ** 2
@@ -249,7 +256,9 @@ def mean_score_interval(
             return np.clip(np.nan_to_num(found), -1e6, 1e6)
 
         bracket = np.full(len(table), float(lowest)), np.full(len(table), float(highest))
-        found = elementwise.find_root(excess, bracket, args=(np.arange(len(table)),))
+        found = elementwise.find_root(
+            excess, bracket, args=(np.arange(len(table)),), tolerances={"xatol": 1e-10, "xrtol": 1e-10}
+        )
         at_low, at_high = (excess(edge, np.arange(len(table))) for edge in bracket)
         inside = np.where(at_low <= 0, lowest, np.where(at_high >= 0, highest, found.x))
         return np.asarray(inside.reshape(np.shape(counts)[:-1]))

@@ -8,14 +8,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from qexp.config import schema
 from qexp.config.schema import Engine, Observer, QConfig
 from qexp.quantize.inspection.layers import layers, read_qparams
+from qexp.quantize.torch_backend.engines import engine
 from qexp.records import Layer, QParams
 from qexp.system.steps import step
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,16 @@ class QuantizedModel:
     def layers(self) -> tuple[Layer, ...]:
         """Each layer, with the kernel that runs it in INT8 or the reason why it stays in FP32."""
         return layers(self.module, self.flow, self.engine)
+
+    def qdq_program(self, example: Tensor) -> ExportedProgram:
+        """Return the Q/DQ program of the model (see `qdq.program`), for any number of images.
+
+        example: float32 [n, 3, H, W], n > 1. Raises UnsupportedError, which names the module, where there is none.
+        """
+        from qexp.quantize import qdq
+
+        with engine(self.engine):
+            return qdq.exported(self.module, example)
 
 
 class Flow(ABC):

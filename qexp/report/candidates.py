@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
 import numpy as np
 from scipy import stats
@@ -130,7 +129,7 @@ def candidates(study: Study, question: schema.Report) -> list[Candidate]:
     where = next(iter(conditions(study, question)), None)
     found = _hypotheses(study, question)
     counts = [counts_of(study, one, share) for one in found]
-    deltas, p = _tested(found, counts, margin, share)
+    deltas, p = _tested(found, counts, margin)
     adjusted = np.ones(len(found)) if share else statistics.holm(p)
     result = []
     for one, count, delta, raw, corrected in zip(found, counts, deltas, p, adjusted, strict=True):
@@ -312,7 +311,7 @@ def scale_of(seeds: int) -> np.ndarray:
 
 
 def _tested(
-    found: Sequence[Hypothesis], counts: Sequence[np.ndarray | None], margin: float, share: float
+    found: Sequence[Hypothesis], counts: Sequence[np.ndarray | None], margin: float
 ) -> tuple[list[Interval | None], np.ndarray]:
     """The mean difference of each candidate with its interval, and the p-value, float64 [candidates], of a loss of the
     margin or more, all of those with the same number of seeds at once.
@@ -320,22 +319,33 @@ def _tested(
     Where several seeds' images can't be paired, p is 1, and the interval's ends are the means of the seeds' own: it is
     wider than theirs together would be, since the standard deviation of a mean is at most the mean of those.
     """
-    p, deltas = np.ones(len(found)), [None if share else _unpaired(one) for one in found]
-    numbers = {len(one.records) for one, count in zip(found, counts, strict=True) if count is not None}
-    for seeds in numbers:
+    p, deltas = np.ones(len(found)), _unpaired(found, counts)
+    for seeds in {len(one.records) for one, count in zip(found, counts, strict=True) if count is not None}:
         places = [i for i, count in enumerate(counts) if count is not None and len(found[i].records) == seeds]
-        scale, table = scale_of(seeds), np.array([counts[i] for i in places], dtype=np.int64)
-        p[places] = stats.norm.sf(statistics.mean_score_z(scale, table, -margin))
-        low, high = statistics.mean_score_interval(scale, table)
-        means = table @ scale / table.sum(axis=1)
+        table = np.array([counts[i] for i in places], dtype=np.int64)
+        n, mean = table.sum(axis=1), table @ scale_of(seeds) / table.sum(axis=1)
+        if seeds == 1:  # the same, many times as fast
+            z = statistics.tango_z(-margin, table[:, 0], table[:, 2], n)
+            low, high = statistics.tango_bounds(table[:, 0], table[:, 2], n)
+        else:
+            z = statistics.mean_score_z(scale_of(seeds), table, -margin)
+            low, high = statistics.mean_score_interval(scale_of(seeds), table)
+        p[places] = stats.norm.sf(z)
         for index, place in enumerate(places):
-            deltas[place] = Interval(float(means[index]), float(low[index]), float(high[index]), 0.95, "score")
+            deltas[place] = Interval(float(mean[index]), float(low[index]), float(high[index]), 0.95, "score")
     return deltas, p
 
 
-def _unpaired(one: Hypothesis) -> Interval | None:
-    found = [statistics.tango(*table) for table in _tables(one) if table]
-    if len(found) < len(one.records):
-        return None
-    value, low, high = (fmean(getattr(each, name) for each in found) for name in ("value", "low", "high"))
-    return Interval(value, low, high, 0.95, "mean of the seeds' Tango scores")
+def _unpaired(found: Sequence[Hypothesis], counts: Sequence[np.ndarray | None]) -> list[Interval | None]:
+    """The intervals of candidates whose seeds can't be paired, None for the others and where tables lack."""
+    tables = [_tables(one) if count is None else [] for one, count in zip(found, counts, strict=True)]
+    complete = [(place, table) for place, each in enumerate(tables) if all(each) for table in each if table]
+    deltas: list[Interval | None] = [None] * len(found)
+    if complete:
+        b, c, n = np.array([table for _, table in complete]).T
+        ends = np.stack([(c - b) / n, *statistics.tango_bounds(b, c, n)], axis=1)
+        places = np.array([place for place, _ in complete])
+        for place in dict.fromkeys(places.tolist()):
+            value, low, high = ends[places == place].mean(axis=0).tolist()
+            deltas[place] = Interval(value, low, high, 0.95, "mean of the seeds' Tango scores")
+    return deltas

@@ -1,8 +1,8 @@
-"""Effects of settings, calibration samples and calibration sizes, computed from tracked runs; tables.py shows them.
+"""Effects of settings on accuracy and speed, over pairs of runs that differ in one setting alone, and interactions.
 
-Accuracies are fractions of 1. Two kinds of random variation are reported separately: the *sampling error*, from the
-choice of test images, is half the 95% interval of a run's difference to FP32; the *spread of samples*, from the choice
-of calibration images (`calib.seed`) on the same test images, is a standard deviation over several runs.
+A run counts with its accuracy in one runtime, the headline's or one asked for, on the CPU that is meant; with its
+speedup over FP32, where its timing can be trusted. Runs are paired by what was asked; intervals hold for all effects of
+a study together (see `contrasts`).
 """
 
 from __future__ import annotations
@@ -19,29 +19,26 @@ import numpy as np
 
 from qexp.config.identity import NOT_APPLICABLE
 from qexp.metrics import Metric
-from qexp.records import AccuracySource, Interval, RunRecord, Top1
+from qexp.records import Interval, RunRecord, Top1
 from qexp.report import contrasts
+from qexp.report.accuracies import SOURCES as SOURCES
+from qexp.report.accuracies import Accuracy, Evaluated, accuracy, compared, together
+from qexp.report.calibration import CALIBRATION as CALIBRATION
+from qexp.report.calibration import CalibrationSamples as CalibrationSamples
+from qexp.report.calibration import CalibrationSizes as CalibrationSizes
+from qexp.report.calibration import Size as Size
+from qexp.report.calibration import calibration_samples as calibration_samples
+from qexp.report.calibration import calibration_sizes as calibration_sizes
+from qexp.report.calibration import spreads as spreads
 from qexp.report.contrasts import Answers, Contrast, Difference, Timing
-from qexp.report.study import finished, sets, value, varied
+from qexp.report.study import SEED, sets, value, varied
 
 if TYPE_CHECKING:
     from qexp.report.study import Conditions, Study
-    from qexp.statistics import Plateau  # imported at runtime only where used: scipy would delay refusals
-
-# Words for the tag `accuracy_source` where the accuracy on the target CPU wasn't executed here.
-SOURCES: dict[str, str] = {
-    AccuracySource.exact: "with sums that don't saturate",
-    AccuracySource.emulated: "with its kernels' 16-bit sums emulated",
-}
-
-# INT8 accuracy, its difference to FP32's and the ends of that difference's interval.
-EXECUTED = (Metric.accuracy_int8, Metric.accuracy_delta, Metric.delta_low, Metric.delta_high)
-ON_TARGET = (Metric.target_accuracy, Metric.target_delta, Metric.target_delta_low, Metric.target_delta_high)
 
 # Fewer pairs than this tell next to nothing about how much they vary.
 PAIRS_FOR_INTERVAL = 3
 
-SIZE, SEED = "calib.batches", "calib.seed"
 # The axis of runtimes, which a run has several of.
 RUNTIME = "runtime"
 # The signs of a pair's runs, and of those of a block of four, the runs with the value or values first.
@@ -50,59 +47,6 @@ PAIR, CORNER = (1, -1), (1, -1, -1, 1)
 FULL = 0.75
 # Half the width of a 95% interval in standard errors.
 Z = NormalDist().inv_cdf(0.975)
-CALIBRATION = ("calib", SIZE, SEED)
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """A run's accuracies, as reports show them; fp32 and int8 on the same images, delta their paired difference.
-
-    source: "" where they are of what ran here, else a key of SOURCES, and they are the target's. comparable: INT8
-    accuracy that can be compared between runs on different numbers of images, FP32's on the whole evaluation set plus
-    the paired difference (the difference estimator of survey sampling); int8 where source is "".
-    """
-
-    fp32: float
-    int8: float
-    delta: Interval
-    source: str
-    comparable: float
-
-    @property
-    def sampling(self) -> float:
-        """The sampling error: half the 95% interval of delta."""
-        return (self.delta.high - self.delta.low) / 2
-
-
-def accuracy(record: RunRecord) -> Accuracy | None:
-    """None where the run has none."""
-    source = record.tags.get("accuracy_source", "")
-    source = source if source in SOURCES and Metric.target_accuracy in record.metrics else ""
-    found = together(record, Metric.accuracy_fp32, *(ON_TARGET if source else EXECUTED))
-    if not found or not all(map(math.isfinite, found)):
-        return None
-    fp32, int8, delta, low, high = found
-    interval = Interval(delta, low, high, 0.95, "Tango score")
-    if source:
-        return Accuracy(int8 - delta, int8, interval, source, fp32 + delta)
-    return Accuracy(fp32, int8, interval, "", int8)
-
-
-Evaluated = tuple[RunRecord, Accuracy]
-
-
-def together(record: RunRecord, *metrics: str) -> list[float]:
-    """Metrics that are logged together, in this order; nothing where one is missing."""
-    return [record.metrics[name] for name in metrics] if record.metrics.keys() >= set(metrics) else []
-
-
-def compared(records: Iterable[RunRecord]) -> list[Evaluated]:
-    """The finished runs that have an accuracy, with it."""
-    return [(record, found) for record in finished(records) if (found := accuracy(record))]
-
-
-def _values(record: RunRecord, settings: Iterable[str]) -> tuple[str, ...]:
-    return tuple(value(record, setting) for setting in settings)
 
 
 @dataclass(frozen=True)
@@ -474,6 +418,10 @@ def _clearest(departures: Iterable[Departure]) -> Departure | None:
     return max(departures, key=lambda one: one.difference.clarity, default=None)
 
 
+def _values(record: RunRecord, settings: Iterable[str]) -> tuple[str, ...]:
+    return tuple(value(record, setting) for setting in settings)
+
+
 @dataclass(frozen=True)
 class MeanEffect:
     """The effect of one value of one setting, over the runs that have it.
@@ -542,135 +490,3 @@ def _effect(
 
 def _mean(values: Sequence[float]) -> float | None:
     return fmean(values) if values else None
-
-
-@dataclass(frozen=True)
-class CalibrationSamples:
-    """Runs that differ in their sample of calibration images alone.
-
-    settings: those that vary between such groups, by name; accuracies: INT8's, one a sample; sampling: mean sampling
-    error of a run.
-    """
-
-    settings: dict[str, str]
-    accuracies: tuple[float, ...]
-    sampling: float
-
-
-def calibration_samples(records: Sequence[RunRecord]) -> list[CalibrationSamples]:
-    """The samples of each combination of settings that has two or more; the same seed twice is one sample."""
-    groups: dict[frozenset[tuple[str, str]], dict[str, Evaluated]] = {}
-    for record, found in compared(records):
-        rest = {name: text for name, text in record.params.items() if name != SEED and not name.startswith("resolved.")}
-        groups.setdefault(frozenset(rest.items()), {}).setdefault(value(record, SEED), (record, found))
-    several = [list(group.values()) for group in groups.values() if len(group) > 1]
-    names = varied([record for group in several for record, _ in group], without=[SEED])
-    return [
-        CalibrationSamples(
-            {name: value(group[0][0], name) for name in names},
-            tuple(found.comparable for _, found in group),
-            fmean(found.sampling for _, found in group),
-        )
-        for group in several
-    ]
-
-
-@dataclass(frozen=True)
-class Spreads:
-    """Both kinds of chance as standard deviations; samples: pooled over settings, with its 95% interval."""
-
-    samples: Interval
-    images: float
-
-    @property
-    def can_tell(self) -> bool:
-        """True where the interval of the one excludes the other."""
-        return not self.samples.low <= self.images <= self.samples.high
-
-
-def spreads(groups: Sequence[CalibrationSamples]) -> Spreads:
-    """images: mean sampling error over 1.96."""
-    from qexp import statistics
-
-    spread, freedom = statistics.pooled_spread([group.accuracies for group in groups])
-    images = fmean(group.sampling for group in groups) / NormalDist().inv_cdf(0.975)
-    return Spreads(statistics.spread_interval(spread, freedom), images)
-
-
-@dataclass(frozen=True)
-class Size:
-    """One number of calibration images: batches (None: all), images if known, and INT8 accuracies, one a sample.
-
-    exact: all images, in an order that doesn't matter: there is one sample only, and no spread.
-    """
-
-    batches: int | None
-    images: float | None
-    accuracies: tuple[float, ...]
-    exact: bool
-
-
-@dataclass(frozen=True)
-class CalibrationSizes:
-    """Runs that differ in their number and sample of calibration images alone, and how many images are enough.
-
-    settings: those that vary between such groups, by name; sizes: smallest first; sampling: mean sampling error of a
-    run; plateau: by `statistics.plateau`, None where samples can't tell; enough: index of the size from which on larger
-    ones are shown to bring less than the sampling error (`statistics.enough`), None where none is.
-    """
-
-    settings: dict[str, str]
-    sizes: tuple[Size, ...]
-    sampling: float
-    plateau: Plateau | None
-    enough: int | None
-
-
-def calibration_sizes(records: Sequence[RunRecord]) -> list[CalibrationSizes]:
-    """The calibration sizes of each combination of the other settings in which `calib.batches` varied."""
-    from qexp import statistics
-
-    runs = [run for run in compared(records) if value(run[0], SIZE) != NOT_APPLICABLE]
-    names = varied([record for record, _ in runs], without=CALIBRATION)
-    result = []
-    for whole in _combinations([_values(record, names) for record, _ in runs]):
-        group = [run for run in runs if _fits(_values(run[0], names), whole)]
-        sizes = _sizes(group)
-        if len(sizes) < 2:
-            continue
-        accuracies, exact = [size.accuracies for size in sizes], sizes[-1].exact
-        sampling = fmean(found.sampling for _, found in group)
-        plateau, enough = statistics.plateau(accuracies, exact), statistics.enough(accuracies, sampling, exact)
-        result.append(CalibrationSizes(dict(zip(names, whole, strict=True)), sizes, sampling, plateau, enough))
-    return result
-
-
-def _fits(values: tuple[str, ...], whole: tuple[str, ...]) -> bool:
-    """True if the values equal those of `whole`, but for settings that have no effect."""
-    return all(a in (b, NOT_APPLICABLE) for a, b in zip(values, whole, strict=True))
-
-
-def _combinations(values: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """The distinct ones, without those that fit another: runs without a setting's effect go with each of its values."""
-    keys = list(dict.fromkeys(values))
-    return [key for key in keys if not any(_fits(key, other) for other in keys if other != key)]
-
-
-def _sizes(runs: Sequence[Evaluated]) -> tuple[Size, ...]:
-    """Smallest first; of runs with the same size and seed the first."""
-    groups: dict[str, dict[str, Evaluated]] = {}
-    for record, found in runs:
-        groups.setdefault(value(record, SIZE), {}).setdefault(value(record, SEED), (record, found))
-    result = []
-    for batches in sorted(groups, key=lambda text: math.inf if text == "null" else int(text)):
-        group = groups[batches]
-        first = next(iter(group.values()))[0]
-        result.append(
-            Size(
-                None if batches == "null" else int(batches),
-                first.metrics.get(Metric.calibration_images),
-                tuple(found.comparable for _, found in group.values()),
-                exact=batches == "null" and NOT_APPLICABLE in group,
-            )
-        )
-    return tuple(result)

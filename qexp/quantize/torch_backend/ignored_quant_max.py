@@ -13,7 +13,9 @@ free; but it clamps the lower end only behind a ReLU, and pairs of codes near 25
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -41,6 +43,19 @@ _FIXED_FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
 _RETURN_CODES = {torch.quantize_per_tensor, torch.cat, torch.concat, torch.stack}
 
 
+_plainly: ContextVar[bool] = ContextVar("_plainly", default=False)
+
+
+@contextmanager
+def plain_clamps() -> Iterator[None]:
+    """In this context a clamp is one operator with qnnpack too, where its values are wrong: to look at operators."""
+    token = _plainly.set(True)
+    try:
+        yield
+    finally:
+        _plainly.reset(token)
+
+
 def clamped(tensor: Tensor, quant_max: int) -> Tensor:
     """Return a quint8 tensor clamped to codes up to `quant_max`, with the same scale; anything else as it is."""
     if not isinstance(tensor, Tensor) or tensor.dtype is not torch.quint8 or quant_max >= QUANT_MAX:
@@ -49,6 +64,8 @@ def clamped(tensor: Tensor, quant_max: int) -> Tensor:
     end = (quant_max - zero_point) * scale
     if torch.backends.quantized.engine != Engine.qnnpack.value:
         return torch.clamp(tensor, max=end)
+    if _plainly.get():
+        return torch.clamp(tensor, min=-zero_point * scale, max=end)
     # qnnpack needs both bounds, and treats every tensor as contiguous (torch 2.13).
     order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
     in_memory = tensor.permute(order)

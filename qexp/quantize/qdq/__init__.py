@@ -1,0 +1,21 @@
+"""The Q/DQ program of a model: float operators with explicit quantize and dequantize operators between them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from qexp.quantize.qdq.program import INPUT, program, tensors
+from qexp.quantize.qdq.recording import UnsupportedError
+
+__all__ = ["INPUT", "UnsupportedError", "exported", "program", "tensors"]
+
+
+def exported(model: nn.Module, example: Tensor) -> ExportedProgram:
+    """Return the program of a converted or float model (see `program.program`), exported for any number of images.
+
+    example: float32 [n, 3, H, W], n > 1.
+    """
+    with torch.no_grad():
+        return torch.export.export(program(model, example), (example,), dynamic_shapes=({0: Dim("batch")},))
