@@ -115,7 +115,8 @@ class RuntimeName(StrEnum):
     """A way to execute a saved model (see `qexp.runtimes`), followed by its traits.
 
     int8: it executes INT8 models too; compiles: it compiles the model in each process, which takes so long that only
-    processes that measure latency do it; served: MLflow can serve its file, which is loaded without qexp.
+    processes that measure latency do it; served: MLflow can serve its file, which is loaded without qexp; packages: of
+    Python that it needs, which an extra of qexp with its name installs.
     """
 
     int8: bool
@@ -129,10 +130,22 @@ class RuntimeName(StrEnum):
             setattr(runtime, trait, trait in traits)
         return runtime
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        return _PACKAGES.get(str(self), ())
+
     eager = "eager", "int8"
     eager_channels_last = "eager_channels_last"  # INT8 kernels choose their memory format themselves
     torchscript = "torchscript", "int8", "served"
     inductor = "inductor", "compiles"  # doesn't know torch.ao's modules
+    onnxruntime = "onnxruntime", "int8"
+    openvino = "openvino", "int8"
+
+
+_PACKAGES = {
+    "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+}
 
 
 class Device(StrEnum):

@@ -17,6 +17,7 @@ from qexp.config.schema import Config, cache_folder
 from qexp.data.loading import Data
 from qexp.latency import protocol
 from qexp.quantize.saturation import kernels
+from qexp.runtimes import RUNTIMES
 from qexp.system import cache, machine, machine_lock
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,8 @@ def timing_key(config: Config, data: Data, float_digest: str, int8: nn.Module, i
     Observers and calibration change scales only, not the operators. int8: converted; image: float32 [1, 3, H, W].
     """
     operators = cache.hash_of(quantize.executed(int8, config.engine, image))
-    models = [float_digest, config.runtimes, config.flow, config.fusion, config.engine, operators]
+    runtimes = [[name, RUNTIMES[name].version()] for name in config.runtimes]
+    models = [float_digest, runtimes, config.flow, config.fusion, config.engine, operators]
     settings = {name: value for name, value in identity.plain(config)["latency"].items() if name != "reuse"}
     here = {name: value for name, value in asdict(machine.describe()).items() if name != "load"}
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else ""

@@ -40,8 +40,8 @@ CHECKED_IMAGES = 8
 @dataclass(frozen=True)
 class Order:
     """A worker's input. folder: the run's; scratch: holds `inputs.npy` (float32 [n, 3, H, W]) and `<precision>.npy`
-    (their logits, float32 [n, classes]); result: the file for its timings; precisions: those to time; all_int8: True if
-    no layer of the INT8 model is left in FP32."""
+    (their logits, float32 [n, classes]), or `<variant>.npy` of a variant that rounds otherwise; result: the file for
+    its timings; precisions: those to time; all_int8: True if no layer of the INT8 model is left in FP32."""
 
     config: dict[str, object]
     folder: str
@@ -60,18 +60,19 @@ def measure(
     inputs: np.ndarray,
     logits: Mapping[Precision, np.ndarray],
     all_int8: bool,
+    others: Mapping[Variant, np.ndarray] | None = None,
 ) -> list[protocol.Timing]:
     """Time every variant in `latency.processes` fresh processes for each number of threads, and merge their timings.
 
     inputs: float32 [n, 3, H, W]; logits: the model's for these, float32 [n, classes], by precision; no other
-    precision is timed; all_int8: True if no layer of the INT8 model is left in FP32. Raises RunError where a worker
-    fails, or its models return other logits.
+    precision is timed; all_int8: True if no layer of the INT8 model is left in FP32; others: the logits of variants
+    that round otherwise. Raises RunError where a worker fails, or its models return other logits.
     """
     settings = config.latency
     with tempfile.TemporaryDirectory(prefix="qexp-timing-") as scratch, ExitStack() as closing:
         np.save(Path(scratch) / "inputs.npy", inputs)
-        for precision, expected in logits.items():
-            np.save(Path(scratch) / f"{precision}.npy", expected)
+        for one, expected in [*logits.items(), *(others or {}).items()]:
+            np.save(Path(scratch) / f"{one}.npy", expected)
         orders = [
             Order(
                 config=identity.exact(config),
@@ -186,7 +187,8 @@ def main() -> None:
     timings: list[protocol.Timing] = []
     with quantize.engine(config.engine), torch.inference_mode():
         for variant, model in variants.items():
-            expected = np.load(scratch / f"{variant.precision}.npy")[:CHECKED_IMAGES]
+            own = scratch / f"{variant}.npy"
+            expected = np.load(own if own.exists() else scratch / f"{variant.precision}.npy")[:CHECKED_IMAGES]
             tolerance = RUNTIMES[variant.runtime].tolerance(variant.precision, order.all_int8)
             agree(expected, model(inputs[:CHECKED_IMAGES]).numpy(), variant.precision, tolerance)
         timed = with_cuda(variants)

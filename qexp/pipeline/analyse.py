@@ -33,6 +33,7 @@ from qexp.records import (
     Variant,
     same_as_text,
 )
+from qexp.runtimes.parting import Parting
 from qexp.system.steps import step
 
 
@@ -83,7 +84,8 @@ class Measured:
 
     fusion_difference: of the fused from the float model's logits, as a share of the largest; reduced: the layers whose
     range overflow=layers reduced to 7 bits; headline: the INT8 variant that the headline metrics and the verdict are
-    about; latency_from: the run that made the timings, empty where it is this one.
+    about; parted: the runtimes whose logits have parted from torch's; latency_from: the run that made the timings,
+    empty where it is this one.
     """
 
     fusion_difference: float
@@ -93,6 +95,7 @@ class Measured:
     saved: Saved
     predictions: Mapping[Variant, Predictions]
     headline: Variant
+    parted: tuple[Parting, ...]
     timings: list[protocol.Timing]
     latency_from: str
     layer_errors: tuple[Fidelity, ...]
@@ -178,6 +181,7 @@ def result(
         verdict=run_metrics.verdict(predictions["fp32"], measured.on_target, margin, qconfig.overflow),
         warnings=(
             *warnings.general_warnings(config, data, layers, {**numbers, **outcome}),
+            *warnings.parting_warnings(qconfig.overflow, measured.parted),
             *warnings.saturation_warnings(config, qconfig.overflow, layers, reduced, measured.on_target),
             *warnings.slow_kernel_warnings(config, slow_kernels(config, measured.int8.module)),
         ),

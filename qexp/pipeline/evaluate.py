@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -13,11 +13,16 @@ from qexp.config.schema import Config, cache_folder
 from qexp.data.loading import Data
 from qexp.errors import RunError
 from qexp.models import inference
-from qexp.pipeline.prepare import AGREEMENT_IMAGES, Saved
+from qexp.pipeline.prepare import AGREEMENT_IMAGES, Saved, images_of
 from qexp.records import Precision, Predictions, Variant
+from qexp.runtimes import RUNTIMES
 from qexp.runtimes.base import agree
+from qexp.runtimes.onnx_file import OnnxRuntime
+from qexp.runtimes.parting import MOST, Parting, first_parted, times_rounding
 from qexp.system import cache
 from qexp.system.steps import step
+
+PARTING_IMAGES = 16  # on which tensors of all layers are compared
 
 
 @step("evaluate")
@@ -27,7 +32,8 @@ def predict(config: Config, data: Data, saved: Saved) -> dict[Variant, Predictio
     Runtimes whose logits must be equal bit for bit share predictions, once they agree on the first images. Predictions
     are cached, and so are FP32 logits of the first images, which all runs of a model share. Raises RunError where the
     logits of a runtime, or of the model in memory, differ by more than its tolerance from the reference's on the first
-    images, or where the INT8 logits equal the FP32 logits.
+    images (but for INT8 in runtimes that round otherwise, see `partings`), or where the INT8 logits equal the FP32
+    logits.
     """
     first_images = np.arange(min(len(data.test), AGREEMENT_IMAGES))
     # Dynamic quantization takes ranges from the whole batch, so an image's logits depend on the batch it is in.
@@ -74,10 +80,16 @@ def predict(config: Config, data: Data, saved: Saved) -> dict[Variant, Predictio
             in_memory = f"{saved.contents[reference]}, in memory", partial(run_model, model, precision, first_images)
             others = [one for one in saved.of(precision) if one not in computed]
             of_others = [(one, saved.contents[one], partial(logits_of, one, first_images)) for one in others]
-            for variant, content, compute in [(reference, *in_memory), *of_others]:
+            compared, expected = [(reference, *in_memory), *of_others], logits[first_images]
+            if precision is Precision.int8:
+                compared = [one for one in compared if not rounds_otherwise(one[0])]  # see `partings`
+                if compared and rounds_otherwise(reference):
+                    _, compute_in_memory = in_memory
+                    expected = compute_in_memory()
+            for variant, content, compute in compared:
                 shared = precision is Precision.fp32
                 again = cache.array(folder, key(content, first_images), compute) if shared else compute()
-                agree(logits[first_images], again, precision, saved.tolerance(variant))
+                agree(expected, again, precision, saved.tolerance(variant))
             found[reference] = as_predictions(logits, precision)
             if precision is Precision.int8:
                 for variant in saved.of(precision):
@@ -87,3 +99,33 @@ def predict(config: Config, data: Data, saved: Saved) -> dict[Variant, Predictio
     if np.array_equal(fp32, int8):
         raise RunError("the INT8 logits equal the FP32 logits bit for bit: nothing was quantized.")
     return found
+
+
+def rounds_otherwise(variant: Variant) -> bool:
+    """True if the variant's INT8 kernels are not torch's, and round otherwise."""
+    return RUNTIMES[variant.runtime].rounds_otherwise
+
+
+@step("compare runtimes")
+def partings(
+    config: Config, data: Data, saved: Saved, predictions: Mapping[Variant, Predictions]
+) -> tuple[Parting, ...]:
+    """The runtimes with kernels of their own whose INT8 logits part from torch's by more than rounding explains."""
+    others = [variant for variant in saved.of(Precision.int8) if rounds_otherwise(variant)]
+    if not others:
+        return ()
+    first = np.arange(min(len(data.test), AGREEMENT_IMAGES))
+    fp32 = predictions[saved.reference_variant(Precision.fp32)].logits[first]
+    model, few = saved.in_memory[Precision.int8], images_of(data, data.test.pixels(first[:PARTING_IMAGES]))
+    found = []
+    with quantize.engine(config.engine):
+        size = config.evaluate.batch_size
+        int8 = inference.predict(model, data.test, data.mean, data.std, size, "comparing runtimes", first).logits
+        for variant in others:
+            times = times_rounding(fp32, int8, predictions[variant].logits[first])
+            if times > MOST:
+                runtime = RUNTIMES[variant.runtime]
+                assert isinstance(runtime, OnnxRuntime)
+                layer, steps = first_parted(model, few, saved.path(variant), runtime)
+                found.append(Parting(variant.runtime, times, layer, steps))
+    return tuple(found)

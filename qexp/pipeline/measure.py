@@ -48,7 +48,8 @@ def side_by_side(
     with quantize.engine(config.engine):
         if config.latency.processes:
             logits = {one: predictions[saved.reference_variant(one)].logits[:images] for one in Precision}
-            return worker.measure(config, folder, inputs.numpy(), logits, saved.all_int8)
+            others = {one: predictions[one].logits[:images] for one in saved.of(Precision.int8) if one in predictions}
+            return worker.measure(config, folder, inputs.numpy(), logits, saved.all_int8, others)
         timed = with_cuda(saved.variants)
         timings: list[protocol.Timing] = []
         for threads in config.latency.threads:

@@ -214,6 +214,10 @@ class Saved:
     def of(self, precision: Precision) -> list[Variant]:
         return [variant for variant in self.variants if variant.precision is precision]
 
+    def path(self, variant: Variant) -> Path:
+        """The file that a variant was saved to."""
+        return Path(next(artifact.path for artifact in self.artifacts if artifact.variant == variant))
+
     def tolerance(self, variant: Variant) -> float:
         """The allowed difference of its logits from those of the model in memory, as a share of the largest."""
         return RUNTIMES[variant.runtime].tolerance(variant.precision, self.all_int8)

@@ -13,7 +13,7 @@ from qexp.data.loading import load_data
 from qexp.models.float_model import load_or_train
 from qexp.pipeline import run_files
 from qexp.pipeline.analyse import Measured, layer_errors, result
-from qexp.pipeline.evaluate import predict
+from qexp.pipeline.evaluate import partings, predict
 from qexp.pipeline.measure import measure_latency
 from qexp.pipeline.prepare import (
     calibrate,
@@ -57,8 +57,9 @@ def run_experiment(config: Config, folder: Path) -> Result:
         # From here on it is the saved models, read back, that are evaluated and timed.
         saved = save(config, data, fp32, int8, images, folder)
         predictions = predict(config, data, saved)
+        parted = partings(config, data, saved, predictions)
         timings, latency_from = measure_latency(config, data, saved, predictions, folder)
-        headline = headline_variant(config, saved.reference_variant(Precision.int8), timings)
+        headline = headline_variant(config, saved.of(Precision.int8), timings, {one.runtime for one in parted})
         with analysing(config):
             errors = layer_errors(config, int8, data)
             on_target = target_accuracy(config, data, int8, predictions[headline], saved.content_key(Precision.int8))
@@ -71,6 +72,7 @@ def run_experiment(config: Config, folder: Path) -> Result:
             saved=saved,
             predictions=predictions,
             headline=headline,
+            parted=parted,
             timings=timings,
             latency_from=latency_from,
             layer_errors=errors,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -178,12 +178,19 @@ def fastest(timings: list[protocol.Timing], precision: Precision) -> protocol.Ti
     return protocol.fastest([timing for timing in of_models if timing.variant.precision is precision])
 
 
-def headline_variant(config: Config, first: Variant, timings: list[protocol.Timing]) -> Variant:
+def headline_variant(
+    config: Config, variants: list[Variant], timings: list[protocol.Timing], parted: Collection[str] = ()
+) -> Variant:
     """The INT8 variant that the headline metrics and the verdict are about: the fastest where the timings can be
-    trusted, else `first`."""
+    trusted, else the first.
+
+    variants: of INT8, in the order asked for; parted: the runtimes whose logits have parted from torch's, which are
+    taken only if all have.
+    """
+    whole = [variant for variant in variants if variant.runtime not in parted] or variants
     if not timings or reasons_against(config, timings):
-        return first
-    return fastest(side_by_side(timings), Precision.int8).variant
+        return whole[0]
+    return fastest([timing for timing in side_by_side(timings) if timing.variant in whole], Precision.int8).variant
 
 
 def reasons_against(config: Config, timings: list[protocol.Timing]) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from qexp import quantize
@@ -15,6 +16,7 @@ from qexp.pipeline.run_metrics import recommended_guard
 from qexp.quantize import FLOWS, ReducedRange, supported
 from qexp.quantize.saturation import kernels
 from qexp.records import AccuracySource, Layer, RunWarning, SaturationStatus, WarningCode
+from qexp.runtimes.parting import Parting
 
 
 def saturation_warnings(
@@ -59,6 +61,13 @@ def saturation_warnings(
             WarningCode.saturation_unguarded,
             {"observed": bool(saturating), "engine": config.engine, "onednn": or_onednn(risky)},
         )
+
+
+def parting_warnings(guard: Overflow, parted: Collection[Parting]) -> Iterator[RunWarning]:
+    """A warning about each runtime that has parted from torch's logits. guard: the one executed, not auto."""
+    can_saturate = kernels.probe().dense_saturates(Engine.fbgemm) and guard is not Overflow.weights
+    for one in parted:
+        yield RunWarning(WarningCode.runtime_parted, {**asdict(one), "can_saturate": can_saturate})
 
 
 def slow_kernel_warnings(config: Config, slow: tuple[str, ...]) -> Iterator[RunWarning]:

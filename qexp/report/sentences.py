@@ -73,6 +73,16 @@ def warning(found: RunWarning) -> str:
             return f"INT8 is slower than FP32 with flow={data['flow']} engine={data['engine']} on this CPU."
         case WarningCode.int8_not_faster:
             return "INT8 and FP32 are as fast as each other, as far as the noise lets one tell."
+        case WarningCode.runtime_parted:
+            saturates = (
+                "; on this CPU, without VNNI, its 16-bit sums can saturate, which qconfig.overflow=weights avoids"
+                if data["can_saturate"]
+                else ""
+            )
+            return (
+                f"INT8 in {data['runtime']} parts from torch's by {data['times']:.1f} times what quantization costs, "
+                f"beginning with {data['layer']} (by {data['steps']:.1f} steps of its grid): don't ship it{saturates}."
+            )
         case WarningCode.layers_in_fp32:
             reasons = f": {', '.join(data['reasons'])}" if data["reasons"] else ""
             return f"{len(data['layers'])} layers stay in FP32 ({_some(data['layers'])}){reasons}."

@@ -6,8 +6,11 @@ from qexp.runtimes.base import Runtime
 from qexp.runtimes.eager import Eager
 from qexp.runtimes.eager_channels_last import EagerChannelsLast
 from qexp.runtimes.inductor import Inductor
+from qexp.runtimes.onnxruntime import OnnxRuntimeCpu
+from qexp.runtimes.openvino import OpenVino
 from qexp.runtimes.torchscript import TorchScript
 
 RUNTIMES: dict[str, Runtime] = {
-    runtime.name: runtime for runtime in (Eager(), EagerChannelsLast(), TorchScript(), Inductor())
+    runtime.name: runtime
+    for runtime in (Eager(), EagerChannelsLast(), TorchScript(), Inductor(), OnnxRuntimeCpu(), OpenVino())
 }

@@ -25,15 +25,21 @@ class Runtime(ABC):
     """One way to execute models.
 
     name: as in the setting `runtimes`, with the runtime's traits. predicts_for_others: it has so little overhead around
-    its kernels that it predicts in place of runtimes whose logits equal its own bit for bit.
+    its kernels that it predicts in place of runtimes whose logits equal its own bit for bit. rounds_otherwise: it has
+    INT8 kernels of its own, which round otherwise than torch's, so that its logits are compared by `parted`.
     """
 
     name: schema.RuntimeName
     predicts_for_others = False
+    rounds_otherwise = False
 
     def unavailable(self) -> str | None:
         """A clause that says why this runtime can't be used here and what to do about it; None where it can."""
         return None
+
+    def version(self) -> str:
+        """The packages, with their versions, that its answers depend on besides torch; empty where there are none."""
+        return ""
 
     def executes(self, flow: FlowName, precision: Precision) -> bool:
         """True if it executes the models of this precision that a flow makes."""
@@ -84,14 +90,16 @@ def packing_for(engine: Engine | None) -> Iterator[None]:
 class Loaded:
     """A model read back from disk: float32 [n, 3, H, W] to float32 [n, classes], for any n.
 
-    engine: what an INT8 model was converted for (None: FP32); calling it under another raises RunError. again: reloads
-    the file. Needed for frozen TorchScript, where deepcopy would share the constants.
+    engine: what an INT8 model was converted for (None: FP32, or another library's kernels); calling it under another
+    raises RunError. again: reloads the file. Needed for frozen TorchScript, where deepcopy would share the constants,
+    and for other libraries' models. reentrant: such a model can be called by several threads at a time.
     """
 
     module: nn.Module
     engine: Engine | None
     channels_last: bool = False
     again: Callable[[], Loaded] | None = None
+    reentrant: bool = True
 
     def __call__(self, images: Tensor) -> Tensor:
         if self.engine is not None:
@@ -105,12 +113,10 @@ class Loaded:
     def copies(self, count: int) -> list[Loaded]:
         """`count` copies that can run at the same time as the model, whatever state it has while it runs.
 
-        Weights are shared, but for those packed for INT8 kernels. A frozen TorchScript model has no state, but for
-        oneDNN's dynamic linear layer, which stores the range of its input: of two calls at a time, one would use the
-        other's range (torch 2.13).
+        Weights are shared, but for those packed for INT8 kernels.
         """
         if self.again is not None:
-            return [self.again() if self.engine is Engine.onednn else self for _ in range(count)]
+            return [self if self.reentrant else self.again() for _ in range(count)]
         with packing_for(self.engine):
             return [replace(self, module=quantize.sharing_copy(self.module)) for _ in range(count)]
 

@@ -139,7 +139,7 @@ def content(config: Config, float_digest: str, artifact: Artifact, int8: Loaded 
     int8: the model, None for FP32, whose structure follows from the float model's.
     """
     structure = [repr(int8.module), str(getattr(int8.module, "code", ""))] if int8 is not None else []
-    made_of = [float_digest, config.flow, config.fusion]
+    made_of = [float_digest, config.flow, config.fusion, RUNTIMES[artifact.variant.runtime].version()]
     return cache.hash_of([str(artifact.variant), artifact.sha256, artifact.engine, made_of, structure])
 
 

@@ -64,6 +64,11 @@ class TorchScript(Runtime):
         return path
 
     def load(self, path: Path, structure: Callable[[], nn.Module], engine: Engine | None) -> Loaded:
-        """Read the model; the file contains its structure."""
+        """Read the model; the file contains its structure.
+
+        It has no state, but for oneDNN's dynamic linear layer, which stores the range of its input: of two calls at a
+        time, one would use the other's range (torch 2.13).
+        """
+        again = partial(self.load, path, structure, engine)
         with known_deprecations_silenced(), packing_for(engine):
-            return Loaded(torch.jit.load(path), engine, again=partial(self.load, path, structure, engine))
+            return Loaded(torch.jit.load(path), engine, again=again, reentrant=engine is not Engine.onednn)

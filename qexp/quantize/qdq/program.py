@@ -459,9 +459,14 @@ def _code(bound: float, value: _Value) -> int:
     )
 
 
+def quantizing(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that quantize, in their order."""
+    return [node for node in graph.nodes if node.target is decomposed.quantize_per_tensor.default]
+
+
 def tensors(graph: fx.Graph) -> list[str]:
-    """The names of the tensors that a program quantizes, in their order."""
-    return [node.meta[CUSTOM][TENSOR] for node in graph.nodes if node.target is decomposed.quantize_per_tensor.default]
+    """The names of the tensors that they quantize."""
+    return [node.meta[CUSTOM][TENSOR] for node in quantizing(graph)]
 
 
 def _drop_unused(made: fx.GraphModule) -> None:

@@ -1,0 +1,156 @@
+"""A model as an ONNX file, which ONNX Runtime and OpenVINO read: its Q/DQ program, exported by torch.
+
+Weights are INT8 initializers, the batch size is open, and paddings are in the convolutions, which torch's exporter sees
+to. Each QuantizeLinear node has the name of the tensor that it quantizes.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import logging
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qexp.config.schema import FlowName
+from qexp.errors import RunError, first_line
+from qexp.quantize import qdq
+from qexp.records import Precision
+from qexp.runtimes.base import Runtime
+
+if TYPE_CHECKING:
+    import onnx
+
+OPSET = 21
+"""The first in which INT8 tensors can be quantized with any of ONNX's types, and what all of the runtimes read."""
+INPUT, OUTPUT, BATCH = qdq.INPUT, "logits", "batch"
+
+
+class OnnxRuntime(Runtime):
+    """A runtime that reads the ONNX file."""
+
+    rounds_otherwise = True
+
+    def unavailable(self) -> str | None:
+        missing = [name for name in self.name.packages if importlib.util.find_spec(name) is None]
+        if not missing:
+            return None
+        which = f"the package{'s' if len(missing) > 1 else ''} {' and '.join(missing)}"
+        return f"it needs {which}: pip install 'qexp[{self.name}]'"
+
+    def version(self) -> str:
+        return " ".join(f"{name} {importlib.metadata.version(name)}" for name in self.name.packages)
+
+    def executes(self, flow: FlowName, precision: Precision) -> bool:
+        """True but for INT8 of a flow that computes ranges as the model runs, for which there is no Q/DQ program."""
+        return precision is Precision.fp32 or flow is not FlowName.dynamic
+
+    def tolerance(self, precision: Precision, all_int8: bool) -> float:
+        """Sums in FP32 of other kernels; in INT8, of itself with another batch size, by a few steps of the logits'
+        grid."""
+        return 1e-3 if precision is Precision.fp32 else 5e-2
+
+    def file(self, precision: Precision) -> str:
+        return f"{precision}.onnx"
+
+    def export(self, model: nn.Module, example: Tensor, path: Path) -> Path:
+        return write(model, example, path)
+
+    @abstractmethod
+    def layers(self, path: Path, shape: Sequence[int]) -> tuple[int, int]:
+        """The numbers of convolutions and matrix products in the file's graph as it is executed, for images of this
+        shape, [n, 3, H, W]: in INT8, and in float."""
+
+    @abstractmethod
+    def outputs(self, path: Path, images: np.ndarray) -> dict[str, np.ndarray]:
+        """The file's outputs by their names, in their order, for images, float32 [n, 3, H, W]."""
+
+
+def write(model: nn.Module, example: Tensor, path: Path) -> Path:
+    """Save a converted or float model. example: float32 [n, 3, H, W]; for INT8, torch's engine must be set.
+
+    Raises RunError, which names the module, where an operator has no counterpart in ONNX.
+    """
+    import onnx
+
+    example = torch.cat([example[:1], example[:1]])  # one image would be taken for a batch size that is fixed
+    exported = qdq.exported(model, example)
+    with _quiet():
+        try:
+            made: Any = torch.onnx.export(
+                exported, (example,), input_names=[INPUT], output_names=[OUTPUT], opset_version=OPSET, dynamo=True,
+                optimize=True, verbose=False,
+            )  # fmt: skip
+        except (torch.onnx.OnnxExporterError, RuntimeError, NotImplementedError) as error:
+            raise RunError(f"torch can't write {type(model).__name__} as ONNX: {_reason(error)}") from error
+    proto = made.model_proto
+    _tidy(proto, qdq.tensors(exported.graph))
+    onnx.checker.check_model(proto, full_check=True)  # shapes are inferred, and compared with those written
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
+def _tidy(proto: onnx.ModelProto, tensors: list[str]) -> None:
+    """Name nodes and the batch size, and drop what the exporter notes of torch's graph, in place.
+
+    tensors: names of what each QuantizeLinear node quantizes, in their order.
+    """
+    graph = proto.graph
+    quantizing = [node for node in graph.node if node.op_type == "QuantizeLinear"]
+    makers = {output: node for node in graph.node for output in node.output}
+    if len(quantizing) == len(tensors):
+        for node, tensor in zip(quantizing, tensors, strict=True):
+            node.name = f"{tensor}.quantize"
+            if (maker := makers.get(node.input[0])) is not None:
+                maker.name = tensor
+    for node in graph.node:
+        del node.metadata_props[:]
+        node.ClearField("doc_string")
+    symbol = graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.HasField("dim_param"):
+                dim.dim_param = dim.dim_param.replace(symbol, BATCH)
+
+
+def with_codes(path: Path, to: Path) -> Path:
+    """Save a copy of the file whose outputs are, behind the logits, the codes of each QuantizeLinear node, uint8."""
+    import onnx
+
+    proto = onnx.load(str(path))
+    for node in proto.graph.node:
+        if node.op_type == "QuantizeLinear":
+            proto.graph.output.append(onnx.helper.make_tensor_value_info(node.output[0], onnx.TensorProto.UINT8, None))
+    to.write_bytes(proto.SerializeToString())
+    return to
+
+
+def _reason(error: BaseException) -> str:
+    """The first of the errors that led to this one, in a line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(error)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """In this context nothing is printed of the exporter's progress."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    before = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, before, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,234 @@
+"""Models in ONNX Runtime and OpenVINO: the file is valid and INT8, and what they answer differs by rounding only.
+
+Without VNNI their kernels add up in 16 bits, so that weights have 7 bits wherever logits are compared.
+"""
+
+from __future__ import annotations
+
+import collections
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+from qexp import quantize
+from qexp.config.schema import Engine, FlowName, RuntimeName
+from qexp.errors import RunError
+from qexp.latency.protocol import threads
+from qexp.models import architectures
+from qexp.quantize import FLOWS, QuantizedModel
+from qexp.records import Precision
+from qexp.runtimes import RUNTIMES, onnx_file
+from qexp.runtimes.onnx_file import OnnxRuntime
+from qexp.runtimes.parting import MOST, first_parted, times_rounding
+from tests.helpers import networks
+from tests.helpers.quantizable import Plain, images, settings, spec, trained
+
+GUARDED = settings(overflow="weights")
+THEIRS = [RuntimeName.onnxruntime, RuntimeName.openvino]
+BATCHES = [1, 33]
+
+
+def int8_of(net: nn.Module, flow: FlowName, batch: Tensor, qconfig: quantize.QuantizationSpec) -> QuantizedModel:
+    prepared = FLOWS[flow].prepare(FLOWS[flow].fuse(net, qconfig, batch[:2]), qconfig, batch[:2])
+    quantize.calibrate(prepared, batch.split(8))
+    return FLOWS[flow].convert(prepared)
+
+
+@cache
+def made(name: str, flow: FlowName, **how: object) -> QuantizedModel:
+    if name in networks.NETWORKS:
+        net, batch = networks.built(name), networks.images(16, seed=1)
+    else:
+        torch.manual_seed(0)
+        net = trained(Plain() if name == "plain" else getattr(architectures, name)(num_classes=10))
+        batch = images(16, seed=3, size=32 if name.startswith("resnet") else 16)
+    return int8_of(net, flow, batch, spec(settings(**{"overflow": "weights", **how})))  # type: ignore[arg-type]
+
+
+def like(int8: QuantizedModel, count: int) -> Tensor:
+    wide = any(isinstance(m, nn.MaxPool2d) for m in int8.fused.modules())
+    return images(count, seed=count, size=32 if wide else 16)
+
+
+def written(int8: QuantizedModel, folder: Path, precision: Precision = Precision.int8) -> Path:
+    model = int8.module if precision is Precision.int8 else int8.fused
+    with quantize.engine(int8.engine):
+        return onnx_file.write(model, like(int8, 2), folder / f"{precision}.onnx")
+
+
+def torch_logits(int8: QuantizedModel, batch: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    with quantize.engine(int8.engine), torch.inference_mode():
+        return int8.fused(batch).numpy(), int8.module(batch).numpy()
+
+
+def answers(name: RuntimeName, path: Path, batch: Tensor) -> np.ndarray:
+    with torch.inference_mode():
+        return RUNTIMES[name].load(path, nn.Identity, None)(batch).numpy()
+
+
+# ------------------------------------------------------------------------------------------------ the file
+
+CASES = [("tiny", FlowName.eager), ("plain", FlowName.fx)]
+
+
+@pytest.mark.parametrize(("name", "flow"), CASES)
+def test_the_file_is_valid_and_its_weights_are_int8(name: str, flow: FlowName, tmp_path: Path) -> None:
+    int8 = made(name, flow)
+    path = written(int8, tmp_path)
+    proto = onnx.load(str(path))
+    onnx.checker.check_model(proto, full_check=True)
+    assert [(one.domain, one.version) for one in proto.opset_import] == [("", onnx_file.OPSET)]
+    assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param == onnx_file.BATCH
+    assert proto.graph.output[0].type.tensor_type.shape.dim[0].dim_param == onnx_file.BATCH
+    kinds = collections.Counter(node.op_type for node in proto.graph.node)
+    assert not kinds.keys() & {"Shape", "Gather", "Pad", "Cast", "Constant", "Relu"}
+    weights = [one for one in proto.graph.initializer if one.data_type == onnx.TensorProto.INT8 and len(one.dims) > 1]
+    assert len(weights) == sum(layer.int8 for layer in int8.layers) == kinds["Conv"] + kinds["Gemm"]
+    assert not [one for one in proto.graph.initializer if one.data_type == onnx.TensorProto.FLOAT and len(one.dims) > 1]
+
+
+def test_nodes_are_named_after_layers_and_hold_the_runs_own_scales(tmp_path: Path) -> None:
+    int8 = made("tiny", FlowName.eager)
+    graph = onnx.load(str(written(int8, tmp_path))).graph
+    names = {node.name: node for node in graph.node}
+    for layer in (layer.name for layer in int8.layers):
+        assert names[layer].op_type in ("Conv", "Gemm")
+        values = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
+        scale, zero_point = (values[name] for name in names[f"{layer}.quantize"].input[1:3])
+        assert scale == pytest.approx(int8.qparams[layer].scale[0])
+        assert zero_point == int8.qparams[layer].zero_point[0]
+
+
+def test_the_same_model_makes_the_same_file(tmp_path: Path) -> None:
+    int8 = made("plain", FlowName.fx)
+    first = written(int8, tmp_path).read_bytes()
+    assert written(int8, tmp_path).read_bytes() == first
+
+
+@pytest.mark.parametrize("scheme", ["asymmetric", "symmetric"])
+def test_all_layers_run_in_int8(scheme: str, tmp_path: Path) -> None:
+    for bits in (8, 4):
+        int8 = made("tiny", FlowName.eager, activation_scheme=scheme, activation_bits=bits)
+        path = written(int8, tmp_path)
+        for name in THEIRS:
+            runtime = RUNTIMES[name]
+            assert isinstance(runtime, OnnxRuntime)
+            kinds = runtime.layers(path, like(int8, 1).numpy().shape)
+            assert kinds == (len(int8.layers), 0), (name, bits)
+
+
+# ------------------------------------------------------------------------------------------------ answers
+
+
+@pytest.mark.parametrize("runtime", THEIRS)
+@pytest.mark.parametrize(("name", "flow"), CASES)
+def test_it_answers_as_torch_but_for_rounding(name: str, flow: FlowName, runtime: RuntimeName, tmp_path: Path) -> None:
+    check(made(name, flow), runtime, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", THEIRS)
+@pytest.mark.parametrize("flow", [FlowName.eager, FlowName.fx])
+@pytest.mark.parametrize("name", ["resnet18", "resnet20"])
+def test_larger_networks_do_so_too(name: str, flow: FlowName, runtime: RuntimeName, tmp_path: Path) -> None:
+    check(made(name, flow), runtime, tmp_path)
+
+
+def check(int8: QuantizedModel, runtime: RuntimeName, folder: Path) -> None:
+    fp32_file, int8_file = written(int8, folder, Precision.fp32), written(int8, folder)
+    for count in BATCHES:
+        batch = like(int8, count)
+        fp32, expected = torch_logits(int8, batch)
+        tolerance = RUNTIMES[runtime].tolerance(Precision.fp32, True) * np.abs(fp32).max()
+        np.testing.assert_allclose(answers(runtime, fp32_file, batch), fp32, rtol=0, atol=tolerance)
+        assert times_rounding(fp32, expected, answers(runtime, int8_file, batch)) < MOST
+
+
+# Parts of these that have no counterpart in ONNX, as the sentence says them.
+WITHOUT = {
+    "Paddings": "writes to a tensor in place",
+    "RowMemory": "writes to a tensor in place",
+    "FourierMixer": "as ONNX",
+}
+FX = [name for name, network in networks.NETWORKS.items() if not network.refused(FlowName.fx, Engine.x86)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FX)
+def test_networks_that_nobody_wrote_for_quantization_run_in_both(name: str, tmp_path: Path) -> None:
+    int8 = made(name, FlowName.fx)
+    example = networks.images(2)
+    if name in WITHOUT:
+        with quantize.engine(int8.engine), pytest.raises(RunError, match=WITHOUT[name]):
+            onnx_file.write(int8.module, example, tmp_path / "int8.onnx")
+        return
+    with quantize.engine(int8.engine):
+        path = onnx_file.write(int8.module, example, tmp_path / "int8.onnx")
+    for count in BATCHES:
+        batch = networks.images(count, seed=5)
+        fp32, expected = torch_logits(int8, batch)
+        for runtime in THEIRS:
+            assert times_rounding(fp32, expected, answers(runtime, path, batch)) < MOST, (runtime, count)
+
+
+@pytest.mark.parametrize("runtime", THEIRS)
+def test_copies_answer_at_the_same_time_on_as_many_threads_as_torch_has(runtime: RuntimeName, tmp_path: Path) -> None:
+    int8, batch = made("tiny", FlowName.eager), images(8)
+    loaded = RUNTIMES[runtime].load(written(int8, tmp_path), nn.Identity, None)
+    alone = loaded(batch)
+    with threads(2):
+        torch.testing.assert_close(loaded(batch), alone, rtol=0, atol=0.1)
+    for copy in loaded.copies(2):
+        torch.testing.assert_close(copy(batch), alone, rtol=0, atol=0.1)
+
+
+# ------------------------------------------------------------------------------------------------ parting
+
+
+def test_rounding_is_measured_against_what_quantization_costs() -> None:
+    fp32, noise = np.zeros((4, 3), np.float32), np.float32([1, -1, 1])
+    assert times_rounding(fp32, fp32 + noise, fp32 + noise) == 0
+    assert times_rounding(fp32, fp32 + noise, fp32 - 2 * noise) == pytest.approx(3)
+    assert times_rounding(fp32, fp32, fp32 + noise) == np.inf
+
+
+@pytest.mark.parametrize("runtime", THEIRS)
+def test_a_layer_that_is_wrong_in_a_runtime_is_found(runtime: RuntimeName, tmp_path: Path) -> None:
+    int8 = made("tiny", FlowName.eager)
+    path, batch = written(int8, tmp_path), like(int8, 33)
+    fp32, expected = torch_logits(int8, batch)
+    proto = onnx.load(str(path))
+    wrong = next(node for node in proto.graph.node if node.name == "blocks.1.conv1")
+    bias = next(one for one in proto.graph.initializer if one.name == wrong.input[2])
+    bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.float32(5), bias.name))
+    onnx.save(proto, str(path))
+    assert times_rounding(fp32, expected, answers(runtime, path, batch)) > MOST
+    named = RUNTIMES[runtime]
+    assert isinstance(named, OnnxRuntime)
+    with quantize.engine(int8.engine):
+        layer, steps = first_parted(int8.module, batch, path, named)
+    assert layer == "blocks.1.conv1"
+    assert steps > 1
+
+
+# ------------------------------------------------------------------------------------------------ what is missing
+
+
+@pytest.mark.parametrize("runtime", THEIRS)
+def test_a_package_that_is_not_installed_is_named(runtime: RuntimeName, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert RUNTIMES[runtime].unavailable() is None, "make setup installs the extras"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == runtime else object())
+    said = f"it needs the package {runtime}: pip install 'qexp[{runtime}]'"
+    assert RUNTIMES[runtime].unavailable() == said
+
+
+@pytest.mark.parametrize("runtime", THEIRS)
+def test_flow_dynamic_runs_in_fp32_only(runtime: RuntimeName) -> None:
+    assert RUNTIMES[runtime].executes(FlowName.dynamic, Precision.fp32)
+    assert not RUNTIMES[runtime].executes(FlowName.dynamic, Precision.int8)
