@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from statistics import fmean, stdev
 
 import numpy as np
@@ -145,6 +146,7 @@ def tango_bounds(
     return end(z), end(-z)
 
 
+@lru_cache(maxsize=2**16)
 def tango(first_only: int, second_only: int, n: int, confidence: float = 0.95) -> Interval:
     """The difference in accuracy, second minus first, with Tango's (1998) score interval for paired images.
 
