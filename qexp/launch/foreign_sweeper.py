@@ -45,7 +45,7 @@ def open_parent(master: DictConfig) -> None:
         rows = tracking.children(store, parent.id)
         if status == "FINISHED" and any(row.status != "FINISHED" for row in rows):
             status = "FAILED"
-        sweep.close_sweep(store, parent, rows, status, folder)
+        sweep.close_sweep(store, parent, rows, status, folder, job.config)
 
     _open.append(close)
 

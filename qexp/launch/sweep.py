@@ -17,14 +17,14 @@ from omegaconf import DictConfig
 
 from qexp.config.composition import Composer, as_yaml, quoted
 from qexp.config.error_messages import exit_with_message
-from qexp.launch import concurrent, folders, job_process, progress
+from qexp.config.schema import Config
+from qexp.launch import concurrent, folders, job_process, progress, sweep_report
 from qexp.launch.job import command, new_sweep, tags
 from qexp.launch.planning import Planned, exclude_from_dirname, plan
 from qexp.launch.signals import Stop, stoppable, until_stopped
 from qexp.launch.study import find_study
-from qexp.launch.summary import print_locations, summary
+from qexp.launch.summary import print_locations
 from qexp.launch.tracked_run import close_orphans, failed, warn_of_ignored_variables
-from qexp.metrics import Metric
 from qexp.records import RunRecord
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def launch(
         rows = study.with_reused(planned, rows)
         if status == "FINISHED" and any(row.status != "FINISHED" for row in rows):
             status, code = "FAILED", 1
-        close_sweep(store, parent, rows, status, folder)
+        close_sweep(store, parent, rows, status, folder, first.config)
     if status == "KILLED":
         finished = sum(row.status == "FINISHED" for row in rows)
         print(f"Stopped after {finished} of {all_jobs}. To run it again:\n  {command()}", file=sys.stderr)
@@ -119,15 +119,17 @@ def launch(
     return returns
 
 
-def close_sweep(store: Store, parent: Run, rows: Sequence[RunRecord], status: str, folder: Path) -> None:
-    """End a sweep's run with the table of its jobs, and print the table and where everything is."""
+def close_sweep(
+    store: Store, parent: Run, rows: Sequence[RunRecord], status: str, folder: Path, config: Config
+) -> None:
+    """End a sweep's run, make the report of its jobs, and print what it says and where everything is."""
     from qexp import tracking
 
-    text = summary(rows)
     counts = Counter(row.status.lower() for row in rows)
-    tracking.close_parent(parent, status, text, {name: counts[name] for name in ("finished", "failed", "killed")})
-    print(f"\n{text}\n")
-    print_locations(folder, tracking.ui(store, parent, sort_by=Metric.accuracy_int8))
+    tracking.close_parent(parent, status, {name: counts[name] for name in ("finished", "failed", "killed")})
+    said, view = sweep_report.report(store, parent, rows, config)
+    print(f"\n{said}\n")
+    print_locations(folder, tracking.ui(store, parent, view))
 
 
 def failed_before_run(returned: Any) -> RunRecord | None:

@@ -12,9 +12,20 @@ from qexp.tracking.artifacts import artifacts, top1
 from qexp.tracking.errors import sentence
 from qexp.tracking.links import ui
 from qexp.tracking.query import Selection, adopt, children, close_orphans, fetch, find, find_runs, of_study
-from qexp.tracking.run import SERVED_MODEL, DatasetUse, Run, check_run, close_parent, ignored, open_parent, start_run
+from qexp.tracking.run import (
+    SERVED_MODEL,
+    DatasetUse,
+    Run,
+    check_run,
+    close_parent,
+    describe_parent,
+    ignored,
+    open_parent,
+    start_run,
+)
 from qexp.tracking.store import Store, check_experiment, connect
 from qexp.tracking.values import PARENT_TAG, SWEEP_TAG
+from qexp.tracking.view import save_view
 
 __all__ = [
     "PARENT_TAG",
@@ -32,12 +43,14 @@ __all__ = [
     "close_orphans",
     "close_parent",
     "connect",
+    "describe_parent",
     "fetch",
     "find",
     "find_runs",
     "ignored",
     "of_study",
     "open_parent",
+    "save_view",
     "sentence",
     "start_run",
     "top1",

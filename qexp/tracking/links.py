@@ -13,6 +13,7 @@ from qexp.metrics import Metric
 from qexp.system.credentials import masked
 from qexp.tracking.run import PARENT_TAG, Run
 from qexp.tracking.store import Store
+from qexp.tracking.view import VIEW_KEY
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,11 @@ class Ui:
     url: str
 
 
-def ui(store: Store, run: Run, sort_by: Metric = Metric.accuracy_int8) -> Ui:
+def ui(store: Store, run: Run, view: str | None = None, sort_by: Metric = Metric.accuracy_int8) -> Ui:
     """The link to exactly a sweep's runs, given its parent, or to the page of a single run.
 
-    sort_by: the metric that a sweep's runs are listed by.
+    view: the key of a saved view of the sweep's runs (see `save_view`); where there is none, they are listed by the
+    metric sort_by.
     """
     local = store.artifacts is not None
     base = "http://127.0.0.1:5000" if local else re.sub(r"//[^/@]*@", "//", store.uri).rstrip("/")
@@ -34,6 +36,8 @@ def ui(store: Store, run: Run, sort_by: Metric = Metric.accuracy_int8) -> Ui:
     query = {"workflowType": "machine_learning"}
     if not run.is_sweep:
         where += f"/{run.id}"
+    elif view:
+        query[VIEW_KEY] = view  # nothing beside it that a view holds too, or the UI leaves the whole view out
     else:
         # Sorted by time, as it is by default, the UI folds all children away under their parent.
         query["searchFilter"] = f"tags.`{PARENT_TAG}` = '{run.id}'"

@@ -422,24 +422,21 @@ def open_parent(
     return parent
 
 
-def close_parent(
-    parent: Run,
-    status: str,
-    table: str,
-    counts: Mapping[str, int],
-) -> None:
+def close_parent(parent: Run, status: str, counts: Mapping[str, int]) -> None:
     """End a sweep's run. status: FINISHED, FAILED or KILLED; counts: `finished`, `failed`, ..., logged as `jobs/...`.
 
-    Never raises: a sweep whose store has gone still has its table to print.
+    Never raises: a sweep whose store has gone still has its report to print.
     """
+    jobs = {MetricName.jobs.of(name): float(count) for name, count in counts.items()}
+    parent._end_anyhow(status, lambda: parent.log_result(jobs))
 
-    def contents() -> None:
-        parent.log_result(
-            {MetricName.jobs.of(name): float(count) for name, count in counts.items()},
-            artifacts={"table.txt": table},
-        )
 
-    parent._end_anyhow(status, contents)
+def describe_parent(parent: Run, note: str, files: Path | None = None) -> None:
+    """Give a sweep's run a description in Markdown, and the files in a folder as its artifact `report`.
+
+    Raises RunError if the store does not take them.
+    """
+    parent.log_result({}, {"mlflow.note.content": note}, {"report": files} if files else {})
 
 
 def _dataset_input(use: DatasetUse) -> DatasetInput:

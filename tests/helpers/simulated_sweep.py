@@ -171,5 +171,5 @@ def write_sweep(
         for table, of_table in rows.items():
             connection.execute(insert(table), of_table)
     engine.dispose()
-    tracking.close_parent(parent, "FINISHED", "", {"finished": len(records)})
+    tracking.close_parent(parent, "FINISHED", {"finished": len(records)})
     return tracking.find(store, parent.id)[0]

@@ -39,7 +39,7 @@ def test_trials_have_a_parent_and_names_of_their_own(
     name = "tiny* digits per_channel minmax 8"
     assert [child[1:] for child in children] == [(f"{name} #{n}", "FINISHED", parent[0]) for n in (1, 2)]
     assert not [path.name for path in (tmp_path / "fixed").iterdir() if "tracking" in path.name]
-    assert f"searchFilter=tags.%60mlflow.parentRunId%60%20%3D%20%27{parent[0]}%27" in done.stdout
+    assert f"viewStateShareKey={parent[0]}" in done.stdout
 
     again = qexp(*given, fixed, "-m")
     assert again.returncode == 1

@@ -215,7 +215,7 @@ def test_a_study_s_parent_is_opened_again_without_what_was_said_of_its_end(store
     assert got.data.tags["command"] == "again"
     assert got.data.tags["pid"] == str(os.getpid())
     assert "error" not in got.data.tags
-    tracking.close_parent(again, "FINISHED", "the table", {"finished": 1})
+    tracking.close_parent(again, "FINISHED", {"finished": 1})
     assert status(store, parent.id) == "FINISHED"
 
 

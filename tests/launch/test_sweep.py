@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 
-from qexp.launch import job_process, planning, progress, signals, summary, sweep, tracked_run
+from qexp.launch import job_process, planning, progress, signals, sweep, tracked_run
 from qexp.launch.job import Job
-from qexp.metrics import Metric
-from qexp.records import Result, RunRecord, Verdict, VerdictKind
+from qexp.records import Result, Verdict, VerdictKind
 
 
 @pytest.mark.parametrize(
@@ -184,24 +183,6 @@ def test_after_a_swallowed_stop_nothing_else_is_started() -> None:
 
     with pytest.raises(signals.Stop):
         stopped()
-
-
-def test_cpus_whose_kernels_answer_otherwise_are_not_pooled() -> None:
-    def row(name: str, kernels: str, **params: str) -> RunRecord:
-        names = (Metric.accuracy_fp32, Metric.accuracy_int8, Metric.accuracy_delta, Metric.delta_low, Metric.delta_high)
-        metrics = dict.fromkeys(names, 0.8)
-        tags = {"kernel_signature": kernels, "cpu": f"CPU {kernels}", "isa": "i", "torch": "t", "float_model": "m"}
-        return RunRecord(name, name, "FINISHED", params=params, metrics=metrics, tags=tags)
-
-    one = [row("a", "k1", x="1"), row("b", "k1", x="2")]
-    other = [row("c", "k2", x="1"), row("d", "k2", x="2")]
-    failed = RunRecord("e", "e", "FAILED", tags={"error": "too bad."})
-    assert summary.summary([*one, *other, failed]) == "\n\n".join(
-        [summary.summary(one), summary.summary(other), "FAILED  e: too bad."]
-    )
-    assert "points to first" in summary.summary(one)
-    assert "points to first" not in summary.summary([one[0], other[1]])
-    assert summary.summary([failed]) == "No run was finished.\n\nFAILED  e: too bad."
 
 
 def test_what_hydra_composed_is_kept_of_a_job(

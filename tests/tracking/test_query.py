@@ -87,7 +87,7 @@ def test_a_sweep_is_read_back_from_a_server(server: tuple[str, Path], sweep: Swe
         with tracking.start_run(store, name=record.name, **given) as run:  # type: ignore[arg-type]
             run.log_result(record.metrics, artifacts={"top1.npz": tmp_path / "top1.npz"})
         ids[record.run_id] = run.id
-    tracking.close_parent(parent, "FINISHED", "", {})
+    tracking.close_parent(parent, "FINISHED", {})
     # What the client says of itself.
     bare = [
         dataclasses.replace(row, tags={n: v for n, v in row.tags.items() if not n.startswith(("mlflow.", "host"))})

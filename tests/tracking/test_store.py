@@ -259,7 +259,7 @@ def test_a_parent_holds_the_table_and_counts_and_its_children_are_found(store: t
         with begin(store, f"job {index}", parent.id, index=str(index)) as run:
             run.log_result({"accuracy/int8": index / 10})
     begin(store, "stranger").finish()
-    tracking.close_parent(parent, "FAILED", "the table", {"finished": 2, "failed": 1, "killed": 0})
+    tracking.close_parent(parent, "FAILED", {"finished": 2, "failed": 1, "killed": 0})
     rows = tracking.children(store, parent.id)
     assert [row.name for row in rows] == ["job 0", "job 1", "job 2"]
     assert [row.params for row in rows] == [{"index": str(index)} for index in range(3)]
@@ -268,7 +268,6 @@ def test_a_parent_holds_the_table_and_counts_and_its_children_are_found(store: t
     got = store.client.get_run(parent.id)
     assert got.info.status == "FAILED"
     assert got.data.metrics == {"jobs/finished": 2, "jobs/failed": 1, "jobs/killed": 0}
-    assert artifact(store, parent, "table.txt") == "the table"
 
 
 def test_children_are_read_past_the_first_page(store: tracking.Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -706,7 +705,7 @@ def test_a_server_gets_runs_and_artifacts(
         run.log_result({"m": 1.0, "n": math.inf}, {"study": "it's one"}, {"a/b.txt": "text", "c.txt": "top"})
     with pytest.raises(RunError), begin(remote, "broken", parent.id):
         raise RunError("broken.")
-    tracking.close_parent(parent, "FAILED", "the table", {"finished": 1, "failed": 1})
+    tracking.close_parent(parent, "FAILED", {"finished": 1, "failed": 1})
     rows = tracking.children(remote, parent.id)
     assert [(row.name, row.status, row.tags.get("error")) for row in rows] == [
         ("job", "FINISHED", None),
