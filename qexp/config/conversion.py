@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qexp.config import identity
-from qexp.config.schema import Config, ReportCommand
+from qexp.config.schema import Config, ReportCommand, RuntimeName
 from qexp.errors import ConfigError
 from qexp.system import credentials
 
@@ -19,6 +19,7 @@ def from_hydra(composed: Any, cwd: str) -> Config:
     Raises ConfigError where a value that has no default is missing.
     """
     config: Config = _typed(composed, Config)
+    config.runtimes = _runtimes(config.runtimes)
     config.outputs = absolute(config.outputs, cwd)
     for group, key in ((config.model, "checkpoint"), (config.dataset, "root")):
         if isinstance(group.get(key), str):
@@ -78,7 +79,21 @@ def from_plain(values: Mapping[str, Any]) -> Config:
         if said:
             raise ConfigError(said)
     config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), dict(values)))  # type: ignore[assignment]
+    config.runtimes = _runtimes(config.runtimes)
     return config
+
+
+def _runtimes(asked: Any) -> list[RuntimeName]:
+    """The runtimes of the setting `runtimes`: auto, or a list of names. Raises ConfigError for anything else."""
+    if asked == "auto":
+        return RuntimeName.auto()
+    names = asked if isinstance(asked, list) else [asked]
+    if not isinstance(asked, list) or not set(map(str, names)) <= set(RuntimeName):
+        shown = f"[{','.join(map(str, names))}]" if isinstance(asked, list) else asked
+        raise ConfigError(
+            f"runtimes={shown}: must be auto, or a list of {', '.join(RuntimeName)}, as in [torchscript]."
+        )
+    return [RuntimeName(str(name)) for name in names]
 
 
 def absolute(path: str, cwd: str) -> str:

@@ -6,10 +6,11 @@ imported, so that bad input is refused within about a second.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 
 class Granularity(StrEnum):
@@ -133,6 +134,16 @@ class RuntimeName(StrEnum):
     @property
     def packages(self) -> tuple[str, ...]:
         return _PACKAGES.get(str(self), ())
+
+    @property
+    def missing(self) -> list[str]:
+        """The packages that it needs and that aren't installed."""
+        return [name for name in self.packages if importlib.util.find_spec(name) is None]
+
+    @classmethod
+    def auto(cls) -> list[RuntimeName]:
+        """The runtimes that people deploy on, as far as they are installed."""
+        return [one for one in (cls.torchscript, cls.onnxruntime, cls.openvino) if not one.missing]
 
     eager = "eager", "int8"
     eager_channels_last = "eager_channels_last"  # INT8 kernels choose their memory format themselves
@@ -347,7 +358,10 @@ class Config:
     engine: Engine
     fusion: bool
     target: Target
-    runtimes: list[RuntimeName]
+    if TYPE_CHECKING:
+        runtimes: list[RuntimeName]
+    else:
+        runtimes: Any  # auto, too, until `conversion` has put names in its place; OmegaConf merges no unions
     latency: Latency
     evaluate: Evaluate
     saturation: Saturation

@@ -7,7 +7,6 @@ to. Each QuantizeLinear node has the name of the tensor that it quantizes.
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import logging
 import warnings
 from abc import abstractmethod
@@ -40,7 +39,7 @@ class OnnxRuntime(Runtime):
     rounds_otherwise = True
 
     def unavailable(self) -> str | None:
-        missing = [name for name in self.name.packages if importlib.util.find_spec(name) is None]
+        missing = self.name.missing
         if not missing:
             return None
         which = f"the package{'s' if len(missing) > 1 else ''} {' and '.join(missing)}"

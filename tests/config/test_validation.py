@@ -66,6 +66,8 @@ def test_parameters_of_observers_are_fields_of_the_observer() -> None:
         (["qconfig.activation.bits=9"], r"qconfig\.activation\.bits=9: must be in 2\.\.8"),
         (["latency.threads=[0]"], r"latency\.threads=\[0\]: must be a list of positive numbers"),
         (["latency.batch_sizes=[]"], r"latency\.batch_sizes=\[\]: must be a list of positive numbers"),
+        (["runtimes=[tvm]"], r"runtimes=\[tvm\]: must be auto, or a list of eager, .*openvino"),
+        (["runtimes=eager"], r"runtimes=eager: must be auto, or a list of"),
         (["runtimes=[]"], r"runtimes=\[\]: must be one or more of eager"),
         (["runtimes=[eager,eager]"], r"runtimes=\[eager,eager\]: must be .*, each once"),
         (["runtimes=[inductor]"], r"runtimes=\[inductor\]: INT8 runs in none of these; add eager or torchscript"),
