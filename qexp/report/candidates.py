@@ -198,7 +198,7 @@ def _elsewhere(one: Hypothesis) -> tuple[str, ...]:
     """The reason, if there is one, that its accuracy holds for another CPU than the target's."""
     record = one.records[0]
     target, tags = value(record, "target"), record.tags
-    measured = f"its accuracy was not measured on the CPU that target={target} means"
+    measured = f"the accuracy was not measured on the CPU that target={target} means"
     if tags.get("accuracy_source") in (AccuracySource.exact, AccuracySource.emulated):
         return () if one.on_target else (f"{measured} in {one.runtimes[0]}",)
     vnni = {"vnni": True, "avx2": False}.get(target)
@@ -209,14 +209,17 @@ def _elsewhere(one: Hypothesis) -> tuple[str, ...]:
 
 def _untold(one: Hypothesis) -> str:
     if not all(_tables(one)):
-        return "its runs don't record how many images it changed"
-    return "the predicted classes of its runs are not at hand"
+        return "the runs don't record how many images changed"
+    return "the predicted classes are not at hand"
 
 
 def _untimed(latency: Latency | None, question: schema.Report) -> tuple[str, ...]:
     if question.objective is ReportObjective.smallest or (latency and latency.valid):
         return ()
-    return (f"its timing can't be trusted: {latency.reasons[0]}" if latency else "it was not timed",)
+    if latency:
+        return (f"the timing can't be trusted: {latency.reasons[0]}",)
+    asked = [f"report.{name}={value}" for name in ("batch_size", "threads") if (value := getattr(question, name))]
+    return (" ".join(["there is no timing", *(["with", *asked] if asked else [])]),)
 
 
 def _fastest(

@@ -393,7 +393,8 @@ def _reasons(case: _Case, kind: Answer, images: int) -> Iterator[str]:
     """The reasons for an answer that is no setting, and those for which candidates can't be recommended."""
     number, objective = len(case.found), case.question.objective
     if not case.found:
-        yield "no run has finished"
+        nowhere = f"no run has report.runtime={case.question.runtime}"
+        yield nowhere if case.study.finished and case.question.runtime else "no run has finished"
     if kind is Answer.stay_on_fp32 and objective is ReportObjective.accurate:
         yield _too_slow(case)
     elif kind is Answer.stay_on_fp32:
@@ -462,7 +463,7 @@ def _settles(case: _Case, kind: Answer, images: int, needed: int | None) -> Iter
     elif timed:
         yield "timings on a quiet machine"
     elif case.possible and not any(one.latency for one in case.possible):
-        yield "timings, which latency=off left out" if not case.study.conditions else "timings as asked for"
+        yield "timings as asked for" if case.study.conditions else "timings"
 
 
 def _error_rate(case: _Case, images: int, total: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 from qexp.config.identity import FIELDS, GROUPS, NOT_APPLICABLE
@@ -192,7 +192,8 @@ def same_setting(record: RunRecord) -> frozenset[tuple[str, str]]:
     return frozenset((kept | executed).items())
 
 
-def _covered(name: str, prefixes: Iterable[str]) -> bool:
+@cache  # since it is asked of every param of every run
+def _covered(name: str, prefixes: tuple[str, ...]) -> bool:
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 

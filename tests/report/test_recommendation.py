@@ -85,7 +85,7 @@ def test_an_open_question_says_how_many_images_would_do() -> None:
 def test_an_unknown_speed_names_what_qualifies_and_what_to_do() -> None:
     noisy = {"latency_valid": "false", "latency_reason": "2 of 2 processors were busy"}
     assert said(Planted("a", 0, tags=noisy)) == (
-        "How fast INT8 is can't be said: the one candidate can't be recommended: its timing can't be trusted: 2 of "
+        "How fast INT8 is can't be said: the one candidate can't be recommended: the timing can't be trusted: 2 of "
         "2 processors were busy.\n"
         "It is shown to lose less than 0.5 points: INT8 in eager (run a), accuracy +0.00 points [-0.04, +0.04]; to "
         "know, it would take timings on a quiet machine."
@@ -112,7 +112,7 @@ def test_a_winner_that_was_chosen_on_other_images_says_so() -> None:
 
 def test_nothing_measured_is_said_in_two_sentences_too() -> None:
     text = said(Planted("a", 0, metrics={Metric.images: float("nan")}))
-    assert text.startswith("Can't tell: the one candidate can't be recommended: its runs don't record")
+    assert text.startswith("Can't tell: the one candidate can't be recommended: the runs don't record")
     assert "of unknown accuracy" in text
 
 
