@@ -30,7 +30,8 @@ def test_one_run_and_then_a_sweep_with_the_same_float_model(qexp: Run, tmp_path:
     assert sweep.stderr == ""
     assert "trained before" in sweep.stdout  # the float model is kept
     assert sweep.stdout.count("float model:") == 1
-    assert "points to first" in sweep.stdout
+    assert "What mattered:" in sweep.stdout
+    assert "Report: outputs/reports/" in sweep.stdout
     assert [status for _, status in runs(tmp_path)] == ["FINISHED"] * 4
     assert {"per_tensor", "per_channel"} < {name for name, _ in runs(tmp_path)}
 
@@ -163,7 +164,7 @@ def test_a_stopped_sweep_leaves_no_run_open_and_says_how_to_go_on(
     statuses = [status for _, status in runs(tmp_path)]
     assert "RUNNING" not in statuses
     assert statuses.count("KILLED") >= 1  # the parent, and the run that was under way
-    assert "FP32 → INT8" in out  # the table of what is done
+    assert "Report: outputs/reports/" in out  # of what is done
     assert "calib.seed=range(40)" in err  # the command that goes on
     assert "Traceback" not in out + err
 

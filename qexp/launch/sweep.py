@@ -20,10 +20,10 @@ from qexp.config.error_messages import exit_with_message
 from qexp.config.schema import Config
 from qexp.launch import concurrent, folders, job_process, progress, sweep_report
 from qexp.launch.job import command, new_sweep, tags
+from qexp.launch.locations import print_locations
 from qexp.launch.planning import Planned, exclude_from_dirname, plan
 from qexp.launch.signals import Stop, stoppable, until_stopped
 from qexp.launch.study import find_study
-from qexp.launch.summary import print_locations
 from qexp.launch.tracked_run import close_orphans, failed, warn_of_ignored_variables
 from qexp.records import RunRecord
 

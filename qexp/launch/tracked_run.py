@@ -13,9 +13,9 @@ from qexp.config.schema import LogModel
 from qexp.launch import concurrent, folders, job_process, progress
 from qexp.launch.job import Job, tags
 from qexp.launch.job_process import JobProcess
+from qexp.launch.locations import print_locations
 from qexp.launch.rerun import find_earlier
 from qexp.launch.signals import stoppable, until_stopped
-from qexp.launch.summary import print_locations
 from qexp.records import WARNING_TAG, Result, RunRecord
 from qexp.report import formats, sentences, single_run
 

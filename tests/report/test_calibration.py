@@ -1,4 +1,4 @@
-"""Calibration samples, sizes and winners, as numbers; test_tables.py has them in words."""
+"""Calibration samples, sizes and winners, as numbers; test_readings.py has them in words."""
 
 from __future__ import annotations
 

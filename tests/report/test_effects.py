@@ -1,4 +1,4 @@
-"""Effects of settings, calibration samples and calibration sizes, as numbers; test_tables.py has them in words."""
+"""Effects of settings, calibration samples and calibration sizes, as numbers; test_readings.py has them in words."""
 
 from __future__ import annotations
 
