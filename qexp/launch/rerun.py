@@ -20,7 +20,7 @@ from qexp.errors import ConfigError, InputError
 from qexp.launch.study import DEPENDS_ON
 from qexp.metrics import Metric
 from qexp.records import PRECISIONS, RunRecord
-from qexp.report.effects import together
+from qexp.report.accuracies import together
 from qexp.system.credentials import MASK, masked, masked_tree
 
 if TYPE_CHECKING:

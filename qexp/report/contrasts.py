@@ -44,6 +44,13 @@ class Difference:
         return self.interval is not None and not self.interval.low <= self.null <= self.interval.high
 
     @property
+    def bound(self) -> float:
+        """The largest difference that the interval allows, to either side; NaN where it isn't known."""
+        if self.interval is None:
+            return math.nan
+        return max(self.interval.high - self.null, self.null - self.interval.low, 0.0)
+
+    @property
     def clarity(self) -> float:
         """The difference in half-widths of its interval, to order differences by; 0 where that isn't known."""
         if self.interval is None or self.nothing:

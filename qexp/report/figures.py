@@ -22,11 +22,12 @@ from matplotlib.ticker import MaxNLocator
 from qexp.metrics import Metric
 from qexp.records import Interval
 from qexp.report import formats
+from qexp.report.calibration import CalibrationSizes
 from qexp.report.charts import shortened
 from qexp.report.classes import ClassChange
 from qexp.report.contrasts import Difference
 from qexp.report.decision import Answer, Candidate, Recommendation
-from qexp.report.effects import CalibrationSizes, Interaction, MainEffects
+from qexp.report.effects import Interaction, MainEffects
 from qexp.report.evidence import same
 from qexp.report.layers import LayerComparison, LayerRow
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from qexp.config import schema
 from qexp.records import RunRecord, Top1
-from qexp.report import classes, decision, effects, layers
+from qexp.report import calibration, classes, decision, effects, layers
+from qexp.report.calibration import CalibrationSamples, CalibrationSizes, Winners
 from qexp.report.classes import ClassChange
 from qexp.report.decision import Candidate, Recommendation
-from qexp.report.effects import CalibrationSamples, CalibrationSizes, Interaction, MainEffects
+from qexp.report.effects import Interaction, MainEffects
 from qexp.report.layers import LayerComparison
 from qexp.report.study import Study, studies, value
 
@@ -40,6 +41,7 @@ class Findings:
     interactions: tuple[Interaction, ...]
     samples: tuple[CalibrationSamples, ...]
     sizes: tuple[CalibrationSizes, ...]
+    winners: Winners | None
     chosen: Candidate | None
     worst: Candidate | None
     layers: LayerComparison | None
@@ -98,8 +100,9 @@ def of_study(study: Study, question: schema.Report, files: Files) -> Findings:
         tuple(decision.front(headline.candidates)),
         effects.main_effects(study, question.runtime),
         tuple(effects.interactions(study, question.runtime)),
-        tuple(effects.calibration_samples(study.records)),
-        tuple(effects.calibration_sizes(study.records)),
+        tuple(calibration.calibration_samples(study.records)),
+        tuple(calibration.calibration_sizes(study.records)),
+        calibration.winners(study),
         chosen,
         worst,
         _layers(files, chosen, worst),

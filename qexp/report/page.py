@@ -281,6 +281,8 @@ def _calibration(found: Findings, drawn: _Figures) -> list[Any]:
         )  # fmt: skip
     if found.samples:
         parts.append(html.Text(readings.samples(found.samples)))
+    if found.winners:
+        parts.append(html.Text(readings.winners(found.winners)))
     return parts
 
 

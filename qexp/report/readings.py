@@ -2,49 +2,117 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from qexp.report import formats
+from qexp.report.calibration import CalibrationSamples, CalibrationSizes, Size, Winners, spreads
 from qexp.report.classes import ClassChange
-from qexp.report.effects import Axis, AxisKind, CalibrationSamples, CalibrationSizes, Interaction, Size, spreads
+from qexp.report.contrasts import Difference
+from qexp.report.effects import Axis, AxisKind, Departure, Interaction
 from qexp.report.layers import LayerComparison
 
 
 def axis(found: Axis) -> str:
-    """A setting's effect in one line; what is within noise is called so."""
+    """A setting's effects in one line: on accuracy, then on speed; what is within noise is called so."""
+    accuracies = [(effect.value, effect.accuracy) for effect in found.effects if effect.accuracy]
+    speeds = [(effect.value, effect.speed) for effect in found.effects if effect.speed]
     if found.kind is AxisKind.nothing:
-        return f"{found.setting} changed nothing."
-    if found.kind is AxisKind.unknown:
-        return f"{found.setting}: can't be told from these runs."
-    if found.kind is AxisKind.within_noise:
-        return f"{found.setting}: within noise."
-    parts = []
-    for effect in found.effects:
-        told = []
-        if effect.accuracy and effect.accuracy.shown:
-            told.append(f"{formats.difference(effect.accuracy.interval)} points")
-        if effect.speed and effect.speed.shown:
-            told.append(f"{formats.factor(effect.speed.interval)} as fast")
-        if told:
-            parts.append(f"{effect.value} against {found.first}: {', '.join(told)}")
-    return f"{found.setting}: {'; '.join(parts)}."
+        timed = ", and so is the timing" if speeds else ""
+        return f"{found.setting} changed nothing: every prediction is the same{timed}."
+    if not accuracies and not speeds:
+        return f"{found.setting}: can't be told, since no two runs differ in it alone."
+    told = []
+    if accuracies:
+        told.append(f"accuracy: {_told(accuracies, _points, lambda most: f'{formats.points(most)} points')}")
+    if speeds:
+        told.append(f"speed: {_told(speeds, _factor, _percent)}")
+    return f"{found.setting}: against {found.first}, {'; '.join(told)}."
+
+
+def _told(
+    known: Sequence[tuple[str, Difference]], text: Callable[[Difference], str], bound: Callable[[float], str]
+) -> str:
+    """The differences that are shown one by one, the others with the most that they could be."""
+    if all(one.nothing for _, one in known):
+        return "the same"
+    told = [f"{value} {text(one)}" for value, one in known if one.shown]
+    told += [f"{value} {text(one)}, how sure isn't known" for value, one in known if one.interval is None]
+    noise = [one.bound for _, one in known if one.interval and not one.shown]
+    if noise:
+        told.append(f"{'the others ' if told else ''}within noise ({bound(max(noise))} at most)")
+    return ", ".join(told)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
+
+
+def _points(found: Difference) -> str:
+    return f"{formats.difference(found.interval) if found.interval else formats.signed(found.value)} points"
+
+
+def _factor(found: Difference) -> str:
+    ends = f" [{found.interval.low:.2f}, {found.interval.high:.2f}]" if found.interval else ""
+    return f"×{found.value:.2f}{ends}"
 
 
 def interaction(found: Interaction) -> str:
-    return f"{found.row} with {found.column}: " + (
-        "more than the sum of both." if found.shown else "no more than the sum of both is shown."
+    """How far the effects of two settings depend on each other, in one line."""
+    accuracy, speed = found.accuracy_departure, found.speed_departure
+    told = []
+    if accuracy and accuracy.difference.shown:
+        told.append(f"{_step(found, accuracy)} changes accuracy by {_points(accuracy.difference)} more")
+    if speed and speed.difference.shown:
+        told.append(f"{_step(found, speed)} changes speed by another {_factor(speed.difference)}")
+    if told:
+        return f"{'; '.join(told)}."
+    bounds = [f"{formats.points(one.bound)} points" for one in _known(accuracy)]
+    bounds += [_percent(one.bound) for one in _known(speed)]
+    if not bounds:
+        return "The runs can't tell how far the effects of the two depend on each other."
+    return f"The effects of the two add up, within noise ({' and '.join(bounds)} at most)."
+
+
+def _known(departure: Departure | None) -> list[Difference]:
+    return [departure.difference] if departure and departure.difference.interval else []
+
+
+def _step(found: Interaction, departure: Departure) -> str:
+    return (
+        f"With {found.column}={departure.column} rather than {found.columns[0]}, {found.row}={departure.row} in place "
+        f"of {found.rows[0]}"
     )
 
 
 def layers(found: LayerComparison) -> list[str]:
-    return [f"Keep in FP32 first: {', '.join(found.keep[:5])}."] if found.keep else []
+    """The layers whose own noise stands out, if any."""
+    if not found.keep:
+        return []
+    few = ", ".join(found.keep[:5]) + (f" and {len(found.keep) - 5} more" if len(found.keep) > 5 else "")
+    return [f"Layers to keep in FP32 first, for they add the most noise of their own: {few}."]
 
 
 def classes(found: Sequence[ClassChange]) -> list[str]:
+    """The class that loses most, allowing for all having been looked at, and the number of others."""
     worst = found[0]
-    noise = "" if worst.shown else ", within noise"
-    return [f"The class that loses most is {worst.name}: {formats.difference(worst.change)} points{noise}."]
+    if worst.change.value >= 0:
+        return ["No class loses accuracy."]
+    lost = f"{formats.difference(worst.change)} points on {formats.count(worst.images, 'image')}"
+    if not worst.shown:
+        return [f"No class is shown to lose accuracy. The largest loss, within noise, is that of {worst.name}: {lost}."]
+    more = sum(one.shown and one.change.value < 0 for one in found) - 1
+    rest = f"; {formats.count(more, 'other class') if more == 1 else f'{more} other classes'} too" if more else ""
+    return [f"The class that is shown to lose most is {worst.name}: {lost}{rest}."]
+
+
+def winners(found: Winners) -> str:
+    """How often the most accurate setting changes with calibration's seed."""
+    which = f"The most accurate of {found.settings} settings"
+    if not found.changes:
+        return f"{which} is the same with each of {len(found.winners)} calibration seeds."
+    pairs = f"{found.changes} of {formats.count(found.pairs, 'pair')} of calibration seeds"
+    return f"{which} is another one in {pairs}: a lead that a seed can turn is chance."
 
 
 def samples(found: Sequence[CalibrationSamples]) -> str:

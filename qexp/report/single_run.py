@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from qexp.metrics import Metric
 from qexp.records import Interval, Precision, RunRecord
-from qexp.report import effects, formats, sentences
-from qexp.report.effects import SOURCES, together
+from qexp.report import accuracies, formats, sentences
+from qexp.report.accuracies import SOURCES, together
 from qexp.report.study import value
 
 MOST_WARNINGS = 4
@@ -16,7 +16,7 @@ MOST_WARNINGS = 4
 
 def line(record: RunRecord) -> str:
     """A finished run in one line, without headings. A timing that can't be trusted has a `?`."""
-    accuracy = effects.accuracy(record)
+    accuracy = accuracies.accuracy(record)
     ms, ratio = together(record, Metric.latency_fp32, Metric.latency_int8), _speedup(record)
     size, layers = together(record, Metric.size_fp32, Metric.size_int8), _layers(record)
     mark = "?" if record.tags.get("latency_valid") == "false" else ""
@@ -73,7 +73,7 @@ def _beside(told: Mapping[str, str], columns: int) -> list[str]:
 
 
 def _accuracy(record: RunRecord) -> str:
-    found = effects.accuracy(record)
+    found = accuracies.accuracy(record)
     if found is None:
         return ""
     said = f"{_arrow(Metric.accuracy_int8, found.fp32, found.int8)}, {formats.difference(found.delta)} points (95%)"

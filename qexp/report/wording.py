@@ -11,9 +11,10 @@ from typing import Any
 from qexp.metrics import Metric
 from qexp.records import RunRecord
 from qexp.report import formats
+from qexp.report.accuracies import SOURCES
 from qexp.report.contrasts import Difference
 from qexp.report.decision import Candidate, Recommendation
-from qexp.report.effects import SOURCES, MainEffects
+from qexp.report.effects import MainEffects
 from qexp.report.findings import Findings
 from qexp.report.study import Study, value
 

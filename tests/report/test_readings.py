@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from qexp.records import RunRecord
-from qexp.report import effects, readings
+import numpy as np
+import pytest
+
+from qexp.records import RunRecord, Top1
+from qexp.report import calibration, classes, effects, layers, readings
 from tests.helpers.rows import RISING, by_size, row
 from tests.helpers.studies import grid, right, run, study
 
 
 def said(rows: Sequence[RunRecord]) -> str:
-    return "\n".join(readings.calibration(effects.calibration_sizes(rows)))
+    return "\n".join(readings.calibration(calibration.calibration_sizes(rows)))
 
 
 def test_a_setting_within_noise_one_that_mattered_and_one_that_changed_nothing_are_told_apart() -> None:
@@ -21,14 +25,86 @@ def test_a_setting_within_noise_one_that_mattered_and_one_that_changed_nothing_a
         for one in grid(observer=["minmax", "mse", "entropy"], fusion=["true", "false"])
     ]
     told = [readings.axis(axis) for axis in effects.main_effects(study(runs)).axes]
-    assert told[0].startswith("observer: entropy against minmax: -10.00 [-")
-    assert "mse" not in told[0]
-    assert told[1] == "fusion changed nothing."
+    assert told[0].startswith("observer: against minmax, accuracy: entropy -10.00 [-")
+    assert told[0].endswith("points, the others within noise (0.75 points at most); speed: the same.")
+    assert told[1] == "fusion changed nothing: every prediction is the same, and so is the timing."
+
+
+def test_a_setting_of_which_nothing_is_shown_is_called_noise_with_the_most_that_it_could_be() -> None:
+    speeds = {"minmax": 4.0, "mse": 4.02}
+    runs = [run(name, right(*range(n, 5)), speed, observer=name) for n, (name, speed) in enumerate(speeds.items())]
+    (axis,) = effects.main_effects(study(runs)).axes
+    assert readings.axis(axis) == (
+        "observer: against minmax, accuracy: within noise (0.56 points at most); speed: within noise (3.4% at most)."
+    )
+    untimed = [(replace(record, tags={}), top1) for record, top1 in runs]
+    (axis,) = effects.main_effects(study(untimed)).axes
+    assert readings.axis(axis) == "observer: against minmax, accuracy: within noise (0.56 points at most)."
+    bare = [replace(record, metrics={}, tags={}) for record, _ in runs]
+    (axis,) = effects.main_effects(study([(record, top1) for record, (_, top1) in zip(bare, runs, strict=True)])).axes
+    assert readings.axis(axis) == "observer: can't be told, since no two runs differ in it alone."
+
+
+def test_settings_that_depend_on_each_other_are_told_from_those_that_add_up() -> None:
+    runs = []
+    for number, one in enumerate(grid(a=["0", "1"], b=["0", "1"], c=["0", "1"])):
+        both = one["a"] == one["b"] == "1"
+        speedup = 4 * (1.2 if both else 1.0) * (1 + 0.0001 * number)
+        runs.append(run(str(number), right(*range(100 * both)), speedup, **one))
+    first, *others = (readings.interaction(one) for one in effects.interactions(study(runs)))
+    assert first.startswith("With b=1 rather than 0, a=1 in place of 0 changes accuracy by -10.00 [-")
+    assert "; With b=1 rather than 0, a=1 in place of 0 changes speed by another ×1.20 [1.1" in first
+    assert others[0].startswith("The effects of the two add up, within noise (")
+    corner = effects.interactions(study([runs[0], runs[2], runs[4]]))
+    assert [readings.interaction(one) for one in corner] == [
+        "The runs can't tell how far the effects of the two depend on each other."
+    ]
+
+
+def test_layers_and_classes_that_stand_out_are_named() -> None:
+    rows = tuple(layers.LayerRow(str(n), "conv", True, None, 30.0 - 9 * (n < 6), None, None, None) for n in range(30))
+    assert readings.layers(layers.LayerComparison(rows, rows, layers.noisy(rows))) == [
+        "Layers to keep in FP32 first, for they add the most noise of their own: 0, 1, 2, 3, 4 and 1 more."
+    ]
+    assert readings.layers(layers.LayerComparison(rows, rows, ())) == []
+
+
+@pytest.mark.parametrize(
+    ("lost", "reading"),
+    [
+        ({"cat": 0, "dog": 0}, "No class loses accuracy."),
+        (
+            {"cat": 1, "dog": 0},
+            "No class is shown to lose accuracy. The largest loss, within noise, is that of cat",
+        ),
+        ({"cat": 30, "dog": 0}, "The class that is shown to lose most is cat: -30.00 ["),
+        ({"cat": 30, "dog": 40}, "The class that is shown to lose most is dog: -40.00 ["),
+    ],
+)
+def test_the_class_that_loses_most_is_named(lost: dict[str, int], reading: str) -> None:
+    labels = np.repeat(np.arange(2, dtype=np.int32), 100)
+    int8 = labels.copy()
+    for number, many in enumerate(lost.values()):
+        int8[100 * number : 100 * number + many] = 7
+    (text,) = readings.classes(classes.changes(Top1(labels, labels, {"eager": int8}, tuple(lost)), "eager"))
+    assert text.startswith(reading)
+    assert text.endswith("; 1 other class too.") == (min(lost.values()) > 0)
+
+
+def test_a_winner_that_changes_with_the_seed_is_called_chance() -> None:
+    mse, minmax = {"observer": "mse"}, {"observer": "minmax"}
+    changing = calibration.Winners(12, {"0": (mse,), "1": (minmax,), "2": (mse,)})
+    assert readings.winners(changing) == (
+        "The most accurate of 12 settings is another one in 2 of 3 pairs of calibration seeds: a lead that a seed can "
+        "turn is chance."
+    )
+    same = calibration.Winners(12, {"0": (mse,), "1": (mse, minmax)})
+    assert readings.winners(same) == "The most accurate of 12 settings is the same with each of 2 calibration seeds."
 
 
 def test_samples_are_told_apart_from_the_choice_of_test_images() -> None:
     rows = [row(str(seed), 0.85 + 0.001 * seed, calib__seed=str(seed)) for seed in range(3)]
-    assert readings.samples(effects.calibration_samples(rows)) == (
+    assert readings.samples(calibration.calibration_samples(rows)) == (
         "Another draw of calibration images (calib.seed) changes accuracy by a standard deviation of 0.10 points "
         "[0.05, 0.63]; other test images would change it by 0.11."
     )
