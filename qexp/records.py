@@ -183,6 +183,8 @@ class Top1:
 
 SAME_TAG = "runtimes.same"
 """The tag of the groups of INT8 runtimes whose logits are equal bit for bit: `eager torchscript; inductor`."""
+PARTED_TAG = "runtimes.parted"
+"""The tag of the runtimes whose INT8 logits have parted from torch's, separated by spaces."""
 
 
 def same_as_text(groups: Sequence[Sequence[str]]) -> str:

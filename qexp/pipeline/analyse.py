@@ -23,6 +23,7 @@ from qexp.quantize.inspection.layer_errors import at_a_time
 from qexp.quantize.saturation import kernels
 from qexp.quantize.torch_backend.slow_depthwise import without_fast_kernel
 from qexp.records import (
+    PARTED_TAG,
     SAME_TAG,
     AccuracySource,
     Fidelity,
@@ -141,6 +142,7 @@ def result(
     same = run_metrics.same_runtimes(int8)
     outcome = {
         SAME_TAG: same_as_text(same),
+        **({PARTED_TAG: " ".join(one.runtime for one in measured.parted)} if measured.parted else {}),
         **run_metrics.latency_tags(config, measured.timings),
         **({"latency_from": measured.latency_from} if measured.latency_from else {}),
         "accuracy_source": str(measured.on_target.source),

@@ -19,7 +19,16 @@ from qexp.config.identity import NOT_APPLICABLE
 from qexp.config.schema import ReportObjective
 from qexp.errors import ConfigError
 from qexp.metrics import Metric
-from qexp.records import SAME_TAG, AccuracySource, Interval, RunRecord, SaturationStatus, Top1, same_from_text
+from qexp.records import (
+    PARTED_TAG,
+    SAME_TAG,
+    AccuracySource,
+    Interval,
+    RunRecord,
+    SaturationStatus,
+    Top1,
+    same_from_text,
+)
 from qexp.report.study import SEED, Conditions, Latency, Study, same_setting, value
 
 # One-sided, as of a single run's verdict.
@@ -150,7 +159,12 @@ def candidates(study: Study, question: schema.Report) -> list[Candidate]:
                 qualifies=bool(corrected <= LEVEL),
                 latency=latency,
                 size_mb=finite(ships, Metric.size_int8) if value(ships, "resolved.runtime") in one.runtimes else None,
-                reasons=(*_elsewhere(one), *([_untold(one)] if unknown else []), *_untimed(latency, question)),
+                reasons=(
+                    *_parted(one),
+                    *_elsewhere(one),
+                    *([_untold(one)] if unknown else []),
+                    *_untimed(latency, question),
+                ),
                 selection=_selection(study, one, share),
             )
         )
@@ -192,6 +206,12 @@ def _same(record: RunRecord) -> tuple[tuple[str, ...], ...]:
     known = same_from_text(record.tags.get(SAME_TAG, ""))
     alone = Metric.fp32_only.within(record.metrics) or {value(record, "resolved.runtime"): 0.0}
     return known or tuple((runtime,) for runtime in alone)
+
+
+def _parted(one: Hypothesis) -> tuple[str, ...]:
+    """The reason, if there is one, that a runtime computes another function than the model that was quantized."""
+    parted = {runtime for record in one.records for runtime in record.tags.get(PARTED_TAG, "").split()}
+    return tuple(f"INT8 in {runtime} parts from torch's" for runtime in one.runtimes[:1] if runtime in parted)
 
 
 def _elsewhere(one: Hypothesis) -> tuple[str, ...]:

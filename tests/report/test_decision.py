@@ -270,6 +270,14 @@ def test_an_accuracy_that_holds_for_another_cpu_is_no_reason_to_ship() -> None:
     assert decision.recommend(study(harmless), question()).kind is Answer.ship
 
 
+def test_a_runtime_that_has_parted_is_not_recommended_however_fast() -> None:
+    parted = {"runtimes.parted": "onnxruntime openvino"}
+    found = decision.recommend(study(Planted("a", 0, 2.0, tags=parted, others={"onnxruntime": (0, 9.0)})), question())
+    assert found.chosen is not None
+    assert found.chosen.runtime == "eager"
+    assert found.reasons == ("1 of 2 candidates can't be recommended: INT8 in onnxruntime parts from torch's",)
+
+
 def test_where_the_targets_accuracy_was_measured_it_is_what_counts() -> None:
     metrics = {Metric.target_images: 2000.0, Metric.target_fp32_only: 100.0, Metric.target_int8_only: 0.0}
     emulated = {"accuracy_source": "emulated", "saturation": "observed"}
