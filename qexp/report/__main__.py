@@ -35,7 +35,7 @@ def readable(argument: str) -> str:
     """An argument as Hydra reads it as it was meant: texts in quotes, and the two runs of `compare` as a list."""
     key, _, value = argument.partition("=")
     if key == "compare" and not value.startswith("["):
-        return f"{key}=[{value}]"
+        return f"{key}=[{','.join(map(quoted, value.split(',')))}]"  # an id such as 1e5 would be a number
     plain = value and value not in ("null", "???") and value[0] not in "'\"" and "${" not in value
     return f"{key}={quoted(value)}" if key in TEXTS and plain else argument
 
