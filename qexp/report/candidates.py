@@ -159,12 +159,7 @@ def candidates(study: Study, question: schema.Report) -> list[Candidate]:
                 qualifies=bool(corrected <= LEVEL),
                 latency=latency,
                 size_mb=finite(ships, Metric.size_int8) if value(ships, "resolved.runtime") in one.runtimes else None,
-                reasons=(
-                    *_parted(one),
-                    *_elsewhere(one),
-                    *([_untold(one)] if unknown else []),
-                    *_untimed(latency, question),
-                ),
+                reasons=(*parted(one), *_elsewhere(one), *_untold(one, unknown), *_untimed(latency, question)),
                 selection=_selection(study, one, share),
             )
         )
@@ -208,10 +203,10 @@ def _same(record: RunRecord) -> tuple[tuple[str, ...], ...]:
     return known or tuple((runtime,) for runtime in alone)
 
 
-def _parted(one: Hypothesis) -> tuple[str, ...]:
+def parted(one: Hypothesis) -> tuple[str, ...]:
     """The reason, if there is one, that a runtime computes another function than the model that was quantized."""
-    parted = {runtime for record in one.records for runtime in record.tags.get(PARTED_TAG, "").split()}
-    return tuple(f"INT8 in {runtime} parts from torch's" for runtime in one.runtimes[:1] if runtime in parted)
+    names = {runtime for record in one.records for runtime in record.tags.get(PARTED_TAG, "").split()}
+    return tuple(f"INT8 in {runtime} parts from torch's" for runtime in one.runtimes[:1] if runtime in names)
 
 
 def _elsewhere(one: Hypothesis) -> tuple[str, ...]:
@@ -227,10 +222,12 @@ def _elsewhere(one: Hypothesis) -> tuple[str, ...]:
     return (measured,) if vnni is not None and vnni != here and can_saturate else ()
 
 
-def _untold(one: Hypothesis) -> str:
+def _untold(one: Hypothesis, unknown: bool) -> tuple[str, ...]:
+    if not unknown:
+        return ()
     if not all(_tables(one)):
-        return "the runs don't record how many images changed"
-    return "the predicted classes are not at hand"
+        return ("the runs don't record how many images changed",)
+    return ("the predicted classes are not at hand",)
 
 
 def _untimed(latency: Latency | None, question: schema.Report) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from qexp.report.candidates import (
     finite,
     images_of,
     margin_of,
+    parted,
     parts,
     scale_of,
     select_share,
@@ -129,7 +130,8 @@ class _Case:
     @property
     def possible(self) -> list[Candidate]:
         """The candidates that are neither shown to lose the margin or more nor known not to be what is asked for."""
-        return [one for one in self.found if not self.loses(one) and not self.fails(one)]
+        left = [one for one in self.found if not self.loses(one) and not self.fails(one)]
+        return [one for one in left if not parted(one.hypothesis)]
 
     @property
     def open(self) -> bool:

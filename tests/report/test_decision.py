@@ -276,6 +276,9 @@ def test_a_runtime_that_has_parted_is_not_recommended_however_fast() -> None:
     assert found.chosen is not None
     assert found.chosen.runtime == "eager"
     assert found.reasons == ("1 of 2 candidates can't be recommended: INT8 in onnxruntime parts from torch's",)
+    alone = decision.recommend(study(Planted("a", 0, 0.9, tags=parted, others={"onnxruntime": (0, 9.0)})), question())
+    assert named(alone) == ("stay_on_fp32", None)
+    assert alone.reasons == ("1 of 2 candidates is not shown to be faster than FP32", *found.reasons)
 
 
 def test_where_the_targets_accuracy_was_measured_it_is_what_counts() -> None:
