@@ -27,8 +27,7 @@ VIEW_KEY = "viewStateShareKey"  # in a link
 VERSION = 3  # of MLflow, whose UI this is written for
 COLUMNS = (Metric.accuracy_delta, Metric.latency_int8, Metric.speedup)
 VERDICT = "verdict"
-ALWAYS_SHOWN = {"attributes.`Run Name`": 290, "runDateAndNestInfo": 130}  # columns with their widths
-COLUMN_WIDTH = 130
+ALWAYS_SHOWN = {"attributes.`Run Name`": 360, "runDateAndNestInfo": 130}  # columns with their widths in pixels
 RUNS_IN_CHARTS = 100  # more make the browser slow
 SECTION = "qexp-sweep"
 
@@ -86,7 +85,7 @@ def view(parent: str, varied: Sequence[str]) -> dict[str, Any]:
         "modelVersionFilter": "All Runs",
         "selectedColumns": columns,
         "columnOrder": [*ALWAYS_SHOWN, *columns],
-        "columnWidths": {**ALWAYS_SHOWN, **dict.fromkeys(columns, COLUMN_WIDTH)},
+        "columnWidths": {**ALWAYS_SHOWN, **{name: _width(name) for name in columns}},
         "runsHiddenMode": "SHOW_ALL",
         "compareRunCharts": list(_charts(varied)),
         "compareRunSections": [
@@ -111,6 +110,12 @@ def view(parent: str, varied: Sequence[str]) -> dict[str, Any]:
 def column(kind: str, name: str) -> str:
     """The key of a column, or of an order, in the UI."""
     return f"{kind}.`{name}`"
+
+
+def _width(key: str) -> int:
+    """Pixels for a column: of a metric for its first digits, of others for the heading, within bounds."""
+    kind, _, heading = key.strip("`").partition(".`")
+    return 125 if kind == "metrics" else max(110, min(200, 50 + 7 * len(heading)))
 
 
 def _charts(varied: Sequence[str]) -> Iterator[dict[str, Any]]:
