@@ -45,7 +45,7 @@ class CalibrationSamples:
     sampling: float
 
 
-def calibration_samples(records: Sequence[RunRecord]) -> list[CalibrationSamples]:
+def samples(records: Sequence[RunRecord]) -> list[CalibrationSamples]:
     """The samples of each combination of settings that has two or more; the same seed twice is one sample."""
     groups: dict[frozenset[tuple[str, str]], dict[str, Evaluated]] = {}
     for record, found in compared(records):
@@ -160,7 +160,7 @@ class CalibrationSizes:
     enough: int | None
 
 
-def calibration_sizes(records: Sequence[RunRecord]) -> list[CalibrationSizes]:
+def sizes(records: Sequence[RunRecord]) -> list[CalibrationSizes]:
     """The calibration sizes of each combination of the other settings in which `calib.batches` varied."""
     from qexp import statistics
 

@@ -313,11 +313,13 @@ def _of_timings(timings: dict[object, Timing], replicates: Sequence[dict[object,
     if not measured:
         return Difference(1.0, 1.0, 0, Interval(1.0, 1.0, 1.0, CONFIDENCE, "one measurement"), nothing=True)
     logs = [sum(sign * timings[key].log_speedup for key, sign in one.items()) for one in measured]
-    weights: dict[object, float] = {}
+    times: dict[object, int] = {}
     for one in measured:
         for key, sign in one.items():
-            weights[key] = weights.get(key, 0.0) + sign / len(replicates)
-    own = math.sqrt(sum((weight * timings[key].error) ** 2 for key, weight in weights.items() if weight))
+            times[key] = times.get(key, 0) + sign
+    # Where replicates cancel each other's timings, they tell nothing.
+    errors = [number * timings[key].error / len(replicates) for key, number in times.items() if number]
+    own = math.hypot(*errors) if errors else math.nan
     groups = _unconnected(measured)
     spread = _spread([[logs[index] for index in group] for group in groups]) * len(measured) / len(replicates)
     error = max((one for one in (own, spread) if math.isfinite(one)), default=math.nan)

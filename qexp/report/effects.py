@@ -19,25 +19,14 @@ import numpy as np
 
 from qexp.config.identity import NOT_APPLICABLE
 from qexp.metrics import Metric
-from qexp.records import Interval, RunRecord, Top1
+from qexp.records import RunRecord, Top1
 from qexp.report import contrasts
-from qexp.report.accuracies import SOURCES as SOURCES
-from qexp.report.accuracies import Accuracy, Evaluated, accuracy, compared, together
-from qexp.report.calibration import CALIBRATION as CALIBRATION
-from qexp.report.calibration import CalibrationSamples as CalibrationSamples
-from qexp.report.calibration import CalibrationSizes as CalibrationSizes
-from qexp.report.calibration import Size as Size
-from qexp.report.calibration import calibration_samples as calibration_samples
-from qexp.report.calibration import calibration_sizes as calibration_sizes
-from qexp.report.calibration import spreads as spreads
+from qexp.report.accuracies import Accuracy, accuracy, together
 from qexp.report.contrasts import Answers, Contrast, Difference, Timing
-from qexp.report.study import SEED, sets, value, varied
+from qexp.report.study import SEED, sets, value
 
 if TYPE_CHECKING:
     from qexp.report.study import Conditions, Study
-
-# Fewer pairs than this tell next to nothing about how much they vary.
-PAIRS_FOR_INTERVAL = 3
 
 # The axis of runtimes, which a run has several of.
 RUNTIME = "runtime"
@@ -416,76 +405,6 @@ def _heat_maps(design: _Design, outcomes: Sequence[_Outcome], row: str, column: 
 
 def _clearest(departures: Iterable[Departure]) -> Departure | None:
     return max(departures, key=lambda one: one.difference.clarity, default=None)
-
-
-def _values(record: RunRecord, settings: Iterable[str]) -> tuple[str, ...]:
-    return tuple(value(record, setting) for setting in settings)
-
-
-@dataclass(frozen=True)
-class MeanEffect:
-    """The effect of one value of one setting, over the runs that have it.
-
-    accuracy, speedup: means over those runs; delta_accuracy, delta_speedup: mean difference to the setting's first
-    value, over `pairs` pairs of runs that are equal in every other setting; None where there is no such pair.
-    interval: of delta_accuracy as the mean of pairs that vary at random (t, 95%), from PAIRS_FOR_INTERVAL pairs on: it
-    tells how the effect varies from pair to pair and nothing of the sampling error that all pairs share.
-    """
-
-    setting: str
-    value: str
-    runs: int
-    accuracy: float
-    speedup: float | None
-    pairs: int
-    delta_accuracy: float | None
-    interval: Interval | None
-    delta_speedup: float | None
-
-
-def effects(records: Sequence[RunRecord]) -> list[MeanEffect]:
-    """The effect of each value of each setting that varied among the finished runs."""
-    runs = compared(records)
-    names = varied([record for record, _ in runs])
-    result = []
-    for name in names:
-        others = _held(name, names, [record for record, _ in runs])
-        having: dict[str, list[Evaluated]] = {}
-        for run in runs:
-            having.setdefault(value(run[0], name), []).append(run)
-        first = {_values(run[0], others): run for run in next(iter(having.values()))}
-        for index, (choice, group) in enumerate(having.items()):
-            pairs = [(first[key], run) for run in group if (key := _values(run[0], others)) in first]
-            result.append(_effect(name, choice, group, pairs, is_first=index == 0))
-    return result
-
-
-def _held(name: str, names: Sequence[str], records: Sequence[RunRecord]) -> list[str]:
-    """The settings that are equal in otherwise equal runs: all others but those that can't be while `name` varies, a
-    group's choice and the fields that it sets. A field that is swept beside its group's choice is held."""
-    others = [other for other in names if other != name]
-    return [other for other in others if not sets(name, other, records) and not sets(other, name, records)]
-
-
-def _effect(
-    setting: str, choice: str, group: Sequence[Evaluated], pairs: Sequence[tuple[Evaluated, Evaluated]], is_first: bool
-) -> MeanEffect:
-    from qexp import statistics
-
-    differences = [b.comparable - a.comparable for (_, a), (_, b) in pairs]
-    speedups = [together(record, Metric.speedup) for record, _ in group]
-    steps = [(together(a, Metric.speedup), together(b, Metric.speedup)) for (a, _), (b, _) in pairs]
-    return MeanEffect(
-        setting,
-        choice,
-        runs=len(group),
-        accuracy=fmean(found.comparable for _, found in group),
-        speedup=_mean([speedup for known in speedups for speedup in known]),
-        pairs=len(pairs),
-        delta_accuracy=_mean(differences),
-        interval=statistics.mean_interval(differences) if len(pairs) >= PAIRS_FOR_INTERVAL and not is_first else None,
-        delta_speedup=_mean([b[0] - a[0] for a, b in steps if a and b]),
-    )
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -26,29 +26,29 @@ TENSOR, CHANNEL = drawn("per_tensor", (0.85, 0.86, 0.84)), drawn("per_channel", 
 
 
 def test_samples_are_runs_that_differ_in_their_seed_alone() -> None:
-    tensor, channel = calibration.calibration_samples([*TENSOR, *CHANNEL])
+    tensor, channel = calibration.samples([*TENSOR, *CHANNEL])
     assert (tensor.settings, tensor.accuracies) == ({"qconfig": "per_tensor"}, (0.85, 0.86, 0.84))
     assert (channel.settings, channel.accuracies) == ({"qconfig": "per_channel"}, (0.88, 0.881))
     assert tensor.sampling == pytest.approx(0.0022)
-    assert calibration.calibration_samples(TENSOR)[0].settings == {}  # nothing else varied
+    assert calibration.samples(TENSOR)[0].settings == {}  # nothing else varied
 
 
 def test_samples_need_two_seeds_and_nothing_else_that_differs() -> None:
-    assert calibration.calibration_samples(TENSOR[:1]) == []
-    assert calibration.calibration_samples([TENSOR[0], CHANNEL[1]]) == []  # another seed, but of another setting
-    assert calibration.calibration_samples([TENSOR[0], replace(TENSOR[1], status="FAILED")]) == []
-    assert len(calibration.calibration_samples([TENSOR[0], TENSOR[0], TENSOR[1]])[0].accuracies) == 2  # twice one seed
+    assert calibration.samples(TENSOR[:1]) == []
+    assert calibration.samples([TENSOR[0], CHANNEL[1]]) == []  # another seed, but of another setting
+    assert calibration.samples([TENSOR[0], replace(TENSOR[1], status="FAILED")]) == []
+    assert len(calibration.samples([TENSOR[0], TENSOR[0], TENSOR[1]])[0].accuracies) == 2  # twice one seed
     without = [replace(r, params={**r.params, "calib.seed": "n/a"}) for r in TENSOR]
-    assert calibration.calibration_samples(without) == []
+    assert calibration.samples(without) == []
 
 
 def test_what_was_resolved_makes_no_setting_of_its_own() -> None:
     other = replace(TENSOR[1], params={**TENSOR[1].params, "resolved.weight_bits": "7"})
-    assert len(calibration.calibration_samples([TENSOR[0], other])) == 1
+    assert len(calibration.samples([TENSOR[0], other])) == 1
 
 
 def test_the_two_kinds_of_chance_are_apart_and_both_standard_deviations() -> None:
-    groups = calibration.calibration_samples([*TENSOR, *CHANNEL])
+    groups = calibration.samples([*TENSOR, *CHANNEL])
     found = calibration.spreads(groups)
     # 2 degrees of freedom with a variance of 0.01^2, and one with 0.001^2 / 2.
     assert found.samples.value == pytest.approx(math.sqrt((2 * 0.01**2 + 0.001**2 / 2) / 3))
@@ -63,7 +63,7 @@ def test_the_two_kinds_of_chance_are_apart_and_both_standard_deviations() -> Non
 
 
 def test_sizes_are_in_order_and_all_images_have_no_sample() -> None:
-    (found,) = calibration.calibration_sizes(by_size(RISING))
+    (found,) = calibration.sizes(by_size(RISING))
     assert [(size.batches, size.images, size.exact) for size in found.sizes] == [
         (1, 16, False),
         (8, 128, False),
@@ -79,13 +79,13 @@ def test_sizes_are_in_order_and_all_images_have_no_sample() -> None:
 def test_all_images_in_an_order_that_matters_have_samples() -> None:
     rows = by_size({"8": (0.80, 0.81), "null": (0.82, 0.83)})
     rows = [replace(r, params={**r.params, "calib.seed": r.name.split()[1]}) for r in rows]
-    (found,) = calibration.calibration_sizes(rows)
+    (found,) = calibration.sizes(rows)
     assert (found.sizes[1].accuracies, found.sizes[1].exact) == ((0.82, 0.83), False)
 
 
 def test_a_size_may_be_enough_only_since_all_images_have_no_spread() -> None:
     # The largest gain at 95% is t(2 degrees of freedom) * 0.05 points * sqrt(1/3): 0.12; with a spread of all, 0.25.
-    (found,) = calibration.calibration_sizes(by_size({"8": (0.80, 0.8005, 0.801), "null": (0.8005,)}))
+    (found,) = calibration.sizes(by_size({"8": (0.80, 0.8005, 0.801), "null": (0.8005,)}))
     assert found.plateau is not None
     assert (found.plateau.gains[0].high, found.enough) == (pytest.approx(0.00124, abs=1e-5), 0)
 
@@ -93,12 +93,12 @@ def test_a_size_may_be_enough_only_since_all_images_have_no_spread() -> None:
 def test_the_order_of_sizes_does_not_matter_and_a_seed_counts_once() -> None:
     rows = by_size(RISING)
     by_seed = sorted(rows, key=lambda r: (r.params["calib.seed"], -r.metrics[Metric.calibration_images]))
-    assert calibration.calibration_sizes([*by_seed, *rows]) == calibration.calibration_sizes(rows)
+    assert calibration.sizes([*by_seed, *rows]) == calibration.sizes(rows)
 
 
 def test_sizes_are_read_for_each_combination_of_the_other_settings() -> None:
     rows = [*by_size(RISING, qconfig="per_tensor"), *by_size(RISING, qconfig="per_channel")]
-    found = calibration.calibration_sizes(rows)
+    found = calibration.sizes(rows)
     assert [one.settings for one in found] == [{"qconfig": "per_tensor"}, {"qconfig": "per_channel"}]
     assert found[0].sizes == found[1].sizes
 
@@ -108,15 +108,15 @@ def test_all_images_go_with_each_way_of_sampling() -> None:
     stratified = [
         replace(r, params={**r.params, "calib.sampling": "stratified"}) for r in rows if r.params["calib.seed"] != "n/a"
     ]
-    found = calibration.calibration_sizes([*rows, *stratified])
+    found = calibration.sizes([*rows, *stratified])
     assert [one.settings["calib.sampling"] for one in found] == ["random", "stratified"]
-    assert [one.sizes for one in found] == [calibration.calibration_sizes(rows)[0].sizes] * 2
+    assert [one.sizes for one in found] == [calibration.sizes(rows)[0].sizes] * 2
 
 
 def test_one_size_is_no_sweep_over_sizes() -> None:
-    assert calibration.calibration_sizes(by_size({"8": (0.80, 0.81)})) == []
-    assert calibration.calibration_sizes(TENSOR) == []
-    assert calibration.calibration_sizes([]) == []
+    assert calibration.sizes(by_size({"8": (0.80, 0.81)})) == []
+    assert calibration.sizes(TENSOR) == []
+    assert calibration.sizes([]) == []
 
 
 # ---- Winners

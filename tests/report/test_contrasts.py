@@ -173,6 +173,13 @@ def test_speeds_hold_together_over_the_contrasts_that_were_measured() -> None:
     assert none is None
 
 
+def test_pairs_that_cancel_each_others_timings_tell_nothing() -> None:
+    timings = [timing("a", 4), timing("b", 5), timing("b", 5), timing("a", 4)]
+    (found,) = contrasts.of_speed(timings, [pair((1, 0), (3, 2))])
+    assert found
+    assert (found.value, found.interval, found.nothing) == (1, None, False)
+
+
 def test_a_timing_without_an_interval_needs_a_spread() -> None:
     timings = [timing(n, 4 + n / 10, math.nan) for n in range(4)]
     one, two = contrasts.of_speed(timings, [pair((1, 0)), pair((1, 0), (3, 2))])

@@ -111,7 +111,7 @@ def test_the_page_says_first_what_to_ship_and_its_figures(tmp_path: Path) -> Non
     assert text.index("Ship ") < text.index("Recommendation")
     assert "adjusted p" in text
     assert "observer: against minmax, accuracy: mse -6.00" in text
-    assert "qconfig: against per_tensor, accuracy: the same; speed: " in text
+    assert "qconfig: against per_channel, accuracy: the same; speed: " in text
     assert "Holm" in text
 
 

@@ -15,7 +15,7 @@ from tests.helpers.studies import grid, right, run, study
 
 
 def said(rows: Sequence[RunRecord]) -> str:
-    return "\n".join(readings.calibration(calibration.calibration_sizes(rows)))
+    return "\n".join(readings.calibration(calibration.sizes(rows)))
 
 
 def test_a_setting_within_noise_one_that_mattered_and_one_that_changed_nothing_are_told_apart() -> None:
@@ -104,7 +104,7 @@ def test_a_winner_that_changes_with_the_seed_is_called_chance() -> None:
 
 def test_samples_are_told_apart_from_the_choice_of_test_images() -> None:
     rows = [row(str(seed), 0.85 + 0.001 * seed, calib__seed=str(seed)) for seed in range(3)]
-    assert readings.samples(calibration.calibration_samples(rows)) == (
+    assert readings.samples(calibration.samples(rows)) == (
         "Another draw of calibration images (calib.seed) changes accuracy by a standard deviation of 0.10 points "
         "[0.05, 0.63]; other test images would change it by 0.11."
     )
