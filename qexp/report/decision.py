@@ -409,8 +409,17 @@ def _reasons(case: _Case, kind: Answer, images: int) -> Iterator[str]:
             yield f"{_some(others, number)} {_are(others)} not shown to be {what} than FP32"
     elif kind is Answer.cant_tell and case.open and not any(one.qualifies for one in case.found):
         yield _not_shown(case, images)
-    for reason, count in Counter(one.reasons[0] for one in case.found if one.reasons).most_common():
-        yield f"{_some(count, number)} can't be recommended: {reason}"
+    yield from _ruled_out([one.reasons[0] for one in case.found if one.reasons], number)
+
+
+def _ruled_out(reasons: Sequence[str], number: int) -> Iterator[str]:
+    """The most frequent first; of those that differ only in what comes after a colon, one as an example."""
+    kinds: dict[str, list[str]] = {}
+    for reason in reasons:
+        kinds.setdefault(reason.partition(": ")[0], []).append(reason)
+    for alike in sorted(kinds.values(), key=len, reverse=True):
+        (most, _), *others = Counter(alike).most_common()
+        yield f"{_some(len(alike), number)} can't be recommended: {most}{', for example' * bool(others)}"
 
 
 def _some(count: int, number: int) -> str:

@@ -246,6 +246,19 @@ def test_without_a_valid_timing_what_qualifies_by_accuracy_is_named(reason: str,
     assert found.settles == (settles,)
 
 
+def test_reasons_of_one_kind_are_counted_together() -> None:
+    def noisy(name: str, reason: str) -> Planted:
+        return Planted(name, params={"observer": name}, tags={"latency_valid": "false", "latency_reason": reason})
+
+    whole = study(
+        noisy("a", "a was busy; b"), noisy("b", "c was late"), noisy("c", "c was late"), with_setting("d", 0, None)
+    )
+    assert decision.recommend(whole, question()).reasons == (
+        "3 of 4 candidates can't be recommended: the timing can't be trusted: c was late, for example",
+        "1 of 4 candidates can't be recommended: there is no timing",
+    )
+
+
 def test_what_was_not_timed_is_not_recommended_and_a_quiet_machine_may_settle_it() -> None:
     noisy = {"latency_valid": "false", "latency_reason": "it was noisy"}
     whole = study(Planted("a", 0, None), Planted("b", 0, 3.0, tags=noisy, params={"observer": "b"}))
