@@ -144,6 +144,7 @@ def candidates(study: Study, question: schema.Report) -> list[Candidate]:
     for one, count, delta, raw, corrected in zip(found, counts, deltas, p, adjusted, strict=True):
         ships = one.records[0]
         runtime, latency = _fastest(study, one, question, where)
+        size = finite(ships, Metric.size_int8) if value(ships, "resolved.runtime") in one.runtimes else None
         unknown = count is None and (delta is None or delta.high >= -margin)
         result.append(
             Candidate(
@@ -158,8 +159,8 @@ def candidates(study: Study, question: schema.Report) -> list[Candidate]:
                 adjusted=float(corrected),
                 qualifies=bool(corrected <= LEVEL),
                 latency=latency,
-                size_mb=finite(ships, Metric.size_int8) if value(ships, "resolved.runtime") in one.runtimes else None,
-                reasons=(*parted(one), *_elsewhere(one), *_untold(one, unknown), *_untimed(latency, question)),
+                size_mb=size,
+                reasons=(*parted(one), *_elsewhere(one), *_untold(one, unknown), *_unmeasured(size, latency, question)),
                 selection=_selection(study, one, share),
             )
         )
@@ -230,11 +231,12 @@ def _untold(one: Hypothesis, unknown: bool) -> tuple[str, ...]:
     return ("the predicted classes are not at hand",)
 
 
-def _untimed(latency: Latency | None, question: schema.Report) -> tuple[str, ...]:
-    if question.objective is ReportObjective.smallest or (latency and latency.valid):
-        return ()
-    if latency:
-        return (f"the timing can't be trusted: {latency.reasons[0]}",)
+def _unmeasured(size_mb: float | None, latency: Latency | None, question: schema.Report) -> tuple[str, ...]:
+    """The reason, if there is one, that what is asked for, size or speed, is not known."""
+    if question.objective is ReportObjective.smallest:
+        return () if size_mb is not None else ("the size in this runtime is not known",)
+    if latency is not None:
+        return () if latency.valid else (f"the timing can't be trusted: {latency.reasons[0]}",)
     asked = [f"report.{name}={value}" for name in ("batch_size", "threads") if (value := getattr(question, name))]
     return (" ".join(["there is no timing", *(["with", *asked] if asked else [])]),)
 

@@ -21,6 +21,7 @@ from qexp.config import composition, schema
 from qexp.config.identity import NOT_APPLICABLE
 from qexp.config.schema import ReportObjective
 from qexp.metrics import Metric
+from qexp.records import AccuracySource
 from qexp.report.candidates import (
     LEVEL,
     Candidate,
@@ -386,7 +387,7 @@ def _answer(
         images=images,
         images_needed=needed,
         reasons=tuple(_reasons(case, kind, images)),
-        settles=tuple(_settles(case, kind, total if case.share else images, needed)),
+        settles=tuple(_settles(case, kind, chosen, total if case.share else images, needed)),
         error_rate=_error_rate(case, images, total),
     )
 
@@ -461,9 +462,12 @@ def _hopeless(images: int, margin: float, number: int) -> bool:
     return float(stats.norm.sf(statistics.tango_z(-margin, 0, 0, images))) > LEVEL / number
 
 
-def _settles(case: _Case, kind: Answer, images: int, needed: int | None) -> Iterator[str]:
+def _settles(case: _Case, kind: Answer, chosen: Candidate | None, images: int, needed: int | None) -> Iterator[str]:
     if needed is not None:
-        yield f"about {needed:,} test images in place of {images:,}"
+        source = chosen.ships.tags.get("accuracy_source") if chosen and chosen.hypothesis.on_target else None
+        setting = {AccuracySource.emulated: "emulated_images", AccuracySource.exact: "exact_images"}
+        how = f" (saturation.{setting[AccuracySource(source)]})" if source else ""
+        yield f"about {needed:,} test images in place of {images:,}{how}"
     if kind is Answer.ship or kind is Answer.stay_on_fp32:
         return
     timed = [one.latency for one in case.possible if one.latency and not one.latency.valid]

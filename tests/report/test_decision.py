@@ -301,6 +301,10 @@ def test_where_the_targets_accuracy_was_measured_it_is_what_counts() -> None:
     here, other = decision.candidates(study(one), question())
     assert here.delta is not None
     assert (here.delta.value, here.images) == (-0.05, 2000)
+    few = {Metric.target_images: 500.0, Metric.target_fp32_only: 1.0, Metric.target_int8_only: 0.0}
+    open_ = decision.recommend(study(replace(one, metrics=few)), question())
+    assert open_.kind is Answer.cant_tell
+    assert open_.settles[0].endswith("test images in place of 500 (saturation.emulated_images)")
     assert other.reasons == ("the accuracy was not measured on the CPU that target=avx2 means in openvino",)
 
 
@@ -359,6 +363,10 @@ def test_the_smallest_needs_no_timing() -> None:
     found = decision.recommend(whole, question("smallest"))
     assert named(found) == ("ship", "c")
     assert [one.ships.name for one in found.tied] == ["c", "d"]
+    elsewhere = replace(sized("a", 0, 10.0), others={"onnxruntime": (0, 2.0)})
+    assert [one.reasons for one in decision.candidates(study(elsewhere), question("smallest"))] == [
+        (), ("the size in this runtime is not known",)
+    ]  # fmt: skip
     larger = decision.recommend(study(sized("a", 0, 50.0)), question("smallest"))
     assert named(larger) == ("stay_on_fp32", None)
     assert larger.reasons == ("the one candidate is not shown to be smaller than FP32",)
