@@ -78,6 +78,8 @@ class Metric(StrEnum):
     runtime_speedup = "runtime_speedup/<runtime>", *_RATIO, "fastest FP32 over INT8 in this runtime", "speedup"
     runtime_speedup_low = "runtime_speedup/<runtime>_low", *_RATIO, "95% interval of it (bootstrap of rounds)"
     runtime_speedup_high = "runtime_speedup/<runtime>_high", *_RATIO, "upper end of that interval"
+    runtime_layers_int8 = "runtime_layers/<runtime>_int8", *_LAYERS, "layers that this runtime says it executes in INT8"
+    runtime_layers_float = "runtime_layers/<runtime>_float", *_BAD_LAYERS, "layers that it says it executes in FP32"
     runtime_latency = "runtime_latency/<variant>_ms", *_MS, "p50 of this variant", "latency"
     runtime_latency_p90 = "runtime_latency/<variant>_p90_ms", *_MS, "p90 of this variant"
     runtime_latency_p99 = "runtime_latency/<variant>_p99_ms", *_MS, "p99 of this variant"

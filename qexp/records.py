@@ -280,6 +280,7 @@ class WarningCode(StrEnum):
     int8_slower = "int8_slower"
     int8_not_faster = "int8_not_faster"
     runtime_parted = "runtime_parted"
+    runtime_layers_in_fp32 = "runtime_layers_in_fp32"
     layers_in_fp32 = "layers_in_fp32"
     batchnorm_left = "batchnorm_left"
     layers_narrowed = "layers_narrowed"

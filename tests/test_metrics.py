@@ -18,6 +18,7 @@ uncertainty/mcnemar_p uncertainty/non_inferiority_p uncertainty/detectable
 fidelity/agreement fidelity/kl fidelity/sqnr_db
 runtime_accuracy/<runtime> runtime_agreement/<runtime>
 runtime_speedup/<runtime> runtime_speedup/<runtime>_low runtime_speedup/<runtime>_high
+runtime_layers/<runtime>_int8 runtime_layers/<runtime>_float
 runtime_latency/<variant>_ms runtime_latency/<variant>_p90_ms runtime_latency/<variant>_p99_ms
 discordant/images discordant/<runtime>_fp32_only discordant/<runtime>_int8_only
 target/accuracy target/delta target/delta_low target/delta_high target/images

@@ -24,6 +24,7 @@ ORDER = [
     "tracking",
     "report",
     "pipeline",
+    "export",
     "launch",
     "__main__",
 ]

@@ -29,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 import qexp
 from qexp.config import identity
 from qexp.config.identity import GROUPS
-from qexp.config.schema import Config, ReportCommand
+from qexp.config.schema import Config, ExportCommand, ReportCommand
 from qexp.errors import ConfigError
 from qexp.system import credentials
 
@@ -48,6 +48,7 @@ OmegaConf.register_new_resolver("qexp.by_engine", by_engine, replace=True)
 OmegaConf.register_new_resolver("qexp.hex", lambda: secrets.token_hex(2), use_cache=True, replace=True)
 ConfigStore.instance().store(name="schema", node=Config)
 ConfigStore.instance().store(name="report_schema", node=ReportCommand)
+ConfigStore.instance().store(name="export_schema", node=ExportCommand)
 
 
 def check_choices(arguments: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qexp.config import identity
-from qexp.config.schema import Config, ReportCommand, RuntimeName
+from qexp.config.schema import Config, ExportCommand, ReportCommand, RuntimeName
 from qexp.errors import ConfigError
 from qexp.system import credentials
 
@@ -32,6 +32,15 @@ def report_from_hydra(composed: Any, cwd: str) -> ReportCommand:
     """As `from_hydra`, for the settings of `python -m qexp.report`."""
     command: ReportCommand = _typed(composed, ReportCommand)
     command.outputs = absolute(command.outputs, cwd)
+    credentials.learn(command)
+    return command
+
+
+def export_from_hydra(composed: Any, cwd: str) -> ExportCommand:
+    """As `from_hydra`, for the settings of `python -m qexp.export`."""
+    command: ExportCommand = _typed(composed, ExportCommand)
+    command.outputs = absolute(command.outputs, cwd)
+    command.folder = None if command.folder is None else absolute(command.folder, cwd)
     credentials.learn(command)
     return command
 

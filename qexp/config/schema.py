@@ -395,6 +395,37 @@ class ReportCommand:
     outputs: str
 
 
+class ExportFormat(StrEnum):
+    """What a model can ship as, followed by the packages that its folder needs to serve it."""
+
+    needs: tuple[str, ...]
+
+    def __new__(cls, name: str, *needs: str) -> ExportFormat:
+        made = str.__new__(cls, name)
+        made._value_ = name
+        made.needs = needs
+        return made
+
+    onnx = "onnx", "onnxruntime"
+    openvino = "openvino", "openvino"
+    torchscript = "torchscript", "torch"
+    pt2 = "pt2", "torch"
+    tensorrt = "tensorrt", "onnxruntime"
+
+
+@dataclass
+class ExportCommand:
+    """The settings of `python -m qexp.export`. batch_size: of formats that fix it; folder: to write, None: one in
+    outputs."""
+
+    run_id: str | None
+    format: ExportFormat
+    batch_size: int
+    folder: str | None
+    tracking: Connection
+    outputs: str
+
+
 def cache_folder(config: Config) -> Path | None:
     """The folder of the cache that all runs share; None where it is not used."""
     return Path(config.outputs) / "cache" if config.cache.enabled else None

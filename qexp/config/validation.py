@@ -10,6 +10,7 @@ from qexp.config.schema import (
     ActivationObserver,
     Config,
     Engine,
+    ExportCommand,
     LogModel,
     Observer,
     Report,
@@ -218,5 +219,15 @@ def check_report_command(command: ReportCommand) -> None:
         raise ConfigError(
             f"compare={','.join(command.compare)}: must be the ids of two runs, as in compare=RUN_A,RUN_B."
         )
+    if not command.tracking.timeout > 0:
+        raise ConfigError(f"tracking.timeout={command.tracking.timeout}: must be positive.")
+
+
+def check_export_command(command: ExportCommand) -> None:
+    """Raise ConfigError for settings of `python -m qexp.export` that can't work whatever the run is."""
+    if not command.run_id:
+        raise ConfigError("run_id has no value: give the id of a run in MLflow, as in run_id=ID.")
+    if command.batch_size < 1:
+        raise ConfigError(f"batch_size={command.batch_size}: must be positive.")
     if not command.tracking.timeout > 0:
         raise ConfigError(f"tracking.timeout={command.tracking.timeout}: must be positive.")

@@ -85,8 +85,8 @@ class Measured:
 
     fusion_difference: of the fused from the float model's logits, as a share of the largest; reduced: the layers whose
     range overflow=layers reduced to 7 bits; headline: the INT8 variant that the headline metrics and the verdict are
-    about; parted: the runtimes whose logits have parted from torch's; latency_from: the run that made the timings,
-    empty where it is this one.
+    about; parted: the runtimes whose logits have parted from torch's; runtime_layers: by runtime, the numbers of layers
+    that it executes in INT8 and in FP32; latency_from: the run that made the timings, empty where it is this one.
     """
 
     fusion_difference: float
@@ -97,6 +97,7 @@ class Measured:
     predictions: Mapping[Variant, Predictions]
     headline: Variant
     parted: tuple[Parting, ...]
+    runtime_layers: Mapping[str, tuple[int, int]]
     timings: list[protocol.Timing]
     latency_from: str
     layer_errors: tuple[Fidelity, ...]
@@ -157,6 +158,7 @@ def result(
         **run_metrics.latency_metrics(measured.timings, measured.headline),
         **run_metrics.size_metrics(measured.saved.float_bytes, measured.saved.artifacts, measured.headline),
         **run_metrics.layer_metrics(layers),
+        **run_metrics.runtime_layer_metrics(measured.runtime_layers),
         Metric.layers_narrowed: float(len(reduced)),
         Metric.fusion_difference: measured.fusion_difference,
         Metric.calibration_images: float(measured.calibration.images),
@@ -184,6 +186,7 @@ def result(
         warnings=(
             *warnings.general_warnings(config, data, layers, {**numbers, **outcome}),
             *warnings.parting_warnings(qconfig.overflow, measured.parted),
+            *warnings.runtime_layer_warnings(layers, measured.runtime_layers),
             *warnings.saturation_warnings(config, qconfig.overflow, layers, reduced, measured.on_target),
             *warnings.slow_kernel_warnings(config, slow_kernels(config, measured.int8.module)),
         ),

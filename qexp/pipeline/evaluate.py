@@ -106,6 +106,26 @@ def rounds_otherwise(variant: Variant) -> bool:
     return RUNTIMES[variant.runtime].rounds_otherwise
 
 
+@step("layers of runtimes")
+def runtime_layers(config: Config, data: Data, saved: Saved) -> dict[str, tuple[int, int]]:
+    """By runtime with kernels of its own, the numbers of layers that it says it executes in INT8, and in FP32.
+
+    Raises RunError where there is none in INT8.
+    """
+    found = {}
+    for variant in filter(rounds_otherwise, saved.of(Precision.int8)):
+        runtime = RUNTIMES[variant.runtime]
+        assert isinstance(runtime, OnnxRuntime)
+        shape = config.latency.batch_sizes[0], *data.test.shape
+        found[variant.runtime] = runtime.layers(saved.path(variant), shape)
+        if not found[variant.runtime][0]:
+            raise RunError(
+                f"{variant.runtime} executes no layer of the INT8 model in INT8: take it out of runtimes, or try the "
+                "other flow."
+            )
+    return found
+
+
 @step("compare runtimes")
 def partings(
     config: Config, data: Data, saved: Saved, predictions: Mapping[Variant, Predictions]

@@ -13,7 +13,7 @@ from qexp.data.loading import load_data
 from qexp.models.float_model import load_or_train
 from qexp.pipeline import run_files
 from qexp.pipeline.analyse import Measured, layer_errors, result
-from qexp.pipeline.evaluate import partings, predict
+from qexp.pipeline.evaluate import partings, predict, runtime_layers
 from qexp.pipeline.measure import measure_latency
 from qexp.pipeline.prepare import (
     calibrate,
@@ -58,6 +58,7 @@ def run_experiment(config: Config, folder: Path) -> Result:
         saved = save(config, data, fp32, int8, images, folder)
         predictions = predict(config, data, saved)
         parted = partings(config, data, saved, predictions)
+        layers_run = runtime_layers(config, data, saved)
         timings, latency_from = measure_latency(config, data, saved, predictions, folder)
         headline = headline_variant(config, saved.of(Precision.int8), timings, {one.runtime for one in parted})
         with analysing(config):
@@ -73,6 +74,7 @@ def run_experiment(config: Config, folder: Path) -> Result:
             predictions=predictions,
             headline=headline,
             parted=parted,
+            runtime_layers=layers_run,
             timings=timings,
             latency_from=latency_from,
             layer_errors=errors,

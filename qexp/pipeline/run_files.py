@@ -140,7 +140,7 @@ def write_files(
         fp32=fp32.logits, int8=int8.logits, labels=fp32.labels, image_ids=np.array(fp32.image_ids),
     )  # fmt: skip
     _json(folder / "config.json", identity.plain(config))
-    _json(folder / "qparams.json", {name: _qparams(value) for name, value in qparams.items()})
+    _json(folder / "qparams.json", {name: plain_qparams(value) for name, value in qparams.items()})
     _json(folder / "model" / "artifacts.json", [_artifact(a) for a in artifacts])
     (folder / "model" / "load.py").write_text(loading_code(config, artifacts))
     names = ["predictions.npz", "config.json", "qparams.json", "model"]
@@ -222,7 +222,8 @@ def _csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) 
         writer.writerows(rows)
 
 
-def _qparams(value: QParams) -> dict[str, Any]:
+def plain_qparams(value: QParams) -> dict[str, Any]:
+    """Quantization parameters as plain values."""
     plain = {"scale": value.scale.tolist(), "zero_point": value.zero_point.tolist()}
     return {**plain, "qmin": value.qmin, "qmax": value.qmax, "axis": value.axis}
 

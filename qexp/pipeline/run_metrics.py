@@ -236,3 +236,14 @@ def layer_metrics(layers: tuple[Layer, ...]) -> dict[str, float]:
         Metric.layers_float: float(sum(not layer.int8 for layer in weighted)),
         Metric.batchnorm_left: float(len(layers) - len(weighted)),
     }
+
+
+def runtime_layer_metrics(layers: Mapping[str, tuple[int, int]]) -> dict[str, float]:
+    """The numbers of layers that each runtime executes in INT8 and in FP32, by its own account."""
+    numbers: dict[str, float] = {}
+    for runtime, (int8, in_float) in layers.items():
+        numbers |= {
+            Metric.runtime_layers_int8.of(runtime): float(int8),
+            Metric.runtime_layers_float.of(runtime): float(in_float),
+        }
+    return numbers

@@ -70,6 +70,17 @@ def parting_warnings(guard: Overflow, parted: Collection[Parting]) -> Iterator[R
         yield RunWarning(WarningCode.runtime_parted, {**asdict(one), "can_saturate": can_saturate})
 
 
+def runtime_layer_warnings(layers: tuple[Layer, ...], executed: Mapping[str, tuple[int, int]]) -> Iterator[RunWarning]:
+    """A warning about each runtime that executes fewer layers in INT8 than the model has. executed: by runtime, the
+    numbers in INT8 and in FP32."""
+    of_model = sum(layer.int8 and layer.kind != "batchnorm" for layer in layers)
+    for runtime, (int8, _) in executed.items():
+        if int8 < of_model:
+            yield RunWarning(
+                WarningCode.runtime_layers_in_fp32, {"runtime": runtime, "executed": int8, "layers": of_model}
+            )
+
+
 def slow_kernel_warnings(config: Config, slow: tuple[str, ...]) -> Iterator[RunWarning]:
     """A warning about layers without a fast kernel. slow: their names (see `slow_depthwise.without_fast_kernel`)."""
     if slow:

@@ -83,6 +83,8 @@ def warning(found: RunWarning) -> str:
                 f"INT8 in {data['runtime']} parts from torch's by {data['times']:.1f} times what quantization costs, "
                 f"beginning with {data['layer']} (by {data['steps']:.1f} steps of its grid): don't ship it{saturates}."
             )
+        case WarningCode.runtime_layers_in_fp32:
+            return f"{data['runtime']} executes {data['executed']} of the {data['layers']} INT8 layers in INT8."
         case WarningCode.layers_in_fp32:
             reasons = f": {', '.join(data['reasons'])}" if data["reasons"] else ""
             return f"{len(data['layers'])} layers stay in FP32 ({_some(data['layers'])}){reasons}."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import re
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from qexp.config.schema import FlowName
 from qexp.errors import RunError, first_line
@@ -89,7 +90,7 @@ def write(model: nn.Module, example: Tensor, path: Path) -> Path:
                 optimize=True, verbose=False,
             )  # fmt: skip
         except (torch.onnx.OnnxExporterError, RuntimeError, NotImplementedError) as error:
-            raise RunError(f"torch can't write {type(model).__name__} as ONNX: {_reason(error)}") from error
+            raise RunError(_refusal(error, exported.graph)) from error
     proto = made.model_proto
     _tidy(proto, qdq.tensors(exported.graph))
     onnx.checker.check_model(proto, full_check=True)  # shapes are inferred, and compared with those written
@@ -132,11 +133,16 @@ def with_codes(path: Path, to: Path) -> Path:
     return to
 
 
-def _reason(error: BaseException) -> str:
-    """The first of the errors that led to this one, in a line."""
+def _refusal(error: BaseException, graph: fx.Graph) -> str:
+    """A sentence for the first of the errors that led to this one."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return first_line(error)
+    named = re.search(r"OpOverload\(op='(.+?)', overload='(.+?)'\)", str(error))
+    if named is None:
+        return f"torch can't write the model as ONNX: {first_line(error)}"
+    operator = ".".join(named.groups())
+    where = qdq.place_of(operator, graph) or "the model"
+    return f"{where} executes {operator}, which has no counterpart in ONNX"
 
 
 @contextmanager

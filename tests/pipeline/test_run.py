@@ -19,16 +19,17 @@ from qexp.errors import InputError, RunError
 from qexp.latency import protocol
 from qexp.metrics import Metric, described
 from qexp.models import inference
-from qexp.pipeline import input_checks, run_metrics
+from qexp.pipeline import evaluate, input_checks, run_metrics
 from qexp.pipeline.prepare import Saved
 from qexp.pipeline.run import run_experiment
 from qexp.records import SAME_TAG, Precision, Predictions, Result, Top1, Variant, WarningCode, same_from_text
+from qexp.report import sentences
 from qexp.runtimes import RUNTIMES
 from tests.helpers import ROOT
 
 Composed = Callable[..., Config]
-# A p99 needs a thousand calls; jobs are counted in a sweep's own run.
-ONLY_IN_SOME = {Metric.runtime_latency_p99, Metric.jobs}
+# A p99 needs a thousand calls; jobs are counted in a sweep's own run; torch's runtimes execute what was converted.
+ONLY_IN_SOME = {Metric.runtime_latency_p99, Metric.jobs, Metric.runtime_layers_int8, Metric.runtime_layers_float}
 SMALL = ("model=tiny", "train=fast", "latency=quick", "latency.seconds=0.1", "latency.warmup_seconds=0")
 
 
@@ -113,6 +114,37 @@ with quantize.engine(Engine.x86), torch.inference_mode():
     expected = torch.from_numpy(np.load(folder / "predictions.npz")["int8"])
     for logits in torch.load(folder / "logits.pt", weights_only=True):
         assert torch.equal(logits, expected)
+
+
+THEIRS = ["onnxruntime", "openvino"]
+
+
+@pytest.mark.parametrize("flow", ["eager", "fx"])
+def test_other_libraries_are_measured_beside_torch(run: Callable[..., Result], flow: str) -> None:
+    result = run("runtimes=[eager,onnxruntime,openvino]", f"flow={flow}", "qconfig.overflow=weights")
+    reference = result.metrics[Metric.runtime_accuracy.of("eager")]
+    for runtime in THEIRS:
+        assert result.metrics[Metric.runtime_accuracy.of(runtime)] == pytest.approx(reference, abs=0.02)
+        assert result.metrics[Metric.runtime_agreement.of(runtime)] > 0.97
+        assert result.metrics[Metric.runtime_layers_int8.of(runtime)] == 7
+        assert result.metrics[Metric.runtime_layers_float.of(runtime)] == 0
+        for precision in Precision:
+            assert result.metrics[Metric.runtime_latency.of(Variant(precision, runtime))] > 0
+    assert not codes(result) & {WarningCode.runtime_parted, WarningCode.runtime_layers_in_fp32}
+
+
+def test_a_runtime_that_parts_from_torch_is_not_what_a_run_is_about(
+    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "validity", lambda timings: (True, ()))
+    monkeypatch.setattr(evaluate, "MOST", -1.0)
+    result = run("runtimes=[onnxruntime,torchscript,openvino]", "qconfig.overflow=weights")
+    parted = [one for one in result.warnings if one.code is WarningCode.runtime_parted]
+    assert [one.data["runtime"] for one in parted] == THEIRS
+    assert result.resolved["resolved.runtime"] == "torchscript"
+    for one in parted:
+        assert one.data["layer"]
+        assert sentences.warning(one).startswith(f"INT8 in {one.data['runtime']} parts from torch's by")
 
 
 def test_torchscript_predicts_where_it_gives_the_same_bit_for_bit() -> None:

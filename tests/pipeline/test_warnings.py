@@ -258,3 +258,8 @@ def test_the_bits_of_activations_are_those_that_are_executed(
     with quantize.engine(Engine.x86), torch.inference_mode():
         int8(images(8) * 9)
     assert seen == [2**bits - 1]
+
+
+def test_a_runtime_with_fewer_layers_in_int8_says_so() -> None:
+    (found,) = warnings.runtime_layer_warnings(DENSE, {"onnxruntime": (2, 0), "openvino": (1, 1)})
+    assert sentences.warning(found) == "openvino executes 1 of the 2 INT8 layers in INT8."

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from qexp.quantize.qdq.program import INPUT, program, quantizing, tensors
+from qexp.quantize.qdq.program import INPUT, place_of, program, quantizing, tensors
 from qexp.quantize.qdq.recording import UnsupportedError
 
-__all__ = ["INPUT", "UnsupportedError", "exported", "program", "quantizing", "tensors"]
+__all__ = ["INPUT", "UnsupportedError", "exported", "place_of", "program", "quantizing", "tensors"]
 
 
 def exported(model: nn.Module, example: Tensor) -> ExportedProgram:

@@ -16,6 +16,7 @@ A float model gives a program, too, without such operators.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ from qexp.quantize.qdq.recording import Call, OfBatch, UnsupportedError, record
 
 aten, decomposed = torch.ops.aten, torch.ops.quantized_decomposed
 INPUT = "images"
-CUSTOM, TENSOR = "custom", "tensor"  # torch.export keeps what nodes have in their meta under the first
+CUSTOM, TENSOR, PLACE = "custom", "tensor", "place"  # torch.export keeps what nodes have in their meta under the first
 
 _CONVS = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
 _TRANSPOSED = {1: aten.conv_transpose1d.default, 2: aten.conv_transpose2d.input, 3: aten.conv_transpose3d.input}
@@ -84,7 +85,10 @@ def program(model: nn.Module, example: Tensor) -> fx.GraphModule:
     recording = record(model, example)
     writer.values[id(recording.images)] = _Value(writer.graph.placeholder(INPUT))
     for call in recording.calls:
+        written = len(writer.graph.nodes)
         writer.write(call)
+        for node in itertools.islice(reversed(writer.graph.nodes), len(writer.graph.nodes) - written):
+            node.meta.setdefault(CUSTOM, {})[PLACE] = call.place
     return writer.finished(recording.output)
 
 
@@ -245,7 +249,7 @@ class _Writer:
         assert value.codes is not None
         source = value.codes if value.codes.target is not aten.clamp.default else value.codes.all_input_nodes[0]
         codes = self.graph.call_function(aten.clamp.default, (source, least, most))
-        codes.meta[CUSTOM] = value.codes.meta[CUSTOM]
+        codes.meta[CUSTOM] = dict(value.codes.meta[CUSTOM])
         keeps_zeros = least <= value.zero_point <= most
         return replace(
             value,
@@ -467,6 +471,12 @@ def quantizing(graph: fx.Graph) -> list[fx.Node]:
 def tensors(graph: fx.Graph) -> list[str]:
     """The names of the tensors that they quantize."""
     return [node.meta[CUSTOM][TENSOR] for node in quantizing(graph)]
+
+
+def place_of(operator: str, graph: fx.Graph) -> str:
+    """The module that calls an operator, `aten.hardswish.default`, in a sentence; empty where none does."""
+    found = (node for node in graph.nodes if str(node.target) == operator)
+    return next((str(node.meta[CUSTOM][PLACE]) for node in found if PLACE in node.meta.get(CUSTOM, {})), "")
 
 
 def _drop_unused(made: fx.GraphModule) -> None:

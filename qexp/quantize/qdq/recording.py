@@ -7,7 +7,8 @@ size, and all others hold for any.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +81,7 @@ def record(model: nn.Module, example: Tensor) -> Recording:
 
 def _run(model: nn.Module, images: Tensor) -> Recording:
     calls: list[Call] = []
-    with torch.no_grad(), plain_clamps(), running(model) as here:
+    with torch.no_grad(), plain_clamps(), _attention_by_layers(), running(model) as here:
 
         class Recorder(DispatchMode):
             def __torch_dispatch__(
@@ -95,6 +96,17 @@ def _run(model: nn.Module, images: Tensor) -> Recording:
         with Recorder():
             output = _Nodes(model, here).run(images) if isinstance(model, fx.GraphModule) else model(images)
     return Recording(images, calls, output)
+
+
+@contextmanager
+def _attention_by_layers() -> Iterator[None]:
+    """In this context attention is computed by operators of its parts, for which there are counterparts elsewhere."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 class _Nodes(fx.Interpreter):

@@ -1,0 +1,184 @@
+"""The folder that ships: a model, the code that serves it, and a script that checks its answers, without qexp."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qexp import quantize
+from qexp.config.schema import ExportFormat, RuntimeName
+from qexp.errors import RunError
+from qexp.export import tensorrt
+from qexp.quantize import QuantizedModel
+from qexp.runtimes import RUNTIMES, onnx_file
+
+TOLERANCE = 0.05
+"""Allowed difference of logits, as a share of the largest, on another machine: kernels of another CPU round otherwise,
+by a few steps of the logits' grid, which has 255. Kernels whose 16-bit sums saturate differ by more, and should."""
+
+_SERVE = '''"""Serves the INT8 model beside it: `logits(images)`, float32 [n, classes] of uint8 [n, 3, H, W], RGB."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+{imports}
+
+here = Path(__file__).resolve().parent
+takes = json.loads((here / "input.json").read_text())
+mean, std = (np.array(takes[name], np.float32).reshape(1, 3, 1, 1) for name in ("mean", "std"))
+{load}
+
+
+def logits(images):
+    values = (images.astype(np.float32) / np.float32(255) - mean) / std
+{call}
+'''
+
+_CHECK = '''"""Compares the model's answers on this machine with those where it was exported."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from serve import logits
+
+stored = np.load(Path(__file__).resolve().parent / "check.npz")
+images, expected, size = stored["images"], stored["logits"], int(stored["batch_size"])
+sizes = [size] if size else [1, len(images)]
+for size in sizes:
+    batches = [images[start : start + size] for start in range(0, len(images) - size + 1, size)]
+    found = np.concatenate([np.asarray(logits(batch)) for batch in batches])
+    kept = expected[: len(found)]
+    difference = np.abs(found - kept).max() / np.abs(kept).max()
+    same = (found.argmax(1) == kept.argmax(1)).mean()
+    print(f"batch of {{size}}: logits differ by {{difference:.2g}} of the largest, {{same:.0%}} of predictions agree")
+    if not difference <= {tolerance}:
+        sys.exit(
+            "More than rounding: this machine's kernels compute otherwise. On a CPU without VNNI, 16-bit sums may "
+            "saturate; quantize with qconfig.overflow=weights for it."
+        )
+print("ok")
+'''
+
+_ONNX = {
+    "imports": "import onnxruntime",
+    "load": 'session = onnxruntime.InferenceSession(str(here / "int8.onnx"), providers=["CPUExecutionProvider"])',
+    "call": f'    return session.run(["{onnx_file.OUTPUT}"], {{"{onnx_file.INPUT}": values}})[0]',
+}
+_TORCH_CALL = "    with torch.inference_mode():\n        return model(torch.from_numpy(values)).numpy()"
+_CODE: Mapping[ExportFormat, Mapping[str, str]] = {
+    ExportFormat.onnx: _ONNX,
+    ExportFormat.tensorrt: _ONNX,
+    ExportFormat.openvino: {
+        "imports": "import openvino",
+        "load": (
+            'options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}\n'
+            'model = openvino.Core().compile_model(str(here / "int8.xml"), "CPU", options)'
+        ),
+        "call": "    return model(values)[0]",
+    },
+    ExportFormat.torchscript: {
+        "imports": "import torch",
+        "load": (
+            "# Weights are packed for the engine that is set when the model is loaded, and run under that only.\n"
+            'torch.backends.quantized.engine = takes["engine"]\n'
+            'model = torch.jit.load(str(here / "int8.ts.pt")).eval()'
+        ),
+        "call": _TORCH_CALL,
+    },
+    ExportFormat.pt2: {
+        "imports": "import torch\nimport torch.ao.quantization.fx._decomposed  # registers the operators",
+        "load": 'model = torch.export.load(str(here / "int8.pt2")).module()',
+        "call": _TORCH_CALL,
+    },
+}
+
+
+def write(
+    folder: Path,
+    form: ExportFormat,
+    batch_size: int,
+    int8: QuantizedModel,
+    pixels: np.ndarray,
+    images: Tensor,
+    facts: Mapping[str, Any],
+) -> str:
+    """Write the model with all that ships beside it, and return what to print.
+
+    batch_size: of formats that fix it; pixels, images: uint8 and float32 [n, 3, H, W], the same, whole batches for the
+    check; facts: what the other files hold, by their names. Raises RunError where the model can't be written in this
+    format.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    fixed = batch_size if form is ExportFormat.openvino else 0
+    with quantize.engine(int8.engine):
+        logits = _model(folder, form, batch_size, int8, images)
+    takes = {**facts["input"], "engine": str(int8.engine)} if form is ExportFormat.torchscript else facts["input"]
+    for name, value in {**facts, "input": takes}.items():
+        (folder / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")
+    (folder / "serve.py").write_text(_SERVE.format(**_CODE[form]))
+    (folder / "check.py").write_text(_CHECK.format(tolerance=TOLERANCE))
+    np.savez_compressed(folder / "check.npz", images=pixels, logits=logits, batch_size=fixed)
+    needs = " ".join(("numpy", *form.needs))
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.name.startswith("int8.")) / 1e6
+    return (
+        f"{folder}: the INT8 model as {form}, {size:.1f} MB\n"
+        f"It needs: pip install {needs}\n"
+        f"Check it where it will run: python {folder / 'check.py'}"
+    )
+
+
+def _model(folder: Path, form: ExportFormat, batch_size: int, int8: QuantizedModel, images: Tensor) -> np.ndarray:
+    """Write the model's file, and return its logits of images, as the runtime that serves it computes them."""
+    example = images[:2]
+    match form:
+        case ExportFormat.torchscript:
+            runtime = RUNTIMES[RuntimeName.torchscript]
+            path = runtime.export(int8.module, example, folder / "int8.ts.pt")
+            return runtime.load(path, lambda: int8.module, int8.engine)(images).numpy()
+        case ExportFormat.pt2:
+            program = int8.qdq_program(example)
+            torch.export.save(program, folder / "int8.pt2")
+            with torch.inference_mode():
+                logits: np.ndarray = program.module()(images).numpy()
+            return logits
+        case ExportFormat.onnx:
+            path = onnx_file.write(int8.module, example, folder / "int8.onnx")
+        case ExportFormat.tensorrt:
+            path = onnx_file.write(int8.module, example, folder / "int8.onnx")
+            tensorrt.convert(path, folder / "calibration.cache")
+        case ExportFormat.openvino:
+            return _openvino(folder, batch_size, int8, images)
+    return _answers(RuntimeName.onnxruntime, path, images)
+
+
+def _openvino(folder: Path, batch_size: int, int8: QuantizedModel, images: Tensor) -> np.ndarray:
+    runtime = _runtime(RuntimeName.openvino)
+    import openvino
+
+    path = onnx_file.write(int8.module, images[:2], folder / "int8.onnx")
+    model = openvino.Core().read_model(str(path))
+    model.reshape([batch_size, *images.shape[1:]])
+    openvino.save_model(model, str(folder / "int8.xml"), compress_to_fp16=False)
+    loaded = runtime.load(path, torch.nn.Identity, None)
+    logits = np.concatenate([loaded(batch).numpy() for batch in images.split(batch_size)])
+    path.unlink()
+    return logits
+
+
+def _answers(name: RuntimeName, path: Path, images: Tensor) -> np.ndarray:
+    logits: np.ndarray = _runtime(name).load(path, torch.nn.Identity, None)(images).numpy()
+    return logits
+
+
+def _runtime(name: RuntimeName) -> Any:
+    if reason := RUNTIMES[name].unavailable():
+        raise RunError(f"this format can't be written here: {reason}.")
+    return RUNTIMES[name]
