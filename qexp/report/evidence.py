@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from tabulate import tabulate
 
 from qexp.config.identity import GROUPS, NOT_APPLICABLE
 from qexp.metrics import Metric
-from qexp.records import RunRecord
+from qexp.records import Interval, RunRecord
 from qexp.report import formats
 from qexp.report.decision import Answer, Candidate, Recommendation
 
@@ -40,12 +40,11 @@ class Row:
     @property
     def short(self) -> Row:
         """The same with half-widths for intervals: `-0.12 ±0.28`."""
-        delta, latency = self.candidate.delta, self.candidate.latency
-        ratio = latency.speedup if latency else None
+        delta = self.candidate.delta
         points = (
             f"{formats.signed(delta.value)} ±{formats.points((delta.high - delta.low) / 2)}" if delta else self.points
         )
-        speedup = f"{Metric.speedup.text(ratio.value)}× ±{(ratio.high - ratio.low) / 2:.2f}" if ratio else self.speedup
+        speedup = _speedup(self.candidate, lambda one: f"{one.value:.2f}× ±{(one.high - one.low) / 2:.2f}")
         return replace(self, points=points, speedup=speedup)
 
 
@@ -86,9 +85,16 @@ def _row(found: Recommendation, one: Candidate, several: bool) -> Row:
     return Row(
         one, f"{name} {one.runtime}" if several else name, runtimes, formats.difference(one.delta),
         formats.p_value(one.p), formats.p_value(one.adjusted), formats.ms(one.latency.ms if one.latency else None),
-        formats.factor(one.latency.speedup if one.latency else None), formats.mb(one.size_mb), _mark(found, one), word,
+        _speedup(one, formats.factor), formats.mb(one.size_mb), _mark(found, one), word,
         why,
     )  # fmt: skip
+
+
+def _speedup(one: Candidate, text: Callable[[Interval], str]) -> str:
+    """The speedup as text, with a `?` where the timing can't be trusted."""
+    if one.latency is None:
+        return formats.UNKNOWN
+    return text(one.latency.speedup).replace("×", "×" if one.latency.valid else "×?", 1)
 
 
 def label(one: Candidate) -> str:

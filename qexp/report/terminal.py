@@ -112,7 +112,11 @@ def _axis(axis: Axis) -> str:
     if axis.kind is AxisKind.unknown:
         return "can't be told from these runs"
     if axis.kind is AxisKind.within_noise:
-        return "within noise"
+        points = [one.accuracy.bound for one in axis.effects if one.accuracy and one.accuracy.interval]
+        speeds = [one.speed.bound for one in axis.effects if one.speed and one.speed.interval]
+        told = [f"{formats.points(max(points))} points"] if points else []
+        told += [f"{100 * max(speeds):.1f}% of speed"] if speeds else []
+        return f"within noise ({' and '.join(told)} at most)"
     shown = [effect for effect in axis.effects if any(one and one.shown for one in (effect.accuracy, effect.speed))]
     first = max(shown, key=_clearness)
     rest = f"; {len(shown) - 1} more" if len(shown) > 1 else ""
