@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from qexp.report.findings import Findings
 
 MOST_LISTED = 20
 MOST_INTERACTIONS = 4
+LONGEST = 110  # characters of a cell
 
 
 def page(title: str, found: Sequence[Findings], records: Sequence[RunRecord], folder: Path, again: str) -> html.Page:
@@ -137,7 +139,7 @@ def _candidates(head: Recommendation) -> list[Any]:
         number: row.mark if row.mark == "chosen" else "out" if row.word == "ruled out" else ""
         for number, row in enumerate(shown)
     }
-    cells = [evidence.cells(row, headings) for row in shown]
+    cells = [evidence.cells(replace(row, why=formats.cut(row.why, LONGEST)), headings) for row in shown]
     return [html.Table(headings, cells, evidence.NUMBERS, marks, caption)]
 
 
@@ -215,7 +217,7 @@ def _point(head: Recommendation, view: figures.View, one: Candidate) -> dict[str
     assert across is not None
     assert upright is not None
     kind = "chosen" if evidence.same(one, head.chosen) else "qualifies" if one.qualifies else "open"
-    row = evidence.outcome(head, one)
+    word, why = evidence.outcome(head, one)
     return {
         "x": across.value, "xlow": across.low, "xhigh": across.high,
         "y": 100 * upright.value, "ylow": 100 * upright.low, "yhigh": 100 * upright.high,
@@ -225,7 +227,7 @@ def _point(head: Recommendation, view: figures.View, one: Candidate) -> dict[str
             f"{formats.difference(one.delta)} points, adjusted p {formats.p_value(one.adjusted)}",
             f"{formats.ms(across.value)} ms, {formats.factor(one.latency.speedup if one.latency else None)} of FP32",
             *([f"{formats.mb(one.size_mb)} MB"] if one.size_mb is not None else []),
-            ": ".join(text for text in row if text),
+            why or word,
         ],
     }  # fmt: skip
 
