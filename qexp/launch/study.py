@@ -39,7 +39,6 @@ class Study:
     by config_hash.
     """
 
-    name: str = ""
     parent: str | None = None
     before: frozenset[str] = frozenset()
     finished: Mapping[str, RunRecord] = field(default_factory=dict)
@@ -74,8 +73,7 @@ class Study:
             row = self.finished.get(identity.config_hash(item.job.config))
             if row is not None:
                 resolved = {name: value for name, value in row.params.items() if name.startswith("resolved.")}
-                tags = {**row.tags, "reused": f"reused: finished earlier under study={self.name}."}
-                rows.append(replace(row, name=item.name, params={**item.job.params, **resolved}, tags=tags))
+                rows.append(replace(row, name=item.name, params={**item.job.params, **resolved}))
         place = {item.name: index for index, item in enumerate(planned)}
         return sorted(rows, key=lambda row: place.get(row.name, len(place)))
 
@@ -115,7 +113,7 @@ def find_study(store: Store, planned: Sequence[Planned], experiments: Sequence[s
     if changed:
         again = len(asked) - len(done)
         log.warning("%d were finished under it with another %s, and are run again.", again, ", ".join(changed))
-    return Study(config.study, parents[-1] if parents else None, frozenset(row.run_id for row in rows), done)
+    return Study(parents[-1] if parents else None, frozenset(row.run_id for row in rows), done)
 
 
 def differing(then: Mapping[str, str], now: Mapping[str, str], timed: bool) -> list[str]:

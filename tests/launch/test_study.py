@@ -187,7 +187,6 @@ def test_only_what_would_give_the_same_is_reused_and_latest_first(
     rows = found.with_reused(items, found.new(tracking.children(store, again.id)))
     assert [(row.name, row.run_id) for row in rows] == [("same", ids["same"]), ("new", new.id)]
     assert rows[0].params == {"calib.seed": "0", "resolved.overflow": "none"}
-    assert rows[0].tags["reused"] == "reused: finished earlier under study=it's one."
     everything = dataclasses.replace(config, resume=False)
     assert study.find_study(store, planned("same", config=everything), ["qexp/digits"]) == study.Study()
     alone = dataclasses.replace(config, study=None)
