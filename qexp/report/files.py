@@ -12,6 +12,7 @@ from qexp.config import schema
 from qexp.records import RunRecord
 from qexp.report import evidence, formats, sentences, terminal, wording
 from qexp.report.findings import Findings, find
+from qexp.report.next_commands import NextCommands
 from qexp.system import credentials
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def write(found: Sequence[Findings], records: Sequence[RunRecord], folder: Path,
     folder.mkdir(parents=True, exist_ok=True)
     figures = folder / "figures"
     figures.mkdir(exist_ok=True)
-    whole = page.page(name, found, records, figures, terminal.again(folder, source))
+    commands = NextCommands(folder, source)
+    whole = page.page(name, found, records, figures, commands)
     texts = {
         "report.html": html.render(whole),
         "runs.csv": evidence.runs_csv(records),
@@ -58,7 +60,7 @@ def write(found: Sequence[Findings], records: Sequence[RunRecord], folder: Path,
     }
     for file, text in texts.items():
         (folder / file).write_text(credentials.masked(text), encoding="utf-8")
-    text = f"{terminal.summary(found, formats.columns())}\n\n{terminal.next_steps(found, folder, source)}"
+    text = f"{terminal.summary(found, formats.columns())}\n\n{terminal.next_steps(found, commands)}"
     return Made(folder, text, note(found, records))
 
 

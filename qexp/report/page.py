@@ -14,17 +14,19 @@ from qexp.records import RunRecord
 from qexp.report import effects, evidence, figures, formats, html, readings, sentences, wording
 from qexp.report.decision import Answer, Candidate, Recommendation
 from qexp.report.findings import Findings
+from qexp.report.next_commands import NextCommands
 
 MOST_LISTED = 20
 MOST_INTERACTIONS = 4
 LONGEST = 110  # characters of a cell
 
 
-def page(title: str, found: Sequence[Findings], records: Sequence[RunRecord], folder: Path, again: str) -> html.Page:
-    """The page of all studies. folder: the report's, in which the figures are written; again: the command that makes
-    this report again."""
+def page(
+    title: str, found: Sequence[Findings], records: Sequence[RunRecord], folder: Path, commands: NextCommands
+) -> html.Page:
+    """The page of all studies. folder: for the figures; commands: that come next."""
     sections = [
-        section(one, folder, "" if len(found) == 1 else f"-{number}", again) for number, one in enumerate(found, 1)
+        section(one, folder, "" if len(found) == 1 else f"-{number}", commands) for number, one in enumerate(found, 1)
     ]
     return html.Page(title, lead(records, found), sections)
 
@@ -40,15 +42,15 @@ def lead(records: Sequence[RunRecord], found: Sequence[Findings]) -> list[str]:
     return [*said, missing] if missing else said
 
 
-def section(found: Findings, folder: Path, suffix: str, again: str) -> html.Section:
+def section(found: Findings, folder: Path, suffix: str, commands: NextCommands) -> html.Section:
     drawn = _Figures(folder, suffix)
     blocks = [
-        html.Block("Recommendation", _recommendation(found)),
+        html.Block("Recommendation", _recommendation(found, commands)),
         html.Block("Accuracy against latency", _front(found, drawn)),
         html.Block("What mattered", _mattered(found, drawn)),
         html.Block("Calibration", _calibration(found, drawn)),
         html.Block("Layers and classes", [*_layers(found, drawn), *_classes(found, drawn)]),
-        html.Block("How far to trust it", _trust(found, again)),
+        html.Block("How far to trust it", _trust(found, commands)),
     ]
     head = found.headline
     answer = html.Answer(str(head.kind), sentences.recommendation(head))
@@ -106,11 +108,13 @@ def _tiles(found: Findings) -> list[tuple[str, str, str]]:
     return tiles
 
 
-def _recommendation(found: Findings) -> list[Any]:
+def _recommendation(found: Findings, commands: NextCommands) -> list[Any]:
     head = found.headline
     parts: list[Any] = []
     if head.chosen is not None:
         parts.append(html.Text(wording.ships(head.chosen)))
+    if head.chosen is not None and head.kind is Answer.ship:
+        parts += [html.Text("To have a folder that serves it:"), html.Command(commands.export(head.chosen))]
     if head.reasons:
         parts += [html.Text("Why:"), html.Items([wording.sentence(reason) for reason in head.reasons])]
     if head.settles:
@@ -317,7 +321,7 @@ def _classes(found: Findings, drawn: _Figures) -> list[Any]:
     return [*shown, drawn("classes", figures.classes(found.classes), "Accuracy change of each class", caption)]
 
 
-def _trust(found: Findings, again: str) -> list[Any]:
+def _trust(found: Findings, commands: NextCommands) -> list[Any]:
     facts = wording.facts(found)
     parts: list[Any] = [html.Facts(facts)]
     warnings = Counter(text for record in found.study.finished for text in record.warnings.values())
@@ -330,5 +334,5 @@ def _trust(found: Findings, again: str) -> list[Any]:
     command = next((one.tags["command"] for one in found.study.records if "command" in one.tags), None)
     if command:
         parts += [html.Text("To run it again:"), html.Command(command)]
-    parts += [html.Text("To make this report again, with another margin or objective:"), html.Command(again)]
+    parts += [html.Text("To make this report again, with another margin or objective:"), html.Command(commands.report)]
     return parts

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import shlex
 import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from tabulate import tabulate
 
 from qexp.report import evidence, formats, sentences, wording
+from qexp.report.decision import Answer
 from qexp.report.effects import Axis, AxisKind, Effect
 from qexp.report.findings import Findings
-from qexp.system import credentials
+from qexp.report.next_commands import NextCommands, from_here
 
 # Lines of a screen, and of what a sweep prints around its summary: where the report, the files and MLflow are.
 SCREEN, AROUND = 40, 12
@@ -139,31 +138,11 @@ def _effect(effect: Effect) -> str:
     return ", ".join(told)
 
 
-def next_steps(found: Sequence[Findings], folder: Path, source: str) -> str:
-    """Where the report is, and what to type next. source: the override that finds the runs again."""
-    lines = [
-        f"Report: {_from_here(folder / 'report.html')}",
-        "With another margin:",
-        f"  {again(folder, source)} report.margin=0.01",
-    ]
-    chosen = next((one.headline.chosen for one in found if one.headline.chosen), None)
-    if chosen is not None and chosen.ships.run_id:
-        command = shlex.join(["python", "-m", "qexp", f"rerun={chosen.ships.run_id}", *_outputs(folder)])
-        lines += [f"To run {formats.cut(chosen.ships.name, 40)} again, with its model:", f"  {command}"]
+def next_steps(found: Sequence[Findings], commands: NextCommands) -> str:
+    """Where the report is, and what to type next."""
+    page = from_here(commands.folder / "report.html")
+    lines = [f"Report: {page}", "With another margin:", f"  {commands.report} report.margin=0.01"]
+    shipped = next((one.headline.chosen for one in found if one.headline.kind is Answer.ship), None)
+    if shipped is not None:
+        lines += [f"A folder that serves {formats.cut(shipped.ships.name, 40)}:", f"  {commands.export(shipped)}"]
     return "\n".join(lines)
-
-
-def again(folder: Path, source: str) -> str:
-    """The command that makes a report again, with credentials masked. folder: the report's."""
-    words = ["python", "-m", "qexp.report", *([source] if source else []), *_outputs(folder)]
-    return shlex.join(credentials.masked_tree(words))
-
-
-def _outputs(folder: Path) -> list[str]:
-    """The setting `outputs` that a report's folder is in, where it isn't the default."""
-    outputs = folder.absolute().parent.parent
-    return [] if outputs == Path.cwd() / "outputs" else [f"outputs={_from_here(outputs)}"]
-
-
-def _from_here(path: Path) -> str:
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
