@@ -22,6 +22,7 @@ def report(command: ReportCommand, cwd: Path) -> str:
     if command.compare is not None:
         first, second = command.compare
         return comparison.make(store, first, second, outputs / "reports", command.name).text
+    tracking.close_orphans(store)  # or a sweep that was killed would seem to go on
     selected = tracking.find_runs(store, sweep=command.sweep, study=command.study, filter=command.filter)
     title = command.name or selected.name
     folder = outputs / "reports" / files.folder_name(title)

@@ -351,8 +351,14 @@ MOST_LAYERS = 60
 
 
 def layers(found: LayerComparison) -> Figure | None:
-    """SQNR of each layer's output in the recommended run, beside the same in the worst run; None without any."""
-    rows = [row for row in found.chosen if row.sqnr_db is not None and math.isfinite(row.sqnr_db)][:MOST_LAYERS]
+    """SQNR of each layer's output in the recommended run, beside the same in the worst run; None without any.
+
+    Of more than MOST_LAYERS, those whose own noise is the largest.
+    """
+    known = [row for row in found.chosen if row.sqnr_db is not None and math.isfinite(row.sqnr_db)]
+    own = {row.name: math.inf if row.own_sqnr_db is None else row.own_sqnr_db for row in known}
+    noisiest = sorted(own, key=lambda name: own[name])[:MOST_LAYERS]
+    rows = [row for row in known if row.name in noisiest]
     if not rows:
         return None
     other: dict[str, LayerRow] = {row.name: row for row in found.worst}

@@ -300,9 +300,10 @@ def _layers(found: Findings, drawn: _Figures) -> list[Any]:
         return []
     parts: list[Any] = [html.Text(text) for text in readings.layers(found.layers)]
     same = found.chosen.ships.run_id == found.worst.ships.run_id
+    cut = f" The {figures.MOST_LAYERS} noisiest are shown." if len(found.layers.chosen) > figures.MOST_LAYERS else ""
     whose = f"This run: {found.chosen.ships.name}. " + ("" if same else f"The worst: {found.worst.ships.name}. ")
     parts.append(
-        drawn("layers", figure, "Signal to quantization noise of each layer", f"{whose}First layers at the top.")
+        drawn("layers", figure, "Signal to quantization noise of each layer", f"{whose}First layers at the top.{cut}")
     )
     return parts
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -12,10 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qexp import tracking
 from qexp.config import schema
-from qexp.records import RunRecord, Top1
+from qexp.records import Interval, RunRecord, Top1
 from qexp.report import files, findings
 from qexp.report.study import studies
+from tests.helpers.simulated_sweep import simulated_sweep, write_sweep
+from tests.helpers.stores import settings
 from tests.helpers.studies import grid, right, run
 
 QUESTION = schema.Report(True, schema.ReportObjective.fastest, 0.03, None, None, None, None)
@@ -147,6 +152,23 @@ def test_one_run_is_a_report_too(tmp_path: Path) -> None:
     assert "Ship " in text
 
 
+def test_each_batch_size_that_was_timed_has_its_recommendation(tmp_path: Path) -> None:
+    runs = small()
+    (one,) = studies([record for record, _ in runs], {record.run_id: top1 for record, top1 in runs})
+    timed = {
+        run_id: (
+            *found,
+            *(replace(latency, batch_size=8, speedup=Interval(0.5, 0.4, 0.6, 0.95, "")) for latency in found),
+        )
+        for run_id, found in one.latencies.items()
+    }
+    found = findings.of_study(replace(one, latencies=timed), QUESTION, findings.Files(None))
+    files.write([found], one.records, tmp_path, "several", "")
+    text = Read((tmp_path / "report.html").read_text()).text
+    assert "Ship " in text
+    assert "At batch size 8 with 1 thread: Stay on FP32" in text
+
+
 def test_without_a_timing_there_is_no_front_and_the_report_says_so(tmp_path: Path) -> None:
     runs = [run(name, right(), observer=name) for name in ("a", "b")]
     text = Read(made(tmp_path, runs)).text
@@ -202,3 +224,17 @@ def test_the_override_that_finds_the_runs_again_is_their_sweep_or_their_study() 
         files.source_of([replace(one, tags={**parent, "study": "s"}), replace(other, tags={"study": "s"})]) == "study=s"
     )
     assert files.source_of([one, other]) == ""
+
+
+@pytest.mark.slow
+def test_a_thousand_runs_take_seconds_and_a_page_that_opens(empty: Path, tmp_path: Path) -> None:
+    shutil.copy(empty, tmp_path / "mlflow.db")
+    store = tracking.connect(settings(), tmp_path)
+    parent = write_sweep(store, *simulated_sweep(1000))
+    started = time.process_time()  # not the clock's, since other tests run beside this one
+    runs = tracking.find_runs(store, sweep=parent.run_id).records
+    made = files.make(store, runs, QUESTION, tmp_path / "report", "a thousand")
+    assert time.process_time() - started < 20
+    assert (tmp_path / "report/report.html").stat().st_size < 5_000_000
+    assert len((tmp_path / "report/runs.csv").read_text().splitlines()) == 1001
+    assert "more candidates, in the report" in made.text
