@@ -300,9 +300,10 @@ def draw(mixed: Mapping[int, Sequence[Sequence[Picked]]], path: Path) -> None:
                 linestyle=line,
                 capsize=2,
                 markersize=6,
+                zorder=10 - index,
             )
     wrong.set_title("How often the chosen setting breaks the margin", fontsize=11, loc="left")
-    left.set_title("Speed left on the table where it doesn't", fontsize=11, loc="left")
+    left.set_title("Speed left on the table (FP32 where nothing is chosen)", fontsize=11, loc="left")
     wrong.axhline(2.5, color="#8C8C8C", linewidth=1, linestyle=":")
     wrong.annotate(
         "2.5%, what qexp promises at most",
@@ -316,13 +317,13 @@ def draw(mixed: Mapping[int, Sequence[Sequence[Picked]]], path: Path) -> None:
         axes.set_xscale("log")
         axes.set_xticks(sizes, [f"{images:,}" for images in sizes])
         axes.minorticks_off()
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1])
         axes.set_xlabel("test images")
         axes.grid(axis="y", color="#E4E4E4", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     wrong.set_ylabel("% of studies")
-    left.set_ylabel("% slower than the fastest setting within the margin")
+    left.set_ylabel("% slower than the fastest within the margin")
     figure.legend(*wrong.get_legend_handles_labels(), loc="lower center", ncols=2, frameon=False, fontsize=9)
     figure.text(
         0.008, 0.975,
