@@ -323,7 +323,7 @@ def draw(mixed: Mapping[int, Sequence[Sequence[Picked]]], path: Path) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     wrong.set_ylabel("% of studies")
-    left.set_ylabel("% slower than the fastest within the margin")
+    left.set_ylabel("% slower than the fastest there is")
     figure.legend(*wrong.get_legend_handles_labels(), loc="lower center", ncols=2, frameon=False, fontsize=9)
     figure.text(
         0.008, 0.975,
