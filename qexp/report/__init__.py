@@ -1,1 +1,1 @@
-"""Tables, charts, effects and sentences from run records."""
+"""Reports of runs that are kept in MLflow: what to ship, how sure that is, and what mattered."""

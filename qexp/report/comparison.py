@@ -19,6 +19,7 @@ from qexp.errors import InputError, QexpError
 from qexp.metrics import Metric
 from qexp.records import Interval, Predictions, RunRecord
 from qexp.report import formats, html
+from qexp.report.files import folder_name
 from qexp.system import credentials
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def make(store: Store, first: str, second: str, reports: Path, name: str | None)
     configs = tracking.artifacts(store, records[:1], "config.json")
     found = compared((records[0], records[1]), [_arrays(one, stored) for one in records])
     classes, pictures, missing = _pictures(configs.get(first), found)
-    folder = reports / (name or f"compare_{first[:8]}_{second[:8]}")
+    folder = reports / folder_name(name or f"compare_{first[:8]}_{second[:8]}")
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "compare.html"
     file.write_text(credentials.masked(html.render(page(found, classes, pictures, missing))), encoding="utf-8")
