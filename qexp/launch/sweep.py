@@ -72,7 +72,7 @@ def launch(
     claimed = folders.claim(folder, wanted)
     folders.save_beside(folder / "multirun.yaml", as_yaml(master))
 
-    title = f"{tags(first).get('experiment', 'sweep')} {first.config.study or folder.name}"
+    title = " ".join(dict.fromkeys((tags(first).get("experiment", "sweep"), first.config.study or folder.name)))
     try:
         parent = study.open(store, experiment=experiments[0], name=title, tags=tags(first))
     except BaseException:

@@ -110,8 +110,12 @@ def label(one: Candidate) -> str:
 
 def outcome(found: Recommendation, one: Candidate) -> tuple[str, str]:
     """What becomes of a candidate, in a word or two, and why it is not the one to ship, in a clause."""
+    if same(one, found.chosen) and found.kind is Answer.ship:
+        return "ship", ""
+    if found.kind is Answer.speed_unknown and one.qualifies:
+        return "by accuracy", "; ".join(["qualifies by accuracy", *(one.reasons or ["its speed is not known"])])
     if same(one, found.chosen):
-        return ("ship", "") if found.kind is Answer.ship else ("provisional", "the best so far; not shown")
+        return "provisional", f"the best so far, and not shown to lose less than {100 * found.margin:g} points"
     if one.reasons:
         return "ruled out", "; ".join(one.reasons)
     if _among(one, found.dropped):

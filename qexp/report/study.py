@@ -9,6 +9,7 @@ from functools import cache, cached_property
 from typing import Any
 
 from qexp.config.identity import FIELDS, GROUPS, NOT_APPLICABLE
+from qexp.config.schema import Target
 from qexp.metrics import Metric
 from qexp.records import CUDA, Interval, Precision, RunRecord, Top1, Variant
 
@@ -171,7 +172,8 @@ _HOLDS_FOR = ("float_digest", "data_digest", "kernel_signature", "cpu")
 
 
 def _identity(record: RunRecord) -> tuple[str, ...]:
-    return value(record, "target"), *(record.tags.get(name, "") for name in _HOLDS_FOR)
+    target = value(record, "target")  # of no effect in flow=dynamic, whose figures hold for what ran here
+    return Target.native if target == NOT_APPLICABLE else target, *(record.tags.get(name, "") for name in _HOLDS_FOR)
 
 
 def _in_common(record: RunRecord, other: RunRecord) -> int:

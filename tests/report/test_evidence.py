@@ -110,3 +110,11 @@ def test_runtimes_that_answer_otherwise_are_candidates_of_their_own() -> None:
     assert {row.name for row in rows} == {f"{name} {runtime}" for name in "ab" for runtime in answers}
     assert "runtimes" in evidence.columns(rows)
     assert rows[0].name.endswith("onnxruntime")
+
+
+def test_where_no_speed_is_known_a_candidate_qualifies_by_accuracy() -> None:
+    runs = [run(name, right(*range(lost)), observer=name) for name, lost in (("a", 0), ("b", 0), ("c", 100))]
+    rows = evidence.rows(decision.recommend(study(runs), QUESTION))
+    assert [row.word for row in rows] == ["by accuracy", "by accuracy", "ruled out"]
+    assert rows[0].mark == "chosen"
+    assert rows[0].why == "qualifies by accuracy; there is no timing"

@@ -41,6 +41,11 @@ def test_the_cpu_that_is_meant_splits_too() -> None:
     assert len(study.studies([made("a"), made("b", target="avx2")])) == 2
 
 
+def test_a_flow_that_no_target_has_an_effect_in_is_compared_with_what_ran_here() -> None:
+    assert len(study.studies([made("a"), made("b", target="n/a")])) == 1
+    assert len(study.studies([made("a", target="avx2"), made("b", target="n/a")])) == 2
+
+
 def test_a_run_that_has_not_finished_goes_with_those_most_like_it() -> None:
     failed = replace(made("c", "b", "FAILED"), tags={"cpu": "b"})
     found = study.studies([made("a"), made("b", "b"), failed])
