@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qexp.tracking.store import Store
 
 # Predicted classes are fetched of all runs of a study up to so many, and beyond that of the finalists only.
-MOST_PREDICTIONS = 300
+MOST_PREDICTIONS = 1000
 
 
 @dataclass(frozen=True, eq=False)

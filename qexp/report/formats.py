@@ -14,8 +14,9 @@ NARROWEST = 60  # columns
 
 
 def points(fraction: float, sign: str = "") -> str:
-    """A fraction in points, its hundredths: `0.50`. sign: `+` for one also where it is positive."""
-    return f"{100 * fraction:{sign}.{Metric.accuracy_delta.digits - 2}f}"
+    """A fraction in points, its hundredths: `0.50`. sign: `+` for one also where it is positive, or rounds to zero."""
+    digits = Metric.accuracy_delta.digits - 2
+    return f"{round(100 * fraction, digits) + 0.0:{sign}.{digits}f}"  # + 0.0 makes 0 of -0
 
 
 def signed(difference: float) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 
+from qexp.records import Interval
 from qexp.report import formats
 from qexp.report.calibration import CalibrationSamples, CalibrationSizes, Size, Winners, spreads
 from qexp.report.classes import ClassChange
@@ -127,47 +128,74 @@ def samples(found: Sequence[CalibrationSamples]) -> str:
 
 
 def calibration(found: Sequence[CalibrationSizes]) -> list[str]:
-    """A sentence on how many calibration images are enough, for each combination of the other settings; combinations of
-    which the same is to be said share one. See `statistics.plateau` for the rule.
+    """Sentences on how many calibration images are enough; combinations of the other settings of which the same holds
+    share one, with the range of its numbers. See `statistics.plateau` for the rule.
     """
-    conclusions: dict[str, list[str]] = {}
+    alike: dict[tuple[object, ...], list[CalibrationSizes]] = {}
     for one in found:
-        which = " ".join(f"{name}={value}" for name, value in one.settings.items())
-        conclusions.setdefault(_conclusion(one), []).append(which)
+        alike.setdefault(_kind(one), []).append(one)
     lines = []
-    for said, (first, *others) in conclusions.items():
-        which = f"{1 + len(others)} combinations of the other settings" if others else first
+    for group in alike.values():
+        which = " ".join(f"{name}={value}" for name, value in group[0].settings.items())
+        if len(group) > 1:
+            which = f"{len(group)} combinations of the other settings"
+        said = _conclusion(group)
         lines.append(f"With {which}, {said}" if which else said[:1].upper() + said[1:])
     return lines
 
 
-def _conclusion(found: CalibrationSizes) -> str:
-    sizes, plateau = found.sizes, found.plateau
+def _kind(found: CalibrationSizes) -> tuple[object, ...]:
+    """Equal for combinations of which `_conclusion` says the same, but for the numbers."""
+    plateau, labels = found.plateau, tuple(map(_label, found.sizes))
     if plateau is None:
-        return _undecided(sizes)
-    start, largest = sizes[plateau.index], sizes[-1]
-    if start is largest:
-        gain = plateau.gains[-1]
-        brings = f"{_label(largest)}, {formats.difference(gain)} points over {_label(sizes[-2])}"
-        if largest.batches is None:
+        return labels, all(len(size.accuracies) == 1 for size in found.sizes)
+    most, least = (way(gain.high for gain in plateau.gains) for way in (max, min))
+    enough = None if found.enough is None else max(found.enough, plateau.index)
+    return labels, plateau.index, enough, most <= 0, least < 0
+
+
+def _conclusion(alike: Sequence[CalibrationSizes]) -> str:
+    first, plateaus = alike[0], [one.plateau for one in alike if one.plateau]
+    if not plateaus:
+        return _undecided(alike)
+    sizes, index = first.sizes, plateaus[0].index
+    if index == len(sizes) - 1:
+        gain = _gains([plateau.gains[-1] for plateau in plateaus])
+        brings = f"{_label(sizes[-1])}, {gain} points over {_label(sizes[-2])}"
+        if sizes[-1].batches is None:
             return f"accuracy rises up to {brings}: more calibration helps, and there is no more."
         return f"accuracy still rises at the largest size tried, {brings}: more may help."
-    text = f"from {_label(start)} on no rise of the mean accuracy is shown"
-    most = max(gain.high for gain in plateau.gains)
-    worst, gain = min(zip(sizes[plateau.index + 1 :], plateau.gains, strict=True), key=lambda pair: pair[1].high)
-    worse = f"worse, {_label(worst)} by {formats.difference(gain)} points."
-    if most <= 0:
+    text = f"from {_label(sizes[index])} on no rise of the mean accuracy is shown"
+    most = [max(gain.high for gain in plateau.gains) for plateau in plateaus]
+    lowest = [min(plateau.gains, key=lambda gain: gain.high) for plateau in plateaus]
+    places = {plateau.gains.index(gain) for plateau, gain in zip(plateaus, lowest, strict=True)}
+    which = f"{_label(sizes[index + 1 + places.pop()])} by" if len(places) == 1 else "by"
+    worse = f"worse, {which} {_gains(lowest)} points."
+    if max(most) <= 0:
         return f"{text}, and every larger size is {worse}"
-    spread = f"95%; SD of samples {formats.points(plateau.spread)}"
-    text += f", but one of up to {formats.points(most)} points is possible ({spread})"
-    error = f"the sampling error of a run (±{formats.points(found.sampling)})"
-    if found.enough is None:
+    spread = f"95%; SD of samples {_range(plateau.spread for plateau in plateaus)}"
+    text += f", but one of up to {_range(most)} points is possible ({spread})"
+    error = f"the sampling error of a run (±{_range(one.sampling for one in alike)})"
+    if first.enough is None:
         text += f", and more than {error} at every size: more samples (calib.seed) would tell"
-    elif found.enough <= plateau.index:
+    elif first.enough <= index:
         text += f", less than {error}: more calibration would hardly help"
     else:
-        text += f"; from {_label(sizes[found.enough])} on it is less than {error}, so more than that would hardly help"
-    return f"{text}; more can be {worse}" if gain.high < 0 else f"{text}."
+        text += f"; from {_label(sizes[first.enough])} on it is less than {error}, so more than that would hardly help"
+    return f"{text}; more can be {worse}" if lowest[0].high < 0 else f"{text}."
+
+
+def _gains(gains: Sequence[Interval]) -> str:
+    """A gain with its ends in points; of several their range."""
+    if len(gains) == 1:
+        return formats.difference(gains[0])
+    return " to ".join(dict.fromkeys(formats.signed(way(gain.value for gain in gains)) for way in (min, max)))
+
+
+def _range(fractions: Iterable[float]) -> str:
+    """The lowest and the highest in points: `0.09 to 0.23`; one number where they look the same."""
+    known = list(fractions)
+    return " to ".join(dict.fromkeys(formats.points(way(known)) for way in (min, max)))
 
 
 def _label(size: Size) -> str:
@@ -178,14 +206,14 @@ def _label(size: Size) -> str:
     return f"{size.batches} batch{'es' if size.batches != 1 else ''}{number}"
 
 
-def _undecided(sizes: Sequence[Size]) -> str:
-    if all(len(size.accuracies) == 1 for size in sizes):
+def _undecided(alike: Sequence[CalibrationSizes]) -> str:
+    if all(len(size.accuracies) == 1 for size in alike[0].sizes):
         return (
             "with one sample of calibration images a size, what the size does can't be told apart from what the "
             "sample does; calib.sampling=random calib.seed=0,1,2 would."
         )
-    means = [fmean(size.accuracies) for size in sizes]
+    means = [[fmean(size.accuracies) for size in one.sizes] for one in alike]
     return (
         "the samples of a size don't differ on these test images, so there is no spread to hold the sizes against; "
-        f"their mean accuracies lie within {formats.points(max(means) - min(means))} points."
+        f"their mean accuracies lie within {_range(max(each) - min(each) for each in means)} points."
     )

@@ -188,3 +188,12 @@ def test_what_holds_for_several_combinations_is_said_once() -> None:
 def test_one_size_is_no_sweep_over_sizes() -> None:
     assert said([row("a", 0.85, calib__batches="8")]) == ""
     assert said([]) == ""
+
+
+def test_combinations_of_which_the_same_holds_share_a_sentence_with_the_range_of_its_numbers() -> None:
+    wider = {size: tuple(0.02 + value + 0.0005 * n for n, value in enumerate(drawn)) for size, drawn in RISING.items()}
+    (text,) = readings.calibration(
+        calibration.sizes([*by_size(RISING, observer="minmax"), *by_size(wider, observer="mse")])
+    )
+    assert text.startswith("With 2 combinations of the other settings, from 8 batches (128 images) on no rise of the")
+    assert "one of up to 0.09 to 0.2" in text
