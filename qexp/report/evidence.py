@@ -83,7 +83,7 @@ def _row(found: Recommendation, one: Candidate, several: bool) -> Row:
     runtimes = ", ".join(one.runtimes)
     name = label(one)
     return Row(
-        one, f"{name} {one.runtime}" if several else name, runtimes, formats.difference(one.delta),
+        one, f"{name} in {one.runtime}" if several else name, runtimes, formats.difference(one.delta),
         formats.p_value(one.p), formats.p_value(one.adjusted), formats.ms(one.latency.ms if one.latency else None),
         _speedup(one, formats.factor), formats.mb(one.size_mb), _mark(found, one), word,
         why,

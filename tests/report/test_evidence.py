@@ -107,7 +107,7 @@ def test_runtimes_that_answer_otherwise_are_candidates_of_their_own() -> None:
     answers = {"torchscript": right(), "onnxruntime": right(1, 2)}
     runs = [run(name, answers, {"torchscript": 2.0, "onnxruntime": 3.0}, observer=name) for name in "ab"]
     rows = evidence.rows(decision.recommend(study(runs), QUESTION))
-    assert {row.name for row in rows} == {f"{name} {runtime}" for name in "ab" for runtime in answers}
+    assert {row.name for row in rows} == {f"{name} in {runtime}" for name in "ab" for runtime in answers}
     assert "runtimes" in evidence.columns(rows)
     assert rows[0].name.endswith("onnxruntime")
 
