@@ -120,7 +120,7 @@ def view(found: Recommendation, front: Sequence[Candidate]) -> View:
         if same(one, found.chosen) or any(same(one, other) for other in front)
         for end in _ends(one)
     ]
-    low, high = min([*ends, -200 * found.margin]), max([*ends, 0.0])
+    low, high = min([*ends, -120 * found.margin]), max([*ends, 0.0])
     furthest = low - 2 * (high - low)
     low = min([low, *(value for one in points if (value := 100 * one.delta.value) >= furthest)])  # type: ignore[union-attr]
     high = max([high, *(100 * one.delta.value for one in points)])  # type: ignore[union-attr]
@@ -159,6 +159,10 @@ def front(found: Recommendation, best: Sequence[Candidate]) -> Figure:
     drawn = [one for one in seen.points if one not in seen.below]
     axes.axhline(0, color=INK, linewidth=0.9)
     axes.axhline(-100 * found.margin, color=OPEN, linewidth=1.1, linestyle=(0, (6, 4)))
+    axes.annotate(
+        "margin", (1, -100 * found.margin), (-4, 4), ("axes fraction", "data"), "offset points", ha="right",
+        fontsize=8.5, color=OPEN,
+    )  # fmt: skip
     behind = [one for one in drawn if not seen.ahead(one) and not same(one, found.chosen)]
     bars = len(drawn) <= MOST_ERROR_BARS
     _points(axes, behind, GREY, "o", 4, "another is better in both", bars=bars, alpha=0.55)
@@ -166,8 +170,15 @@ def front(found: Recommendation, best: Sequence[Candidate]) -> Figure:
     axes.step([_ms(one) for one in line], [_delta(one) for one in line], where="post", color=GOOD, alpha=0.5)
     qualified = {id(one) for one in found.qualified}
     ahead = [one for one in line if not same(one, found.chosen)]
-    _points(axes, [one for one in ahead if id(one) in qualified], GOOD, "o", 6, "on the front, shown")
-    _points(axes, [one for one in ahead if id(one) not in qualified], OPEN, "D", 6, "on the front, not shown")
+    _points(
+        axes,
+        [one for one in ahead if id(one) in qualified],
+        GOOD,
+        "o",
+        6,
+        "on the front, shown to lose less than the margin",
+    )
+    _points(axes, [one for one in ahead if id(one) not in qualified], OPEN, "D", 6, "on the front, not shown to")
     label = "recommended" if found.kind is Answer.ship else "best, provisional"
     _points(axes, [one for one in drawn if same(one, found.chosen)], CHOSEN, "*", 13, label)
     if seen.below:

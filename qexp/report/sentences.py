@@ -9,12 +9,13 @@ from qexp.config.identity import NOT_APPLICABLE
 from qexp.config.schema import ReportObjective
 from qexp.metrics import Metric
 from qexp.records import Interval, RunWarning, Verdict, VerdictKind, WarningCode
+from qexp.report import formats
 
 if TYPE_CHECKING:
     from qexp.report.decision import Candidate, Recommendation  # which import scipy
 
-# Candidates that a sentence names; more are counted.
-NAMED = 3
+# A sentence names so many candidates; more are counted.
+NAMED = 2
 
 
 def verdict(found: Verdict) -> str:
@@ -211,7 +212,7 @@ def _accuracy(one: Candidate) -> str:
 
 
 def _interval(delta: Interval) -> str:
-    return f"{_signed(delta.value)} points [{_signed(delta.low)}, {_signed(delta.high)}]"
+    return f"{formats.signed(delta.value)} points [{formats.signed(delta.low)}, {formats.signed(delta.high)}]"
 
 
 def _beside(found: Recommendation) -> str:
@@ -240,9 +241,9 @@ def _are(some: Sequence[object]) -> str:
 
 
 def _listed(some: Sequence[Candidate]) -> str:
-    names = [f"{setting(one.setting)} in {one.runtime}" for one in some[:NAMED]]
-    if more := len(some) - len(names):
-        names.append(f"{more} more")
+    if len(some) > NAMED:
+        return f"{len(some)} other candidates"
+    names = [f"{setting(one.setting)} in {one.runtime}" for one in some]
     return names[0] if len(names) == 1 else f"{'; '.join(names[:-1])} and {names[-1]}"
 
 
@@ -250,7 +251,7 @@ def _seeds(one: Candidate) -> str:
     """The spread over calibration seeds, as a clause; empty for a single one."""
     if len(one.deltas) < 2:
         return ""
-    low, high, own = (_signed(value) for value in (min(one.deltas), max(one.deltas), one.deltas[0]))
+    low, high, own = (formats.signed(value) for value in (min(one.deltas), max(one.deltas), one.deltas[0]))
     return (
         f"; accuracies are means over {len(one.deltas)} calibration seeds ({low} to {high} points), and the run is "
         f"that of the first ({own})"
@@ -294,7 +295,3 @@ def _provisional(found: Recommendation) -> str:
 
 def _points(fraction: float) -> str:
     return f"{100 * fraction:g} points"
-
-
-def _signed(fraction: float) -> str:
-    return f"{100 * fraction:+.{Metric.accuracy_delta.digits - 2}f}"
