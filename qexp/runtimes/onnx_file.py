@@ -11,6 +11,7 @@ import logging
 import re
 import warnings
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,10 +108,15 @@ def _tidy(proto: onnx.ModelProto, tensors: list[str]) -> None:
     quantizing = [node for node in graph.node if node.op_type == "QuantizeLinear"]
     makers = {output: node for node in graph.node for output in node.output}
     if len(quantizing) == len(tensors):
+        taken: Counter[str] = Counter()  # a module may be called several times, and ONNX Runtime takes each name once
         for node, tensor in zip(quantizing, tensors, strict=True):
-            node.name = f"{tensor}.quantize"
-            if (maker := makers.get(node.input[0])) is not None:
-                maker.name = tensor
+            maker = makers.get(node.input[0])
+            name = tensor or (maker.op_type.lower() if maker is not None else INPUT)
+            unique = f"{name}_{taken[name]}" if taken[name] else name
+            taken[name] += 1
+            node.name = f"{unique}.quantize"
+            if maker is not None:
+                maker.name = unique
     for node in graph.node:
         del node.metadata_props[:]
         node.ClearField("doc_string")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qexp.config import schema
 from qexp.config.schema import Engine
+from qexp.errors import RunError, one_line
 from qexp.runtimes import onnx_file
 from qexp.runtimes.base import Loaded
 from qexp.runtimes.onnx_file import OnnxRuntime
@@ -60,7 +61,8 @@ class _Sessions(nn.Module):
 
 
 def session(path: Path, threads: int, optimized: Path | None = None) -> Any:
-    """An onnxruntime.InferenceSession on the CPU. optimized: a file for the graph that it executes."""
+    """An onnxruntime.InferenceSession on the CPU. optimized: a file for the graph that it executes. Raises RunError
+    where it can't be made."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -70,4 +72,8 @@ def session(path: Path, threads: int, optimized: Path | None = None) -> Any:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its own classes, of which it exports none
+        said = one_line(error)[-200:]
+        raise RunError(f"onnxruntime can't load {path.name}: {said}: take onnxruntime out of runtimes") from error

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qexp.config import schema
 from qexp.config.schema import Engine
+from qexp.errors import RunError, one_line
 from qexp.runtimes.base import Loaded
 from qexp.runtimes.onnx_file import OnnxRuntime
 
@@ -61,12 +62,10 @@ class _Requests(nn.Module):
 
 
 def compiled(path: Path, shape: tuple[int, ...], threads: int) -> Any:
-    """An openvino.CompiledModel for images of this shape, [n, 3, H, W]."""
+    """An openvino.CompiledModel for images of this shape, [n, 3, H, W]. Raises RunError where it can't be made."""
     import openvino
 
     core = openvino.Core()
-    model = core.read_model(str(path))
-    model.reshape(list(shape))
     options = {
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
@@ -74,4 +73,11 @@ def compiled(path: Path, shape: tuple[int, ...], threads: int) -> Any:
         "INFERENCE_PRECISION_HINT": "f32",  # else bf16 on CPUs that have it, in place of FP32
         "ENABLE_CPU_PINNING": False,  # two models of one process would share a core
     }
-    return core.compile_model(model, "CPU", options)
+    try:
+        model = core.read_model(str(path))
+        model.reshape(list(shape))
+        return core.compile_model(model, "CPU", options)
+    except RuntimeError as error:
+        raise RunError(
+            f"openvino can't compile {path.name}: {one_line(error)[-200:]}: take openvino out of runtimes"
+        ) from error

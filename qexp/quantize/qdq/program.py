@@ -199,6 +199,8 @@ class _Writer:
             function, sizes = aten.reshape.default, next(value for name, value in given.items() if name != "self")
             given = {"self": given["self"], "shape": _without_arithmetic(sizes)}
         given.pop("memory_format", None)
+        if isinstance(given.get("groups"), OfBatch):
+            raise UnsupportedError(f"{call.place} has groups for each image, and ONNX a fixed number of them")
         node = self._emit(function, given)
         self._keep(call.result, node, call)
         if function is aten.slice.Tensor and self.values[id(call.result)].codes is not None:

@@ -71,8 +71,9 @@ def calls(made: fx.GraphModule, target: Any) -> list[fx.Node]:
     return [node for node in made.graph.nodes if node.target is target]
 
 
-# Torch writes circular padding and recurrent layers with functions that work in place, on parts of a tensor.
-WITHOUT = {"Paddings": "module pad", "RowMemory": "module gru (GRU)"}
+# Torch writes circular padding and recurrent layers with functions that work in place, on parts of a tensor. One
+# network has a group of channels for each image.
+WITHOUT = {"ConditionalConv": "module conv2d", "Paddings": "module pad", "RowMemory": "module gru (GRU)"}
 CASES = [
     (name, flow)
     for name, network in networks.NETWORKS.items()
