@@ -63,6 +63,7 @@ def test_options_may_stand_anywhere(typed: str, sorted_: str) -> None:
         (["hydra.run.dir=${oc.env:QEXP_NOPE}"], "hydra.run.dir: the environment variable QEXP_NOPE is not set"),
         (["-m", "seed=${oc.env:QEXP_NOPE},1"], "seed: the environment variable QEXP_NOPE is not set"),
         (["-m", "experiment=granularity,observers"], "start them one after the other"),
+        (["report.export=true"], "exports what a sweep recommends, and this is a single run; add -m"),
         (["-m", "engine=x86,onednn", "qconfig.weight.scheme=asymmetric"], "engine=onednn takes symmetric weights only"),
     ],
 )

@@ -12,6 +12,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qexp.records import Precision
+
 
 class Granularity(StrEnum):
     per_tensor = "per_tensor"
@@ -297,7 +299,7 @@ class Report:
 
     auto: a sweep makes its report when it ends; margin: the tolerated loss, None: the data set's; max_ms: the highest
     latency, of objective=accurate; runtime: the only one considered, None: all; batch_size, threads: of the timings,
-    None: the first that the runs have.
+    None: the first that the runs have; export: the folder that serves what is recommended is written too.
     """
 
     auto: bool
@@ -307,6 +309,7 @@ class Report:
     runtime: RuntimeName | None
     batch_size: int | None
     threads: int | None
+    export: bool = False  # a default, so that configurations saved before this setting can still be read
 
 
 @dataclass
@@ -400,6 +403,11 @@ class ExportFormat(StrEnum):
 
     needs: tuple[str, ...]
 
+    @property
+    def float_too(self) -> bool:
+        """True if the float model can ship so as well."""
+        return self in (ExportFormat.onnx, ExportFormat.openvino, ExportFormat.torchscript)
+
     def __new__(cls, name: str, *needs: str) -> ExportFormat:
         made = str.__new__(cls, name)
         made._value_ = name
@@ -413,13 +421,19 @@ class ExportFormat(StrEnum):
     tensorrt = "tensorrt", "onnxruntime"
 
 
+def export_name(run_id: str, form: ExportFormat, precision: Precision) -> str:
+    """The name of the folder, in `outputs`/exports, that a run's model is written to."""
+    return f"{run_id}-{form}" + ("-fp32" if precision is Precision.fp32 else "")
+
+
 @dataclass
 class ExportCommand:
-    """The settings of `python -m qexp.export`. batch_size: of formats that fix it; folder: to write, None: one in
-    outputs."""
+    """The settings of `python -m qexp.export`. precision: of the run's two models; batch_size: of formats that fix it;
+    folder: to write, None: one in outputs."""
 
     run_id: str | None
     format: ExportFormat
+    precision: Precision
     batch_size: int
     folder: str | None
     tracking: Connection

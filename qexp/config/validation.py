@@ -11,6 +11,7 @@ from qexp.config.schema import (
     Config,
     Engine,
     ExportCommand,
+    ExportFormat,
     LogModel,
     Observer,
     Report,
@@ -21,6 +22,7 @@ from qexp.config.schema import (
 )
 from qexp.errors import ConfigError
 from qexp.metrics import Metric
+from qexp.records import Precision
 from qexp.system import credentials
 
 # What a number that may be null must be.
@@ -206,6 +208,10 @@ def check_report(report: Report) -> None:
             f"report.max_ms={report.max_ms}: has an effect with report.objective=accurate only, and this is "
             f"report.objective={report.objective}."
         )
+    if report.export and not report.auto:
+        raise ConfigError(
+            "report.export=true: exports what the report recommends, and report.auto=false makes none; leave one out."
+        )
 
 
 def check_report_command(command: ReportCommand) -> None:
@@ -219,6 +225,8 @@ def check_report_command(command: ReportCommand) -> None:
         raise ConfigError(
             f"compare={','.join(command.compare)}: must be the ids of two runs, as in compare=RUN_A,RUN_B."
         )
+    if command.compare is not None and command.report.export:
+        raise ConfigError("report.export=true: a comparison recommends nothing; leave out compare, or report.export.")
     if not command.tracking.timeout > 0:
         raise ConfigError(f"tracking.timeout={command.tracking.timeout}: must be positive.")
 
@@ -229,5 +237,8 @@ def check_export_command(command: ExportCommand) -> None:
         raise ConfigError("run_id has no value: give the id of a run in MLflow, as in run_id=ID.")
     if command.batch_size < 1:
         raise ConfigError(f"batch_size={command.batch_size}: must be positive.")
+    if command.precision is Precision.fp32 and not command.format.float_too:
+        allowed = ", ".join(f"format={one}" for one in ExportFormat if one.float_too)
+        raise ConfigError(f"format={command.format} with precision=fp32: must be one of {allowed}.")
     if not command.tracking.timeout > 0:
         raise ConfigError(f"tracking.timeout={command.tracking.timeout}: must be positive.")

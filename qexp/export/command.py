@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf.errors import OmegaConfBaseException
+from torch import nn
 
 from qexp import quantize, tracking
 from qexp.config import conversion
-from qexp.config.schema import Config, ExportCommand, cache_folder
+from qexp.config.schema import Config, ExportCommand, cache_folder, export_name
 from qexp.data.loading import Data, load_data
 from qexp.errors import ConfigError, InputError
 from qexp.export.folder import write
@@ -24,10 +25,11 @@ from qexp.pipeline import run_files
 from qexp.pipeline.prepare import calibrate, comparison_images, convert, images_of, quantization_spec, reduce_range
 from qexp.pipeline.stages import job_settings
 from qexp.quantize import FLOWS, QuantizedModel
-from qexp.records import RunRecord
+from qexp.records import Precision, RunRecord
 from qexp.runtimes.parting import MOST, times_rounding
 
 IMAGES = 16  # that the check script compares
+FLOAT_TOLERANCE = 1e-3  # of the float model's logits, as a share of the largest, between two runtimes
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,22 +47,24 @@ def export(command: ExportCommand, cwd: Path) -> str:
     Raises InputError where the run can't be used, RunError where its model can't be written in this format.
     """
     run = find(command, cwd)
-    folder = Path(command.folder or Path(command.outputs) / "exports" / f"{command.run_id}-{command.format}")
+    name = export_name(str(command.run_id), command.format, command.precision)
+    folder = Path(command.folder or Path(command.outputs) / "exports" / name)
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"folder={folder} is not empty: remove it, or give another.")
     with job_settings(run.config):
-        data, int8 = made_again(run.config)
+        data, model = made_again(run.config, command.precision)
         size = command.batch_size
         chosen = np.resize(np.arange(len(data.test)), -(-IMAGES // size) * size)  # whole batches
         pixels = data.test.pixels(chosen)
-        check_same(run, int8, images_of(data, pixels), chosen)
+        check_same(run, model, images_of(data, pixels), chosen)
+        qparams = model.qparams if isinstance(model, QuantizedModel) else {}
         facts = {
             "input": run_files.images_expected(data),
-            "scales": {name: run_files.plain_qparams(value) for name, value in int8.qparams.items()},
+            "scales": {name: run_files.plain_qparams(value) for name, value in qparams.items()},
             "metrics": dict(run.record.metrics),
             "run": {"id": run.record.run_id, "name": run.record.name, "params": dict(run.record.params)},
         }
-        return write(folder, command.format, command.batch_size, int8, pixels, images_of(data, pixels), facts)
+        return write(folder, command.format, command.batch_size, model, pixels, images_of(data, pixels), facts)
 
 
 def find(command: ExportCommand, cwd: Path) -> Finished:
@@ -100,24 +104,31 @@ def _recorded(run_id: str, values: dict[str, Any]) -> Config:
         ) from error
 
 
-def made_again(config: Config) -> tuple[Data, QuantizedModel]:
-    """The data of a run and its INT8 model, quantized with the same calibration images."""
+def made_again(config: Config, precision: Precision) -> tuple[Data, QuantizedModel | nn.Module]:
+    """The data of a run, and its INT8 model, quantized with the same calibration images, or its fused float model."""
     data = load_data(config.dataset, cache_folder(config))
     fp32 = load_or_train(config, data)
     example = comparison_images(data)[:2]
     flow, spec = FLOWS[config.flow], quantization_spec(config)
-    prepared = flow.prepare(flow.fuse(fp32.module, spec, example), spec, example)
+    fused = flow.fuse(fp32.module, spec, example)
+    if precision is Precision.fp32:
+        return data, fused
+    prepared = flow.prepare(fused, spec, example)
     calibration = calibrate(prepared, config, data, fp32.digest)
     int8, _ = reduce_range(convert(prepared), config, data, calibration)
     return data, int8
 
 
-def check_same(run: Finished, int8: QuantizedModel, images: torch.Tensor, chosen: np.ndarray) -> None:
+def check_same(run: Finished, model: QuantizedModel | nn.Module, images: torch.Tensor, chosen: np.ndarray) -> None:
     """Raise InputError where the model that was made again is not the run's, by its answers to some images."""
-    with quantize.engine(int8.engine), torch.inference_mode():
-        now = int8.module(images).numpy()
-    fp32, then = (run.logits[name][chosen] for name in ("fp32", "int8"))
-    if times_rounding(fp32, then, now) > MOST:
+    fp32, int8 = (run.logits[name][chosen] for name in ("fp32", "int8"))
+    if isinstance(model, QuantizedModel):
+        with quantize.engine(model.engine), torch.inference_mode():
+            same = times_rounding(fp32, int8, model.module(images).numpy()) <= MOST
+    else:
+        with torch.inference_mode():
+            same = np.abs(model(images).numpy() - fp32).max() <= FLOAT_TOLERANCE * np.abs(fp32).max()
+    if not same:
         raise InputError(
             f"run_id={run.record.run_id}: its settings make another model now, since the float model, the data or the "
             f"code have changed; repeat it with `python -m qexp rerun={run.record.run_id}`, and export that."

@@ -9,20 +9,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qexp import quantize
 from qexp.config.schema import ExportFormat, RuntimeName
 from qexp.errors import RunError
 from qexp.export import tensorrt
 from qexp.quantize import QuantizedModel
+from qexp.records import Precision
 from qexp.runtimes import RUNTIMES, onnx_file
+from qexp.runtimes.base import packing_for
 
 TOLERANCE = 0.05
 """Allowed difference of logits, as a share of the largest, on another machine: kernels of another CPU round otherwise,
 by a few steps of the logits' grid, which has 255. Kernels whose 16-bit sums saturate differ by more, and should."""
 
-_SERVE = '''"""Serves the INT8 model beside it: `logits(images)`, float32 [n, classes] of uint8 [n, 3, H, W], RGB."""
+_SERVE = '''"""Serves the model beside it: `logits(images)`, float32 [n, classes] of uint8 [n, 3, H, W], RGB."""
 
 import json
 from pathlib import Path
@@ -69,7 +70,7 @@ print("ok")
 
 _ONNX = {
     "imports": "import onnxruntime",
-    "load": 'session = onnxruntime.InferenceSession(str(here / "int8.onnx"), providers=["CPUExecutionProvider"])',
+    "load": 'session = onnxruntime.InferenceSession(str(here / "MODEL.onnx"), providers=["CPUExecutionProvider"])',
     "call": f'    return session.run(["{onnx_file.OUTPUT}"], {{"{onnx_file.INPUT}": values}})[0]',
 }
 _TORCH_CALL = "    with torch.inference_mode():\n        return model(torch.from_numpy(values)).numpy()"
@@ -80,22 +81,22 @@ _CODE: Mapping[ExportFormat, Mapping[str, str]] = {
         "imports": "import openvino",
         "load": (
             'options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}\n'
-            'model = openvino.Core().compile_model(str(here / "int8.xml"), "CPU", options)'
+            'model = openvino.Core().compile_model(str(here / "MODEL.xml"), "CPU", options)'
         ),
         "call": "    return model(values)[0]",
     },
     ExportFormat.torchscript: {
         "imports": "import torch",
         "load": (
-            "# Weights are packed for the engine that is set when the model is loaded, and run under that only.\n"
-            'torch.backends.quantized.engine = takes["engine"]\n'
-            'model = torch.jit.load(str(here / "int8.ts.pt")).eval()'
+            "# INT8 weights are packed for the engine that is set when the model is loaded, and run under that only.\n"
+            'torch.backends.quantized.engine = takes.get("engine", torch.backends.quantized.engine)\n'
+            'model = torch.jit.load(str(here / "MODEL.ts.pt")).eval()'
         ),
         "call": _TORCH_CALL,
     },
     ExportFormat.pt2: {
         "imports": "import torch\nimport torch.ao.quantization.fx._decomposed  # registers the operators",
-        "load": 'model = torch.export.load(str(here / "int8.pt2")).module()',
+        "load": 'model = torch.export.load(str(here / "MODEL.pt2")).module()',
         "call": _TORCH_CALL,
     },
 }
@@ -105,68 +106,79 @@ def write(
     folder: Path,
     form: ExportFormat,
     batch_size: int,
-    int8: QuantizedModel,
+    model: QuantizedModel | nn.Module,
     pixels: np.ndarray,
     images: Tensor,
     facts: Mapping[str, Any],
 ) -> str:
     """Write the model with all that ships beside it, and return what to print.
 
-    batch_size: of formats that fix it; pixels, images: uint8 and float32 [n, 3, H, W], the same, whole batches for the
-    check; facts: what the other files hold, by their names. Raises RunError where the model can't be written in this
-    format.
+    model: in INT8, or a float one, which pt2 and tensorrt don't take; batch_size: of formats that fix it; pixels,
+    images: uint8 and float32 [n, 3, H, W], the same, whole batches for the check; facts: what the other files hold, by
+    their names. Raises RunError where the model can't be written in this format.
     """
     folder.mkdir(parents=True, exist_ok=True)
     fixed = batch_size if form is ExportFormat.openvino else 0
-    with quantize.engine(int8.engine):
-        logits = _model(folder, form, batch_size, int8, images)
-    takes = {**facts["input"], "engine": str(int8.engine)} if form is ExportFormat.torchscript else facts["input"]
+    engine = model.engine if isinstance(model, QuantizedModel) else None
+    precision = Precision.fp32 if engine is None else Precision.int8
+    with packing_for(engine):
+        logits = _model(folder / precision, form, batch_size, model, images)
+    takes = facts["input"] | ({"engine": str(engine)} if engine and form is ExportFormat.torchscript else {})
     for name, value in {**facts, "input": takes}.items():
         (folder / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")
-    (folder / "serve.py").write_text(_SERVE.format(**_CODE[form]))
+    (folder / "serve.py").write_text(_SERVE.format(**_CODE[form]).replace("MODEL", precision))
     (folder / "check.py").write_text(_CHECK.format(tolerance=TOLERANCE))
     np.savez_compressed(folder / "check.npz", images=pixels, logits=logits, batch_size=fixed)
     needs = " ".join(("numpy", *form.needs))
-    size = sum(file.stat().st_size for file in folder.iterdir() if file.name.startswith("int8.")) / 1e6
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.name.startswith(f"{precision}.")) / 1e6
     return (
-        f"{folder}: the INT8 model as {form}, {size:.1f} MB\n"
+        f"{folder}: the {precision.upper()} model as {form}, {size:.1f} MB\n"
         f"It needs: pip install {needs}\n"
+        f"Serve it: python -i {folder / 'serve.py'}, which defines logits(images) for uint8 images [n, 3, H, W]\n"
         f"Check it where it will run: python {folder / 'check.py'}"
     )
 
 
-def _model(folder: Path, form: ExportFormat, batch_size: int, int8: QuantizedModel, images: Tensor) -> np.ndarray:
-    """Write the model's file, and return its logits of images, as the runtime that serves it computes them."""
+def _model(
+    stem: Path, form: ExportFormat, batch_size: int, model: QuantizedModel | nn.Module, images: Tensor
+) -> np.ndarray:
+    """Write the model's file, and return its logits of images, as the runtime that serves it computes them.
+
+    stem: the file's path without its suffix.
+    """
     example = images[:2]
+    module, engine = (model.module, model.engine) if isinstance(model, QuantizedModel) else (model, None)
     match form:
         case ExportFormat.torchscript:
             runtime = RUNTIMES[RuntimeName.torchscript]
-            path = runtime.export(int8.module, example, folder / "int8.ts.pt")
-            return runtime.load(path, lambda: int8.module, int8.engine)(images).numpy()
+            path = runtime.export(module, example, stem.with_suffix(".ts.pt"))
+            return runtime.load(path, lambda: module, engine)(images).numpy()
         case ExportFormat.pt2:
-            program = int8.qdq_program(example)
-            torch.export.save(program, folder / "int8.pt2")
+            if not isinstance(model, QuantizedModel):
+                raise RunError("format=pt2 is of INT8 models only.")
+            program = model.qdq_program(example)
+            torch.export.save(program, stem.with_suffix(".pt2"))
             with torch.inference_mode():
                 logits: np.ndarray = program.module()(images).numpy()
             return logits
         case ExportFormat.onnx:
-            path = onnx_file.write(int8.module, example, folder / "int8.onnx")
+            path = onnx_file.write(module, example, stem.with_suffix(".onnx"))
         case ExportFormat.tensorrt:
-            path = onnx_file.write(int8.module, example, folder / "int8.onnx")
-            tensorrt.convert(path, folder / "calibration.cache")
+            path = onnx_file.write(module, example, stem.with_suffix(".onnx"))
+            tensorrt.convert(path, stem.with_name("calibration.cache"))
         case ExportFormat.openvino:
-            return _openvino(folder, batch_size, int8, images)
+            return _openvino(stem, batch_size, module, images)
     return _answers(RuntimeName.onnxruntime, path, images)
 
 
-def _openvino(folder: Path, batch_size: int, int8: QuantizedModel, images: Tensor) -> np.ndarray:
+def _openvino(stem: Path, batch_size: int, module: nn.Module, images: Tensor) -> np.ndarray:
     runtime = _runtime(RuntimeName.openvino)
     import openvino
 
-    path = onnx_file.write(int8.module, images[:2], folder / "int8.onnx")
+    path = onnx_file.write(module, images[:2], stem.with_suffix(".onnx"))
     model = openvino.Core().read_model(str(path))
     model.reshape([batch_size, *images.shape[1:]])
-    openvino.save_model(model, str(folder / "int8.xml"), compress_to_fp16=False)
+    openvino.save_model(model, str(stem.with_suffix(".xml")), compress_to_fp16=False)
     loaded = runtime.load(path, torch.nn.Identity, None)
     logits = np.concatenate([loaded(batch).numpy() for batch in images.split(batch_size)])
     path.unlink()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from qexp.config import schema
 from qexp.records import RunRecord
 from qexp.report import evidence, formats, sentences, terminal, wording
+from qexp.report.export import export
 from qexp.report.findings import Findings, find
 from qexp.report.next_commands import NextCommands
 from qexp.system import credentials
@@ -38,11 +39,20 @@ def make(
     name: the report's title; source: the override that finds the same runs again, `sweep=ID`; by default the runs'
     common sweep or study.
     """
-    return write(find(store, records, settings), records, folder, name, source or source_of(records))
+    exporting = store if settings.export else None
+    return write(find(store, records, settings), records, folder, name, source or source_of(records), exporting)
 
 
-def write(found: Sequence[Findings], records: Sequence[RunRecord], folder: Path, name: str, source: str) -> Made:
-    """Write the report of what was found, as `make` does."""
+def write(
+    found: Sequence[Findings],
+    records: Sequence[RunRecord],
+    folder: Path,
+    name: str,
+    source: str,
+    exporting: Store | None = None,
+) -> Made:
+    """Write the report of what was found, as `make` does. exporting: the runs' store, where what is recommended is to
+    be exported too."""
     from qexp.report import html, page
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,8 +70,9 @@ def write(found: Sequence[Findings], records: Sequence[RunRecord], folder: Path,
     }
     for file, text in texts.items():
         (folder / file).write_text(credentials.masked(text), encoding="utf-8")
-    text = f"{terminal.summary(found, formats.columns())}\n\n{terminal.next_steps(found, commands)}"
-    return Made(folder, text, note(found, records))
+    ships = export(found, commands, exporting) if exporting else terminal.export_command(found, commands)
+    parts = [terminal.summary(found, formats.columns()), "\n".join([terminal.next_steps(commands), ships]).strip()]
+    return Made(folder, "\n\n".join(parts), note(found, records))
 
 
 def note(found: Sequence[Findings], records: Sequence[RunRecord]) -> str:

@@ -14,7 +14,7 @@ from qexp.records import RunRecord
 from qexp.report import effects, evidence, figures, formats, html, readings, sentences, wording
 from qexp.report.decision import Answer, Candidate, Recommendation
 from qexp.report.findings import Findings
-from qexp.report.next_commands import NextCommands
+from qexp.report.next_commands import NextCommands, exportable
 
 MOST_LISTED = 20
 MOST_INTERACTIONS = 4
@@ -113,8 +113,8 @@ def _recommendation(found: Findings, commands: NextCommands) -> list[Any]:
     parts: list[Any] = []
     if head.chosen is not None:
         parts.append(html.Text(wording.ships(head.chosen)))
-    if head.chosen is not None and head.kind is Answer.ship:
-        parts += [html.Text("To have a folder that serves it:"), html.Command(commands.export(head.chosen))]
+    if head.kind in (Answer.ship, Answer.stay_on_fp32) and (ships := exportable(found)) is not None:
+        parts += [html.Text("To have a folder that serves it:"), html.Command(commands.export(ships))]
     if head.reasons:
         parts += [html.Text("Why:"), html.Items([wording.sentence(reason) for reason in head.reasons])]
     if head.settles:

@@ -12,7 +12,7 @@ from qexp.report import evidence, formats, sentences, wording
 from qexp.report.decision import Answer
 from qexp.report.effects import Axis, AxisKind, Effect
 from qexp.report.findings import Findings
-from qexp.report.next_commands import NextCommands, from_here
+from qexp.report.next_commands import NextCommands, exportable, from_here
 
 # Lines of a screen, and of what a sweep prints around its summary: where the report, the files and MLflow are.
 SCREEN, AROUND = 40, 12
@@ -138,11 +138,16 @@ def _effect(effect: Effect) -> str:
     return ", ".join(told)
 
 
-def next_steps(found: Sequence[Findings], commands: NextCommands) -> str:
-    """Where the report is, and what to type next."""
+def next_steps(commands: NextCommands) -> str:
+    """Where the report is, and how to ask it again."""
     page = from_here(commands.folder / "report.html")
-    lines = [f"Report: {page}", "With another margin:", f"  {commands.report} report.margin=0.01"]
-    shipped = next((one.headline.chosen for one in found if one.headline.kind is Answer.ship), None)
-    if shipped is not None:
-        lines += [f"A folder that serves {formats.cut(shipped.ships.name, 40)}:", f"  {commands.export(shipped)}"]
-    return "\n".join(lines)
+    return "\n".join([f"Report: {page}", "With another margin:", f"  {commands.report} report.margin=0.01"])
+
+
+def export_command(found: Sequence[Findings], commands: NextCommands) -> str:
+    """The command that writes a folder to serve the first setting that is recommended; empty where none is."""
+    recommended = next((one for one in found if one.headline.kind is Answer.ship), None)
+    shipped = exportable(recommended) if recommended else None
+    if shipped is None:
+        return ""
+    return f"A folder that serves {formats.cut(shipped.run.name, 40)}:\n  {commands.export(shipped)}"

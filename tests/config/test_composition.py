@@ -29,7 +29,7 @@ from qexp.config.composition import (
     quoted,
 )  # fmt: skip
 from qexp.config.error_messages import message_for
-from qexp.config.schema import Config
+from qexp.config.schema import Config, FlowName, RuntimeName
 from qexp.errors import ConfigError
 from qexp.launch import planning
 from qexp.launch.job import job_from
@@ -296,6 +296,22 @@ def test_the_command_line_stands_in_place_of_a_studys_own_overrides_of_the_same(
     assert planned("calib.seed=5") == [(one, 5, True) for one in both]
     assert planned("qconfig=per_channel", "calib.seed=5,6") == [("per_channel", seed, True) for seed in (5, 6)]
     assert planned("qconfig={range_after_clamp: false}") == [(one, seed, False) for one in both for seed in three]
+
+
+@pytest.mark.parametrize("model", sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
+def test_what_to_ship_is_found_with_few_jobs_which_are_legal_for_every_model(loader: Any, model: str) -> None:
+    """With every runtime at hand here, in the flow that takes any traceable model, and with the folder at its end."""
+    target = ["model._target_=tests.helpers.quantizable.Block"] if model == "custom" else []
+    given = ["experiment=ship", f"model={model}", *target]
+    whole = master(loader, *given)
+    params = {str(name): str(values) for name, values in whole.hydra.sweeper.params.items()}
+    planned = planning.plan(Composer(whole, loader), [f"{name}={one}" for name, one in params.items()], given)
+    combined = list(itertools.product(*(values.split(",") for values in params.values())))
+    assert 2 <= len(planned) == len(combined) <= 24
+    for config in (item.job.config for item in planned):
+        assert (config.flow, config.runtimes) == (FlowName.fx, RuntimeName.auto())
+        assert config.report.export
+        assert config.report.auto
 
 
 def test_jobs_are_named_by_what_counts_and_no_two_alike(loader: Any) -> None:

@@ -97,6 +97,7 @@ def test_parameters_of_observers_are_fields_of_the_observer() -> None:
         (["dataset.margin=0"], r"dataset\.margin=0: must be an accuracy loss"),
         (["objective=accuracy"], r"objective=accuracy: must be one of accuracy/int8"),
         (["seed=-1"], r"seed=-1: must be in 0"),
+        (["report.export=true", "report.auto=false"], r"report\.export=true: exports .*report\.auto=false makes none"),
         (["train.epochs=0"], r"train\.epochs=0: must be positive"),
     ],
 )

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import numpy_helper
 
 from qexp import quantize
@@ -66,6 +67,17 @@ def test_the_folder_serves_the_model_without_qexp(form: ExportFormat, tmp_path: 
     assert len(re.findall("100% of predictions agree", done.stdout)) == (1 if form is ExportFormat.openvino else 2)
     assert json.loads((tmp_path / "model" / "input.json").read_text())["mean"] == list(MEAN)
     assert json.loads((tmp_path / "model" / "metrics.json").read_text()) == {"accuracy/int8": 0.5}
+
+
+@pytest.mark.parametrize("form", [form for form in ExportFormat if form.float_too])
+def test_the_folder_serves_a_float_model_too(form: ExportFormat, tmp_path: Path) -> None:
+    model, facts = int8_of().fused, {"input": INPUT, "scales": {}, "metrics": {}, "run": {"id": "1"}}
+    assert "the FP32 model" in write(tmp_path, form, 4, model, PIXELS, IMAGES, facts)
+    done = checked(tmp_path, form)
+    assert done.stdout.endswith("ok\n"), done.stderr
+    assert not list(tmp_path.glob("int8*"))
+    with np.load(tmp_path / "check.npz") as stored, torch.inference_mode():
+        np.testing.assert_allclose(stored["logits"], model(IMAGES).numpy(), atol=1e-4)
 
 
 def test_the_check_tells_when_answers_are_others(tmp_path: Path) -> None:

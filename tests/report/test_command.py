@@ -66,6 +66,7 @@ def test_texts_reach_hydra_as_they_were_meant(typed: str, read: str) -> None:
         (["sweep=1", "study=2"], "give one of sweep, study, filter, compare"),
         (["compare=a"], "must be the ids of two runs"),
         (["compare=a,a"], "must be the ids of two runs"),
+        (["compare=a,b", "report.export=true"], "report.export=true: a comparison recommends nothing"),
         (["nonsense=1"], "nonsense"),
         (["-m", "report.margin=0.1,0.2"], "makes one report at a time"),
         (["tracking.uri=http://127.0.0.1:9", "tracking.timeout=2"], "http://127.0.0.1:9"),

@@ -42,7 +42,8 @@ def sweep(count: int = 16, failed: int = 0) -> Findings:
 def test_a_sweep_of_sixteen_runs_fits_on_a_screen(columns: int) -> None:
     found = sweep(failed=2)
     commands = NextCommands(Path("outputs/reports/a_sweep").absolute(), f"sweep={32 * 'a'}")
-    text = f"{terminal.summary([found], columns)}\n\n{terminal.next_steps([found], commands)}"
+    after = [terminal.next_steps(commands), terminal.export_command([found], commands)]
+    text = "\n".join([terminal.summary([found], columns), "", *after])
     where = ["", "Files: …", "Compare in MLflow:", "  mlflow ui …", "and open …"]
     assert len(text.splitlines()) + len(where) <= 40
     assert max(map(len, terminal.summary([found], columns).splitlines())) <= columns
@@ -71,12 +72,13 @@ def test_a_name_that_is_too_long_loses_its_middle_and_no_figure() -> None:
 def test_the_commands_that_come_next_can_be_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     found = sweep()
-    here = terminal.next_steps([found], NextCommands(tmp_path / "outputs/reports/x", "sweep=abc")).splitlines()
+    commands = NextCommands(tmp_path / "outputs/reports/x", "sweep=abc")
+    here = [*terminal.next_steps(commands).splitlines(), *terminal.export_command([found], commands).splitlines()]
     assert here[0] == "Report: outputs/reports/x/report.html"
     assert here[2] == "  python -m qexp.report sweep=abc report.margin=0.01"
     assert here[4].startswith("  python -m qexp.export 'run_id=")
     assert here[4].endswith(" format=torchscript")
-    elsewhere = terminal.next_steps([found], NextCommands(tmp_path / "my runs/reports/x", "study=it's")).splitlines()
+    elsewhere = terminal.next_steps(NextCommands(tmp_path / "my runs/reports/x", "study=it's")).splitlines()
     assert elsewhere[2] == "  python -m qexp.report 'study=it'\"'\"'s' 'outputs=my runs' report.margin=0.01"
 
 
