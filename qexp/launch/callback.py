@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from qexp.config import validation
 from qexp.config.composition import Composition, as_yaml
 from qexp.config.error_messages import exit_with_message
+from qexp.config.schema import Config
 from qexp.errors import ConfigError
 from qexp.launch import folders, foreign_sweeper, rerun
 from qexp.launch.job import hydra_files, is_ours, job_from
@@ -28,6 +29,7 @@ class HydraCallback(Callback):
         with exit_with_message():
             job = job_from(Composition.of(config))
             validation.check(job.config)
+            refuse_export(job.config)
             rerun.check(job)
             folder = Path(config.hydra.run.dir)
             refuse_credentials(str(folder), "hydra.run.dir")
@@ -67,6 +69,15 @@ def mask_file(file: Path) -> None:
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     if credentials.masked(text) != text:
         file.write_text(credentials.masked(text), encoding="utf-8")
+
+
+def refuse_export(config: Config) -> None:
+    """Raise ConfigError where a single run is to export what is recommended."""
+    if config.report.export:
+        raise ConfigError(
+            "report.export=true: exports what a sweep recommends, and this is a single run; add -m, or export the run "
+            "with `python -m qexp.export run_id=ID` when it has finished."
+        )
 
 
 def refuse_credentials(folder: str, setting: str) -> None:

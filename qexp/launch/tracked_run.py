@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from qexp.config import code_digest, identity, validation
 from qexp.config.error_messages import exit_with_message
 from qexp.config.schema import LogModel
-from qexp.errors import ConfigError
 from qexp.launch import concurrent, folders, job_process, progress
 from qexp.launch.job import Job, tags
 from qexp.launch.job_process import JobProcess
@@ -43,11 +42,6 @@ def run_single(job: Job) -> float | None:
     from qexp import tracking
 
     validation.check(job.config)
-    if job.alone and job.config.report.export:
-        raise ConfigError(
-            "report.export=true: exports what a sweep recommends, and this is a single run; add -m, or export the run "
-            "with `python -m qexp.export run_id=ID` when it has finished."
-        )
     if job.foreign:
         folders.check_free("hydra.sweep.subdir", job.folder)
     job_process.start_server()
