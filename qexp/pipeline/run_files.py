@@ -237,6 +237,7 @@ def _timing(timing: protocol.Timing) -> dict[str, Any]:
     summary = asdict(timing.summary)
     return {
         "variant": timing.name,
+        "repeats": str(timing.variant) if timing.control else "",
         "batch_size": timing.batch_size,
         "threads": timing.threads,
         **summary,

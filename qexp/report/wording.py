@@ -125,7 +125,7 @@ def facts(found: Findings) -> list[tuple[str, str]]:
         "FP32 accuracy": _fp32(shown),
         "smallest difference shown in 4 of 5 cases": _points(shown.metrics.get(Metric.detectable)),
         "timings": _timings(runs),
-        "FP32 beside itself": _control(found.timing, shown),
+        "FP32 beside itself": _control(found.timing),
         "saturation": _saturation(shown),
         "runs": f"{len(found.study.records):,}, of which {len(runs):,} finished",
         "when": _when(found.study.records),
@@ -176,20 +176,19 @@ def _timings(runs: Sequence[RunRecord]) -> str:
     return said
 
 
-def _control(document: Mapping[str, Any], record: RunRecord) -> str:
-    """FP32 timed twice side by side, in the run that is shown."""
+def _control(document: Mapping[str, Any]) -> str:
+    """A variant timed twice side by side, in the run that is shown; empty where the file doesn't say which."""
     rows = document.get("rows", ())
-    control = next((row for row in rows if row["variant"] == "control"), None)
-    fastest = f"fp32_{record.tags.get('fastest.fp32', '')}"
-    where = ("batch_size", "threads")
-    same = next(
-        (row for row in rows if control and row["variant"] == fastest and all(row[x] == control[x] for x in where)),
-        None,
-    )
-    if control is None or same is None:
+    control = next((row for row in rows if row.get("repeats")), None)
+    if control is None:
         return ""
-    a, b = float(same["p50"]), float(control["p50"])
-    return f"{formats.ms(a)} and {formats.ms(b)} ms, {100 * abs(a - b) / min(a, b):.1f}% apart; they should be equal"
+    which = ("batch_size", "threads")
+    itself = next(
+        row for row in rows if row["variant"] == control["repeats"] and all(row[x] == control[x] for x in which)
+    )
+    a, b = float(itself["p50"]), float(control["p50"])
+    apart = f"{100 * abs(a - b) / min(a, b):.1f}% apart; they should be equal"
+    return f"{control['repeats']}: {formats.ms(a)} and {formats.ms(b)} ms, {apart}"
 
 
 def _saturation(record: RunRecord) -> str:
