@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -63,6 +64,7 @@ class _Sessions(nn.Module):
 def session(path: Path, threads: int, optimized: Path | None = None) -> Any:
     """An onnxruntime.InferenceSession on the CPU. optimized: a file for the graph that it executes. Raises RunError
     where it can't be made."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when it is imported; it calls home, from timings too
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

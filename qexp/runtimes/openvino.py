@@ -6,7 +6,9 @@ OpenVINO 2026.4), and a fixed one is what people deploy.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ class OpenVino(OnnxRuntime):
     def load(self, path: Path, structure: Callable[[], nn.Module], engine: Engine | None) -> Loaded:
         """Read the file; the model runs on as many threads as torch has where it is called, and its first call with
         each batch size compiles it for that."""
+        _package()  # before there are threads
         return Loaded(_Requests(path), None, again=lambda: self.load(path, structure, engine), reentrant=False)
 
     def layers(self, path: Path, shape: Sequence[int]) -> tuple[int, int]:
@@ -61,11 +64,24 @@ class _Requests(nn.Module):
         return torch.from_numpy(request.get_output_tensor().data.copy())
 
 
-def compiled(path: Path, shape: tuple[int, ...], threads: int) -> Any:
-    """An openvino.CompiledModel for images of this shape, [n, 3, H, W]. Raises RunError where it can't be made."""
+@cache
+def _package() -> Any:
+    """The module openvino, ready to be used by several threads.
+
+    Without its telemetry, which calls home as soon as it is imported. Its first two Tensors of numpy arrays would
+    deadlock if two threads made them: pybind11 looks numpy up while it holds a lock that the other waits for with the
+    GIL (OpenVINO 2026.4).
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 
-    core = openvino.Core()
+    openvino.Tensor(np.zeros(1, np.float32))
+    return openvino
+
+
+def compiled(path: Path, shape: tuple[int, ...], threads: int) -> Any:
+    """An openvino.CompiledModel for images of this shape, [n, 3, H, W]. Raises RunError where it can't be made."""
+    core = _package().Core()
     options = {
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
