@@ -173,8 +173,9 @@ def _model(
 
 def _openvino(stem: Path, batch_size: int, module: nn.Module, images: Tensor) -> np.ndarray:
     runtime = _runtime(RuntimeName.openvino)
-    import openvino
+    from qexp.runtimes.openvino import package
 
+    openvino = package()
     path = onnx_file.write(module, images[:2], stem.with_suffix(".onnx"))
     model = openvino.Core().read_model(str(path))
     model.reshape([batch_size, *images.shape[1:]])

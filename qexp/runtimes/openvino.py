@@ -31,7 +31,7 @@ class OpenVino(OnnxRuntime):
     def load(self, path: Path, structure: Callable[[], nn.Module], engine: Engine | None) -> Loaded:
         """Read the file; the model runs on as many threads as torch has where it is called, and its first call with
         each batch size compiles it for that."""
-        _package()  # before there are threads
+        package()  # before there are threads
         return Loaded(_Requests(path), None, again=lambda: self.load(path, structure, engine), reentrant=False)
 
     def layers(self, path: Path, shape: Sequence[int]) -> tuple[int, int]:
@@ -65,7 +65,7 @@ class _Requests(nn.Module):
 
 
 @cache
-def _package() -> Any:
+def package() -> Any:
     """The module openvino, ready to be used by several threads.
 
     Without its telemetry, which calls home as soon as it is imported. Its first two Tensors of numpy arrays would
@@ -81,7 +81,7 @@ def _package() -> Any:
 
 def compiled(path: Path, shape: tuple[int, ...], threads: int) -> Any:
     """An openvino.CompiledModel for images of this shape, [n, 3, H, W]. Raises RunError where it can't be made."""
-    core = _package().Core()
+    core = package().Core()
     options = {
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,

@@ -6,6 +6,9 @@ Without VNNI their kernels add up in 16 bits, so that weights have 7 bits wherev
 from __future__ import annotations
 
 import collections
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -28,7 +31,7 @@ from qexp.runtimes import RUNTIMES, onnx_file
 from qexp.runtimes.onnx_file import OnnxRuntime
 from qexp.runtimes.parting import MOST, first_parted, times_rounding
 from qexp.system.torchvision_import import torchvision
-from tests.helpers import networks
+from tests.helpers import ROOT, networks
 from tests.helpers.quantizable import Plain, images, settings, spec, trained
 
 GUARDED = settings(overflow="weights")
@@ -235,6 +238,41 @@ def test_copies_answer_at_the_same_time_on_as_many_threads_as_torch_has(runtime:
         torch.testing.assert_close(loaded(batch), alone, rtol=0, atol=0.1)
     for copy in loaded.copies(2):
         torch.testing.assert_close(copy(batch), alone, rtol=0, atol=0.1)
+
+
+FRESH = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+import torch
+from qexp.config.schema import RuntimeName
+from qexp.runtimes import RUNTIMES
+
+runtime, path = RUNTIMES[RuntimeName(sys.argv[1])], Path(sys.argv[2])
+models, start = [runtime.load(path, torch.nn.Identity, None) for _ in range(2)], Barrier(2)
+
+def run(model):
+    torch.set_num_threads(1)
+    start.wait()
+    return model(torch.zeros(1, 3, 16, 16))
+
+with ThreadPoolExecutor(2) as pool:
+    print(len(list(pool.map(run, models))))
+"""
+
+
+@pytest.mark.parametrize("runtime", THEIRS)
+def test_its_first_use_may_be_in_two_threads_and_calls_nobody(runtime: RuntimeName, tmp_path: Path) -> None:
+    path = written(made("tiny", FlowName.eager), tmp_path)
+    home = tmp_path / "home"
+    home.mkdir()
+    ended = subprocess.run(
+        [sys.executable, "-c", FRESH, runtime, str(path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(home)}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout) == (0, "2\n"), ended.stderr
+    assert list(home.rglob("*")) == []  # such as an identifier of this machine
 
 
 # ------------------------------------------------------------------------------------------------ parting
