@@ -160,7 +160,7 @@ def test_a_stopped_sweep_leaves_no_run_open_and_says_how_to_go_on(
     while sum(status == "FINISHED" for _, status in runs(tmp_path)) < 2 and time.monotonic() < deadline:
         time.sleep(0.2)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=180)
     assert process.returncode == code, err
     statuses = [status for _, status in runs(tmp_path)]
     assert "RUNNING" not in statuses

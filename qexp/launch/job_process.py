@@ -449,7 +449,7 @@ def _main(channel: Connection, streams: list[Connection]) -> None:
 def _do(task: Task) -> Any:
     """Call the task's function and return its result, or a Failure where it raises."""
     try:
-        signal.signal(signal.SIGTERM, _terminate)
+        _end_by_signal()
         from qexp.pipeline.input_checks import check_inputs, provenance_tags
         from qexp.pipeline.run import run_experiment
 
@@ -463,6 +463,19 @@ def _do(task: Task) -> Any:
         return Failure.of(error)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _end_by_signal() -> None:
+    """Raise _Terminated on SIGTERM, in a finalizer's place after it: Python would print it there and go on."""
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.unraisablehook = _again_if_terminated
+
+
+def _again_if_terminated(ignored: sys.UnraisableHookArgs) -> None:
+    if issubclass(ignored.exc_type, _Terminated):
+        threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    else:
+        sys.__unraisablehook__(ignored)
 
 
 def _terminate(number: int, frame: Any) -> None:

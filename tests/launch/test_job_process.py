@@ -505,3 +505,28 @@ def test_a_single_run_that_crashes_has_failed(
     assert "in forward" in result.stderr
     assert "seven images are too many" in result.stderr
     assert [status for _, status in runs(tmp_path)] == ["FAILED", "FAILED"]
+
+
+def test_a_job_that_is_ended_in_a_finalizer_ends_after_it_without_a_traceback() -> None:
+    program = """
+import os, signal, time
+from qexp.launch import job_process
+
+class Held:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+
+job_process._end_by_signal()
+try:
+    held = Held()
+    del held
+    time.sleep(60)
+except job_process._Terminated:
+    print("ended")
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert (ended.stdout, ended.stderr) == ("ended\n", "")
