@@ -79,7 +79,7 @@ def qexp(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
             env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
         )
 
     return run
