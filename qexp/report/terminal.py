@@ -48,9 +48,7 @@ def _candidates(found: Findings, columns: int, room: int) -> list[str]:
         lines.append(f"and {formats.count(len(rows) - most, 'more candidate')}, in the report")
     ended = [record for record in found.study.records if record.status != "FINISHED"]
     for record in ended[:MOST_FAILURES]:
-        lines.append(
-            textwrap.shorten(f"{record.status}  {record.name}: {wording.ended(record)}", columns, placeholder=" …")
-        )
+        lines.append(formats.cut(f"{record.status}  {record.name}: {wording.ended(record)}", columns))
     if len(ended) > MOST_FAILURES:
         lines.append(f"and {formats.count(len(ended) - MOST_FAILURES, 'more run')} that did not finish")
     return lines
