@@ -263,7 +263,7 @@ def _each(executor: ProcessPoolExecutor, task: Callable[[int], T], title: str) -
 
 
 def summarised(picks: Sequence[Picked]) -> tuple[Interval, Interval, float]:
-    """Of one rule: the share of studies in which its choice breaks the margin; of the others, the mean share of the
+    """For one rule, the share of studies in which its choice breaks the margin; of the others, the mean share of the
     speed left on the table; and the share without an answer."""
     breaks = statistics.wilson(sum(one.breaks for one in picks), len(picks))
     left = [one.left for one in picks if not one.breaks]

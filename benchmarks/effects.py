@@ -43,7 +43,7 @@ Setting = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Truth:
-    """What is true of each value of a setting: a shift of images' margins, and of the logarithm of the speed. noise: a
+    """The truth about each value of a setting: a shift of images' margins, and of the logarithm of the speed. noise: a
     run's own, in standard deviations of the margin; both: a further shift where granularity and observer are the last.
     """
 
@@ -123,7 +123,7 @@ def true_effect(truth: Truth, setting: str, value: str) -> tuple[float, float]:
 
 
 def true_departure(truth: Truth, found: Interaction, row: str, column: str) -> float:
-    """Of accuracy, the mean over all other settings."""
+    """The interaction of a row and a column in accuracy, as a mean over all other settings."""
     corners = []
     for one in SETTINGS:
         at = {

@@ -182,6 +182,7 @@ class Top1:
 
 
 SAME_TAG = "runtimes.same"
+PARENT_TAG = "mlflow.parentRunId"
 """The tag of the groups of INT8 runtimes whose logits are equal bit for bit: `eager torchscript; inductor`."""
 PARTED_TAG = "runtimes.parted"
 """The tag of the runtimes whose INT8 logits have parted from torch's, separated by spaces."""

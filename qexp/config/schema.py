@@ -295,7 +295,7 @@ class ReportObjective(StrEnum):
 
 @dataclass
 class Report:
-    """What a report recommends by; none of it changes a run.
+    """The question that a report answers; none of it changes a run.
 
     auto: a sweep makes its report when it ends; margin: the tolerated loss, None: the data set's; max_ms: the highest
     latency, of objective=accurate; runtime: the only one considered, None: all; batch_size, threads: of the timings,
@@ -399,7 +399,7 @@ class ReportCommand:
 
 
 class ExportFormat(StrEnum):
-    """What a model can ship as, followed by the packages that its folder needs to serve it."""
+    """The forms in which a model can ship, followed by the packages that its folder needs to serve it."""
 
     needs: tuple[str, ...]
 

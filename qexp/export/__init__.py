@@ -1,1 +1,1 @@
-"""What ships: a run's INT8 model in a folder that serves it without qexp."""
+"""The hand-over: a run's INT8 model in a folder that serves it without qexp."""

@@ -1,9 +1,8 @@
-"""What `python -m qexp.export` does: it makes a run's INT8 model again, and writes the folder that ships."""
+"""The work of `python -m qexp.export`: it makes a run's INT8 model again, and writes the folder that ships."""
 
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,10 +69,7 @@ def export(command: ExportCommand, cwd: Path) -> str:
 def find(command: ExportCommand, cwd: Path) -> Finished:
     """The run. Raises InputError where there is none, it has not finished, or is not one of qexp's."""
     outputs, run_id = Path(command.outputs), str(command.run_id)
-    elsewhere = command.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "").strip()
-    if not elsewhere and not (outputs / "mlflow.db").is_file():
-        raise InputError(f"outputs={outputs} has no runs (there is no mlflow.db in it); give the folder that has.")
-    store = tracking.connect(command.tracking, outputs, cwd)
+    store = tracking.connect_existing(command.tracking, outputs, cwd)
     record, _ = tracking.find(store, run_id)
     if tracking.SWEEP_TAG in record.tags:
         raise InputError(

@@ -108,7 +108,7 @@ def rounds_otherwise(variant: Variant) -> bool:
 
 @step("layers of runtimes")
 def runtime_layers(config: Config, data: Data, saved: Saved) -> dict[str, tuple[int, int]]:
-    """By runtime with kernels of its own, the numbers of layers that it says it executes in INT8, and in FP32.
+    """For each runtime with kernels of its own, the numbers of layers that it says it executes in INT8, and in FP32.
 
     Raises RunError where there is none in INT8.
     """

@@ -90,8 +90,8 @@ def _noisiest(rows: Sequence[Fidelity], count: int) -> set[int]:
 def _noise(axes: Axes, rows: Sequence[Fidelity], bad: set[int], size: float) -> None:
     """Draw SQNR; values that are not finite have no marker."""
     places = range(len(rows))
-    inside = [_finite(row.sqnr_db) for row in rows]
-    own = [_finite(row.own_sqnr_db) for row in rows]
+    inside = [finite(row.sqnr_db) for row in rows]
+    own = [finite(row.own_sqnr_db) for row in rows]
     axes.hlines(places, inside, own, color="#D9D9D9", linewidth=1.2, zorder=1)
     axes.scatter(inside, places, s=size, color=_INSIDE, marker="o", linewidths=0, zorder=3, label="in the INT8 model")
     for chosen, colour, label in (
@@ -142,5 +142,6 @@ def _legend(figure: Figure, axes: Axes, left: float, height: float, has_marks: b
             handle.set_sizes([26])
 
 
-def _finite(value: float | None) -> float:
+def finite(value: float | None) -> float:
+    """The value, or NaN where it is unknown or infinite, which no marker is drawn for."""
     return value if value is not None and math.isfinite(value) else math.nan

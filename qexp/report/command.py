@@ -1,13 +1,11 @@
-"""What `python -m qexp.report` does: it finds the runs, and writes the report that was asked for."""
+"""The work of `python -m qexp.report`: it finds the runs, and writes the report that was asked for."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from qexp import tracking
 from qexp.config.schema import ReportCommand
-from qexp.errors import InputError
 from qexp.report import comparison, files
 
 
@@ -17,8 +15,7 @@ def report(command: ReportCommand, cwd: Path) -> str:
     Raises InputError where there are no such runs, or the store can't be used.
     """
     outputs = Path(command.outputs)
-    check_store(command, outputs)
-    store = tracking.connect(command.tracking, outputs, cwd)
+    store = tracking.connect_existing(command.tracking, outputs, cwd)
     if command.compare is not None:
         first, second = command.compare
         return comparison.make(store, first, second, outputs / "reports", command.name).text
@@ -34,13 +31,3 @@ def source(command: ReportCommand) -> str:
     """The override that names the runs; empty for the latest sweep."""
     given = {"sweep": command.sweep, "study": command.study, "filter": command.filter}
     return next((f"{name}={value}" for name, value in given.items() if value is not None), "")
-
-
-def check_store(command: ReportCommand, outputs: Path) -> None:
-    """Raise InputError where the default store is meant and doesn't exist; to connect to it would make it."""
-    elsewhere = command.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "").strip()
-    if not elsewhere and not (outputs / "mlflow.db").is_file():
-        raise InputError(
-            f"outputs={outputs} has no runs (there is no mlflow.db in it); give the folder that runs were written to, "
-            "or tracking.uri=ADDRESS."
-        )

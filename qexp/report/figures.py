@@ -23,7 +23,7 @@ from qexp.metrics import Metric
 from qexp.records import Interval
 from qexp.report import formats
 from qexp.report.calibration import CalibrationSizes
-from qexp.report.charts import shortened
+from qexp.report.charts import finite, shortened
 from qexp.report.classes import ClassChange
 from qexp.report.contrasts import Difference
 from qexp.report.decision import Answer, Candidate, Recommendation
@@ -375,26 +375,27 @@ def layers(found: LayerComparison) -> Figure | None:
     other: dict[str, LayerRow] = {row.name: row for row in found.worst}
     figure, axes = _styled(0.19 * len(rows) + 1.1)
     places = range(len(rows))
-    worst = [_finite(other[row.name].sqnr_db) if row.name in other else math.nan for row in rows]
-    axes.hlines(places, worst, [_finite(row.sqnr_db) for row in rows], color=GRID, linewidth=1.4)
+    worst = [finite(other[row.name].sqnr_db) if row.name in other else math.nan for row in rows]
+    axes.hlines(places, worst, [finite(row.sqnr_db) for row in rows], color=GRID, linewidth=1.4)
     if any(map(math.isfinite, worst)):
         axes.plot(worst, places, "D", markersize=4.5, color=GREY, label="worst run")
-    axes.plot([_finite(row.sqnr_db) for row in rows], places, "o", markersize=5, color=GOOD, label="this run")
+    axes.plot([finite(row.sqnr_db) for row in rows], places, "o", markersize=5, color=GOOD, label="this run")
     axes.set_yticks(places, [shortened(row.name) for row in rows], fontsize=7.5)
     for label, row in zip(axes.get_yticklabels(), rows, strict=True):
         if row.name in found.keep:
             label.set_color(CHOSEN)
             label.set_fontweight("bold")
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.grid(axis="y", visible=False)
-    axes.tick_params(axis="y", length=0)
+    _rows(axes, len(rows))
     axes.set_xlabel("SQNR of the layer's output, dB (higher is better)")
     _legend(figure, axes)
     return figure
 
 
-def _finite(value: float | None) -> float:
-    return value if value is not None and math.isfinite(value) else math.nan
+def _rows(axes: Axes, count: int) -> None:
+    """Make room for so many rows, the first at the top, without lines between them."""
+    axes.set_ylim(count - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", length=0)
 
 
 MOST_CLASSES = 30
@@ -414,9 +415,7 @@ def classes(found: Sequence[ClassChange]) -> Figure:
                 color=colour, markersize=4.5, elinewidth=1.2, label=said,
             )  # fmt: skip
     axes.set_yticks(range(len(rows)), [formats.shortened(one.name, 28) for one in rows], fontsize=8)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.grid(axis="y", visible=False)
-    axes.tick_params(axis="y", length=0)
+    _rows(axes, len(rows))
     axes.set_xlabel("INT8 minus FP32 accuracy, points")
     _legend(figure, axes)
     return figure

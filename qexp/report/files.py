@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qexp.config import schema
-from qexp.records import RunRecord
+from qexp.records import PARENT_TAG, RunRecord
 from qexp.report import evidence, formats, sentences, terminal, wording
 from qexp.report.export import export
 from qexp.report.findings import Findings, find
@@ -18,8 +18,6 @@ from qexp.system import credentials
 
 if TYPE_CHECKING:
     from qexp.tracking.store import Store
-
-PARENT_TAG = "mlflow.parentRunId"
 
 
 @dataclass(frozen=True)

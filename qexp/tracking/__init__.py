@@ -8,6 +8,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
+from qexp.records import PARENT_TAG
 from qexp.tracking.artifacts import artifacts, top1
 from qexp.tracking.errors import sentence
 from qexp.tracking.links import ui
@@ -23,8 +24,8 @@ from qexp.tracking.run import (
     open_parent,
     start_run,
 )
-from qexp.tracking.store import Store, check_experiment, connect
-from qexp.tracking.values import PARENT_TAG, SWEEP_TAG
+from qexp.tracking.store import Store, check_experiment, connect, connect_existing
+from qexp.tracking.values import SWEEP_TAG
 from qexp.tracking.view import save_view
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "close_orphans",
     "close_parent",
     "connect",
+    "connect_existing",
     "describe_parent",
     "fetch",
     "find",

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qexp.metrics import Metric
+from qexp.records import PARENT_TAG
 from qexp.system.credentials import masked
-from qexp.tracking.run import PARENT_TAG, Run
+from qexp.tracking.run import Run
 from qexp.tracking.store import Store
 from qexp.tracking.view import VIEW_KEY
 

@@ -14,12 +14,12 @@ from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 
 from qexp.errors import InputError
-from qexp.records import RunRecord
+from qexp.records import PARENT_TAG, RunRecord
 from qexp.system import machine
 from qexp.system.credentials import masked
 from qexp.tracking.errors import first_line, refused
 from qexp.tracking.store import Store, check_client
-from qexp.tracking.values import PARENT_TAG, SWEEP_TAG
+from qexp.tracking.values import SWEEP_TAG
 
 PAGE = 500
 

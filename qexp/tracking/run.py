@@ -29,14 +29,13 @@ from mlflow.types.schema import Schema, TensorSpec
 
 from qexp.errors import InputError, RunError, without_values
 from qexp.metrics import Metric as MetricName
-from qexp.records import RunRecord
+from qexp.records import PARENT_TAG, RunRecord
 from qexp.system import machine
 from qexp.system.credentials import masked
 from qexp.tracking.errors import first_line, in_thread, refused, root_cause, sentence
 from qexp.tracking.query import has_process, record_of
 from qexp.tracking.store import Store, check_client, check_experiment, experiment_id_of
 from qexp.tracking.values import (
-    PARENT_TAG,
     SWEEP_TAG,
     cut_params,
     cut_tags,

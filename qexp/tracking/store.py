@@ -62,6 +62,18 @@ class Store:
         return self.experiment or f"qexp/{dataset}"
 
 
+def connect_existing(tracking: schema.Connection, outputs: Path, folder: Path | None = None) -> Store:
+    """The same as `connect`, to read runs: raises InputError where the default store is meant and there is none yet,
+    which `connect` would make."""
+    elsewhere = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "").strip()
+    if not elsewhere and not (outputs / "mlflow.db").is_file():
+        raise InputError(
+            f"outputs={outputs} has no runs (there is no mlflow.db in it); give the folder that has, or "
+            "tracking.uri=ADDRESS."
+        )
+    return connect(tracking, outputs, folder)
+
+
 def connect(tracking: schema.Connection, outputs: Path, folder: Path | None = None) -> Store:
     """The store that the settings, or else MLflow's own environment variables, name; by default one in `outputs`.
 

@@ -23,7 +23,6 @@ T = TypeVar("T")
 
 
 SWEEP_TAG = "qexp.sweep"  # of a sweep's own run, which others are children of
-PARENT_TAG = "mlflow.parentRunId"
 PARAM_LENGTH = 6000  # MLflow cuts longer values without a word
 LONG_PARAMS = "long_params.json"
 TAG_LENGTH = 5000  # what servers of all versions take

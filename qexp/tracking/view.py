@@ -15,10 +15,10 @@ from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
 from qexp.metrics import Metric
+from qexp.records import PARENT_TAG
 from qexp.tracking.errors import first_line
 from qexp.tracking.run import Run
 from qexp.tracking.store import Store
-from qexp.tracking.values import PARENT_TAG
 
 log = logging.getLogger(__name__)
 

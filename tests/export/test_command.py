@@ -51,7 +51,7 @@ def test_a_finished_run_is_exported_and_checked(qexp: Run, checkpoint: Path, tmp
             ["run_id=1", "precision=fp32", "format=pt2"],
             "format=pt2 with precision=fp32: must be one of format=onnx, format=openvino, format=torchscript.",
         ),
-        (["run_id=1"], "has no runs (there is no mlflow.db in it); give the folder that has."),
+        (["run_id=1"], "has no runs (there is no mlflow.db in it); give the folder that has, or tracking.uri=ADDRESS."),
     ],
 )
 def test_what_can_not_be_exported_is_refused_in_a_sentence(arguments: list[str], sentence: str, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def executed(converted: nn.Module, engine_name: Engine, images: Tensor) -> tuple
         told = [(name, "end" if name in ends else _described(name, value)) for name, value in given.items()]
         calls.append(f"{function} {told}")
 
-    with _watched(record), engine(engine_name), torch.inference_mode():
+    with watched(record), engine(engine_name), torch.inference_mode():
         converted(images)
     return tuple(calls)
 
@@ -58,7 +58,7 @@ def beyond(converted: nn.Module, engine_name: Engine, images: Tensor, quant_max:
             if value.dtype is torch.quint8 and int(torch.int_repr(value).max()) > quant_max:
                 made[id(value)] = value, str(function).split(".")[1]
 
-    with _watched(look), engine(engine_name), torch.inference_mode():
+    with watched(look), engine(engine_name), torch.inference_mode():
         converted(images)
     return found[0] if found else ""
 
@@ -83,7 +83,7 @@ class DispatchMode(TorchDispatchMode):
 
 
 @contextmanager
-def _watched(see: Callable[[Any, Mapping[str, Any], object], None]) -> Iterator[None]:
+def watched(see: Callable[[Any, Mapping[str, Any], object], None]) -> Iterator[None]:
     """In this context, pass each call of torch's operators to `see`: the operator, arguments by name, and the result.
 
     The dispatcher sees functions, methods and modules alike, in the eager flow as in fx.

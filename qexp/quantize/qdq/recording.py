@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from qexp.errors import RunError
 from qexp.quantize.graph.tensor_names import place, running, tensor_of
-from qexp.quantize.inspection.executed_operators import DispatchMode
+from qexp.quantize.inspection.executed_operators import watched
 from qexp.quantize.torch_backend.ignored_quant_max import plain_clamps
 
 _BATCH_SIZES = (2, 3)
@@ -53,7 +53,7 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """What a model executes for `images`, float32 [n, 3, H, W], up to its `output`."""
+    """The calls that a model executes for `images`, float32 [n, 3, H, W], up to its `output`."""
 
     images: Tensor
     calls: Sequence[Call]
@@ -83,17 +83,10 @@ def _run(model: nn.Module, images: Tensor) -> Recording:
     calls: list[Call] = []
     with torch.no_grad(), plain_clamps(), _attention_by_layers(), running(model) as here:
 
-        class Recorder(DispatchMode):
-            def __torch_dispatch__(
-                self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-            ) -> Any:
-                names = [argument.name for argument in func._schema.arguments]
-                given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
-                result = func(*args, **(kwargs or {}))
-                calls.append(Call(func, given, result, *here[-1]))
-                return result
+        def record(func: Any, given: Mapping[str, Any], result: object) -> None:
+            calls.append(Call(func, given, result, *here[-1]))
 
-        with Recorder():
+        with watched(record):
             output = _Nodes(model, here).run(images) if isinstance(model, fx.GraphModule) else model(images)
     return Recording(images, calls, output)
 
