@@ -52,7 +52,7 @@ class OnnxRuntime(Runtime):
 
     def executes(self, flow: FlowName, precision: Precision) -> bool:
         """True but for INT8 of a flow that computes ranges as the model runs, for which there is no Q/DQ program."""
-        return precision is Precision.fp32 or flow is not FlowName.dynamic
+        return precision is Precision.fp32 or "calib" not in flow.ignores
 
     def tolerance(self, precision: Precision, all_int8: bool) -> float:
         """Sums in FP32 of other kernels; in INT8, of itself with another batch size, by a few steps of the logits'
