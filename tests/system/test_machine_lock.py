@@ -45,6 +45,23 @@ with machine.computing():
             found.append(f"{began} {time.monotonic()}")
 print(*found, sep="\\n")
 """
+# Waits for the lock; says that it was interrupted, and if so whether it has as many open files as before.
+INTERRUPTED = """
+import os, signal, sys
+from pathlib import Path
+from qexp.system.machine_lock import MachineLock
+def interrupt(number, frame):
+    raise InterruptedError
+signal.signal(signal.SIGTERM, interrupt)
+before = len(os.listdir("/proc/self/fd"))
+try:
+    print("waiting", flush=True)
+    with getattr(MachineLock(Path(sys.argv[1])), sys.argv[2])():
+        print("held")
+except InterruptedError:
+    print("interrupted")
+print(len(os.listdir("/proc/self/fd")) == before)
+"""
 
 
 @contextmanager
@@ -247,19 +264,14 @@ def test_the_lock_is_free_after_an_error(tmp_path: Path, way: str) -> None:
 @pytest.mark.parametrize("way", ["computing", "timing"])
 def test_a_signal_ends_the_wait(tmp_path: Path, way: str) -> None:
     """The exception of a signal's handler leaves the wait and releases the lock."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise InterruptedError
-
-    machine, before = MachineLock(tmp_path), signal.signal(signal.SIGALRM, interrupt)
-    try:
-        with another_process(HOLD, tmp_path, "timing"), pytest.raises(InterruptedError):  # noqa: PT012  (it may come at once)
-            signal.setitimer(signal.ITIMER_REAL, 0.1)
-            with getattr(machine, way)():
-                pytest.fail("somebody times")
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)  # it would end this process once it has no handler
-        signal.signal(signal.SIGALRM, before)
+    with (
+        another_process(HOLD, tmp_path, "timing"),
+        another_process(INTERRUPTED, tmp_path, way) as waiting,
+    ):
+        time.sleep(0.1)  # so that it most likely waits; it must end by the signal in any case
+        waiting.send_signal(signal.SIGTERM)
+        assert waiting.stdout is not None
+        assert waiting.stdout.read() == "interrupted\nTrue\n"
     assert is_free(gate(tmp_path))
     assert is_free(shared(tmp_path))
 
