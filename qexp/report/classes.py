@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,14 @@ class ClassChange:
     def shown(self) -> bool:
         """True where a change is shown, allowing for all classes having been looked at."""
         return not self.change.low <= 0 <= self.change.high
+
+
+def can_be_told(found: Sequence[ClassChange]) -> bool:
+    """True if a class has so many images that the loss of them all would be shown."""
+    from qexp import statistics
+
+    most = max(one.images for one in found)
+    return statistics.tango(most, 0, most, 1 - (1 - CONFIDENCE) / len(found)).high < 0
 
 
 def changes(top1: Top1, runtime: str) -> list[ClassChange]:

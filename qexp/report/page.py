@@ -12,6 +12,7 @@ from typing import Any
 from qexp.metrics import Metric
 from qexp.records import RunRecord
 from qexp.report import effects, evidence, figures, formats, html, readings, sentences, wording
+from qexp.report.classes import can_be_told
 from qexp.report.decision import Answer, Candidate, Recommendation
 from qexp.report.findings import Findings
 from qexp.report.next_commands import NextCommands, exportable
@@ -312,6 +313,8 @@ def _classes(found: Findings, drawn: _Figures) -> list[Any]:
     if not found.classes:
         return []
     shown = [html.Text(text) for text in readings.classes(found.classes)]
+    if not can_be_told(found.classes):
+        return shown
     rest = len(found.classes) - figures.MOST_CLASSES
     caption = "Intervals hold for all classes together (95%)."
     caption += (

@@ -8,7 +8,7 @@ from statistics import fmean
 from qexp.records import Interval
 from qexp.report import formats
 from qexp.report.calibration import CalibrationSamples, CalibrationSizes, Size, Winners, spreads
-from qexp.report.classes import ClassChange
+from qexp.report.classes import ClassChange, can_be_told
 from qexp.report.contrasts import Difference
 from qexp.report.effects import Axis, AxisKind, Departure, Interaction
 from qexp.report.layers import LayerComparison
@@ -96,6 +96,9 @@ def layers(found: LayerComparison) -> list[str]:
 
 def classes(found: Sequence[ClassChange]) -> list[str]:
     """The class that loses most, allowing for all having been looked at, and the number of others."""
+    if not can_be_told(found):
+        most = formats.count(max(one.images for one in found), "image")
+        return [f"No class can be judged by itself: none of the {len(found):,} has more than {most}."]
     worst = found[0]
     if worst.change.value >= 0:
         return ["No class loses accuracy."]

@@ -197,3 +197,10 @@ def test_combinations_of_which_the_same_holds_share_a_sentence_with_the_range_of
     )
     assert text.startswith("With 2 combinations of the other settings, from 8 batches (128 images) on no rise of the")
     assert "one of up to 0.09 to 0.2" in text
+
+
+def test_classes_of_an_image_each_are_not_judged() -> None:
+    labels = np.arange(300, dtype=np.int32)
+    found = classes.changes(Top1(labels, labels, {"eager": labels[::-1].copy()}, ()), "eager")
+    assert not classes.can_be_told(found)
+    assert readings.classes(found) == ["No class can be judged by itself: none of the 300 has more than 1 image."]
