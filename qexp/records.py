@@ -173,7 +173,7 @@ class Top1:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], same: Sequence[Sequence[str]]) -> Top1:
-        """What `arrays` returned. same: the groups of runtimes that share an array."""
+        """Invert `arrays`. same: the groups of runtimes that share an array."""
         int8 = {runtime: arrays[f"int8_{group[0]}"] for group in same for runtime in group}
         return cls(
             arrays["labels"], arrays["fp32"], int8, tuple(arrays["classes"].tolist()),

@@ -60,7 +60,7 @@ class Study:
         return parent
 
     def new(self, rows: Sequence[RunRecord]) -> list[RunRecord]:
-        """Those of the parent's runs that this sweep has started."""
+        """The parent's runs that this sweep has started."""
         return [row for row in rows if row.run_id not in self.before]
 
     def with_reused(self, planned: Sequence[Planned], rows: Sequence[RunRecord]) -> list[RunRecord]:

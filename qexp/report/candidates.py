@@ -187,7 +187,7 @@ def _hypotheses(study: Study, question: schema.Report) -> list[Hypothesis]:
 
 
 def _one_a_seed(study: Study, records: Sequence[RunRecord]) -> list[RunRecord]:
-    """Of the runs of a setting one for each calibration seed, the first that has a valid timing, else the first; the
+    """One of a setting's runs for each calibration seed: the first that has a valid timing, else the first; the
     lowest seed first."""
     seeds: dict[str, RunRecord] = {}
     for record in sorted(

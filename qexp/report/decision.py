@@ -59,7 +59,7 @@ class Answer(StrEnum):
 
 @dataclass(frozen=True, eq=False)
 class Recommendation:
-    """What to ship, and the evidence.
+    """The answer of a study, and the evidence for it.
 
     kind: ship `chosen`; stay on FP32, since each candidate is shown to lose the margin or more, or isn't faster; can't
     tell with these images, `chosen` being the best candidate, provisional, None where there is none; or speed unknown,
@@ -289,7 +289,7 @@ def _needed(case: _Case, one: Candidate, level: float) -> int | None:
 
 
 def _narrowed(case: _Case, tied: Sequence[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
-    """Those of the tied that are not shown less accurate than the most accurate of them, and those that are.
+    """Divide the tied: those not shown less accurate than the most accurate of them, and those shown.
 
     Paired by image, over all seeds, at the one level and adjusted over the tied (Holm); on the images set aside, where
     there are some. Those whose predicted classes are not at hand stay.

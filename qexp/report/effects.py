@@ -204,7 +204,7 @@ class _Outcome:
 
 
 def _outcomes(study: Study, runtime: str | None, conditions: Conditions | None) -> list[_Outcome]:
-    """Of each finished run, in the runtime or its headline's."""
+    """The value of each finished run, in the runtime or its headline's."""
     return [
         _outcome(study, record, runtime or value(record, "resolved.runtime"), conditions) for record in study.finished
     ]

@@ -109,7 +109,7 @@ def label(one: Candidate) -> str:
 
 
 def outcome(found: Recommendation, one: Candidate) -> tuple[str, str]:
-    """What becomes of a candidate, in a word or two, and why it is not the one to ship, in a clause."""
+    """A candidate's outcome in a word or two, and the reason why it is not the one to ship, as a clause."""
     if same(one, found.chosen) and found.kind is Answer.ship:
         return "ship", ""
     if found.kind is Answer.speed_unknown and one.qualifies:

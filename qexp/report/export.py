@@ -47,7 +47,7 @@ def _exported(found: Findings, commands: NextCommands, store: Store) -> str:
 
 
 def _run(model: Exportable, commands: NextCommands, store: Store) -> tuple[str, str]:
-    """What the export prints, and the sentence with which it failed, empty where it didn't."""
+    """The text that the export prints, and the sentence with which it failed, empty where it didn't."""
     folder = commands.folder_of(model)
     if (folder / "check.npz").is_file():  # the last file that an export writes
         return f"{from_here(folder)} was written before.\nServe it: python -i {from_here(folder / 'serve.py')}", ""

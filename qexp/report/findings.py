@@ -26,7 +26,7 @@ MOST_PREDICTIONS = 1000
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """What is found in a study. headline: the first recommendation; others: at other batch sizes or numbers of threads.
+    """All results of a study. headline: the first recommendation; others: at other batch sizes or numbers of threads.
 
     front: the candidates of the Pareto front; chosen: the candidate whose layers and classes are shown, the recommended
     one or else the best, None without any; worst: the one that loses most accuracy; layers, classes: empty or None

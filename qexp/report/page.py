@@ -33,7 +33,7 @@ def page(
 
 
 def lead(records: Sequence[RunRecord], found: Sequence[Findings]) -> list[str]:
-    """What the report is about, and what is missing in it."""
+    """The report's subject, and the runs that it lacks."""
     started = [record.start for record in records if record.start]
     day = time.strftime("%Y-%m-%d %H:%M", time.localtime(min(started))) if started else ""
     said = [f"{formats.count(len(records), 'run')}{f', from {day} on' if day else ''}."]

@@ -59,7 +59,7 @@ def _factor(found: Difference) -> str:
 
 
 def interaction(found: Interaction) -> str:
-    """How far the effects of two settings depend on each other, in one line."""
+    """One line on the interaction of two settings."""
     accuracy, speed = found.accuracy_departure, found.speed_departure
     told = []
     if accuracy and accuracy.difference.shown:
@@ -111,7 +111,7 @@ def classes(found: Sequence[ClassChange]) -> list[str]:
 
 
 def winners(found: Winners) -> str:
-    """How often the most accurate setting changes with calibration's seed."""
+    """One line on the number of calibration seeds with which another setting is the most accurate."""
     which = f"The most accurate of {found.settings} settings"
     if not found.changes:
         return f"{which} is the same with each of {len(found.winners)} calibration seeds."
@@ -120,7 +120,7 @@ def winners(found: Winners) -> str:
 
 
 def samples(found: Sequence[CalibrationSamples]) -> str:
-    """How much the draw of calibration images matters, beside the draw of test images."""
+    """One line on the spread that the draw of calibration images causes, beside that of the test images."""
     both = spreads(found)
     within = f"[{formats.points(both.samples.low)}, {formats.points(both.samples.high)}]"
     return (

@@ -134,7 +134,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def recommendation(found: Recommendation) -> tuple[str, str]:
-    """What to do and the evidence for it; what else there is to know. Each is a sentence."""
+    """The recommendation with its evidence, and the qualifications to it, a sentence each."""
     from qexp.report.decision import Answer
 
     match found.kind:
@@ -216,7 +216,7 @@ def _interval(delta: Interval) -> str:
 
 
 def _beside(found: Recommendation) -> str:
-    """What is tied with the chosen one, and how its calibration seeds differ."""
+    """The candidates tied with the chosen one, and the spread of its calibration seeds."""
     one = found.chosen
     assert one is not None
     left_out = {id(each) for each in found.dropped}

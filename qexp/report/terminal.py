@@ -1,4 +1,4 @@
-"""What a sweep or a run prints at its end: what to ship, the runs that matter, what mattered, what to type next."""
+"""The lines that a sweep or a run prints at its end: recommendation, the runs that matter, effects, next commands."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def sentence(clause: str) -> str:
 
 
 def study(found: Study) -> str:
-    """What the runs of a study have in common: model, data set, machine."""
+    """Model, data set and machine, which the runs of a study have in common."""
     first = next(iter(found.finished or found.records))
     tags = first.tags
     target = value(first, "target")
@@ -53,7 +53,7 @@ def missing(records: Sequence[RunRecord]) -> str:
 
 
 def ended(record: RunRecord) -> str:
-    """How a run that did not finish ended."""
+    """The end of a run that did not finish, in words."""
     if record.status == "RUNNING":
         return "still running"
     return record.tags.get("error") or record.status.lower()
@@ -94,7 +94,7 @@ def effect(found: Difference | None, scale: float, form: str) -> str:
 
 
 def of_effects(found: MainEffects) -> list[str]:
-    """What the effects don't rest on."""
+    """The runs that the effects don't rest on."""
     said = []
     if found.unpaired:
         said.append(
@@ -108,7 +108,7 @@ def of_effects(found: MainEffects) -> list[str]:
 
 
 def facts(found: Findings) -> list[tuple[str, str]]:
-    """What the figures rest on: names and values."""
+    """The facts that the figures rest on: names and values."""
     runs, head = found.study.finished, found.headline
     first = runs[0] if runs else found.study.records[0]
     one = found.chosen
