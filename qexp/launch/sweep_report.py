@@ -48,7 +48,7 @@ def _made(store: Store, parent: Run, rows: Sequence[RunRecord], config: Config) 
     if not config.report.auto:
         tracking.describe_parent(parent, note)
         return terminal.summary(found, formats.columns())
-    folder = Path(config.outputs) / "reports" / files.folder_name(parent.name)
+    folder = Path(config.outputs) / "reports" / files.folder_name(parent.name, parent.id)
     exporting = store if config.report.export else None
     made = files.write(found, rows, folder, parent.name, f"sweep={parent.id}", exporting)
     tracking.describe_parent(parent, note, made.folder)

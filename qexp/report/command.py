@@ -22,7 +22,8 @@ def report(command: ReportCommand, cwd: Path) -> str:
     tracking.close_orphans(store)  # or a sweep that was killed would seem to go on
     selected = tracking.find_runs(store, sweep=command.sweep, study=command.study, filter=command.filter)
     title = command.name or selected.name
-    folder = outputs / "reports" / files.folder_name(title)
+    of_sweep = "" if command.name or command.study or command.filter else files.sweep_of(selected.records)
+    folder = outputs / "reports" / files.folder_name(title, of_sweep)
     made = files.make(store, selected.records, command.report, folder, title, source(command))
     return made.text
 

@@ -97,6 +97,12 @@ def source_of(records: Sequence[RunRecord]) -> str:
     return ""
 
 
-def folder_name(title: str) -> str:
-    """A title as the name of a folder."""
-    return re.sub(r"[^\w.=,+-]+", "_", title).strip("._")[:80] or "report"
+def folder_name(title: str, sweep: str = "") -> str:
+    """A title as the name of a folder. sweep: the id of the sweep that it is about, whose name another may have too."""
+    name = re.sub(r"[^\w.=,+-]+", "_", title).strip("._")[:80] or "report"
+    return f"{name}-{sweep[:8]}" if sweep else name
+
+
+def sweep_of(records: Sequence[RunRecord]) -> str:
+    """The id of the sweep that started all of these runs; empty where there is none."""
+    return source_of(records).partition("sweep=")[2]

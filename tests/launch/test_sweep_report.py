@@ -83,7 +83,7 @@ def test_a_sweep_leaves_its_report_with_its_run(
     assert f"viewStateShareKey={parent.id}" in printed
     assert "too bad." in printed
     assert f"python -m qexp.report sweep={parent.id}" in printed
-    assert (tmp_path / "outputs" / "reports" / "sweep_it" / "report.html").is_file()
+    assert (tmp_path / "outputs" / "reports" / f"sweep_it-{parent.id[:8]}" / "report.html").is_file()
 
 
 @pytest.mark.slow

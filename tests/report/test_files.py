@@ -204,6 +204,10 @@ def test_a_title_makes_a_folder_of_one_level(title: str) -> None:
     assert not name.startswith(".")
 
 
+def test_two_sweeps_of_a_name_have_a_folder_each() -> None:
+    assert files.folder_name("ship", 32 * "a") != files.folder_name("ship", 32 * "b")
+
+
 def test_the_note_has_the_recommendation_and_the_table_in_markdown(tmp_path: Path) -> None:
     runs = small()
     records = [record for record, _ in runs]
