@@ -35,7 +35,7 @@ from typing import Any, cast
 from tqdm import tqdm
 
 from qexp import errors
-from qexp.config.schema import Config
+from qexp.config.schema import Config, RuntimeName
 from qexp.launch import progress
 from qexp.system import console, credentials, processes
 
@@ -181,7 +181,7 @@ class JobProcess:
         self.process.join()
         crash = self.task.folder / CRASH
         where = crash.read_text(errors="replace") if crash.exists() else ""
-        return run_failure(exit_sentence(self.process.exitcode or 0), where)
+        return run_failure(exit_sentence(self.process.exitcode or 0, where), where)
 
     def terminate(self) -> None:
         """Send SIGTERM to the process; `end` waits for it."""
@@ -373,8 +373,9 @@ def _log(record: logging.LogRecord) -> None:
         print(record.getMessage().rstrip(), file=sys.stderr)
 
 
-def exit_sentence(code: int) -> str:
-    """Say in a sentence how a process ended. code: its exit status, or minus the number of a signal."""
+def exit_sentence(code: int, where: str = "") -> str:
+    """Say in a sentence how a process ended. code: its exit status, or minus the number of a signal; where: the
+    traceback of a crash, which names the runtime in whose code it was."""
     if code >= 0:
         return f"the job's process ended with exit status {code} before the job was done."
     name = signal.Signals(-code).name
@@ -383,7 +384,11 @@ def exit_sentence(code: int) -> str:
             "the job's process was killed (SIGKILL), as Linux does when memory runs out; with less of it, "
             "evaluate.batch_size and calib.batch_size can be smaller."
         )
-    return f"the job's process was ended by {name}{', a crash in compiled code' if name in CRASHES else ''}."
+    if name not in CRASHES:
+        return f"the job's process was ended by {name}."
+    crashed = f"the job's process was ended by {name}, a crash in compiled code"
+    runtime = next((one for one in RuntimeName if one.packages and f"/qexp/runtimes/{one}.py" in where), None)
+    return f"{crashed} that {runtime} called: take {runtime} out of runtimes." if runtime else f"{crashed}."
 
 
 def _end(process: ForkServerProcess) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cache as once
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from qexp.config import identity
 from qexp.config.schema import Calib, Config, RuntimeName, cache_folder
 from qexp.data.calibration_images import draw
 from qexp.data.loading import Data, digest_of, load_data
-from qexp.errors import InputError
+from qexp.errors import InputError, RunError
 from qexp.latency import protocol
 from qexp.models import float_model
 from qexp.pipeline import run_files
@@ -85,14 +87,29 @@ def with_program(config: Config) -> list[RuntimeName]:
 
 
 def check_program(int8: quantize.QuantizedModel, runtimes: Sequence[RuntimeName], image: Tensor) -> None:
-    """Raise InputError where the INT8 model has no Q/DQ program, which these runtimes execute."""
+    """Raise InputError where the INT8 model has no Q/DQ program, which these runtimes execute, or where one that isn't
+    known to take all programs of its operators doesn't execute it.
+
+    image: float32 [1, 3, H, W].
+    """
     if not runtimes:
         return
-    try:
-        with quantize.engine(int8.engine):
-            qdq.program(int8.module, image)
-    except qdq.UnsupportedError as error:
-        raise InputError(f"runtimes has {runtimes[0]}, and {error}: take {' and '.join(runtimes)} out.") from error
+    listed = " and ".join(runtimes)
+    with quantize.engine(int8.engine), tempfile.TemporaryDirectory(prefix="qexp-check-") as folder:
+        try:
+            program = qdq.program(int8.module, image)
+            tried = [RUNTIMES[name] for name in runtimes if not RUNTIMES[name].takes(program.graph)]
+            files = {runtime.name: Path(folder) / runtime.file(Precision.int8) for runtime in tried}
+            for runtime in tried:
+                if not files[runtime.name].exists():  # another's
+                    runtime.export(int8.module, image, files[runtime.name])
+        except RunError as error:
+            raise InputError(f"runtimes has {runtimes[0]}, and {error}: take {listed} out.") from error
+        for runtime in tried:
+            try:
+                runtime.load(files[runtime.name], partial(quantize.blank_copy, int8), int8.engine)(image)
+            except RunError as error:
+                raise InputError(f"{error}.") from error
 
 
 def check_runtimes(config: Config) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from qexp import quantize
 from qexp.config import schema
@@ -44,6 +44,11 @@ class Runtime(ABC):
     def executes(self, flow: FlowName, precision: Precision) -> bool:
         """True if it executes the models of this precision that a flow makes."""
         return precision is Precision.fp32 or self.name.int8
+
+    def takes(self, program: fx.Graph) -> bool:
+        """True if it is known to take every Q/DQ program of these operators; others are tried on one image before any
+        work. program: of an INT8 model that it executes by such a program."""
+        return True
 
     def tolerance(self, precision: Precision, all_int8: bool) -> float:
         """The allowed difference of its logits from those of the model in memory, as a share of the largest logit; 0

@@ -34,6 +34,16 @@ OPSET = 21
 """The first in which INT8 tensors can be quantized with any of ONNX's types, and what all of the runtimes read."""
 INPUT, OUTPUT, BATCH = qdq.INPUT, "logits", "batch"
 
+_COMMON = {
+    *("quantize_per_tensor.default", "dequantize_per_tensor.default", "dequantize_per_channel.default"),
+    *("add.Scalar", "add.Tensor", "avg_pool2d.default", "cat.default", "clamp.default", "conv2d.default"),
+    *("div.Tensor", "hardsigmoid.default", "hardswish.default", "leaky_relu.default", "linear.default"),
+    *("max_pool2d.default", "mean.dim", "mul.Scalar", "mul.Tensor", "permute.default", "relu.default"),
+    *("reshape.default", "sigmoid.default", "silu.default", "slice.Tensor", "split.Tensor", "squeeze.dim"),
+    *("sym_size.int", "tanh.default", "transpose.int", "unsqueeze.default", "upsample_nearest2d.default"),
+}  # fmt: skip
+"""Operators that torch's exporter writes and both runtimes take, as the tests' networks show."""
+
 
 class OnnxRuntime(Runtime):
     """A runtime that reads the ONNX file."""
@@ -53,6 +63,9 @@ class OnnxRuntime(Runtime):
     def executes(self, flow: FlowName, precision: Precision) -> bool:
         """True but for INT8 of a flow that computes ranges as the model runs, for which there is no Q/DQ program."""
         return precision is Precision.fp32 or "calib" not in flow.ignores
+
+    def takes(self, program: fx.Graph) -> bool:
+        return all(map(_is_common, program.nodes))
 
     def tolerance(self, precision: Precision, all_int8: bool) -> float:
         """Sums in FP32 of other kernels; in INT8, of itself with another batch size, by a few steps of the logits'
@@ -125,6 +138,12 @@ def _tidy(proto: onnx.ModelProto, tensors: list[str]) -> None:
         for dim in value.type.tensor_type.shape.dim:
             if dim.HasField("dim_param"):
                 dim.dim_param = dim.dim_param.replace(symbol, BATCH)
+
+
+def _is_common(node: fx.Node) -> bool:
+    if node.target is torch.ops.aten._adaptive_avg_pool2d.default:
+        return all(size == 1 for size in node.args[1])  # type: ignore[union-attr]
+    return not isinstance(node.target, torch._ops.OpOverload) or str(node.target).partition(".")[2] in _COMMON
 
 
 def with_codes(path: Path, to: Path) -> Path:

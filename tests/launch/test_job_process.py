@@ -164,6 +164,12 @@ def test_an_end_without_a_word_is_a_sentence(
         assert where in str(error.__cause__)
 
 
+def test_a_crash_in_a_library_names_it_and_what_to_do() -> None:
+    where = 'File "/home/me/qexp/runtimes/openvino.py", line 105 in compiled'
+    said = job_process.exit_sentence(-signal.SIGSEGV, where)
+    assert said.endswith("a crash in compiled code that openvino called: take openvino out of runtimes.")
+
+
 def test_what_a_job_raises_is_raised_with_its_traceback(trap: Callable[..., schema.Config]) -> None:
     ours = failure(trap("refuse"))
     assert type(ours) is InputError

@@ -147,14 +147,24 @@ def test_a_runtime_that_parts_from_torch_is_not_what_a_run_is_about(
         assert sentences.warning(one).startswith(f"INT8 in {one.data['runtime']} parts from torch's by")
 
 
-def test_a_model_without_a_program_is_refused_before_the_run(composed: Composed) -> None:
+@pytest.mark.parametrize(
+    ("network", "said"),
+    [
+        ("Paddings", r"runtimes has onnxruntime, and module pad .* in place .*take onnxruntime and openvino out"),
+        pytest.param("PairwiseHead", r"and .*_trilinear\.default, which has no counterpart in ONNX: take onnxr",
+                     marks=pytest.mark.slow),
+        pytest.param("FourierMixer", r"openvino can't compile int8\.onnx: .*: take openvino out of runtimes\.",
+                     marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_a_model_that_a_runtime_does_not_take_is_refused_before_the_run(
+    composed: Composed, network: str, said: str
+) -> None:
     config = composed(
-        "model=custom", "model._target_=tests.helpers.networks.Paddings", "dataset=digits", "flow=fx",
-        "runtimes=[eager,onnxruntime,openvino]", "latency=off",
+        "model=custom", f"model._target_=tests.helpers.networks.{network}", "dataset=digits", "flow=fx",
+        "runtimes=[eager,onnxruntime,openvino]", "latency=off", "dataset.image_size=16",
     )  # fmt: skip
-    with pytest.raises(
-        InputError, match=r"runtimes has onnxruntime, and module pad .* in place .*take onnxruntime and "
-    ):
+    with pytest.raises(InputError, match=said):
         input_checks.check_inputs([config])
 
 

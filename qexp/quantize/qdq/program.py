@@ -9,7 +9,9 @@ more if
 - a clamp of codes (a fused ReLU, ReLU6, fewer than 8 bits) is one of uint8 codes behind the quantize operator, and none
   where the grid's ends already are the bounds;
 - a padding with zeros is inside the convolution, and has no pair of its own where the convolution can't express it;
-- shapes hold no arithmetic: a reshape computes the batch from the other sizes.
+- shapes hold no arithmetic: a reshape computes the batch from the other sizes;
+- a BatchNorm of a quantized concatenation is a convolution of each channel: compiling the product that it is otherwise,
+  OpenVINO 2026.4 crashes.
 
 A float model gives a program, too, without such operators.
 """
@@ -319,6 +321,11 @@ class _Writer:
         """The node of a tensor in float."""
         return self._value(tensor).node
 
+    def concatenates(self, tensor: Any) -> bool:
+        """True of a quantized concatenation, as it is."""
+        codes = self._value(tensor).codes
+        return codes is not None and getattr(codes.args[0], "target", None) is aten.cat.default
+
     def conv(self, given: Sequence[Any], dims: int) -> fx.Node:
         value, packed = self._value(given[0]), given[1]
         weight, bias = packed.unpack()
@@ -516,6 +523,12 @@ def _elementwise(tensors: Any, numbers: Any) -> _Kernel:
 
 
 def _batch_norm(writer: _Writer, given: Sequence[Any]) -> fx.Node:
+    scale, shift, mean, variance = given[1:5]
+    if given[0].dim() == 4 and scale is not None and shift is not None and writer.concatenates(given[0]):
+        factors = scale / torch.sqrt(variance + given[5])
+        weight, bias = writer.constant(factors[:, None, None, None]), writer.constant(shift - mean * factors)
+        shape = [1, 1], [0, 0], [1, 1], len(factors)
+        return writer.graph.call_function(aten.conv2d.default, (writer.float_of(given[0]), weight, bias, *shape))
     tensors = [None if one is None else writer.float_of(one) for one in given[:5]]
     return writer.graph.call_function(aten.batch_norm.default, (*tensors, False, 0.0, given[5], False))
 
