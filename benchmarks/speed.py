@@ -117,9 +117,14 @@ def peak_memory(outputs: str, model: str, count: int) -> int:
         quantize.calibrate(
             prepared, parts, as_input=lambda part: normalise(data.train.pixels(part), data.mean, data.std)
         )
+    return high_water() // 10**6
+
+
+def high_water() -> int:
+    """This process's peak memory so far, in bytes."""
     # Not ru_maxrss, which a process inherits from the one that started it.
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024 // 10**6
+    return int(line.split()[1]) * 1024
 
 
 def lock(outputs: str) -> None:
