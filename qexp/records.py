@@ -305,7 +305,7 @@ class Result:
     metrics: by the names of `Metric`; resolved: params that record what was executed, beside what was asked; tags: by
     name; files: artifact path in the run -> path on disk; datasets: name, digest, source, context and profile of the
     images used; flavor: the arguments with which MLflow logs the INT8 model as one that it can serve, empty where there
-    is no TorchScript.
+    is no ONNX file.
     """
 
     metrics: dict[str, float]

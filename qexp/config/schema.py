@@ -118,18 +118,19 @@ class RuntimeName(StrEnum):
     """A way to execute a saved model (see `qexp.runtimes`), followed by its traits.
 
     int8: it executes INT8 models too; compiles: it compiles the model in each process, which takes so long that only
-    processes that measure latency do it; served: MLflow can serve its file, which is loaded without qexp; packages: of
-    Python that it needs, which an extra of qexp with its name installs.
+    processes that measure latency do it; portable: its file is loaded without qexp; served: MLflow serves its file;
+    packages: of Python that it needs, which an extra of qexp with its name installs.
     """
 
     int8: bool
     compiles: bool
+    portable: bool
     served: bool
 
     def __new__(cls, name: str, *traits: str) -> RuntimeName:
         runtime = str.__new__(cls, name)
         runtime._value_ = name
-        for trait in ("int8", "compiles", "served"):
+        for trait in ("int8", "compiles", "portable", "served"):
             setattr(runtime, trait, trait in traits)
         return runtime
 
@@ -149,9 +150,9 @@ class RuntimeName(StrEnum):
 
     eager = "eager", "int8"
     eager_channels_last = "eager_channels_last"  # INT8 kernels choose their memory format themselves
-    torchscript = "torchscript", "int8", "served"
+    torchscript = "torchscript", "int8", "portable"
     inductor = "inductor", "compiles"  # doesn't know torch.ao's modules
-    onnxruntime = "onnxruntime", "int8"
+    onnxruntime = "onnxruntime", "int8", "served"
     openvino = "openvino", "int8"
 
 
@@ -344,9 +345,12 @@ class Connection:
 
 @dataclass
 class Tracking(Connection):
+    """registered_model: the name in MLflow's model registry, None: the model isn't registered."""
+
     log_model: LogModel
     parent: str | None
     name: str | None
+    registered_model: str | None = None  # a default, for configurations saved before this setting
 
 
 @dataclass

@@ -87,12 +87,7 @@ def _check_ranges(config: Config) -> None:
     for name, least in (("warmup_calls", latency.warmup_calls), ("warmup_seconds", latency.warmup_seconds)):
         if not least >= 0:
             raise ConfigError(f"latency.{name}={least}: must not be negative.")
-    if config.tracking.log_model is LogModel.flavor and not any(runtime.served for runtime in config.runtimes):
-        raise ConfigError(
-            f"tracking.log_model=flavor logs a model that MLflow can serve, which none of runtimes="
-            f"{_listed(config.runtimes)} makes; add {_either(name for name in RuntimeName if name.served)}, or "
-            "use tracking.log_model=artifact."
-        )
+    _check_served(config)
     if latency.processes < 0:
         raise ConfigError(f"latency.processes={latency.processes}: must be 0 (in the running process) or more.")
     if latency.reuse not in (True, False, "auto"):
@@ -101,6 +96,31 @@ def _check_ranges(config: Config) -> None:
     for name, seed in (("seed", config.seed), ("calib.seed", calib.seed), ("train.seed", train.seed)):
         if not 0 <= seed < 2**32:
             raise ConfigError(f"{name}={seed}: must be in 0..{2**32 - 1}.")
+
+
+def _check_served(config: Config) -> None:
+    """Raise ConfigError where the model can't be logged as one that MLflow serves, or registered."""
+    name = config.tracking.registered_model
+    if config.tracking.log_model is not LogModel.flavor:
+        if name is not None:
+            raise ConfigError(
+                f"tracking.registered_model={name}: only a model that MLflow serves is registered; add "
+                "tracking.log_model=flavor."
+            )
+        return
+    if not any(runtime.served for runtime in config.runtimes):
+        raise ConfigError(
+            f"tracking.log_model=flavor logs the INT8 model as an ONNX file, which runtimes={_listed(config.runtimes)} "
+            f"has no use for; add {_either(name for name in RuntimeName if name.served)} (pip install "
+            "'qexp[onnxruntime]'), or use tracking.log_model=artifact."
+        )
+    if "calib" in config.flow.ignores:  # ranges are computed as the model runs, for which there is no ONNX file
+        raise ConfigError(
+            f"tracking.log_model=flavor logs the INT8 model as an ONNX file, which flow={config.flow} can't make; use "
+            "another flow, or tracking.log_model=artifact."
+        )
+    if name is not None and (not name.strip() or set("/:") & set(name)):
+        raise ConfigError(f"tracking.registered_model={name}: must be a name without / and :, or null for none.")
 
 
 def _check_runtimes(config: Config) -> None:

@@ -18,6 +18,7 @@ from qexp.launch.rerun import find_earlier
 from qexp.launch.signals import stoppable, until_stopped
 from qexp.records import WARNING_TAG, Result, RunRecord
 from qexp.report import formats, sentences, single_run
+from qexp.system.credentials import masked
 
 if TYPE_CHECKING:
     from qexp.tracking.store import Store
@@ -128,7 +129,10 @@ def track(job: Job, swept: Collection[str] = ()) -> Generator[JobProcess, Result
         if log_model is LogModel.none or (log_model is LogModel.auto and not job.alone):
             files.pop("model")
         if log_model is LogModel.flavor:
-            handle.log_model(**result.flavor)
+            uri = handle.log_model(**result.flavor, registered=job.config.tracking.registered_model)
+            if job.alone:
+                where = f"MLFLOW_TRACKING_URI={masked(store.uri)}"
+                log.info("MLflow serves the INT8 model: %s mlflow models serve -m %s --env-manager local", where, uri)
         used = [tracking.DatasetUse(**use) for use in result.datasets]
         handle.log_result(result.metrics, found, files, used, result.resolved)
     params = {**job.params, **result.resolved}

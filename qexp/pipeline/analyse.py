@@ -192,5 +192,5 @@ def result(
         ),
         files={**files, **top1_file, **layer_files},
         datasets=run_files.datasets_used(config, data, measured.calibration.images),
-        flavor=run_files.flavor(config, data, measured.saved.artifacts),
+        flavor=run_files.flavor(data, measured.saved.artifacts),
     )

@@ -17,7 +17,7 @@ import torch
 
 from qexp.config import code_digest, identity
 from qexp.config.schema import Config, RuntimeName
-from qexp.data.loading import Data
+from qexp.data.loading import Data, normalise
 from qexp.latency import protocol
 from qexp.pipeline import run_metrics
 from qexp.quantize import ReducedRange
@@ -65,16 +65,17 @@ def images_expected(data: Data) -> dict[str, Any]:
     }
 
 
-def flavor(config: Config, data: Data, artifacts: list[Artifact]) -> dict[str, Any]:
-    """Arguments of `tracking.Run.log_model`; empty where the INT8 model was not saved as TorchScript."""
-    saved = [one for one in artifacts if one.variant.precision is Precision.int8 and _served(one)]
+def flavor(data: Data, artifacts: list[Artifact]) -> dict[str, Any]:
+    """Arguments of `tracking.Run.log_model`; empty where MLflow can't serve what the INT8 model was saved as."""
+    int8 = [one for one in artifacts if one.variant.precision is Precision.int8]
+    saved = [one for one in int8 if RuntimeName(one.variant.runtime).served]
     if not saved:
         return {}
+    example = normalise(data.test.pixels(np.arange(1)), data.mean, data.std).numpy()
     return {
-        "torchscript": Path(saved[0].path),
-        "engine": str(config.engine),
+        "path": Path(saved[0].path),
         "name": "int8",
-        "image": data.test.shape,
+        "example": example,
         "classes": len(data.classes),
         "metadata": images_expected(data),
     }
@@ -83,7 +84,7 @@ def flavor(config: Config, data: Data, artifacts: list[Artifact]) -> dict[str, A
 def loading_code(config: Config, artifacts: list[Artifact]) -> str:
     """A script that loads the INT8 model beside it."""
     int8 = [one for one in artifacts if one.variant.precision is Precision.int8]
-    chosen = max(int8, key=_served)  # one that MLflow can serve is loaded without qexp
+    chosen = max(int8, key=lambda one: RuntimeName(one.variant.runtime).portable)
     head = (
         '"""Loads the INT8 model beside it: float32 [n, 3, H, W], normalised as images.json says, to logits."""'
         "\n\nfrom pathlib import Path\n\nimport torch\n"
@@ -94,10 +95,6 @@ def loading_code(config: Config, artifacts: list[Artifact]) -> str:
     )
     imports, loading = RUNTIMES[chosen.variant.runtime].loading_code(Path(chosen.path).name)
     return f"{head}{imports}\n{engine}{loading}"
-
-
-def _served(artifact: Artifact) -> bool:
-    return RuntimeName(artifact.variant.runtime).served
 
 
 def datasets_used(config: Config, data: Data, calibrated_on: int) -> tuple[dict[str, Any], ...]:

@@ -14,7 +14,6 @@ from qexp.tracking.errors import sentence
 from qexp.tracking.links import ui
 from qexp.tracking.query import Selection, adopt, children, close_orphans, fetch, find, find_runs, of_study
 from qexp.tracking.run import (
-    SERVED_MODEL,
     DatasetUse,
     Run,
     check_run,
@@ -30,7 +29,6 @@ from qexp.tracking.view import save_view
 
 __all__ = [
     "PARENT_TAG",
-    "SERVED_MODEL",
     "SWEEP_TAG",
     "DatasetUse",
     "Run",

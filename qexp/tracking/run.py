@@ -10,9 +10,8 @@ import tempfile
 import time
 import traceback
 import urllib.parse
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +23,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, 
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
-from mlflow.pyfunc import save_model
+from mlflow.onnx import save_model
 from mlflow.types.schema import Schema, TensorSpec
 
 from qexp.errors import InputError, RunError, without_values
@@ -41,7 +40,6 @@ from qexp.tracking.values import (
     cut_tags,
     json_value,
     long_params,
-    renewed,
     requirement,
     system_tags,
     with_legal_names,
@@ -53,7 +51,6 @@ log = logging.getLogger(__name__)
 
 PARAMS_AT_ONCE = 100  # what MLflow takes in one request
 INPUT_ATTEMPTS = 10  # how often runs that record the same data sets for the first time may come in between
-SERVED_MODEL = Path(__file__).with_name("served_model.py")
 END_SECONDS = 15.0  # how long an ending run waits for its server
 
 
@@ -139,53 +136,60 @@ class Run:
 
     def log_model(
         self,
-        torchscript: Path,
-        engine: str,
+        path: Path,
         *,
         name: str,
-        image: Sequence[int],
+        example: np.ndarray,
         classes: int,
         metadata: Mapping[str, Any] | None = None,
+        registered: str | None = None,
     ) -> str:
-        """Log a TorchScript INT8 model as an MLflow model, for `mlflow models serve` and the registry.
+        """Log an ONNX file in MLflow's flavor `onnx`, which `mlflow models serve` executes with ONNX Runtime.
 
-        image: (channels, height, width) of its float32 input [N, ...]; the output is float32 logits [N, classes].
-        metadata: what a user of the model must know, as mean, std and class names. Returns its URI, `models:/...`.
-        Raises RunError if it can't be logged.
+        example: of its input, float32 [1, 3, H, W], which takes any number of images; the output is float32 logits
+        [N, classes], by the name that it has in the file. metadata: what a user of the model must know, as mean, std
+        and class names. registered: the name in the model registry of which it becomes the newest version; None: it
+        isn't registered. Returns its URI, `models:/...`. Raises RunError if it can't be logged.
         """
+        import onnx
+
+        content = onnx.load(str(path))
         signature = ModelSignature(
-            Schema([TensorSpec(np.dtype(np.float32), (-1, *image))]),
-            Schema([TensorSpec(np.dtype(np.float32), (-1, classes))]),
+            Schema([TensorSpec(example.dtype, (-1, *example.shape[1:]))]),
+            Schema([TensorSpec(np.dtype(np.float32), (-1, classes), content.graph.output[0].name)]),
         )
+        opset = {"opset": next(one.version for one in content.opset_import if not one.domain)}
         client = self.store.client
         with tempfile.TemporaryDirectory(prefix="qexp-") as folder, self._taking("the model"):
-            model = client.create_logged_model(
-                self.experiment_id, name=name, source_run_id=self.id, params={"engine": engine}
-            )
+            model = client.create_logged_model(self.experiment_id, name=name, source_run_id=self.id)
             card = Model(artifact_path=model.artifact_location, run_id=self.id, model_id=model.model_id)
             try:
-                with warnings.catch_warnings():
-                    # The signature is exact; an example would only be run to infer one.
-                    warnings.filterwarnings("ignore", ".*An input example was not provided")
-                    save_model(
-                        Path(folder) / "model",
-                        python_model=str(SERVED_MODEL),
-                        artifacts={"model": str(torchscript)},
-                        model_config={"engine": engine},
-                        signature=signature,
-                        # Given, since MLflow would find them out by running the model for 5 s in another process.
-                        pip_requirements=[requirement(package) for package in ("mlflow", "torch", "numpy")],
-                        metadata=json_value(metadata or {}),
-                        mlflow_model=card,
-                    )
-                renewed(Path(folder) / "model" / SERVED_MODEL.name)
+                save_model(
+                    content,
+                    Path(folder) / "model",
+                    mlflow_model=card,
+                    signature=signature,
+                    input_example=example,
+                    # Given, since MLflow would find them out by running the model for 5 s in another process.
+                    pip_requirements=[requirement(one) for one in ("mlflow", "onnx", "onnxruntime", "numpy")],
+                    onnx_execution_providers=["CPUExecutionProvider"],
+                    metadata=json_value({**(metadata or {}), **opset}),
+                    save_as_external_data=False,
+                )
                 client.log_model_artifacts(model.model_id, str(Path(folder) / "model"))
                 client.finalize_logged_model(model.model_id, "READY")
             except BaseException:
                 client.finalize_logged_model(model.model_id, "FAILED")
                 raise
             client.log_outputs(self.id, [LoggedModelOutput(model.model_id, step=0)])
-        return f"models:/{model.model_id}"
+            uri = f"models:/{model.model_id}"
+            if registered is None:
+                return uri
+            with suppress(MlflowException):  # it is there; if it can't be made, neither can its version
+                client.create_registered_model(registered)
+            # By its folder: MLflow would look its URI up in the process's own store, which need not be this one.
+            version = client.create_model_version(registered, model.artifact_location, self.id).version
+        return f"models:/{registered}/{version}"
 
     def finish(self) -> None:
         """End as FINISHED. Raises RunError if the store does not take it."""

@@ -79,13 +79,6 @@ def write_artifact(path: Path, content: Path | str | Mapping[str, Any] | Sequenc
         path.write_text(json.dumps(written, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def renewed(file: Path) -> None:
-    """Give a file that was copied with its permissions those of a new one."""
-    content = file.read_bytes()
-    file.unlink()
-    file.write_bytes(content)
-
-
 def json_value(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): json_value(item) for key, item in value.items()}

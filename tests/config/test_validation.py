@@ -77,7 +77,16 @@ def test_parameters_of_observers_are_fields_of_the_observer() -> None:
         ),
         (
             ["runtimes=[eager]", "tracking.log_model=flavor"],
-            r"log_model=flavor .* none of runtimes=\[eager\] makes; add torchscript",
+            r"log_model=flavor .* ONNX file, which runtimes=\[eager\] .* add onnxruntime",
+        ),
+        (
+            ["runtimes=[torchscript,onnxruntime]", "flow=dynamic", "tracking.log_model=flavor"],
+            r"log_model=flavor .* flow=dynamic can't make; use another",
+        ),
+        (["tracking.registered_model=net"], r"registered_model=net: .* add tracking\.log_model=flavor"),
+        (
+            ["runtimes=[onnxruntime]", "tracking.log_model=flavor", "tracking.registered_model=a/b"],
+            r"registered_model=a/b: must be a name without / and :",
         ),
         (["latency.reuse=maybe"], r"latency\.reuse=maybe: must be auto \(true in a sweep\), true or false\."),
         (["cache.max_gb=0"], r"cache\.max_gb=0\.0: must be positive\."),

@@ -14,7 +14,7 @@ import pytest
 
 from qexp import tracking
 from qexp.errors import InputError
-from qexp.tracking import databases, values
+from qexp.tracking import databases
 from tests.helpers import ROOT
 from tests.helpers.stores import FIRST, GROUP, NEEDS_POSTGRES, SECOND, as_user, settings
 
@@ -41,16 +41,6 @@ def not_the_groups(folder: Path) -> list[Path]:
 def test_a_new_store_is_the_groups_where_the_umask_lets_it(shared: Path) -> None:
     assert {path.name for path in shared.iterdir()} == {"mlflow.db", ".mlflow.db.lock"}
     assert not_the_groups(shared) == []
-
-
-def test_a_file_that_was_copied_with_its_permissions_gets_those_of_a_new_one(tmp_path: Path) -> None:
-    served = tmp_path / "served_model.py"
-    shutil.copy(tracking.SERVED_MODEL, served)
-    served.chmod(0o400)
-    (tmp_path / "new").touch()
-    values.renewed(served)
-    assert served.stat().st_mode == (tmp_path / "new").stat().st_mode
-    assert served.read_bytes() == tracking.SERVED_MODEL.read_bytes()
 
 
 @pytest.mark.slow

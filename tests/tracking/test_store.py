@@ -19,6 +19,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,8 +28,11 @@ import pytest
 from mlflow import MlflowClient
 
 from qexp import tracking
+from qexp.config.schema import Config
+from qexp.data.loading import load_data, normalise
 from qexp.errors import InputError, RunError
 from tests.helpers import ROOT
+from tests.helpers.cli import Run
 from tests.helpers.stores import begin, free_port, settings
 
 
@@ -744,47 +748,33 @@ def test_a_server_gets_runs_and_artifacts(
 
 
 @pytest.mark.slow
-def test_a_logged_model_answers_in_a_fresh_process_on_its_own_engine(store: tracking.Store, tmp_path: Path) -> None:
-    """Loaded on torch's default engine, the weights of this model would be packed for it, and saturate without VNNI."""
-    import torch
-    from torch.ao import quantization as ao
-
-    class Net(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.quant, self.dequant = ao.QuantStub(), ao.DeQuantStub()
-            self.conv = torch.nn.Conv2d(3, 10, 8)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.dequant(self.conv(self.quant(x))).flatten(1)
-
-    before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = "qnnpack"
-    try:
-        net = Net().eval()
-        net.conv.weight.data.abs_()
-        net.qconfig = ao.QConfig(ao.MinMaxObserver.with_args(dtype=torch.quint8), ao.default_weight_observer)
-        images = torch.rand(4, 3, 8, 8)
-        ao.prepare(net, inplace=True)(images)
-        ao.convert(net, inplace=True)
-        scripted = torch.jit.freeze(torch.jit.trace(net, images))
-        torch.jit.save(scripted, str(tmp_path / "int8.pt"))
-        logits = scripted(images)
-    finally:
-        torch.backends.quantized.engine = before
-    with begin(store) as run:
-        uri = run.log_model(
-            tmp_path / "int8.pt", "qnnpack", name="int8", image=(3, 8, 8), classes=10, metadata={"mean": (0.5,)}
-        )
-    np.save(tmp_path / "images.npy", images.numpy())
-    code = (
-        "import sys, mlflow, numpy as np; mlflow.set_tracking_uri(sys.argv[1]); folder = sys.argv[2];"
-        "models = [mlflow.pyfunc.load_model(uri) for uri in sys.argv[3:]]; images = np.load(folder + '/images.npy');"
-        "assert models[0].metadata.metadata == {'mean': [0.5]};"
-        "np.save(folder + '/logits.npy', [model.predict(images) for model in models])"
-    )
-    command = [sys.executable, "-c", code, store.uri, tmp_path, uri, f"runs:/{run.id}/int8"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+def test_a_registered_model_answers_as_the_run_did(
+    qexp: Run, composed: Callable[..., Config], checkpoint: Path, tmp_path: Path
+) -> None:
+    """By MLflow's own loaders, in a fresh process without torch and qexp, one image at a time and all together."""
+    settings = ("latency=off", f"model.checkpoint={checkpoint}", "runtimes=[onnxruntime]")
+    done = qexp(*settings, "tracking.log_model=flavor", "tracking.registered_model=net")
     assert done.returncode == 0, done.stderr
-    for loaded in np.load(tmp_path / "logits.npy"):
-        np.testing.assert_array_equal(loaded, logits.numpy())
+    assert "mlflow models serve -m models:/net/1 --env-manager local" in done.stdout + done.stderr
+    (predictions,) = tmp_path.glob("outputs/runs/*/predictions.npz")
+    data = load_data(composed("model=tiny").dataset, None)
+    np.save(tmp_path / "images.npy", normalise(data.test.pixels(), data.mean, data.std).numpy())
+    code = """
+import sys, mlflow, numpy as np
+folder = sys.argv[1]
+mlflow.set_tracking_uri(f"sqlite:///{folder}/outputs/mlflow.db")
+images = np.load(folder + "/images.npy")
+model = mlflow.pyfunc.load_model("models:/net/1")
+one_by_one = [model.predict(images[i:i + 1])["logits"] for i in range(len(images))]
+np.save(folder + "/logits.npy", [model.predict(images)["logits"], np.concatenate(one_by_one)])
+assert mlflow.onnx.load_model("models:/net/1").graph.output[0].name == "logits"
+facts = model.metadata.metadata
+assert facts["opset"] == 21 and facts["shape"] == [3, 32, 32] and len(facts["mean"]) == 3, facts
+assert model.input_example.shape == (1, 3, 32, 32) and np.array_equal(model.input_example, images[:1])
+assert not {"torch", "qexp"} & set(sys.modules)
+"""
+    fresh = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
+    assert fresh.returncode == 0, fresh.stderr
+    with np.load(predictions) as kept:
+        for logits in np.load(tmp_path / "logits.npy"):
+            np.testing.assert_allclose(logits, kept["int8"], atol=1e-3 * np.abs(kept["int8"]).max())
