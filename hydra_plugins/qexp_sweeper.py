@@ -1,4 +1,5 @@
-"""The sweeper that Hydra finds under `hydra/sweeper: qexp`; its work is done by qexp/launch/sweep.py.
+"""The sweepers that Hydra finds under `hydra/sweeper`: `qexp`, whose work is done by qexp/launch/sweep.py, and
+`qexp_optuna` (conf/hydra/sweeper/qexp_optuna.yaml), whose work is done by qexp/launch/search.py.
 
 Hydra imports every plugin at each start, so nothing heavy is imported here. It does so without an entry in
 sys.modules, which a dataclass with postponed annotations needs: hence no `from __future__ import annotations`.
@@ -30,3 +31,18 @@ class QexpSweeper(BasicSweeper):
         assert self.hydra_context is not None
         loader = self.hydra_context.config_loader
         return run_sweep(self.config, self._parse_config(), arguments, loader, self.launcher, self.max_batch_size)
+
+
+class QexpOptunaSweeper(BasicSweeper):
+    """Hydra's BasicSweeper with `qexp.launch.search.run_search` in place of its loop over jobs."""
+
+    def __init__(self, params: dict[str, str] | None, **settings: Any) -> None:
+        super().__init__(max_batch_size=None, params=params)
+        self.settings = settings
+
+    def sweep(self, arguments: list[str]) -> Any:
+        from qexp.launch.search import run_search
+
+        assert self.hydra_context is not None
+        loader = self.hydra_context.config_loader
+        return run_search(self.config, self._parse_config(), arguments, loader, self.launcher, self.settings)

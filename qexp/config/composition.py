@@ -151,17 +151,18 @@ def combinations(overrides: Sequence[Override]) -> list[list[str]]:
     None is left out where a later one has the same key: Hydra applies them one after the other, and some add to what
     there is. Raises ConfigError where one lists nothing, or values that can't be listed.
     """
-    return [list(one) for one in itertools.product(*map(_each, overrides))]
+    return [list(one) for one in itertools.product(*map(each, overrides))]
 
 
-def _each(override: Override) -> list[str]:
+def each(override: Override) -> list[str]:
+    """An override of one value for each that this one lists. Raises ConfigError where they can't be listed."""
     if not override.is_sweep_override():
         return [str(override.input_line)]
     key = override.get_key_element()
     if not override.is_discrete_sweep():
         raise ConfigError(
             f"{override.input_line}: an interval can't be gone through value by value; list some, as in "
-            f"{key}=choice(…) or {key}=range(…), or choose a sweeper that draws from it with hydra/sweeper=NAME."
+            f"{key}=choice(…) or {key}=range(…), or search it with hydra/sweeper=qexp_optuna."
         )
     try:
         values = list(override.sweep_iterator())

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 from tqdm import tqdm
 
@@ -39,21 +40,40 @@ def exclude_from_dirname(master: DictConfig) -> None:
         master.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys={keys}")
 
 
+def sweep_overrides(composer: Composer, params: Sequence[str], typed: Sequence[str]) -> list[Override]:
+    """A sweep's overrides: its own (`params`) and those of the command line, which replace its own of the same setting.
+
+    Raises ConfigError where several experiments are swept over.
+    """
+    given = composer.parse(typed)
+    own = [one for one in composer.parse(params) if not any(composer.replaces(other, one) for other in given)]
+    for override in (*own, *given):
+        if override.is_sweep_override() and override.key_or_group == "experiment":
+            raise ConfigError(
+                f"{override.input_line}: an experiment is a sweep by itself, and several can't be swept over; "
+                "start them one after the other."
+            )
+    return [*own, *given]
+
+
+def checked(composer: Composer, combination: Sequence[str], swept: Collection[str]) -> Job:
+    """The job that these overrides describe. swept: the settings that the sweep varies. Raises ConfigError."""
+    composed = composer(combination)
+    job = job_from(composed)
+    validation.check(job.config, swept)
+    rerun.check(job)
+    if credentials.masked_tree(list(combination)) != list(combination):
+        refuse_credentials(composer.subfolder(combination, 0), "hydra.sweep.subdir")
+    return job
+
+
 def plan(composer: Composer, params: Sequence[str], typed: Sequence[str]) -> list[Planned]:
     """Every distinct job, composed and checked.
 
     params: the sweep's own overrides; typed: those of the command line, which replace the sweep's own of the same
     setting. Raises ConfigError for the whole sweep where one job can't run.
     """
-    given = composer.parse(typed)
-    own = [one for one in composer.parse(params) if not any(composer.replaces(other, one) for other in given)]
-    overrides = [*own, *given]
-    for override in overrides:
-        if override.is_sweep_override() and override.key_or_group == "experiment":
-            raise ConfigError(
-                f"{override.input_line}: an experiment is a sweep by itself, and several can't be swept over; "
-                "start them one after the other."
-            )
+    overrides = sweep_overrides(composer, params, typed)
     swept = [override.key_or_group for override in overrides if override.is_sweep_override()]
     places = [
         place
@@ -64,13 +84,8 @@ def plan(composer: Composer, params: Sequence[str], typed: Sequence[str]) -> lis
     refused: dict[str, str] = {}
     all_combinations = combinations(overrides)
     for combination in tqdm(all_combinations, desc="checking jobs", disable=None, leave=False):
-        composed = composer(combination)
         try:
-            job = job_from(composed)
-            validation.check(job.config, swept)
-            rerun.check(job)
-            if credentials.masked_tree(combination) != combination:
-                refuse_credentials(composer.subfolder(combination, 0), "hydra.sweep.subdir")
+            job = checked(composer, combination, swept)
         except ConfigError as error:
             refused.setdefault(str(error), " ".join(combination))
             continue

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from qexp.config import identity
+from qexp.config.schema import Config
 from qexp.launch import job_process
 from qexp.records import RunRecord
 
@@ -35,29 +36,61 @@ class Study:
     """The runs of a study at the start of a sweep of it.
 
     A study has one parent run for all its sweeps: each of them opens it again. parent: that run's id, None where there
-    is none; before: ids of all runs of the study; finished: the finished runs whose results would be the same today,
-    by config_hash.
+    is none; shared: True while another sweep of the study is open; before: ids of all runs of the study; ended: its
+    finished runs by config_hash, the latest last; finished: those of them that are known to give the same results
+    today, by config_hash.
     """
 
     parent: str | None = None
+    shared: bool = False
     before: frozenset[str] = frozenset()
+    ended: Mapping[str, Sequence[RunRecord]] = field(default_factory=dict)
     finished: Mapping[str, RunRecord] = field(default_factory=dict)
+
+    def reusing(self, planned: Sequence[Planned]) -> Study:
+        """The same study, with those of its finished runs that these jobs can do with; logs how many they are."""
+        asked = [item.job.config for item in planned if identity.config_hash(item.job.config) in self.ended]
+        done: dict[str, RunRecord] = {}
+        changed: dict[str, None] = {}
+        for job, today in zip(asked, job_process.provenance_tags_in_child(asked) if asked else [], strict=True):
+            key = today["config_hash"]
+            differences = [(row, differing(row.tags, today, job.latency.enabled)) for row in self.ended[key]]
+            same = [row for row, names in differences if not names]
+            if same:
+                done[key] = same[-1]
+            else:
+                changed |= dict.fromkeys(differences[-1][1])
+        if done:
+            log.warning(
+                "%d of %d jobs are finished already under study=%s and are not run again; resume=false runs all.",
+                len(done), len(planned), planned[0].job.config.study,
+            )  # fmt: skip
+        if changed:
+            again = len(asked) - len(done)
+            log.warning("%d were finished under it with another %s, and are run again.", again, ", ".join(changed))
+        return replace(self, finished={**self.finished, **done})
 
     def to_run(self, planned: Sequence[Planned]) -> list[Planned]:
         """The jobs without a finished run to reuse."""
         return [item for item in planned if identity.config_hash(item.job.config) not in self.finished]
 
     def open(self, store: Store, **given: Any) -> Run:
-        """Open the parent run and put the finished runs under it. given: as `tracking.open_parent` takes it."""
+        """Open the parent run and `adopt` the finished runs. given: as `tracking.open_parent` takes it."""
         from qexp import tracking
 
         parent = tracking.open_parent(store, again=self.parent, **given)
         try:
-            tracking.adopt(store, parent.id, list(self.finished.values()))
+            self.adopt(store, parent.id)
         except BaseException:
             parent.kill()
             raise
         return parent
+
+    def adopt(self, store: Store, parent: str) -> None:
+        """Put the finished runs that are reused under this sweep's run, where they have none that is left."""
+        from qexp import tracking
+
+        tracking.adopt(store, parent, list(self.finished.values()))
 
     def new(self, rows: Sequence[RunRecord]) -> list[RunRecord]:
         """The parent's runs that this sweep has started."""
@@ -80,40 +113,26 @@ class Study:
 
 def find_study(store: Store, planned: Sequence[Planned], experiments: Sequence[str]) -> Study:
     """Find the runs of the study that these jobs belong to, and log how many are reused."""
+    return runs_of_study(store, planned[0].job.config, experiments).reusing(planned)
+
+
+def runs_of_study(store: Store, config: Config, experiments: Sequence[str]) -> Study:
+    """Find the runs of the study that a job with this configuration belongs to; none of them is reused yet."""
     from qexp import tracking
 
-    config = planned[0].job.config
     if not (config.study and config.resume):
         return Study()
     rows = tracking.of_study(store, config.study, experiments)
     # A parent that is still open belongs to another process.
     parents = [row.run_id for row in rows if tracking.SWEEP_TAG in row.tags and row.status != "RUNNING"]
-    if any(tracking.SWEEP_TAG in row.tags and row.status == "RUNNING" for row in rows):
+    shared = any(tracking.SWEEP_TAG in row.tags and row.status == "RUNNING" for row in rows)
+    if shared:
         log.warning("another sweep of study=%s is open; what it has not finished yet is run here too.", config.study)
-    finished: dict[str, list[RunRecord]] = {}
+    ended: dict[str, list[RunRecord]] = {}
     for row in rows:
         if row.status == "FINISHED" and "config_hash" in row.tags:
-            finished.setdefault(row.tags["config_hash"], []).append(row)
-    asked = [item.job.config for item in planned if identity.config_hash(item.job.config) in finished]
-    done: dict[str, RunRecord] = {}
-    changed: dict[str, None] = {}
-    for job, today in zip(asked, job_process.provenance_tags_in_child(asked) if asked else [], strict=True):
-        key = today["config_hash"]
-        differences = [(row, differing(row.tags, today, job.latency.enabled)) for row in finished[key]]
-        same = [row for row, names in differences if not names]
-        if same:
-            done[key] = same[-1]
-        else:
-            changed |= dict.fromkeys(differences[-1][1])
-    if done:
-        log.warning(
-            "%d of %d jobs are finished already under study=%s and are not run again; resume=false runs all.",
-            len(done), len(planned), config.study,
-        )  # fmt: skip
-    if changed:
-        again = len(asked) - len(done)
-        log.warning("%d were finished under it with another %s, and are run again.", again, ", ".join(changed))
-    return Study(parents[-1] if parents else None, frozenset(row.run_id for row in rows), done)
+            ended.setdefault(row.tags["config_hash"], []).append(row)
+    return Study(parents[-1] if parents else None, shared, frozenset(row.run_id for row in rows), ended)
 
 
 def differing(then: Mapping[str, str], now: Mapping[str, str], timed: bool) -> list[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +21,11 @@ from qexp.config.composition import Composer, as_yaml, quoted
 from qexp.config.error_messages import exit_with_message
 from qexp.config.schema import Config
 from qexp.launch import concurrent, folders, job_process, progress, sweep_report
-from qexp.launch.job import command, new_sweep, tags
+from qexp.launch.job import Job, command, new_sweep, tags
 from qexp.launch.locations import print_locations
 from qexp.launch.planning import Planned, exclude_from_dirname, plan
 from qexp.launch.signals import Stop, stoppable, until_stopped
-from qexp.launch.study import find_study
+from qexp.launch.study import Study, find_study
 from qexp.launch.tracked_run import close_orphans, failed, warn_of_ignored_variables
 from qexp.records import RunRecord
 
@@ -53,6 +55,52 @@ def launch(
     master: DictConfig, composer: Composer, planned: Sequence[Planned], launcher: Any, batch_size: int | None
 ) -> Any:
     """Open the parent run, launch the jobs, close the parent with the table, and exit with 1 where a job failed."""
+    place = prepare(master, composer, planned)
+    place.study = find_study(place.store, planned, place.experiments)
+    left = place.study.to_run(planned)
+    if left:
+        job_process.check_inputs_in_child([item.job.config for item in left])
+    every = place.claim(left)
+    total = f"{len(planned)} job{'s' if len(planned) > 1 else ''}"
+    with opened(place, launcher, planned[0].job, total) as sweep, progress.bar(len(planned), len(planned) - len(left)):
+        sweep.planned += planned
+        sweep.launch(every, batch_size)
+    return sweep.returns
+
+
+@dataclass
+class Place:
+    """The places where a sweep's runs and files go.
+
+    experiments: of MLflow, that its runs go to, the parent first; folder: absolute; study: what earlier sweeps of it
+    have done; claimed: names of the folders within `folder` that are kept for its jobs.
+    """
+
+    master: DictConfig
+    composer: Composer
+    store: Store
+    experiments: list[str]
+    folder: Path
+    study: Study = field(default_factory=Study)
+    claimed: list[str] = field(default_factory=list)
+
+    def claim(self, planned: Sequence[Planned]) -> list[list[str]]:
+        """Make a folder for each job, and return the overrides that compose it. Raises ConfigError."""
+        first = len(self.claimed)
+        wanted = [self.composer.subfolder(item.overrides, first + number) for number, item in enumerate(planned)]
+        names = folders.claim(self.folder, wanted)
+        self.claimed += names
+        return [
+            [*item.overrides, *([f"hydra.sweep.subdir={quoted(name)}"] if name != other else [])]
+            for item, name, other in zip(planned, names, wanted, strict=True)
+        ]
+
+
+def prepare(master: DictConfig, composer: Composer, planned: Sequence[Planned]) -> Place:
+    """Make the folder of a sweep and find its store, in which runs of processes that are gone are closed.
+
+    planned: jobs of the sweep, among them one of each of its data sets. Raises ConfigError or InputError.
+    """
     from qexp import tracking
 
     first = planned[0].job
@@ -64,59 +112,95 @@ def launch(
         tracking.check_experiment(store, name)
     warn_of_ignored_variables(sweep=True)
     close_orphans(store)
-    study = find_study(store, planned, experiments)
-    left = study.to_run(planned)
-    if left:
-        job_process.check_inputs_in_child([item.job.config for item in left])
-    wanted = [composer.subfolder(item.overrides, number) for number, item in enumerate(left)]
-    claimed = folders.claim(folder, wanted)
-    folders.save_beside(folder / "multirun.yaml", as_yaml(master))
+    return Place(master, composer, store, experiments, folder)
 
-    title = " ".join(dict.fromkeys((tags(first).get("experiment", "sweep"), first.config.study or folder.name)))
+
+@dataclass
+class Sweep:
+    """An open sweep. planned: its jobs so far, those that are reused among them; returns: what the launcher returned.
+
+    at_a_time: jobs that Hydra's own launcher runs at a time; launched: the number of jobs that the launcher got;
+    identifier: given to all of its jobs.
+    """
+
+    place: Place
+    launcher: Any
+    parent: Run
+    at_a_time: int
+    identifier: str = field(default_factory=new_sweep)
+    planned: list[Planned] = field(default_factory=list)
+    returns: list[Any] = field(default_factory=list)
+    launched: int = 0
+
+    def launch(self, jobs: Sequence[Sequence[str]], batch_size: int | None = None) -> None:
+        """Run these jobs, and return when all of them have ended.
+
+        jobs: the overrides of each; batch_size: the most jobs that the launcher gets at once.
+        """
+        every = [[*job, f"tracking.parent={self.parent.id}", f"sweep={self.identifier}"] for job in jobs]
+        # Another launcher has processes of its own, each of which runs its jobs one by one.
+        count = self.at_a_time if isinstance(self.launcher, BasicLauncher) else 1
+        first, batches = self.launched, []
+        with concurrent.at_a_time(count) as running:
+            for chunk in BasicSweeper.split_overrides_to_chunks(every, batch_size) if every else []:
+                batches.append(self.launcher.launch(chunk, initial_job_idx=self.launched))
+                self.returns.append(batches[-1])
+                self.launched += len(batches[-1])
+        for number, returned in enumerate((one for batch in batches for one in batch), first):
+            running.complete(number, returned)
+
+    def rows(self) -> list[RunRecord]:
+        """The runs of its jobs so far, those of failed jobs and those that are reused among them."""
+        from qexp import tracking
+
+        place = self.place
+        rows = place.study.new(tracking.children(place.store, self.parent.id, place.experiments))
+        tracked_names = {row.name for row in rows}
+        rows += [
+            row
+            for batch in self.returns
+            for row in map(failed_before_run, batch)
+            if row and row.name not in tracked_names
+        ]
+        return place.study.with_reused(self.planned, rows)
+
+
+@contextlib.contextmanager
+def opened(place: Place, launcher: Any, first: Job, total: str) -> Iterator[Sweep]:
+    """Open the parent run of a sweep; at the end of the context close it with the report of its jobs.
+
+    first: one of its jobs; total: how many there are, in words. Exits with status 1 where a job failed, and with 128 +
+    the signal's number where it was stopped.
+    """
+    folders.save_beside(place.folder / "multirun.yaml", as_yaml(place.master))
+    title = " ".join(dict.fromkeys((tags(first).get("experiment", "sweep"), first.config.study or place.folder.name)))
     try:
-        parent = study.open(store, experiment=experiments[0], name=title, tags=tags(first))
+        parent = place.study.open(place.store, experiment=place.experiments[0], name=title, tags=tags(first))
     except BaseException:
-        folders.remove_unused(folder, claimed)
+        folders.remove_unused(place.folder, place.claimed)
         raise
-    all_jobs = f"{len(planned)} job{'s' if len(planned) > 1 else ''}"
-    print(f"{all_jobs}; runs go to the MLflow experiment {experiments[0]}, under {parent.name!r}.", flush=True)
-    sweep = new_sweep()
-    returns: list[Any] = []
+    print(f"{total}; runs go to the MLflow experiment {place.experiments[0]}, under {parent.name!r}.", flush=True)
+    sweep = Sweep(place, launcher, parent, first.config.job.at_a_time)
     status, code = "FINISHED", 0
     try:
-        with stoppable(), progress.bar(len(planned), len(planned) - len(left)):
-            every = [[*item.overrides, f"tracking.parent={parent.id}", f"sweep={sweep}"] for item in left]
-            for overrides, name, other in zip(every, claimed, wanted, strict=True):
-                overrides += [f"hydra.sweep.subdir={quoted(name)}"] if name != other else []
-            # Another launcher has processes of its own, each of which runs its jobs one by one.
-            count = first.config.job.at_a_time if isinstance(launcher, BasicLauncher) else 1
-            with concurrent.at_a_time(count) as running:
-                for chunk in BasicSweeper.split_overrides_to_chunks(every, batch_size) if left else []:
-                    returns.append(launcher.launch(chunk, initial_job_idx=sum(map(len, returns))))
-            for number, returned in enumerate(one for batch in returns for one in batch):
-                running.complete(number, returned)
+        with stoppable():
+            yield sweep
     except Stop as stop:
         status, code = "KILLED", stop.code
     except BaseException:
         status = "FAILED"
         raise
     finally:
-        folders.remove_unused(folder, claimed)
-        rows = study.new(tracking.children(store, parent.id, experiments))
-        tracked_names = {row.name for row in rows}
-        rows += [
-            row for batch in returns for row in map(failed_before_run, batch) if row and row.name not in tracked_names
-        ]
-        rows = study.with_reused(planned, rows)
+        folders.remove_unused(place.folder, place.claimed)
+        rows = sweep.rows()
         if status == "FINISHED" and any(row.status != "FINISHED" for row in rows):
             status, code = "FAILED", 1
-        close_sweep(store, parent, rows, status, folder, first.config)
+        close_sweep(place.store, parent, rows, status, place.folder, first.config)
     if status == "KILLED":
         finished = sum(row.status == "FINISHED" for row in rows)
-        print(f"Stopped after {finished} of {all_jobs}. To run it again:\n  {command()}", file=sys.stderr)
+        print(f"Stopped after {finished} of {total}. To run it again:\n  {command()}", file=sys.stderr)
     if code:
         sys.exit(code)
-    return returns
 
 
 def close_sweep(
