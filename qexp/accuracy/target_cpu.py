@@ -21,7 +21,9 @@ from qexp.accuracy.prediction_key import prediction_key
 from qexp.config.schema import Config, Engine, Target, cache_folder
 from qexp.data.loading import Data
 from qexp.models import inference
-from qexp.quantize.saturation import emulation, kernels
+from qexp.quantize.saturation import emulation
+from qexp.quantize.saturation import kernels as torch_kernels
+from qexp.quantize.saturation.kernels import Kernels
 from qexp.records import AccuracySource, Predictions, SaturationStatus
 from qexp.system import cache
 from qexp.system.steps import step
@@ -60,47 +62,51 @@ class TargetAccuracy:
 
 @step("target")
 def target_accuracy(
-    config: Config, data: Data, int8: quantize.QuantizedModel, executed: Predictions, content: str
+    config: Config,
+    data: Data,
+    int8: quantize.QuantizedModel,
+    executed: Predictions,
+    content: str,
+    kernels: Kernels,
 ) -> TargetAccuracy:
     """The accuracy on the CPU that `config.target` means, by the cheapest means: executed, exact or emulated.
 
-    executed: INT8 predictions on all evaluation images, made on this CPU; content: the identity of int8 (see
-    `saved_models.content`).
+    executed: INT8 predictions on all evaluation images, made on this CPU by `kernels`; content: the identity of int8
+    (see `saved_models.content`). Other libraries' kernels are emulated, and their exact sums computed, with torch's
+    rounding.
     """
-    everything = np.arange(len(executed.labels))
-    signature, engine, qconfig, module = kernels.probe(), config.engine, int8.qconfig, int8.module
-    here, there = (
-        kernels.overflowing_kinds(qconfig, engine, config.flow, cpu, signature)
-        for cpu in (Target.native, config.target)
-    )
+    everything, module = np.arange(len(executed.labels)), int8.module
+    here, there = kernels.here, kernels.there
     plain = TargetAccuracy(AccuracySource.executed, everything, executed, SaturationStatus.impossible)
-    if not emulation.at_risk(module, engine, here | there):
+    if not emulation.at_risk(module, kernels.order, here | there):
         return plain
+    kinds = None if kernels.of_torch else here | there
+    emulated = partial(emulation.with_emulated_accumulators, module, kernels.order, kinds=kinds)
     # Depthwise kernels can saturate with VNNI too, so saturation here doesn't prove that this CPU can stand in for
     # target=avx2.
-    if here and (config.target is not Target.avx2 or signature.dense_saturates(engine, qconfig.weight.scheme)):
+    if here and (config.target is not Target.avx2 or "conv" in here):
         every = config.target is Target.vnni
         compared = everything if every else spread(len(everything), config.saturation.exact_images)
         if not len(compared):
             return replace(plain, saturation=SaturationStatus.possible)
         exact_model = partial(quantize.exact, int8.prepared)
         title = "evaluating INT8 with exact sums"
-        found, layers = _run(exact_model, module, content, config, data, compared, title, whole=every)
+        as_executed = module if kernels.of_torch else emulated()
+        found, layers = _run(exact_model, as_executed, content, config, data, compared, title, kernels, whole=every)
         source, counts = (AccuracySource.exact, found) if every else (AccuracySource.executed, executed)
         return TargetAccuracy(source, everything, counts, _seen(layers), compared, found, executed.at(compared), layers)
     compared = spread(len(everything), config.saturation.emulated_images)
     if left := emulation.not_emulated(module):
         said = "%d layers add up as they do on this CPU, since their 16-bit sums can't be emulated: %s."
         log.warning(said, len(left), ", ".join(left))
-    emulated = partial(emulation.with_emulated_accumulators, module, engine)
-    found, layers = _run(emulated, module, content, config, data, compared, "emulating 16-bit sums")
-    exact = executed.at(compared)
+    found, layers = _run(emulated, module, content, config, data, compared, "emulating 16-bit sums", kernels)
+    exact = executed.at(compared) if kernels.of_torch else _predicted(module, config, data, compared)
     return TargetAccuracy(AccuracySource.emulated, compared, found, _seen(layers), compared, exact, found, layers)
 
 
 def other_kernels(config: Config) -> str:
     """The reason why timings on this machine don't hold for the target, as a clause; empty where they do."""
-    saturates = kernels.probe().dense_saturates(Engine.fbgemm)
+    saturates = torch_kernels.probe().dense_saturates(Engine.fbgemm)
     if "target" in config.flow.ignores or config.target is Target.native:
         return ""
     if config.target is Target.vnni and saturates:
@@ -120,6 +126,13 @@ def _seen(layers: tuple[emulation.LayerSaturation, ...]) -> SaturationStatus:
     return SaturationStatus.observed if any(layer.saturates for layer in layers) else SaturationStatus.possible
 
 
+def _predicted(int8: nn.Module, config: Config, data: Data, images: np.ndarray) -> Predictions:
+    """Predictions of a converted model in torch's own kernels."""
+    size, title = config.evaluate.batch_size, "evaluating INT8 with exact sums"
+    with quantize.engine(config.engine):
+        return inference.predict(int8, data.test, data.mean, data.std, size, title, images)
+
+
 def _run(
     make: Callable[[], nn.Module],
     int8: nn.Module,
@@ -128,6 +141,7 @@ def _run(
     data: Data,
     images: np.ndarray,
     title: str,
+    kernels: Kernels,
     whole: bool = False,
 ) -> tuple[Predictions, tuple[emulation.LayerSaturation, ...]]:
     """Predictions of the model that `make` returns, and a comparison of each of its layers with the same one in `int8`.
@@ -138,12 +152,13 @@ def _run(
 
     def run() -> dict[str, np.ndarray]:
         model = make()
-        with emulation.compared(int8, model, config.engine, whole) as layers, quantize.engine(config.engine):
+        with emulation.compared(int8, model, kernels.order, whole) as layers, quantize.engine(config.engine):
             size = config.evaluate.batch_size
             predictions = inference.predict(model, data.test, data.mean, data.std, size, title, images)
         return {"logits": predictions.logits, "layers": np.array(json.dumps([asdict(one) for one in layers.values()]))}
 
-    key = prediction_key(config, data, [content, title, *(["whole"] if whole else [])], images)
+    how = [*(["whole"] if whole else []), *([] if kernels.of_torch else [kernels.name])]
+    key = prediction_key(config, data, [content, title, *how], images)
     found = cache.arrays(cache_folder(config), key, run)
     layers = tuple(emulation.LayerSaturation(**values) for values in json.loads(str(found["layers"])))
     return inference.predictions(found["logits"], data.test, title, images), layers

@@ -34,6 +34,7 @@ from qexp.records import (
     Variant,
     same_as_text,
 )
+from qexp.runtimes import int8_kernels
 from qexp.runtimes.parting import Parting
 from qexp.system.steps import step
 
@@ -148,6 +149,7 @@ def result(
         **({"latency_from": measured.latency_from} if measured.latency_from else {}),
         "accuracy_source": str(measured.on_target.source),
         "saturation": str(measured.on_target.saturation),
+        **{f"saturates.{one.name}": " ".join(sorted(one.here)) or "none" for one in int8_kernels.elsewhere(config)},
     }
     numbers = {
         **run_metrics.accuracy_metrics(predictions["fp32"], predictions["int8"]),
@@ -185,9 +187,16 @@ def result(
         verdict=run_metrics.verdict(predictions["fp32"], measured.on_target, margin, qconfig.overflow),
         warnings=(
             *warnings.general_warnings(config, data, layers, {**numbers, **outcome}),
-            *warnings.parting_warnings(qconfig.overflow, measured.parted),
+            *warnings.parting_warnings(config, qconfig.overflow, layers, measured.parted),
             *warnings.runtime_layer_warnings(layers, measured.runtime_layers),
-            *warnings.saturation_warnings(config, qconfig.overflow, layers, reduced, measured.on_target),
+            *warnings.saturation_warnings(
+                config,
+                qconfig.overflow,
+                layers,
+                reduced,
+                measured.on_target,
+                int8_kernels.of(config, measured.headline.runtime),
+            ),
             *warnings.slow_kernel_warnings(config, slow_kernels(config, measured.int8.module)),
         ),
         files={**files, **top1_file, **layer_files},

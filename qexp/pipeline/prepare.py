@@ -26,7 +26,7 @@ from qexp.pipeline.stages import small_steps
 from qexp.quantize.inspection.layer_equivalence import FEW
 from qexp.quantize.saturation import kernels
 from qexp.records import Artifact, Layer, Precision, Variant
-from qexp.runtimes import RUNTIMES, saved_models
+from qexp.runtimes import RUNTIMES, int8_kernels, saved_models
 from qexp.runtimes.base import Loaded
 from qexp.system import cache
 from qexp.system.steps import step
@@ -50,7 +50,10 @@ def comparison_images(data: Data) -> Tensor:
 
 def resolved(config: Config) -> QConfig:
     """The qconfig with what `overflow=auto` means on the target CPU."""
-    overflow = kernels.resolve_overflow(config.qconfig, config.engine, config.flow, config.target, kernels.probe())
+    others = int8_kernels.elsewhere(config) if config.qconfig.overflow is Overflow.auto else ()
+    overflow = kernels.resolve_overflow(
+        config.qconfig, config.engine, config.flow, config.target, kernels.probe(), others
+    )
     return replace(config.qconfig, overflow=overflow)
 
 
@@ -138,7 +141,8 @@ def reduce_range(
     calibration images. Returns the model and these layers; otherwise the model as it is."""
     if int8.qconfig.overflow is not Overflow.layers or not calibration.images:
         return int8, ()
-    return quantize.reduce_range(int8, config.target, images_of(data, calibration.pixels[:SATURATION_IMAGES]))
+    images = images_of(data, calibration.pixels[:SATURATION_IMAGES])
+    return quantize.reduce_range(int8, config.target, images, int8_kernels.elsewhere(config))
 
 
 def shipped_size(config: Config, fp32: float_model.FloatModel, images: Tensor) -> int:
@@ -155,17 +159,18 @@ def why_guarded(
     if config.qconfig.overflow is not Overflow.auto or "qconfig.overflow" in identity.without_effect(config):
         return ""
     where = f"target={config.target}" if config.target is not Target.native else "this CPU"
-    kinds = kernels.overflowing_kinds(config.qconfig, config.engine, config.flow, config.target, kernels.probe()) & {
-        layer.kind for layer in layers if layer.int8
-    }
+    of_model, asked = {layer.kind for layer in layers if layer.int8}, int8_kernels.asked_for(config)
+    overflowing = [one for one in asked if one.there & of_model]
+    kinds = frozenset[str]().union(*(one.there for one in overflowing)) & of_model
+    of = " and ".join(one.name for one in overflowing or asked)
     if overflow is Overflow.none and min(config.qconfig.weight.bits, config.qconfig.activation.bits) < 8:
         why = "sums of products with 7 bits or fewer on one side fit into 16 bits"
     elif overflow is Overflow.none:
-        why = f"dense layers of engine={config.engine} don't saturate on {where}"
+        why = f"dense layers of {of} don't saturate on {where}"
     elif kinds:
         which = "" if "conv" in kinds else f"of {' and '.join(sorted(kinds))} layers "
         did = f"{len(reduced)} layers, which got 7 bits" if reduced else "none, so all keep their bits"
-        can = f"16-bit sums {which}of engine={config.engine} can saturate on {where}"
+        can = f"16-bit sums {which}of {of} can saturate on {where}"
         why = f"{can}; on calibration images they do in {did}"
     else:
         return ""

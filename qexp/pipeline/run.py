@@ -29,6 +29,7 @@ from qexp.pipeline.run_metrics import headline_variant
 from qexp.pipeline.stages import analysing, job_settings
 from qexp.quantize import FLOWS
 from qexp.records import Precision, Result
+from qexp.runtimes import int8_kernels
 from qexp.system.steps import noted
 
 
@@ -63,7 +64,9 @@ def run_experiment(config: Config, folder: Path) -> Result:
         headline = headline_variant(config, saved.of(Precision.int8), timings, {one.runtime for one in parted})
         with analysing(config):
             errors = layer_errors(config, int8, data)
-            on_target = target_accuracy(config, data, int8, predictions[headline], saved.content_key(Precision.int8))
+            executing = int8_kernels.of(config, headline.runtime)
+            content = saved.content_key(Precision.int8)
+            on_target = target_accuracy(config, data, int8, predictions[headline], content, executing)
 
         measured = Measured(
             fusion_difference=fusion_difference,

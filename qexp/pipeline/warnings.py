@@ -9,13 +9,15 @@ from typing import Any
 
 from qexp import quantize
 from qexp.accuracy.target_cpu import TargetAccuracy
-from qexp.config.schema import Config, Engine, Overflow, Scheme, Target
+from qexp.config.schema import Config, Engine, Overflow, Scheme
 from qexp.data.loading import Data
 from qexp.metrics import Metric
 from qexp.pipeline.run_metrics import recommended_guard
 from qexp.quantize import FLOWS, ReducedRange, supported
 from qexp.quantize.saturation import kernels
+from qexp.quantize.saturation.kernels import Kernels
 from qexp.records import AccuracySource, Layer, RunWarning, SaturationStatus, WarningCode
+from qexp.runtimes import int8_kernels
 from qexp.runtimes.parting import Parting
 
 
@@ -25,14 +27,18 @@ def saturation_warnings(
     layers: tuple[Layer, ...],
     reduced: tuple[ReducedRange, ...],
     on_target: TargetAccuracy,
+    executing: Kernels,
 ) -> Iterator[RunWarning]:
-    """Warnings about 16-bit accumulators. guard: the one executed, not auto."""
+    """Warnings about 16-bit accumulators. guard: the one executed, not auto; executing: the kernels that the accuracy
+    is of."""
     saturating, signature = on_target.saturating_layers, kernels.probe()
+    elsewhere = frozenset[str]().union(*(one.here | one.there for one in int8_kernels.elsewhere(config)))
     of_kind = {layer.name: layer.kind for layer in layers if layer.int8}
 
     def or_onednn(names: Collection[str]) -> bool:
         """True if engine=onednn takes the weights and can't saturate in these layers."""
         kinds = kernels.overflowing_kinds(config.qconfig, Engine.onednn, config.flow, config.target, signature)
+        kinds |= elsewhere
         takes = config.qconfig.weight.scheme is Scheme.symmetric and Engine.onednn in supported()
         return takes and not kinds & {of_kind[name] for name in names if name in of_kind}
 
@@ -52,22 +58,25 @@ def saturation_warnings(
                 "onednn": or_onednn(saturating),
             },
         )
-    kinds = kernels.overflowing_kinds(config.qconfig, config.engine, config.flow, Target.native, signature)
-    risky = [name for name, kind in of_kind.items() if kind in kinds]
+    risky = [name for name, kind in of_kind.items() if kind in executing.here]
     executed = on_target.source is AccuracySource.executed and on_target.saturation is not SaturationStatus.impossible
     # Only for overflow=none: where auto chose no guard, the target CPU needs none, whatever this CPU does.
     if config.qconfig.overflow is Overflow.none and risky and executed:
         yield RunWarning(
             WarningCode.saturation_unguarded,
-            {"observed": bool(saturating), "engine": config.engine, "onednn": or_onednn(risky)},
+            {"observed": bool(saturating), "kernels": executing.name, "onednn": or_onednn(risky)},
         )
 
 
-def parting_warnings(guard: Overflow, parted: Collection[Parting]) -> Iterator[RunWarning]:
-    """A warning about each runtime that has parted from torch's logits. guard: the one executed, not auto."""
-    can_saturate = kernels.probe().dense_saturates(Engine.fbgemm) and guard is not Overflow.weights
+def parting_warnings(
+    config: Config, guard: Overflow, layers: tuple[Layer, ...], parted: Collection[Parting]
+) -> Iterator[RunWarning]:
+    """A warning about each runtime that has parted from torch's logits, with the kinds of layer in which its kernels
+    saturate. guard: the one executed, not auto."""
+    of_model = {layer.kind for layer in layers if layer.int8}
     for one in parted:
-        yield RunWarning(WarningCode.runtime_parted, {**asdict(one), "can_saturate": can_saturate})
+        kinds = int8_kernels.of(config, one.runtime).here & of_model if guard is not Overflow.weights else ()
+        yield RunWarning(WarningCode.runtime_parted, {**asdict(one), "saturates": tuple(sorted(kinds))})
 
 
 def runtime_layer_warnings(layers: tuple[Layer, ...], executed: Mapping[str, tuple[int, int]]) -> Iterator[RunWarning]:

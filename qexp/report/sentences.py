@@ -76,8 +76,9 @@ def warning(found: RunWarning) -> str:
             return "INT8 and FP32 are as fast as each other, as far as the noise lets one tell."
         case WarningCode.runtime_parted:
             saturates = (
-                "; on this CPU, without VNNI, its 16-bit sums can saturate, which qconfig.overflow=weights avoids"
-                if data["can_saturate"]
+                f"; a probe found that its 16-bit sums of {' and '.join(data['saturates'])} layers saturate on this "
+                "CPU, which qconfig.overflow=weights avoids"
+                if data["saturates"]
                 else ""
             )
             return (
@@ -109,7 +110,7 @@ def warning(found: RunWarning) -> str:
         case WarningCode.saturation_unguarded:
             return (
                 f"16-bit sums {'saturate' if data['observed'] else 'can saturate'} in the kernels of "
-                f"engine={data['engine']}, and the guard is off: this accuracy holds for this CPU only; "
+                f"{data['kernels']}, and the guard is off: this accuracy holds for this CPU only; "
                 f"qconfig.overflow=auto{_or_onednn(data['onednn'])} avoids it."
             )
         case WarningCode.slow_depthwise:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from qexp.config.schema import FlowName
+from qexp.config.schema import Engine, FlowName
 from qexp.errors import RunError, first_line
 from qexp.quantize import qdq
 from qexp.records import Precision
@@ -46,9 +46,15 @@ _COMMON = {
 
 
 class OnnxRuntime(Runtime):
-    """A runtime that reads the ONNX file."""
+    """A runtime that reads the ONNX file.
+
+    sums_as: torch's engine whose kernels add up in the same order; saturates_on_avx2: the kinds of layer (see
+    `kernels.KINDS`) in which 16-bit accumulators can overflow on a CPU without VNNI.
+    """
 
     rounds_otherwise = True
+    sums_as: Engine
+    saturates_on_avx2: frozenset[str]
 
     def unavailable(self) -> str | None:
         missing = self.name.missing

@@ -24,7 +24,13 @@ _IN_FLOAT = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", 
 
 
 class OnnxRuntimeCpu(OnnxRuntime):
+    """Its matrix products (MLAS, QgemmU8S8KernelAvx2) add pairs of products in 16 bits on AVX2, by the same instruction
+    as FBGEMM's, over the same order of a convolution's terms; its depthwise kernel (qdwconv_avx2.cpp) adds 32-bit
+    products, and transposed convolutions run in FP32."""
+
     name = schema.RuntimeName.onnxruntime
+    sums_as = Engine.fbgemm
+    saturates_on_avx2 = frozenset({"conv", "pointwise", "grouped", "linear"})
 
     def load(self, path: Path, structure: Callable[[], nn.Module], engine: Engine | None) -> Loaded:
         """Open the file; the model runs on as many threads as torch has where it is called."""

@@ -26,7 +26,12 @@ _LAYERS = {"Convolution", "Deconvolution", "FullyConnected", "MatMul"}
 
 
 class OpenVino(OnnxRuntime):
+    """Its kernels are oneDNN's. With ONEDNN_MAX_CPU_ISA=AVX2 all but the depthwise ones saturate (OpenVINO 2026.4, on
+    Zen 4)."""
+
     name = schema.RuntimeName.openvino
+    sums_as = Engine.onednn
+    saturates_on_avx2 = frozenset({"conv", "conv_transpose", "pointwise", "grouped", "linear"})
 
     def load(self, path: Path, structure: Callable[[], nn.Module], engine: Engine | None) -> Loaded:
         """Read the file; the model runs on as many threads as torch has where it is called, and its first call with

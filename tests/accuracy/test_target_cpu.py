@@ -20,6 +20,7 @@ from qexp.quantize.saturation import kernels
 from qexp.quantize.saturation.kernels import KernelSignature, Probe
 from qexp.records import AccuracySource, Predictions, Result, SaturationStatus, Verdict, WarningCode
 from qexp.report import sentences
+from qexp.runtimes import int8_kernels
 
 Composed = Callable[..., Config]
 SMALL = ("model=tiny", "latency=off")
@@ -90,6 +91,32 @@ def test_where_this_cpu_is_exact_the_other_one_is_emulated(
         assert result.metrics[Metric.target_accuracy] == executed
         assert result.metrics[Metric.saturation_agreement] == 1
     assert result.metrics[Metric.exact_accuracy] == executed
+
+
+@pytest.mark.slow
+def test_another_librarys_sums_are_emulated_in_its_order_with_torchs_rounding(
+    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "probe", lambda: signature(200))
+    exact = dict.fromkeys(kernels.probed_layers(), 200)
+    monkeypatch.setattr(int8_kernels, "probe", lambda name: exact)
+    asked = ("qconfig.overflow=none", "engine=fbgemm", "saturation.emulated_images=50", "target=avx2")
+    theirs = run("runtimes=[onnxruntime]", *asked)
+    assert theirs.resolved["resolved.runtime"] == "onnxruntime"
+    assert theirs.tags["saturates.onnxruntime"] == "none"
+    torchs = run("runtimes=[eager]", *asked)
+    assert theirs.tags["accuracy_source"] == torchs.tags["accuracy_source"] == "emulated"
+    # The network has dense layers alone, which FBGEMM's kernels add up in the same order.
+    of_sums = Metric.saturation_agreement, Metric.saturation_layers, Metric.exact_accuracy
+    for metric in (Metric.target_accuracy, *of_sums):
+        assert theirs.metrics[metric] == torchs.metrics[metric], metric
+    # And here, were it a CPU on which they saturate.
+    monkeypatch.setattr(int8_kernels, "probe", lambda name: exact | {"conv": 101, "linear": 101})
+    here = run("runtimes=[onnxruntime]", "qconfig.overflow=auto", "engine=qnnpack")
+    assert here.resolved["resolved.overflow"] == "layers"
+    assert here.metrics[Metric.layers_narrowed] > 0
+    assert here.tags["saturates.onnxruntime"] == "conv linear"
+    assert here.tags["accuracy_source"] == "executed"
 
 
 def test_layers_whose_sums_cannot_be_emulated_are_named(

@@ -21,6 +21,8 @@ from qexp.quantize.saturation.kernels import KernelSignature, Probe
 from qexp.quantize.torch_backend.slow_depthwise import without_fast_kernel
 from qexp.records import AccuracySource, Layer, Predictions, SaturationStatus
 from qexp.report import sentences
+from qexp.runtimes import int8_kernels
+from qexp.runtimes.parting import Parting
 from tests.helpers.quantizable import Chain, images, settings, spec, trained
 
 Composed = Callable[..., Config]
@@ -104,8 +106,8 @@ def test_numbers_on_saturation_are_of_layers_that_saturate() -> None:
 
 
 def said(config: Config, layers: tuple[Layer, ...], *given: object, answer: target_cpu.TargetAccuracy) -> list[str]:
-    guard = prepare.resolved(config).overflow
-    found = warnings.saturation_warnings(config, guard, layers, given, answer)  # type: ignore[arg-type]
+    guard, executing = prepare.resolved(config).overflow, int8_kernels.of(config, config.runtimes[0])
+    found = warnings.saturation_warnings(config, guard, layers, given, answer, executing)  # type: ignore[arg-type]
     return [sentences.warning(one) for one in found]
 
 
@@ -258,6 +260,38 @@ def test_the_bits_of_activations_are_those_that_are_executed(
     with quantize.engine(Engine.x86), torch.inference_mode():
         int8(images(8) * 9)
     assert seen == [2**bits - 1]
+
+
+def test_kernels_of_other_libraries_are_asked_themselves(
+    composed: Composed, on: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = dict.fromkeys(kernels.probed_layers(), 200)
+    codes = {"onnxruntime": exact | {"conv": 101, "linear": 101}, "openvino": exact}
+    monkeypatch.setattr(int8_kernels, "probe", lambda name: codes[name])
+    on(VNNI)  # of torch's kernels, whatever this CPU does
+    both = "runtimes=[onnxruntime,openvino,eager]"
+    assert prepare.resolved(composed("runtimes=[eager]", "engine=onednn")).overflow is Overflow.none
+    assert prepare.resolved(composed(both, "engine=onednn")).overflow is Overflow.layers
+    assert prepare.resolved(composed(both, "engine=onednn", "target=vnni")).overflow is Overflow.none
+    assert prepare.resolved(composed(both, "engine=qnnpack", "target=avx2")).overflow is Overflow.layers
+    assert prepare.resolved(composed(both, "flow=dynamic")).overflow is Overflow.none
+    config = composed(both, "engine=onednn")
+    why = prepare.why_guarded(config, Overflow.layers, DENSE, narrowed("conv"))
+    assert "16-bit sums of onnxruntime can saturate on this CPU" in why
+    (sentence,) = said(composed(both, "qconfig.overflow=none", "engine=onednn"), DENSE, answer=answered(row("conv", 3)))
+    assert "16-bit sums saturate in the kernels of onnxruntime" in sentence
+    assert "or engine=onednn" not in sentence
+
+    def blamed(guard: Overflow, *layers: Layer) -> list[str]:
+        parted = [Parting(runtime, 3.0, "conv", 2.0) for runtime in ("onnxruntime", "openvino")]
+        return [sentences.warning(one) for one in warnings.parting_warnings(config, guard, layers, parted)]
+
+    theirs, exact = blamed(Overflow.none, *MOBILE)
+    assert "its 16-bit sums of conv and linear layers saturate on this CPU" in theirs
+    assert "qconfig.overflow=weights" in theirs
+    assert "saturate" not in exact
+    assert not [one for one in blamed(Overflow.weights, *MOBILE) if "saturate" in one]
+    assert not [one for one in blamed(Overflow.none, MOBILE[-1]) if "saturate" in one]
 
 
 def test_a_runtime_with_fewer_layers_in_int8_says_so() -> None:

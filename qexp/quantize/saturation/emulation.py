@@ -204,13 +204,15 @@ def _filled(values: Tensor, dim: int, multiple: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------ emulated layers
 
 
-def with_emulated_accumulators(converted: nn.Module, engine_name: Engine, saturating: bool = True) -> nn.Module:
+def with_emulated_accumulators(
+    converted: nn.Module, engine_name: Engine, saturating: bool = True, kinds: Collection[str] | None = None
+) -> nn.Module:
     """Return a copy of a converted model (eager or FX) whose layers compute as AVX2 kernels do, on any machine.
 
     These are all INT8 Conv2d and Linear layers, with ReLU or without, dense, grouped and depthwise; `not_emulated`
     names the others, which run as before, so run the copy within `engine(engine_name)`. With saturating=False
     accumulators are exact and only the rounding is the engine's. x86 means FBGEMM, which runs all its layers without
-    VNNI. Raises InputError for qnnpack, which has no 16-bit accumulators.
+    VNNI. kinds: of layer, None for all. Raises InputError for qnnpack, which has no 16-bit accumulators.
     """
     if engine_name is Engine.qnnpack:
         raise InputError("engine=qnnpack has exact accumulators: there are no 16-bit ones to emulate")
@@ -220,7 +222,9 @@ def with_emulated_accumulators(converted: nn.Module, engine_name: Engine, satura
     emulated: dict[nn.Module, nn.Module] = {}
     for owner in list(copied.modules()):
         for name, child in list(owner._modules.items()):
-            if child is not None and torch_class(child) in _EMULATED:
+            if child is None or torch_class(child) not in _EMULATED:
+                continue
+            if kinds is None or _kind(child) in kinds:
                 # One layer under two names stays one.
                 emulated[child] = emulated.get(child) or _emulate(child, engine_name, saturating)
                 setattr(owner, name, emulated[child])

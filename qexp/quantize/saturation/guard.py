@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 from qexp.config.schema import Engine, Target
 from qexp.quantize.flow import Prepared, QuantizedModel
 from qexp.quantize.saturation import emulation, kernels
+from qexp.quantize.saturation.emulation import LayerSaturation
+from qexp.quantize.saturation.kernels import Kernels
 from qexp.quantize.saturation.reduced_range import ReducedRange, reduce_range_of_layers
 from qexp.quantize.torch_backend.qnnpack_biases import fit_biases
 
@@ -17,31 +21,46 @@ NOISE_IMAGES = 16
 
 
 def reduce_range(
-    model: QuantizedModel, target: Target, images: Tensor
+    model: QuantizedModel, target: Target, images: Tensor, others: Sequence[Kernels] = ()
 ) -> tuple[QuantizedModel, tuple[ReducedRange, ...]]:
     """Reduce one side to 7 bits in every layer whose 16-bit accumulators saturate on `images`.
 
     Saturation is observed with this machine's kernels or, if these are exact and `target` is a CPU without VNNI, with
-    emulated ones. images: float32 [n, 3, H, W], some of the calibration images. Returns a new model and the layers
-    whose range was reduced; the model itself and () if nothing saturates.
+    emulated ones; in the kernels of other libraries that execute the model, it is emulated. images: float32
+    [n, 3, H, W], some of the calibration images. Returns a new model and the layers whose range was reduced; the model
+    itself and () if nothing saturates.
     """
-    qconfig, engine, flow, signature = model.qconfig, model.engine, model.flow.name, kernels.probe()
-    kinds = kernels.overflowing_kinds(qconfig, engine, flow, Target.native, signature)
-    emulate = target is Target.avx2 and not signature.dense_saturates(engine, qconfig.weight.scheme)
-    if emulate:
-        kinds |= kernels.overflowing_kinds(qconfig, engine, flow, target, signature)
-    if not emulation.at_risk(model.module, engine, kinds):
-        return model, ()
-    if emulate:
-        emulated = emulation.with_emulated_accumulators(model.module, engine)
-        rows = emulation.layer_by_layer(emulated, model.module, [images], engine)
-    else:
-        rows = emulation.layer_by_layer(model.module, exact(model.prepared), [images], engine)
-    risky = [row.name for row in rows if row.saturates]
+    elsewhere = (_emulated(model, one.order, one.here | one.there, images) for one in others)
+    rows = itertools.chain(_in_torch(model, target, images), *elsewhere)
+    risky = dict.fromkeys(row.name for row in rows if row.saturates)
     if not risky:
         return model, ()
-    module, reduced = reduce_range_of_layers(model.prepared.module, risky, qconfig, images[:NOISE_IMAGES])
+    module, reduced = reduce_range_of_layers(model.prepared.module, risky, model.qconfig, images[:NOISE_IMAGES])
     return model.flow.convert(replace(model.prepared, module=module)), reduced
+
+
+def _in_torch(model: QuantizedModel, target: Target, images: Tensor) -> Iterable[LayerSaturation]:
+    """Compare the layers in torch's own kernels with exact ones; () where they can't saturate."""
+    qconfig, engine, flow, signature = model.qconfig, model.engine, model.flow.name, kernels.probe()
+    kinds = kernels.overflowing_kinds(qconfig, engine, flow, Target.native, signature)
+    if target is Target.avx2 and not signature.dense_saturates(engine, qconfig.weight.scheme):
+        return _emulated(
+            model, engine, kinds | kernels.overflowing_kinds(qconfig, engine, flow, target, signature), images
+        )
+    if not emulation.at_risk(model.module, engine, kinds):
+        return ()
+    return emulation.layer_by_layer(model.module, exact(model.prepared), [images], engine)
+
+
+def _emulated(
+    model: QuantizedModel, order: Engine, kinds: Collection[str], images: Tensor
+) -> Iterable[LayerSaturation]:
+    """Compare layers of these kinds, with emulated accumulators, with exact ones; () where they can't saturate."""
+    if not emulation.at_risk(model.module, order, kinds):
+        return ()
+    emulated = emulation.with_emulated_accumulators(model.module, order)
+    rows = emulation.layer_by_layer(emulated, exact(model.prepared), [images], model.engine)
+    return [row for row in rows if row.kind in kinds]
 
 
 def exact(prepared: Prepared) -> nn.Module:

@@ -7,7 +7,7 @@ do depends on the kernel, not on the CPU alone, so the kernels are tried rather 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -146,14 +146,52 @@ def saturating_here(name: Engine, weight_scheme: Scheme, signature: KernelSignat
     return frozenset(kind for kind in KINDS for probed in here if kind.startswith(_BROADER.get(probed, probed)))
 
 
+def saturating(codes: Mapping[str, int]) -> frozenset[str]:
+    """Return the kinds of layer (of KINDS) in which another library's kernels saturate.
+
+    codes: its answers, by the kinds that are probed (see `probed_layers`). conv doesn't stand for conv_transpose, which
+    such a library may execute in FP32.
+    """
+    return frozenset(_BROADER.get(kind, kind) for kind, code in codes.items() if abs(code - EXACT) > 1)
+
+
+def probed_layers() -> dict[str, tuple[int, int, int, int]]:
+    """Return the layers that are probed, by kind: channels in and out, kernel size and groups; 0 and 1 for linear."""
+    return {**_CONVOLUTIONS, "linear": (_LINEAR_FEATURES, 16, 0, 1)}
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """A library's INT8 kernels, as far as their sums are concerned.
+
+    name: in sentences, such as engine=x86 or onnxruntime; order: torch's engine whose kernels add up in the same order;
+    here, there: the kinds of layer (of KINDS) in which 16-bit accumulators can overflow with full grids on this CPU,
+    and on the target; of_torch: they are those of torch, which convert has packed the weights for.
+    """
+
+    name: str
+    order: Engine
+    here: frozenset[str]
+    there: frozenset[str]
+    of_torch: bool = False
+
+
 def resolve_overflow(
-    qconfig: QConfig, name: Engine, flow: FlowName, target: Target, signature: KernelSignature
+    qconfig: QConfig,
+    name: Engine,
+    flow: FlowName,
+    target: Target,
+    signature: KernelSignature,
+    others: Iterable[Kernels] = (),
 ) -> Overflow:
-    """Return what `qconfig.overflow` means here: an explicit value as it is, for `auto` none or layers."""
+    """Return what `qconfig.overflow` means here: an explicit value as it is, for `auto` none or layers.
+
+    others: kernels of other libraries that execute the model too.
+    """
     if qconfig.overflow is not Overflow.auto:
         return qconfig.overflow
     reduced = min(qconfig.weight.bits, qconfig.activation.bits) <= SAFE_BITS
-    if reduced or not overflowing_kinds(qconfig, name, flow, target, signature):
+    if reduced or not (overflowing_kinds(qconfig, name, flow, target, signature) or any(one.there for one in others)):
         return Overflow.none
     return Overflow.layers
 

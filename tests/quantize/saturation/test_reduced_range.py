@@ -15,6 +15,7 @@ from qexp.config.schema import ActivationObserver, Engine, FlowName, Observer, O
 from qexp.quantize import FLOWS, Prepared
 from qexp.quantize.calibration.grid import Side
 from qexp.quantize.saturation import emulation, reduced_range
+from qexp.quantize.saturation.kernels import KINDS, Kernels
 from tests.helpers.quantizable import MINMAX, Chain, Plain, images, settings, spec, trained
 
 EXAMPLE = images(8)
@@ -90,6 +91,23 @@ def test_only_layers_that_saturate_are_narrowed(flow: FlowName) -> None:
     emulated = emulation.with_emulated_accumulators(unguarded.module, Engine.x86)
     before = emulation.layer_by_layer(emulated, quantize.exact(prepared), [EXAMPLE], Engine.x86)
     assert [row.name for row in before if row.saturates] == names
+
+
+@pytest.mark.parametrize("engine", [Engine.fbgemm, Engine.qnnpack])
+def test_layers_that_saturate_in_another_library_are_narrowed_too(engine: Engine) -> None:
+    prepared = calibrated(saturating(Chain(), "features.0"), FlowName.fx, settings(overflow="layers"))
+    prepared = replace(prepared, spec=replace(prepared.spec, engine=engine))
+    model = FLOWS[FlowName.fx].convert(prepared)
+
+    def narrowed(*kinds: str) -> list[str]:
+        other = Kernels("another", Engine.fbgemm, frozenset(kinds), frozenset())
+        return [one.name for one in quantize.reduce_range(model, Target.vnni, EXAMPLE, [other])[1]]
+
+    own = [one.name for one in quantize.reduce_range(model, Target.vnni, EXAMPLE)[1]]  # on a CPU without VNNI
+    fbgemm = FLOWS[FlowName.fx].convert(replace(prepared, spec=replace(prepared.spec, engine=Engine.fbgemm)))
+    assert narrowed(*KINDS) == [one.name for one in quantize.reduce_range(fbgemm, Target.avx2, EXAMPLE)[1]] != []
+    assert set(narrowed("depthwise")) == {*own, "features.3"}
+    assert narrowed("grouped") == narrowed() == own, "this network has none"
 
 
 def test_nothing_is_narrowed_where_nothing_saturates() -> None:
