@@ -42,7 +42,7 @@ from qexp.runtimes.base import Loaded
 from qexp.system import machine, machine_lock
 
 RUNTIMES_COMPARED = (RuntimeName.onnxruntime, RuntimeName.openvino)
-BUILT_IN = (Network("digits", sized(("model=resnet18",), ("model=tiny",))),)
+BUILT_IN = sized(Network("resnet18", ("model=resnet18", "train=default")), Network("tiny", ("model=tiny",)))
 PROCESSES = sized(5, 1)
 BLOCKS = sized(40, 4)  # of each variant, in each process
 EXACT = {"amx", "avx512_vnni", "avx_vnni"}  # instruction sets whose products are added up in 32 bits
@@ -138,7 +138,7 @@ def peers(outputs: str) -> None:
     for peer in PEERS:
         if peer not in installed:
             print(f"{peer.name}'s quantizer is left out, as it is not installed: pip install 'qexp[peers]'")
-    for network in chosen(BUILT_IN):
+    for network in chosen([BUILT_IN]):
         try:
             _compare(network, Path(outputs) / network.name, installed)
         except QexpError as error:
@@ -154,12 +154,16 @@ def _compare(network: Network, folder: Path, installed: Sequence[Peer]) -> None:
     data = load_data(config.dataset, Path(config.outputs) / "cache")
     candidates = _made(config, data, folder / "model", installed)
     with protocol.threads(config.compute.threads):
-        predictions = {
-            one: inference.predict(one.load(), data.test, data.mean, data.std, 1, str(one.variant))
-            for one in candidates
-        }
+        predictions = {one: _predictions(one, data, config.compute.threads) for one in candidates}
     timings = _timed(config, data, candidates)
     _print(network, data, predictions, timings)
+
+
+def _predictions(one: Candidate, data: Data, threads: int) -> Predictions:
+    """Its answers to all evaluation images, one at a time, by a copy on each thread."""
+    model = one.load()
+    copies = model.copies(threads - 1)
+    return inference.predict(model, data.test, data.mean, data.std, 1, str(one.variant), copies=copies)
 
 
 def _made(config: Config, data: Data, folder: Path, installed: Sequence[Peer]) -> list[Candidate]:

@@ -39,13 +39,16 @@ from qexp.system import machine
 
 BUILT_IN = sized(
     tuple(
-        Network(name, (f"model={name}",))
+        Network(name, (f"model={name}", "train=default"))
         for name in ("resnet20", "mobilenet_v2", "googlenet", "shufflenet_v2", "resnet50")
     ),
     (Network("tiny", ("model=tiny",)),),
 )
 FLOWS = sized((FlowName.eager, FlowName.fx), (FlowName.eager,))
-WANTED = tuple(name for name in RuntimeName if not name.compiles)  # a network's settings may name others
+# A network's settings may name others.
+WANTED = sized(
+    tuple(name for name in RuntimeName if not name.compiles), (RuntimeName.torchscript, RuntimeName.onnxruntime)
+)
 BATCH_SIZES = (1, 32)
 TIMING = sized(("latency=standard",), ("latency=quick", "latency.seconds=0.1"))
 RESULTS = "QEXP_BENCH_RESULTS"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.__main__ import BENCHMARKS
+from benchmarks.networks import NETWORKS, Network, chosen
 from tests.helpers import ROOT
 
 
@@ -36,3 +37,25 @@ def test_a_record_is_the_same_twice(tmp_path: Path) -> None:
     run("benchmarks.freeze", tmp_path / "before.json", "--only", "default")
     said = run("benchmarks.freeze", tmp_path / "after.json", "--only", "default", "--against", tmp_path / "before.json")
     assert said == "1 runs recorded the same\n"
+
+
+def test_networks_are_those_of_the_file_that_the_environment_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built_in = [Network("tiny", ("model=tiny",))]
+    assert chosen(built_in) is built_in
+    file = tmp_path / "networks.txt"
+    monkeypatch.setenv(NETWORKS, str(file))
+    file.write_text("# mine\n\na model=tiny 'dataset.mean=[0.1, 0.2]' # so\nb\n")
+    assert chosen(built_in) == [Network("a", ("model=tiny", "dataset.mean=[0.1, 0.2]")), Network("b", ())]
+    for text, message in (
+        ("a x=1\na y=2\n", "each once"),
+        ("# none\n", "one network or more"),
+        ("a 'x", "can't be read"),
+    ):
+        file.write_text(text)
+        with pytest.raises(SystemExit, match=message):
+            chosen(built_in)
+    monkeypatch.setenv(NETWORKS, str(tmp_path / "missing.txt"))
+    with pytest.raises(SystemExit, match=r"missing\.txt can't be read"):
+        chosen(built_in)
