@@ -84,6 +84,8 @@ class Metric(StrEnum):
     runtime_latency_p90 = "runtime_latency/<variant>_p90_ms", *_MS, "p90 of this variant"
     runtime_latency_p99 = "runtime_latency/<variant>_p99_ms", *_MS, "p99 of this variant"
 
+    runtime_compile = "runtime_compile/<variant>_s", "s", "lower", 1, "time that its file once took to compile"
+
     images = "discordant/images", *_IMAGES, "evaluation images"
     fp32_only = "discordant/<runtime>_fp32_only", *_IMAGES, "images that FP32 alone has right, INT8 in this runtime not"
     int8_only = "discordant/<runtime>_int8_only", *_IMAGES, "images that INT8 in this runtime alone has right"

@@ -103,13 +103,15 @@ class Variant:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A saved variant. engine: the one that an INT8 model was converted for, empty for FP32."""
+    """A saved variant. engine: the one that an INT8 model was converted for, empty for FP32; compile_seconds: that its
+    file took to compile, None where nothing is compiled."""
 
     variant: Variant
     path: str
     sha256: str
     bytes: int
     engine: str
+    compile_seconds: float | None
 
 
 @dataclass(frozen=True, eq=False)

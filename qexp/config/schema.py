@@ -117,20 +117,20 @@ class Target(StrEnum):
 class RuntimeName(StrEnum):
     """A way to execute a saved model (see `qexp.runtimes`), followed by its traits.
 
-    int8: it executes INT8 models too; compiles: it compiles the model in each process, which takes so long that only
-    processes that measure latency do it; portable: its file is loaded without qexp; served: MLflow serves its file;
-    packages: of Python that it needs, which an extra of qexp with its name installs.
+    int8: it executes INT8 models too; symmetric: of these, only such with symmetric weights; portable: its file is
+    loaded without qexp; served: MLflow serves its file; packages: of Python that it needs, which an extra of qexp with
+    its name installs.
     """
 
     int8: bool
-    compiles: bool
+    symmetric: bool
     portable: bool
     served: bool
 
     def __new__(cls, name: str, *traits: str) -> RuntimeName:
         runtime = str.__new__(cls, name)
         runtime._value_ = name
-        for trait in ("int8", "compiles", "portable", "served"):
+        for trait in ("int8", "symmetric", "portable", "served"):
             setattr(runtime, trait, trait in traits)
         return runtime
 
@@ -151,7 +151,7 @@ class RuntimeName(StrEnum):
     eager = "eager", "int8"
     eager_channels_last = "eager_channels_last"  # INT8 kernels choose their memory format themselves
     torchscript = "torchscript", "int8", "portable"
-    inductor = "inductor", "compiles"  # doesn't know torch.ao's modules
+    inductor = "inductor", "int8", "symmetric"
     onnxruntime = "onnxruntime", "int8", "served"
     openvino = "openvino", "int8"
 
@@ -410,7 +410,7 @@ class ExportFormat(StrEnum):
     @property
     def float_too(self) -> bool:
         """True if the float model can ship so as well."""
-        return self in (ExportFormat.onnx, ExportFormat.openvino, ExportFormat.torchscript)
+        return self in (ExportFormat.onnx, ExportFormat.openvino, ExportFormat.torchscript, ExportFormat.aoti)
 
     def __new__(cls, name: str, *needs: str) -> ExportFormat:
         made = str.__new__(cls, name)
@@ -422,6 +422,7 @@ class ExportFormat(StrEnum):
     openvino = "openvino", "openvino"
     torchscript = "torchscript", "torch"
     pt2 = "pt2", "torch"
+    aoti = "aoti", "torch"
     tensorrt = "tensorrt", "onnxruntime"
 
 

@@ -130,11 +130,11 @@ def _check_runtimes(config: Config) -> None:
     if not any(runtime.int8 for runtime in config.runtimes):
         others = _either(runtime for runtime in RuntimeName if runtime.int8)
         raise ConfigError(f"runtimes={listed}: INT8 runs in none of these; add {others}.")
-    compiling = [runtime for runtime in config.runtimes if runtime.compiles]
-    if compiling and config.latency.enabled and config.latency.processes == 0:
+    symmetric = [runtime for runtime in config.runtimes if runtime.symmetric]
+    if symmetric and config.qconfig.weight.scheme is Scheme.asymmetric:
         raise ConfigError(
-            f"runtimes={listed}: {compiling[0]} compiles in processes of its own, and latency.processes=0 asks "
-            "for none; use latency=standard or latency=publish, or set latency.processes=2."
+            f"runtimes={listed}: {symmetric[0]} takes symmetric weights only, got qconfig.weight.scheme=asymmetric; "
+            "take it out, or use qconfig.weight.scheme=symmetric."
         )
 
 

@@ -63,7 +63,8 @@ def export(command: ExportCommand, cwd: Path) -> str:
             "metrics": dict(run.record.metrics),
             "run": {"id": run.record.run_id, "name": run.record.name, "params": dict(run.record.params)},
         }
-        return write(folder, command.format, command.batch_size, model, pixels, images_of(data, pixels), facts)
+        kept = cache_folder(run.config)
+        return write(folder, command.format, command.batch_size, model, pixels, images_of(data, pixels), facts, kept)
 
 
 def find(command: ExportCommand, cwd: Path) -> Finished:

@@ -16,8 +16,9 @@ from qexp.errors import RunError
 from qexp.export import tensorrt
 from qexp.quantize import QuantizedModel
 from qexp.records import Precision
-from qexp.runtimes import RUNTIMES, onnx_file
+from qexp.runtimes import RUNTIMES, onnx_file, saved_models
 from qexp.runtimes.base import packing_for
+from qexp.system import machine
 
 TOLERANCE = 0.05
 """Allowed difference of logits, as a share of the largest, on another machine: kernels of another CPU round otherwise,
@@ -94,6 +95,17 @@ _CODE: Mapping[ExportFormat, Mapping[str, str]] = {
         ),
         "call": _TORCH_CALL,
     },
+    ExportFormat.aoti: {
+        "imports": "import torch",
+        "load": (
+            "# It was compiled for a CPU with these features, and would crash without them.\n"
+            'has = set(Path("/proc/cpuinfo").read_text().split())\n'
+            'if lacking := set(takes["cpu_features"]) - has:\n'
+            "    raise SystemExit(f\"This CPU lacks {', '.join(sorted(lacking))}: export the model on one like it.\")\n"
+            'model = torch._inductor.aoti_load_package(str(here / "MODEL.pt2"))'
+        ),
+        "call": _TORCH_CALL.replace("from_numpy(values)", "from_numpy(np.ascontiguousarray(values))"),
+    },
     ExportFormat.pt2: {
         "imports": "import torch\nimport torch.ao.quantization.fx._decomposed  # registers the operators",
         "load": 'model = torch.export.load(str(here / "MODEL.pt2")).module()',
@@ -110,26 +122,31 @@ def write(
     pixels: np.ndarray,
     images: Tensor,
     facts: Mapping[str, Any],
+    kept: Path | None = None,
 ) -> str:
     """Write the model with all that ships beside it, and return what to print.
 
     model: in INT8, or a float one, which pt2 and tensorrt don't take; batch_size: of formats that fix it; pixels,
     images: uint8 and float32 [n, 3, H, W], the same, whole batches for the check; facts: what the other files hold, by
-    their names. Raises RunError where the model can't be written in this format.
+    their names; kept: the cache's folder, for what takes long to compile. Raises RunError where the model can't be
+    written in this format.
     """
     folder.mkdir(parents=True, exist_ok=True)
     fixed = batch_size if form is ExportFormat.openvino else 0
     engine = model.engine if isinstance(model, QuantizedModel) else None
     precision = Precision.fp32 if engine is None else Precision.int8
     with packing_for(engine):
-        logits = _model(folder / precision, form, batch_size, model, images)
+        logits = _model(folder / precision, form, batch_size, model, images, kept)
     takes = facts["input"] | ({"engine": str(engine)} if engine and form is ExportFormat.torchscript else {})
+    if form is ExportFormat.aoti:
+        takes |= {"cpu_features": sorted(machine.features())}
     for name, value in {**facts, "input": takes}.items():
         (folder / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")
     (folder / "serve.py").write_text(_SERVE.format(**_CODE[form]).replace("MODEL", precision))
     (folder / "check.py").write_text(_CHECK.format(tolerance=TOLERANCE))
     np.savez_compressed(folder / "check.npz", images=pixels, logits=logits, batch_size=fixed)
-    needs = " ".join(("numpy", *form.needs))
+    version = f"=={torch.__version__.partition('+')[0]}" if form is ExportFormat.aoti else ""
+    needs = " ".join(("numpy", *(name + version for name in form.needs)))
     size = sum(file.stat().st_size for file in folder.iterdir() if file.name.startswith(f"{precision}.")) / 1e6
     return (
         f"{folder}: the {precision.upper()} model as {form}, {size:.1f} MB\n"
@@ -140,11 +157,16 @@ def write(
 
 
 def _model(
-    stem: Path, form: ExportFormat, batch_size: int, model: QuantizedModel | nn.Module, images: Tensor
+    stem: Path,
+    form: ExportFormat,
+    batch_size: int,
+    model: QuantizedModel | nn.Module,
+    images: Tensor,
+    kept: Path | None,
 ) -> np.ndarray:
     """Write the model's file, and return its logits of images, as the runtime that serves it computes them.
 
-    stem: the file's path without its suffix.
+    stem: the file's path without its suffix; the rest as of `write`.
     """
     example = images[:2]
     module, engine = (model.module, model.engine) if isinstance(model, QuantizedModel) else (model, None)
@@ -153,6 +175,10 @@ def _model(
             runtime = RUNTIMES[RuntimeName.torchscript]
             path = runtime.export(module, example, stem.with_suffix(".ts.pt"))
             return runtime.load(path, lambda: module, engine)(images).numpy()
+        case ExportFormat.aoti:
+            runtime, path = _runtime(RuntimeName.inductor), stem.with_suffix(".pt2")
+            saved_models.export(runtime, module, example, path, kept)
+            return _answers(RuntimeName.inductor, path, images)
         case ExportFormat.pt2:
             if not isinstance(model, QuantizedModel):
                 raise RunError("format=pt2 is of INT8 models only.")

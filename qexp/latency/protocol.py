@@ -90,9 +90,9 @@ class Timing:
     of each call, from 0. For each block [blocks]: worker: int32, the process, from 0; round: int32, the round of
     that process, from 0; position: int32, its place among the blocks of all variants of its process; wall_ms, cpu_ms:
     float64, its duration and the processor time of the calling thread in it; switches: int32, involuntary context
-    switches (of all threads where there are several). first_ms: the first call; like all of the
-    warm-up it is no sample. compile_ms: the compilation before it, None where nothing is compiled (both are medians
-    over processes). conditions: of each process. control: True for the second timing of a variant, beside itself.
+    switches (of all threads where there are several). first_ms: the first call, a median over processes; like all of
+    the warm-up it is no sample. conditions: of each process. control: True for the second timing of a variant, beside
+    itself.
     """
 
     variant: Variant
@@ -108,7 +108,6 @@ class Timing:
     switches: np.ndarray
     first_ms: float
     conditions: tuple[Conditions, ...]
-    compile_ms: float | None = None
     control: bool = False
 
     @property
@@ -264,12 +263,10 @@ def merged(workers: Sequence[Timing]) -> Timing:
         return _read_only(np.concatenate(shifted), parts[0].dtype)
 
     columns: dict[str, Any] = {name: column(name) for name in (*PER_CALL, *PER_BLOCK)}
-    compiled = [w.compile_ms for w in workers if w.compile_ms is not None]
     return replace(
         workers[0],
         **columns,
         first_ms=float(np.median([w.first_ms for w in workers])),
-        compile_ms=float(np.median(compiled)) if compiled else None,
         conditions=tuple(condition for w in workers for condition in w.conditions),
     )
 

@@ -13,19 +13,17 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from qexp.config import conversion, identity
-from qexp.config.schema import Config, RuntimeName
+from qexp.config.schema import Config
 from qexp.errors import RunError, without_values
 from qexp.latency import protocol
 from qexp.records import Precision, Variant
@@ -156,9 +154,7 @@ def environment(threads: int) -> dict[str, str]:
     env = {**os.environ, "QEXP_WORKER": "1", "PYTHONPATH": processes.python_path()}
     if "QEXP_WAIT_POLICY" in env:  # ours, not the user's
         env.pop("OMP_WAIT_POLICY", None)
-    # No pool of compilers beside what is timed.
-    counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
-    return env | counts | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    return env | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
 
 
 def main() -> None:
@@ -194,29 +190,15 @@ def main() -> None:
         timed = with_cuda(variants)
         for batch_size in config.latency.batch_sizes:
             among = control.get(str(batch_size))
-            compiled = _compile(variants, protocol.make_batches(inputs, batch_size)[0])
-            timings += [
-                replace(timing, compile_ms=None if timing.control else compiled.get(timing.variant))
-                for timing in protocol.time_side_by_side(
-                    timed,
-                    inputs,
-                    config.latency,
-                    batch_size=batch_size,
-                    seed=order.seed,
-                    control_among=[Variant(Precision.fp32, among)] if among else protocol.fp32_on_cpu(variants),
-                )
-            ]
+            timings += protocol.time_side_by_side(
+                timed,
+                inputs,
+                config.latency,
+                batch_size=batch_size,
+                seed=order.seed,
+                control_among=[Variant(Precision.fp32, among)] if among else protocol.fp32_on_cpu(variants),
+            )
     protocol.save(timings, Path(order.result))
-
-
-def _compile(variants: Mapping[Variant, Callable[[Any], object]], batch: object) -> dict[Variant, float]:
-    """Milliseconds that the first call of each compiled variant with this batch takes."""
-    took = {}
-    for variant in (variant for variant in variants if RuntimeName(variant.runtime).compiles):
-        started = time.perf_counter()
-        variants[variant](batch)
-        took[variant] = 1000 * (time.perf_counter() - started)
-    return took
 
 
 if __name__ == "__main__":

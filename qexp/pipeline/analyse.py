@@ -159,6 +159,7 @@ def result(
         **run_metrics.target_metrics(predictions["fp32"], measured.on_target, margin),
         **run_metrics.latency_metrics(measured.timings, measured.headline),
         **run_metrics.size_metrics(measured.saved.float_bytes, measured.saved.artifacts, measured.headline),
+        **run_metrics.compile_metrics(measured.saved.artifacts),
         **run_metrics.layer_metrics(layers),
         **run_metrics.runtime_layer_metrics(measured.runtime_layers),
         Metric.layers_narrowed: float(len(reduced)),

@@ -17,7 +17,6 @@ from qexp.pipeline.prepare import AGREEMENT_IMAGES, Saved, images_of
 from qexp.records import Precision, Predictions, Variant
 from qexp.runtimes import RUNTIMES
 from qexp.runtimes.base import agree
-from qexp.runtimes.onnx_file import OnnxRuntime
 from qexp.runtimes.parting import MOST, Parting, first_parted, times_rounding
 from qexp.system import cache
 from qexp.system.steps import step
@@ -114,10 +113,8 @@ def runtime_layers(config: Config, data: Data, saved: Saved) -> dict[str, tuple[
     """
     found = {}
     for variant in filter(rounds_otherwise, saved.of(Precision.int8)):
-        runtime = RUNTIMES[variant.runtime]
-        assert isinstance(runtime, OnnxRuntime)
         shape = config.latency.batch_sizes[0], *data.test.shape
-        found[variant.runtime] = runtime.layers(saved.path(variant), shape)
+        found[variant.runtime] = RUNTIMES[variant.runtime].layers(saved.path(variant), shape)
         if not found[variant.runtime][0]:
             raise RunError(
                 f"{variant.runtime} executes no layer of the INT8 model in INT8: take it out of runtimes, or try the "
@@ -144,8 +141,6 @@ def partings(
         for variant in others:
             times = times_rounding(fp32, int8, predictions[variant].logits[first])
             if times > MOST:
-                runtime = RUNTIMES[variant.runtime]
-                assert isinstance(runtime, OnnxRuntime)
-                layer, steps = first_parted(model, few, saved.path(variant), runtime)
+                layer, steps = first_parted(model, few, saved.path(variant), RUNTIMES[variant.runtime])
                 found.append(Parting(variant.runtime, times, layer, steps))
     return tuple(found)

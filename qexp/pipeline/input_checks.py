@@ -115,9 +115,7 @@ def check_program(int8: quantize.QuantizedModel, runtimes: Sequence[RuntimeName]
 def check_runtimes(config: Config) -> None:
     """Raise InputError where a runtime asked for can't be used here, or none executes the flow's INT8 models."""
     for name in config.runtimes:
-        # Runtimes that compile are used only by processes that measure latency.
-        used = config.latency.enabled or not name.compiles
-        if used and (reason := RUNTIMES[name].unavailable()):
+        if reason := RUNTIMES[name].unavailable():
             raise InputError(f"runtimes has {name}, and {reason}, or take {name} out.")
     if not any(variant.precision is Precision.int8 for variant in saved_models.variants(config)):
         listed = ",".join(config.runtimes)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qexp import quantize
 from qexp.config import identity
-from qexp.config.schema import ActivationObserver, Config, Overflow, QConfig, RuntimeName, Target, cache_folder
+from qexp.config.schema import ActivationObserver, Config, Overflow, QConfig, Target, cache_folder
 from qexp.data.calibration_images import draw
 from qexp.data.loading import Data, count_shared, digest_of, normalise
 from qexp.errors import RunError
@@ -271,9 +271,7 @@ def save(
     }
     in_memory = {Precision.fp32: int8.fused, Precision.int8: int8.module}
     artifacts = saved_models.write(config, fp32.digest, in_memory, images, folder, run_files.images_expected(data))
-    # torch.compile takes half a minute, and only processes that measure latency need it.
-    here = [one for one in saved_models.variants(config) if not RuntimeName(one.runtime).compiles]
-    variants = saved_models.read(config, structures, folder, here)
+    variants = saved_models.read(config, structures, folder, saved_models.variants(config))
     contents = contents_of(config, fp32.digest, artifacts, variants)
     size = shipped_size(config, fp32, images)
     shares = config.latency.enabled and shared_timings.reuses_timings(config)

@@ -240,7 +240,6 @@ def _timing(timing: protocol.Timing) -> dict[str, Any]:
         **summary,
         "images_per_second": 1000 * timing.batch_size / summary["p50"],
         "first_ms": timing.first_ms,
-        "compile_ms": timing.compile_ms,
         "processes": len(timing.conditions),
         "rounds": len(timing.rounds),
         "started": timing.started,

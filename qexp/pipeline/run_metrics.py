@@ -228,6 +228,12 @@ def size_metrics(float_bytes: int, artifacts: list[Artifact], headline: Variant)
     return {Metric.size_fp32: float_bytes / 1e6, Metric.size_int8: int8 / 1e6, Metric.size_ratio: float_bytes / int8}
 
 
+def compile_metrics(artifacts: list[Artifact]) -> dict[str, float]:
+    """The seconds that the files of variants took to compile, as far as they are compiled."""
+    of = Metric.runtime_compile.of
+    return {of(one.variant): one.compile_seconds for one in artifacts if one.compile_seconds is not None}
+
+
 def layer_metrics(layers: tuple[Layer, ...]) -> dict[str, float]:
     """The numbers of layers in INT8 and in FP32, and of BatchNorms that were not folded."""
     weighted = [layer for layer in layers if layer.kind != "batchnorm"]

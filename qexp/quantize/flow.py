@@ -96,7 +96,7 @@ class QuantizedModel:
         from qexp.quantize import qdq
 
         with engine(self.engine):
-            return qdq.exported(self.module, example)
+            return qdq.exported(qdq.program(self.module, example), example)
 
 
 class Flow(ABC):

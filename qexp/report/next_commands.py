@@ -17,6 +17,7 @@ _FORMATS: dict[str, ExportFormat] = {
     RuntimeName.torchscript: ExportFormat.torchscript,
     RuntimeName.onnxruntime: ExportFormat.onnx,
     RuntimeName.openvino: ExportFormat.openvino,
+    RuntimeName.inductor: ExportFormat.aoti,
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from qexp import quantize
 from qexp.config import schema
 from qexp.config.schema import Engine, FlowName
 from qexp.errors import RunError
+from qexp.quantize import qdq
 from qexp.records import Precision, Variant
 
 HERE = "Path(__file__).resolve().parent"  # in a script
@@ -25,8 +26,9 @@ class Runtime(ABC):
     """One way to execute models.
 
     name: as in the setting `runtimes`, with the runtime's traits. predicts_for_others: it has so little overhead around
-    its kernels that it predicts in place of runtimes whose logits equal its own bit for bit. rounds_otherwise: it has
-    INT8 kernels of its own, which round otherwise than torch's, so that its logits are compared by `parted`.
+    its kernels that it predicts in place of runtimes whose logits equal its own bit for bit. rounds_otherwise: it
+    executes the Q/DQ program with INT8 kernels of its own, which round otherwise than those of torch's quantized
+    modules, so that its logits are compared by `parting`.
     """
 
     name: schema.RuntimeName
@@ -42,8 +44,10 @@ class Runtime(ABC):
         return ""
 
     def executes(self, flow: FlowName, precision: Precision) -> bool:
-        """True if it executes the models of this precision that a flow makes."""
-        return precision is Precision.fp32 or self.name.int8
+        """True if it executes the models of this precision that a flow makes; there is no Q/DQ program of a flow that
+        computes ranges as the model runs."""
+        takes = not self.rounds_otherwise or "calib" not in flow.ignores
+        return precision is Precision.fp32 or (self.name.int8 and takes)
 
     def takes(self, program: fx.Graph) -> bool:
         """True if it is known to take every Q/DQ program of these operators; others are tried on one image before any
@@ -59,6 +63,8 @@ class Runtime(ABC):
         """
         if precision is Precision.fp32:
             return 1e-4
+        if self.rounds_otherwise:
+            return 5e-2  # of itself with another batch size: a few steps of the logits' grid
         return 0.0 if all_int8 else 1e-2
 
     def file(self, precision: Precision) -> str:
@@ -68,6 +74,34 @@ class Runtime(ABC):
     def loading_code(self, file: str) -> tuple[str, str]:
         """An import, and a line that sets `model` to the INT8 model, for a script beside the file."""
         return "\nfrom qexp.runtimes.saved_models import load_int8\n", f"model = load_int8({HERE}.parent)\n"
+
+    def program(self, model: nn.Module, example: Tensor) -> fx.GraphModule:
+        """The Q/DQ program that it executes (see `qdq.program`). Of runtimes with kernels of their own."""
+        return qdq.program(model, example)
+
+    def key(self, model: nn.Module, example: Tensor) -> str:
+        """All that determines a file that takes long to export, by which it is kept; empty where none does.
+
+        Arguments as in `export`.
+        """
+        return ""
+
+    def compile_seconds(self, path: Path) -> float | None:
+        """The seconds that the file took to compile; None for a runtime that compiles none."""
+        return None
+
+    def layers(self, path: Path, shape: Sequence[int]) -> tuple[int, int]:
+        """The numbers of convolutions and matrix products that it executes of a file, for images of this shape,
+        [n, 3, H, W]: in INT8, and in float. Of runtimes with kernels of their own."""
+        raise NotImplementedError
+
+    def codes(self, model: nn.Module, path: Path, images: Tensor) -> list[np.ndarray]:
+        """What `program` quantizes, in its order, as this runtime computes it: uint8. Of runtimes with kernels of their
+        own.
+
+        model: converted; path: its file; images: float32 [n, 3, H, W]. torch's engine must be set.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def export(self, model: nn.Module, example: Tensor, path: Path) -> Path:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import re
+import tempfile
 import warnings
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from qexp.config.schema import Engine, FlowName
+from qexp.config.schema import Engine
 from qexp.errors import RunError, first_line
 from qexp.quantize import qdq
 from qexp.records import Precision
@@ -66,17 +67,12 @@ class OnnxRuntime(Runtime):
     def version(self) -> str:
         return " ".join(f"{name} {importlib.metadata.version(name)}" for name in self.name.packages)
 
-    def executes(self, flow: FlowName, precision: Precision) -> bool:
-        """True but for INT8 of a flow that computes ranges as the model runs, for which there is no Q/DQ program."""
-        return precision is Precision.fp32 or "calib" not in flow.ignores
-
     def takes(self, program: fx.Graph) -> bool:
         return all(map(_is_common, program.nodes))
 
     def tolerance(self, precision: Precision, all_int8: bool) -> float:
-        """Sums in FP32 of other kernels; in INT8, of itself with another batch size, by a few steps of the logits'
-        grid."""
-        return 1e-3 if precision is Precision.fp32 else 5e-2
+        """As in the base class, but for sums in FP32 of another library's kernels."""
+        return 1e-3 if precision is Precision.fp32 else super().tolerance(precision, all_int8)
 
     def file(self, precision: Precision) -> str:
         return f"{precision}.onnx"
@@ -84,10 +80,10 @@ class OnnxRuntime(Runtime):
     def export(self, model: nn.Module, example: Tensor, path: Path) -> Path:
         return write(model, example, path)
 
-    @abstractmethod
-    def layers(self, path: Path, shape: Sequence[int]) -> tuple[int, int]:
-        """The numbers of convolutions and matrix products in the file's graph as it is executed, for images of this
-        shape, [n, 3, H, W]: in INT8, and in float."""
+    def codes(self, model: nn.Module, path: Path, images: Tensor) -> list[np.ndarray]:
+        with tempfile.TemporaryDirectory(prefix="qexp-codes-") as folder:
+            everything = with_codes(path, Path(folder) / path.name)
+            return list(self.outputs(everything, images.numpy()).values())[1:]
 
     @abstractmethod
     def outputs(self, path: Path, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -102,7 +98,7 @@ def write(model: nn.Module, example: Tensor, path: Path) -> Path:
     import onnx
 
     example = torch.cat([example[:1], example[:1]])  # one image would be taken for a batch size that is fixed
-    exported = qdq.exported(model, example)
+    exported = qdq.exported(qdq.program(model, example), example)
     with _quiet():
         try:
             made: Any = torch.onnx.export(

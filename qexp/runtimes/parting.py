@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qexp.quantize import qdq
-from qexp.runtimes import onnx_file
-from qexp.runtimes.onnx_file import OnnxRuntime
+from qexp.runtimes.base import Runtime
 
 MOST = 2.0
 """Two kernels that round every value independently of each other part by √2 of what rounding does to FP32."""
@@ -41,22 +39,19 @@ def times_rounding(fp32: np.ndarray, int8: np.ndarray, other: np.ndarray) -> flo
     return own / quantized if quantized else float(own > 0) * np.inf
 
 
-def first_parted(model: nn.Module, images: Tensor, path: Path, runtime: OnnxRuntime) -> tuple[str, float]:
+def first_parted(model: nn.Module, images: Tensor, path: Path, runtime: Runtime) -> tuple[str, float]:
     """The first layer whose tensor differs by more than a step on average from the Q/DQ program's, and by how many; the
     layer that differs most, if none does.
 
-    model: converted; path: its ONNX file; images: float32 [n, 3, H, W]. torch's engine must be set.
+    model: converted; path: its file; images: float32 [n, 3, H, W]. torch's engine must be set.
     """
-    program = qdq.program(model, images)
+    program = runtime.program(model, images)
     with torch.inference_mode():
         codes = _Codes(program)
         codes.run(images)
-    with tempfile.TemporaryDirectory(prefix="qexp-parting-") as folder:
-        everything = onnx_file.with_codes(path, Path(folder) / path.name)
-        found = runtime.outputs(everything, images.numpy())
     differences = [
-        (name, float(np.sqrt(np.square(found[output].astype(np.float64) - expected).mean())))
-        for (name, expected), output in zip(codes.found, list(found)[1:], strict=True)
+        (name, float(np.sqrt(np.square(found.astype(np.float64) - expected).mean())))
+        for (name, expected), found in zip(codes.found, runtime.codes(model, path, images), strict=True)
     ]
     return next((one for one in differences if one[1] > 1), max(differences, key=lambda one: one[1]))
 

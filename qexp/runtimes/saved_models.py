@@ -19,7 +19,7 @@ from qexp.models import float_model
 from qexp.quantize.saturation import kernels
 from qexp.records import Artifact, Precision, Variant
 from qexp.runtimes import RUNTIMES
-from qexp.runtimes.base import Loaded, OnDemand
+from qexp.runtimes.base import Loaded, OnDemand, Runtime
 from qexp.system import cache
 
 
@@ -46,20 +46,28 @@ def write(
     where.mkdir(exist_ok=True)
     (where / "images.json").write_text(json.dumps(takes, indent=1, allow_nan=False) + "\n")
 
-    artifacts, digests = [], dict[Path, str]()
+    artifacts, digests, kept = [], dict[Path, str](), cache_folder(config)
     with quantize.engine(config.engine):
         for variant in variants(config):
-            path = _path(folder, variant)
+            runtime, path = RUNTIMES[variant.runtime], _path(folder, variant)
             engine = str(config.engine) if variant.precision is Precision.int8 else ""
             if path not in digests:
-                made = partial(RUNTIMES[variant.runtime].export, module[variant.precision], images[:2])
-                if variant.precision is Precision.fp32:
-                    key = float_file_key(config, float_digest, path.name, images.shape[1:])
-                    digests[path] = cache.file(cache_folder(config), key, made, path)
-                else:
-                    digests[path] = cache.digest_of(made(path))
-            artifacts.append(Artifact(variant, str(path), digests[path], path.stat().st_size, engine))
+                shared = variant.precision is Precision.fp32
+                key = float_file_key(config, float_digest, path.name, images.shape[1:]) if shared else ""
+                digests[path] = export(runtime, module[variant.precision], images[:2], path, kept, key)
+            size, seconds = path.stat().st_size, runtime.compile_seconds(path)
+            artifacts.append(Artifact(variant, str(path), digests[path], size, engine, seconds))
     return artifacts
+
+
+def export(runtime: Runtime, model: nn.Module, example: Tensor, path: Path, folder: Path | None, key: str = "") -> str:
+    """Save a model for a runtime at `path`, and return the file's SHA-256 in hex.
+
+    folder: of the cache, where the file is kept under the runtime's own key for it, or else under `key` if there is
+    one. Other arguments as of `Runtime.export`.
+    """
+    make, kept = partial(runtime.export, model, example), runtime.key(model, example) or key
+    return cache.file(folder, kept, make, path) if kept else cache.digest_of(make(path))
 
 
 def float_size(module: nn.Module, images: Tensor) -> int:

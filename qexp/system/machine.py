@@ -87,6 +87,18 @@ def describe(root: Path = Path("/")) -> Machine:
     )
 
 
+# Beginnings of the names of flags that a compiler can make use of when it compiles for one CPU.
+_COMPILED = (
+    "ssse3", "sse4_", "avx", "fma", "f16c", "bmi", "abm", "popcnt", "movbe", "gfni", "vaes", "vpclmulqdq", "amx",
+    "asimd", "neon", "sve", "sme", "i8mm", "bf16",
+)  # fmt: skip
+
+
+def features(root: Path = Path("/")) -> frozenset[str]:
+    """The CPU's instruction sets that code compiled for it can contain, by Linux's names."""
+    return frozenset(flag for flag in _flags(_read(root / "proc/cpuinfo")) if flag.startswith(_COMPILED))
+
+
 def isa(flags: set[str]) -> str:
     """The tag of the most capable instruction set among the flags of /proc/cpuinfo; "unknown" where none is known."""
     return next((tag for tag, wanted in ISA if wanted <= flags), UNKNOWN)

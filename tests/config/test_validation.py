@@ -70,10 +70,13 @@ def test_parameters_of_observers_are_fields_of_the_observer() -> None:
         (["runtimes=eager"], r"runtimes=eager: must be auto, or a list of"),
         (["runtimes=[]"], r"runtimes=\[\]: must be one or more of eager"),
         (["runtimes=[eager,eager]"], r"runtimes=\[eager,eager\]: must be .*, each once"),
-        (["runtimes=[inductor]"], r"runtimes=\[inductor\]: INT8 runs in none of these; add eager or torchscript"),
         (
-            ["runtimes=[eager,inductor]", "latency=quick"],
-            r"runtimes=\[eager,inductor\]: inductor compiles in processes of its own",
+            ["runtimes=[eager_channels_last]"],
+            r"runtimes=\[eager_channels_last\]: INT8 runs in none of these; add eager or torchscript or inductor",
+        ),
+        (
+            ["runtimes=[eager,inductor]", "qconfig.weight.scheme=asymmetric"],
+            r"runtimes=\[eager,inductor\]: inductor takes symmetric weights only.*take it out, or",
         ),
         (
             ["runtimes=[eager]", "tracking.log_model=flavor"],

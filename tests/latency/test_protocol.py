@@ -294,7 +294,6 @@ def test_the_interval_of_a_speedup_resamples_processes_from_five_on() -> None:
 
 def test_saved_timings_are_read_back_as_they_were(tmp_path: Path) -> None:
     timings = [latency.merged([timing, timing]) for timing in pair(Simulated(), control_among=[FP32])]
-    timings[0] = replace(timings[0], compile_ms=123.0)
     latency.save(timings, tmp_path / "timings.npz")
     for expected, actual in zip(timings, latency.load(tmp_path / "timings.npz"), strict=True):
         for field in fields(latency.Timing):
@@ -540,5 +539,5 @@ def test_the_protocols_are_complete_and_off_is_off(composed: Callable[..., schem
     assert quick.seconds < standard.seconds < publish.seconds
     runtimes = [config.runtimes for config in configs]
     assert runtimes[:3] == [composed().runtimes] * 3
-    assert {*runtimes[3]} - {*runtimes[0]} == {one for one in schema.RuntimeName if one.compiles}
+    assert {*runtimes[3]} - {*runtimes[0]} == {schema.RuntimeName.inductor}
     assert composed().latency == standard

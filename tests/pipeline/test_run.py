@@ -256,20 +256,17 @@ def test_a_runtime_that_cannot_be_used_is_refused_before_any_work(
     input_checks.check_runtimes(composed("runtimes=[eager]", "flow=fx"))
 
 
-def test_an_inductor_without_a_compiler_is_refused_where_something_is_timed(
-    composed: Composed, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_inductor_without_a_compiler_is_refused(composed: Composed, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import cpp_builder, exc
 
     def missing() -> str:
         raise exc.InvalidCxxCompiler
 
-    config = composed("latency=publish")
+    config = composed("runtimes=[eager,inductor]", "latency=off")
     input_checks.check_runtimes(config)
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
     with pytest.raises(InputError, match=r"runtimes has inductor, and .*no C\+\+ compiler for it.*, or take inductor"):
         input_checks.check_runtimes(config)
-    input_checks.check_runtimes(composed("latency=publish", "latency.enabled=false"))
 
 
 def test_a_job_leaks_no_global(run: Callable[..., Result]) -> None:
