@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from qexp.export import tensorrt
 from qexp.export.folder import write
 from qexp.models import architectures
 from qexp.quantize import FLOWS, QuantizedModel
+from qexp.system import machine
 from tests.helpers.quantizable import settings, spec, trained
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.3, 0.2)
@@ -57,10 +59,15 @@ def checked(folder: Path, form: ExportFormat) -> subprocess.CompletedProcess[str
     return subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=folder, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("form", list(ExportFormat))
+AOTI = pytest.param(ExportFormat.aoti, marks=pytest.mark.slow)  # it compiles
+
+
+@pytest.mark.parametrize("form", [AOTI if form is ExportFormat.aoti else form for form in ExportFormat])
 def test_the_folder_serves_the_model_without_qexp(form: ExportFormat, tmp_path: Path) -> None:
     said = exported(tmp_path / "model", form, batch_size=4)
     assert f"pip install numpy {form.needs[0]}" in said
+    if form is ExportFormat.aoti:
+        check_other_cpus_are_refused(tmp_path / "model")
     done = checked(tmp_path / "model", form)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("ok\n")
@@ -69,7 +76,19 @@ def test_the_folder_serves_the_model_without_qexp(form: ExportFormat, tmp_path: 
     assert json.loads((tmp_path / "model" / "metrics.json").read_text()) == {"accuracy/int8": 0.5}
 
 
-@pytest.mark.parametrize("form", [form for form in ExportFormat if form.float_too])
+def check_other_cpus_are_refused(folder: Path) -> None:
+    takes = json.loads((folder / "input.json").read_text())
+    assert takes["cpu_features"] == sorted(machine.features())
+    other = folder.with_name("other")
+    shutil.copytree(folder, other)
+    (other / "input.json").write_text(json.dumps(takes | {"cpu_features": ["avx2048"]}))
+    done = checked(other, ExportFormat.aoti)
+    assert done.returncode == 1
+    assert done.stderr == "This CPU lacks avx2048: export the model on one like it.\n"
+
+
+# Float models of format=aoti differ in nothing but the model from INT8 ones.
+@pytest.mark.parametrize("form", [form for form in ExportFormat if form.float_too and form is not ExportFormat.aoti])
 def test_the_folder_serves_a_float_model_too(form: ExportFormat, tmp_path: Path) -> None:
     model, facts = int8_of().fused, {"input": INPUT, "scales": {}, "metrics": {}, "run": {"id": "1"}}
     assert "the FP32 model" in write(tmp_path, form, 4, model, PIXELS, IMAGES, facts)
