@@ -40,8 +40,8 @@ test-fast: $(STAMP) ## run the quick ones of them, in about a minute: for while 
 test: $(STAMP) ## run the tests that are not marked slow, in WORKERS=2 processes
 	@$(BIN)/python -m pytest -q -m "not slow" $(PARALLEL) $(COVERAGE)
 
-test-slow: $(STAMP) ## run the tests that are marked slow
-	@$(BIN)/python -m pytest -q -m slow
+test-slow: $(STAMP) ## run the tests that are marked slow, in WORKERS=2 processes
+	@$(BIN)/python -m pytest -q -m slow $(PARALLEL)
 
 test-all: test test-slow ## run all tests
 
