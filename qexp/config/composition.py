@@ -11,6 +11,7 @@ import itertools
 import re
 import secrets
 import shlex
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -43,6 +44,8 @@ def by_engine(engine: str, choices: dict[str, Any], otherwise: Any) -> Any:
     return choices.get(str(engine), otherwise)
 
 
+# conf/hydra/launcher has configurations by the names that launchers give their own, which check them: that is meant.
+warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
 OmegaConf.register_new_resolver("qexp.by_engine", by_engine, replace=True)
 # Two runs that start in the same second must not share a folder.
 OmegaConf.register_new_resolver("qexp.hex", lambda: secrets.token_hex(2), use_cache=True, replace=True)

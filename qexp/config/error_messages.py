@@ -49,7 +49,20 @@ def message_for(error: Exception) -> str | None:
         return said
     if isinstance(error, OmegaConfBaseException):
         return unresolved(error)
+    if isinstance(error, RuntimeError):
+        return _missing_launcher(error)
     return _bad_default(error) if isinstance(error, ValueError) else None
+
+
+def _missing_launcher(error: RuntimeError) -> str | None:
+    """A sentence about a launcher whose package is not installed; None for other errors."""
+    found = re.search(r"Unknown plugin class : '(hydra_plugins\.hydra_(\w+)_launcher)\.", str(error))
+    if not found:
+        return None
+    return (
+        f"hydra/launcher: {found[1]} is not installed; install it by pip install 'qexp[{found[2]}]', or leave out "
+        "hydra/launcher: job.at_a_time jobs then run at a time on this machine."
+    )
 
 
 def _unknown_key(error: BaseException | None) -> str:

@@ -53,6 +53,11 @@ def bar(count: int, reused: int = 0) -> Iterator[None]:
             _progress = None
 
 
+def in_owner() -> bool:
+    """True in the process that owns a sweep, False in one in which a launcher runs its jobs."""
+    return _progress is not None
+
+
 def shown() -> bool:
     """True if a bar is on the terminal."""
     return _progress is not None and not _progress.bar.disable

@@ -28,6 +28,7 @@ from qexp.launch.signals import Stop, stoppable, until_stopped
 from qexp.launch.study import Study, find_study
 from qexp.launch.tracked_run import close_orphans, failed, warn_of_ignored_variables
 from qexp.records import RunRecord
+from qexp.system import machine
 
 if TYPE_CHECKING:
     from qexp.tracking.run import Run
@@ -175,7 +176,8 @@ def opened(place: Place, launcher: Any, first: Job, total: str) -> Iterator[Swee
     folders.save_beside(place.folder / "multirun.yaml", as_yaml(place.master))
     title = " ".join(dict.fromkeys((tags(first).get("experiment", "sweep"), first.config.study or place.folder.name)))
     try:
-        parent = place.study.open(place.store, experiment=place.experiments[0], name=title, tags=tags(first))
+        known = {**tags(first), "cpu": machine.describe().cpu}
+        parent = place.study.open(place.store, experiment=place.experiments[0], name=title, tags=known)
     except BaseException:
         folders.remove_unused(place.folder, place.claimed)
         raise

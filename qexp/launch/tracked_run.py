@@ -18,6 +18,7 @@ from qexp.launch.rerun import find_earlier
 from qexp.launch.signals import stoppable, until_stopped
 from qexp.records import WARNING_TAG, Result, RunRecord
 from qexp.report import formats, sentences, single_run
+from qexp.system import machine
 from qexp.system.credentials import masked
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ def close_orphans(store: Store) -> None:
 def track_swept(job: Job) -> Generator[JobProcess, Result, float | None]:
     """As `track`, for a job of a sweep: print its line and advance the bar when it ends, and return the objective."""
     try:
+        if not progress.in_owner():
+            check_here(job)
         row, _ = yield from track(job, swept=identity.GROUPS)
     except Exception as error:
         row = failed(job.name, error)
@@ -92,6 +95,27 @@ def track_swept(job: Job) -> Generator[JobProcess, Result, float | None]:
         raise
     progress.report(f"#{job.number + 1}  {single_run.line(row)}", row)
     return row.metrics.get(job.config.objective)
+
+
+def check_here(job: Job) -> None:
+    """Check what a job of a sweep needs where a launcher has started it, which may be another machine than that where
+    the sweep was checked. Raises InputError where its inputs are not there, and logs what it finds of the processor."""
+    from qexp import tracking
+
+    threads, cores, here = job.config.compute.threads, machine.allowed_cores(), machine.host()
+    if threads > cores:
+        log.warning("compute.threads=%d: %s has %d cores for this job, which they share.", threads, here, cores)
+    store = tracking.connect(job.config.tracking, Path(job.config.outputs), job.cwd)
+    sweep, _ = tracking.find(store, job.config.tracking.parent or "")
+    if sweep.tags.get("host") == here:
+        return
+    cpu = machine.describe().cpu
+    if sweep.tags.get("cpu") not in (None, cpu):
+        log.warning(
+            "this job is on %s, whose processor is %s, and the sweep was started on %s with %s: a report compares no "
+            "figures of the two.", here, cpu, sweep.tags.get("host"), sweep.tags["cpu"],
+        )  # fmt: skip
+    job_process.check_inputs_in_child([job.config])
 
 
 def track(job: Job, swept: Collection[str] = ()) -> Generator[JobProcess, Result, tuple[RunRecord, Any]]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -16,7 +20,10 @@ from qexp.launch.goal import Goal, Outcome
 from qexp.launch.search_space import SearchSpace, space_of
 from qexp.launch.trials import Trials
 from qexp.system import credentials
+from tests.helpers import ROOT
+from tests.helpers.jobs import wait_until
 from tests.helpers.planted import question
+from tests.helpers.stores import jobs_of, sweeps_of
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -83,3 +90,46 @@ def test_without_optuna_the_sentence_says_what_to_install(
         "hydra/sweeper=qexp_optuna: Optuna is not installed; install it by pip install 'qexp[optuna]', or leave out "
         "hydra/sweeper to run all combinations.\n"
     )
+
+
+def kept_trials(folder: Path) -> list[tuple[str, dict[str, Any], float | None]]:
+    """The state, values and result of each trial in a folder's storage, which has one search."""
+    (found,) = optuna.get_all_study_summaries(f"sqlite:///{folder}/outputs/optuna.db")
+    study = optuna.load_study(study_name=found.study_name, storage=f"sqlite:///{folder}/outputs/optuna.db")
+    return [(trial.state.name, trial.params, trial.value) for trial in study.get_trials()]
+
+
+@pytest.mark.slow
+def test_a_search_that_is_killed_goes_on_as_if_it_had_not_been(checkpoint: Path, tmp_path: Path) -> None:
+    """The same trials with the same results, each run once, under one parent run; more of them where asked for."""
+    given = [
+        "model=tiny", f"model.checkpoint={checkpoint}", "per_layer.images=0", "saturation.exact_images=0", "study=s",
+        "observer=minmax,mse", "calib.batches=2,4", "qconfig.weight.bits=range(3,7)", *SEARCH, "hydra.sweeper.seed=5",
+    ]  # fmt: skip
+
+    def start(folder: Path, count: int) -> subprocess.Popen[str]:
+        folder.mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "qexp", *given, f"hydra.sweeper.n_trials={count}"]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, cwd=folder, env=env, **output)  # type: ignore[call-overload]
+
+    def finished(folder: Path) -> list[str]:
+        return [run["tags"]["config_hash"] for run in jobs_of(folder, "s") if run["status"] == "FINISHED"]
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    first = start(killed, 6)
+    wait_until(lambda: len(finished(killed)) >= 3 or first.poll() is not None, seconds=300)
+    first.kill()
+    first.communicate()
+    assert 3 <= len(finished(killed)) < 6
+    for folder, count in ((whole, 6), (killed, 7)):
+        process = start(folder, count)
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+        assert Counter(finished(folder)) == dict.fromkeys(finished(folder), 1), said
+        assert len(finished(folder)) == count
+        assert [run["status"] for run in sweeps_of(folder)] == ["FINISHED"]
+        assert f"{count} candidates" in said
+    assert kept_trials(killed)[: len(kept_trials(whole))] == kept_trials(whole)
+    assert set(finished(killed)) > set(finished(whole))

@@ -1,0 +1,119 @@
+"""Hydra's launchers for joblib and submitit: the same results as one job after the other, checked where they run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+import subprocess
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from qexp import tracking
+from qexp.config.composition import CONF
+from qexp.config.error_messages import message_for
+from qexp.config.schema import Config
+from qexp.launch import job_process, tracked_run
+from qexp.launch.job import Job
+from qexp.system import machine
+from tests.helpers.stores import jobs_of, settings, sweeps_of
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+LAUNCHERS = ("joblib", "submitit_local")
+
+
+def metrics(folder: Path) -> dict[str, dict[str, float]]:
+    """The metrics of each job but for what calibration took, by its name."""
+    with closing(sqlite3.connect(folder / "outputs" / "mlflow.db")) as connection:
+        rows = connection.execute("select run_uuid, key, value from latest_metrics where key != 'calib/seconds'")
+        by_run: dict[str, dict[str, float]] = {}
+        for run_id, key, value in rows:
+            by_run.setdefault(run_id, {})[key] = value
+    return {run["name"]: by_run[run["id"]] for run in jobs_of(folder)}
+
+
+@pytest.mark.slow
+def test_two_at_a_time_give_what_one_after_the_other_gives_bit_for_bit(
+    qexp: Command, checkpoint: Path, tmp_path: Path
+) -> None:
+    given = [
+        f"model.checkpoint={checkpoint}", "latency=off", "per_layer.images=0", "saturation.exact_images=0",
+        "calib=small", "compute.threads=1", "calib.seed=0,1", "-m",
+    ]  # fmt: skip
+    found = {}
+    for launcher in ("basic", *LAUNCHERS):
+        done = qexp(*given, f"hydra/launcher={launcher}", "job.at_a_time=1", "cache.enabled=false")
+        assert done.returncode == 0, done.stderr + done.stdout
+        assert "UserWarning" not in done.stderr + done.stdout
+        assert [run["status"] for run in jobs_of(tmp_path)] == ["FINISHED"] * 2
+        (parent,) = sweeps_of(tmp_path)
+        assert {run["tags"]["mlflow.parentRunId"] for run in jobs_of(tmp_path)} == {parent["id"]}
+        pids = {run["tags"]["pid"] for run in jobs_of(tmp_path)}
+        assert (pids == {parent["tags"]["pid"]}) == (launcher == "basic")
+        assert "seed=0" in done.stdout.partition("setting")[2]  # in the report
+        found[launcher] = metrics(tmp_path)
+        shutil.move(tmp_path / "outputs", tmp_path / launcher)
+    assert found["joblib"] == found["submitit_local"] == found["basic"]
+    assert found["basic"]["seed=0"] != found["basic"]["seed=1"]
+    assert [name for name in found["basic"]["seed=0"] if name.startswith("runtime_accuracy/")]
+    logs = list((tmp_path / "submitit_local" / "sweeps").glob("*/.submitit/*/*_log.out"))
+    assert sum("FINISHED" in log.read_text() or "seed=" in log.read_text() for log in logs) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*is validated against ConfigStore schema")
+@pytest.mark.parametrize("launcher", [*LAUNCHERS, "submitit_slurm"])
+def test_each_launcher_has_a_ready_configuration_that_its_own_schema_accepts(launcher: str) -> None:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        composed = compose(
+            "config", [f"hydra/launcher={launcher}", "compute.threads=3"], return_hydra_config=True
+        ).hydra.launcher
+    if launcher != "joblib":
+        assert (composed.cpus_per_task, composed.mem_gb, composed.name) == (3, 4, "qexp")
+        assert composed.nodes == 1  # of the launcher's own configuration
+
+
+def test_a_launcher_that_is_not_installed_is_said_with_what_to_install() -> None:
+    unknown = "Unknown plugin class : 'hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher'"
+    assert message_for(RuntimeError(unknown)) == (
+        "hydra/launcher: hydra_plugins.hydra_joblib_launcher is not installed; install it by pip install "
+        "'qexp[joblib]', or leave out hydra/launcher: job.at_a_time jobs then run at a time on this machine."
+    )
+    assert message_for(RuntimeError("something else")) is None
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_job_on_another_machine_is_checked_there(
+    composed: Callable[..., Config],
+    empty: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    elsewhere: bool,
+) -> None:
+    (tmp_path / "outputs").mkdir()
+    shutil.copy(empty, tmp_path / "outputs")
+    store = tracking.connect(settings(), tmp_path / "outputs")
+    parent = tracking.open_parent(store, experiment="qexp/digits", name="sweep", tags={"cpu": "a CPU"})
+    if elsewhere:
+        store.client.set_tag(parent.id, "host", "node1")
+    checked: list[Any] = []
+    monkeypatch.setattr(job_process, "check_inputs_in_child", checked.extend)
+    monkeypatch.setattr(machine, "allowed_cores", lambda *_: 2)
+    config = composed(f"tracking.parent={parent.id}", "compute.threads=4")
+    tracked_run.check_here(Job(config, {}, {}, tmp_path, tmp_path))
+    said = [record.getMessage() for record in caplog.records if record.name == tracked_run.__name__]
+    assert said[0] == f"compute.threads=4: {machine.host()} has 2 cores for this job, which they share."
+    assert checked == ([config] if elsewhere else [])
+    here = machine.describe().cpu
+    assert said[1:] == (
+        [f"this job is on {machine.host()}, whose processor is {here}, and the sweep was started on node1 with a CPU: "
+         "a report compares no figures of the two."] if elsewhere else []
+    )  # fmt: skip
+    parent.finish()
+    assert json.dumps(sweeps_of(tmp_path)[0]["tags"]["cpu"]) == '"a CPU"'
