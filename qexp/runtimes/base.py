@@ -28,12 +28,14 @@ class Runtime(ABC):
     name: as in the setting `runtimes`, with the runtime's traits. predicts_for_others: it has so little overhead around
     its kernels that it predicts in place of runtimes whose logits equal its own bit for bit. rounds_otherwise: it
     executes the Q/DQ program with INT8 kernels of its own, which round otherwise than those of torch's quantized
-    modules, so that its logits are compared by `parting`.
+    modules, so that its logits are compared by `parting`. kernels_of: torch's engine whose kernels these are, None
+    where they are another library's.
     """
 
     name: schema.RuntimeName
     predicts_for_others = False
     rounds_otherwise = False
+    kernels_of: Engine | None = None
 
     def unavailable(self) -> str | None:
         """A clause that says why this runtime can't be used here and what to do about it; None where it can."""

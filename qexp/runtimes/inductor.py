@@ -33,6 +33,7 @@ from qexp.errors import RunError, first_line
 from qexp.quantize import qdq
 from qexp.quantize.calibration.grid import QUANT_MAX
 from qexp.quantize.saturation import kernels
+from qexp.quantize.torch_backend.unpacked_weights import packed_for_one_image
 from qexp.records import Precision, Variant
 from qexp.runtimes.base import Loaded, Runtime
 from qexp.system import machine
@@ -55,6 +56,7 @@ _INT8_PRODUCTS = ("aoti_torch_cpu__qconv", "aoti_torch_cpu__qlinear")
 class Inductor(Runtime):
     name = schema.RuntimeName.inductor
     rounds_otherwise = True
+    kernels_of = Engine.onednn
 
     def unavailable(self) -> str | None:
         """As in the base class: a clause where torch finds no C++ compiler."""
@@ -187,11 +189,12 @@ def _compile(program: fx.GraphModule, example: Tensor, path: Path) -> Path:
 
     exported = qdq.exported(program, torch.cat([example[:1], example[:1]]))
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="qexp-inductor-") as folder, torch.no_grad(), _quiet():
+    temporary = tempfile.TemporaryDirectory(prefix="qexp-inductor-")
+    with temporary as folder, torch.no_grad(), _quiet(), packed_for_one_image() as packing:
         package = Path(folder) / "model.pt2"
         try:
             torch._inductor.aoti_compile_and_package(
-                exported, package_path=str(package), inductor_configs=dict(OPTIONS)
+                exported, package_path=str(package), inductor_configs={**OPTIONS, **packing}
             )
         except Exception as error:  # of several classes, of the compiler's own too
             reason = first_line(error)

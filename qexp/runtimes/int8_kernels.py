@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qexp.config.schema import Config, RuntimeName, Target
+from qexp.config.schema import Config, Engine, RuntimeName, Target
 from qexp.quantize.saturation import kernels
 from qexp.quantize.saturation.kernels import EXACT, Kernels, probed_layers
 from qexp.records import Precision
@@ -32,11 +32,16 @@ def asked_for(config: Config) -> tuple[Kernels, ...]:
 
 def of_torch(config: Config) -> Kernels:
     """torch's kernels, of the run's engine."""
-    here, there = (
-        kernels.overflowing_kinds(config.qconfig, config.engine, config.flow, target, kernels.probe())
-        for target in (Target.native, config.target)
+    return Kernels(f"engine={config.engine}", config.engine, *_overflowing(config, config.engine), of_torch=True)
+
+
+def _overflowing(config: Config, engine: Engine) -> tuple[frozenset[str], frozenset[str]]:
+    """The kinds of layer that can overflow in an engine of torch's, on this CPU and on the target."""
+    qconfig, signature = config.qconfig, kernels.probe()
+    return (
+        kernels.overflowing_kinds(qconfig, engine, config.flow, Target.native, signature),
+        kernels.overflowing_kinds(qconfig, engine, config.flow, config.target, signature),
     )
-    return Kernels(f"engine={config.engine}", config.engine, here, there, of_torch=True)
 
 
 def elsewhere(config: Config) -> tuple[Kernels, ...]:
@@ -48,6 +53,8 @@ def elsewhere(config: Config) -> tuple[Kernels, ...]:
             here = kernels.saturating(probe(name))
             there = {Target.native: here, Target.avx2: runtime.saturates_on_avx2, Target.vnni: frozenset[str]()}
             found.append(Kernels(name, runtime.sums_as, here, there[config.target]))
+        elif runtime.kernels_of is not None and runtime.executes(config.flow, Precision.int8):
+            found.append(Kernels(name, runtime.kernels_of, *_overflowing(config, runtime.kernels_of)))
     return tuple(found)
 
 

@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from qexp.config.schema import Engine, RuntimeName
+from qexp.config.schema import Config, Engine, RuntimeName
 from qexp.quantize.saturation import kernels
 from qexp.runtimes import RUNTIMES, int8_kernels
 from qexp.runtimes.onnx_file import OnnxRuntime
@@ -35,6 +36,7 @@ def test_the_probe_runs_in_int8_and_finds_what_torchs_kernels_do(runtime: Runtim
 
 ON_AVX2 = """
 import json, sys
+from collections.abc import Callable
 from pathlib import Path
 import numpy as np
 import torch
@@ -76,3 +78,12 @@ def test_openvino_on_avx2_adds_up_as_torchs_onednn(tmp_path: Path) -> None:
     assert isinstance(openvino, OnnxRuntime)
     assert kernels.saturating(codes) == openvino.saturates_on_avx2 - {"conv_transpose"}
     assert from_emulated[openvino.sums_as] * 10 < from_exact, (from_emulated, from_exact)
+
+
+def test_inductor_has_the_kernels_of_torchs_onednn_whatever_the_runs_engine(composed: Callable[..., Config]) -> None:
+    config = composed("runtimes=[eager,inductor]", "engine=qnnpack", "target=avx2")
+    torchs, inductors = int8_kernels.asked_for(config)
+    assert torchs.there == frozenset()
+    assert (inductors.name, inductors.order) == ("inductor", Engine.onednn)
+    assert inductors.there == kernels.KINDS
+    assert int8_kernels.of(config, "inductor") == inductors
