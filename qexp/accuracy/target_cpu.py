@@ -18,7 +18,7 @@ from torch import nn
 
 from qexp import quantize
 from qexp.accuracy.prediction_key import prediction_key
-from qexp.config.schema import Config, Engine, Target, cache_folder
+from qexp.config.schema import Config, Engine, Overflow, Target, cache_folder
 from qexp.data.loading import Data
 from qexp.models import inference
 from qexp.quantize.saturation import emulation
@@ -78,6 +78,9 @@ def target_accuracy(
     everything, module = np.arange(len(executed.labels)), int8.module
     here, there = kernels.here, kernels.there
     plain = TargetAccuracy(AccuracySource.executed, everything, executed, SaturationStatus.impossible)
+    if not config.flow.executed_by_torch:  # which layers saturate can't be seen
+        guarded = int8.qconfig.overflow is not Overflow.none
+        return plain if guarded or not here | there else replace(plain, saturation=SaturationStatus.possible)
     if not emulation.at_risk(module, kernels.order, here | there):
         return plain
     kinds = None if kernels.of_torch else here | there

@@ -26,6 +26,7 @@ FIELDS = (
     "qconfig.activation.bits",
     "qconfig.overflow",
     "qconfig.range_after_clamp",
+    "qconfig.placement",
     "observer.averaging_constant",
     "observer.bins",
     "observer.percentile",

@@ -7,6 +7,7 @@ imported, so that bad input is refused within about a second.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -33,6 +34,14 @@ class Overflow(StrEnum):
     none = "none"
     weights = "weights"
     activations = "activations"
+    layers = "layers"
+
+
+class Placement(StrEnum):
+    """Where a network is quantized: around each operator that has an INT8 kernel, or only what goes into convolutions
+    and linear layers."""
+
+    every_op = "every_op"
     layers = "layers"
 
 
@@ -77,34 +86,57 @@ class Engine(StrEnum):
 
 
 class FlowName(StrEnum):
-    """A way to quantize a model (see `qexp.quantize.flow`), followed by the settings that have no effect in it.
+    """A way to quantize a model (see `qexp.quantize.flow`), followed by its traits.
 
-    ignores: these settings, as names or prefixes of names.
+    ignores: settings that have no effect in it, as names or prefixes of names; placements: the values of
+    qconfig.placement that it can do; executed_by_torch: True if torch has INT8 kernels for its models, False if only
+    runtimes that read their Q/DQ program execute them, and the model in memory is a simulation in float; packages: of
+    Python that it needs, which an extra of qexp with its name installs.
     """
 
     ignores: frozenset[str]
+    placements: tuple[Placement, ...]
+    executed_by_torch: bool
+    packages: tuple[str, ...]
 
-    def __new__(cls, name: str, *ignores: str) -> FlowName:
+    def __new__(
+        cls,
+        name: str,
+        ignores: tuple[str, ...] = (),
+        placements: tuple[Placement, ...] = (Placement.every_op,),
+        executed_by_torch: bool = True,
+        packages: tuple[str, ...] = (),
+    ) -> FlowName:
         flow = str.__new__(cls, name)
         flow._value_ = name
-        flow.ignores = frozenset(ignores)
+        flow.ignores, flow.placements = frozenset(ignores), placements
+        flow.executed_by_torch, flow.packages = executed_by_torch, packages
         return flow
 
+    @property
+    def missing(self) -> list[str]:
+        """The packages that it needs and that aren't installed."""
+        return missing(self.packages)
+
     eager = "eager"
-    fx = "fx", "fusion"
+    fx = "fx", ("fusion",)
+    pt2e = "pt2e", ("fusion", "engine"), tuple(Placement), False, ("torchao",)
     # torch computes ranges of activations as the model runs, and reduces them to 7 bits by itself.
     dynamic = (
         "dynamic",
-        "fusion",
-        "observer",
-        "calib",
-        "target",
-        "saturation",
-        "per_layer",
-        "qconfig.activation.scheme",
-        "qconfig.activation.bits",
-        "qconfig.overflow",
-        "qconfig.range_after_clamp",
+        (
+            "fusion",
+            "observer",
+            "calib",
+            "target",
+            "saturation",
+            "per_layer",
+            "qconfig.activation.scheme",
+            "qconfig.activation.bits",
+            "qconfig.overflow",
+            "qconfig.range_after_clamp",
+            "qconfig.placement",
+        ),
     )
 
 
@@ -141,7 +173,7 @@ class RuntimeName(StrEnum):
     @property
     def missing(self) -> list[str]:
         """The packages that it needs and that aren't installed."""
-        return [name for name in self.packages if importlib.util.find_spec(name) is None]
+        return missing(self.packages)
 
     @classmethod
     def auto(cls) -> list[RuntimeName]:
@@ -154,6 +186,11 @@ class RuntimeName(StrEnum):
     inductor = "inductor", "int8", "symmetric"
     onnxruntime = "onnxruntime", "int8", "served"
     openvino = "openvino", "int8"
+
+
+def missing(packages: Iterable[str]) -> list[str]:
+    """Those of these packages that aren't installed."""
+    return [name for name in packages if importlib.util.find_spec(name) is None]
 
 
 _PACKAGES = {
@@ -207,6 +244,7 @@ class QConfig:
     activation: Activation
     overflow: Overflow
     range_after_clamp: bool
+    placement: Placement = Placement.every_op  # a default, so that configurations saved before can still be read
 
 
 @dataclass

@@ -12,8 +12,10 @@ from qexp.config.schema import (
     Engine,
     ExportCommand,
     ExportFormat,
+    FlowName,
     LogModel,
     Observer,
+    Overflow,
     Report,
     ReportCommand,
     ReportObjective,
@@ -142,7 +144,7 @@ def _listed(runtimes: Iterable[RuntimeName]) -> str:
     return f"[{','.join(runtimes)}]"
 
 
-def _either(runtimes: Iterable[RuntimeName]) -> str:
+def _either(runtimes: Iterable[str]) -> str:
     return " or ".join(runtimes)
 
 
@@ -151,7 +153,20 @@ def _check_qconfig(config: Config) -> None:
     for name, bits in (("weight", qconfig.weight.bits), ("activation", qconfig.activation.bits)):
         if not 2 <= bits <= 8:
             raise ConfigError(f"qconfig.{name}.bits={bits}: must be in 2..8; INT8 kernels hold no more than 8 bits.")
-    if engine is Engine.onednn and qconfig.weight.scheme is Scheme.asymmetric:
+    flow = config.flow
+    if "qconfig.placement" not in flow.ignores and qconfig.placement not in flow.placements:
+        others = _either(f"flow={one}" for one in FlowName if qconfig.placement in one.placements)
+        raise ConfigError(
+            f"qconfig.placement={qconfig.placement}: flow={flow} quantizes as qconfig.placement="
+            f"{flow.placements[0]} says; use {others}."
+        )
+    if qconfig.overflow is Overflow.layers and not flow.executed_by_torch:
+        raise ConfigError(
+            "qconfig.overflow=layers: torch's kernels, which show the layers that saturate, don't execute the models "
+            f"of flow={flow}; use qconfig.overflow=weights or activations."
+        )
+    ignored = "engine" in flow.ignores
+    if not ignored and engine is Engine.onednn and qconfig.weight.scheme is Scheme.asymmetric:
         raise ConfigError(
             "engine=onednn takes symmetric weights only, got qconfig.weight.scheme=asymmetric; "
             "use engine=x86, fbgemm or qnnpack, or qconfig.weight.scheme=symmetric."

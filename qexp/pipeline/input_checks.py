@@ -113,13 +113,22 @@ def check_program(int8: quantize.QuantizedModel, runtimes: Sequence[RuntimeName]
 
 
 def check_runtimes(config: Config) -> None:
-    """Raise InputError where a runtime asked for can't be used here, or none executes the flow's INT8 models."""
+    """Raise InputError where the flow or a runtime asked for can't be used here, or none executes the flow's INT8
+    models."""
+    if missing := config.flow.missing:
+        raise InputError(
+            f"flow={config.flow} needs the package {' and '.join(missing)}: pip install 'qexp[{config.flow}]'."
+        )
     for name in config.runtimes:
         if reason := RUNTIMES[name].unavailable():
             raise InputError(f"runtimes has {name}, and {reason}, or take {name} out.")
     if not any(variant.precision is Precision.int8 for variant in saved_models.variants(config)):
         listed = ",".join(config.runtimes)
-        raise InputError(f"runtimes=[{listed}]: none of these executes what flow={config.flow} makes in INT8.")
+        others = [str(name) for name in RuntimeName if RUNTIMES[name].executes(config.flow, Precision.int8)]
+        raise InputError(
+            f"runtimes=[{listed}]: none of these executes what flow={config.flow} makes in INT8; add "
+            f"{' or '.join(others)}."
+        )
 
 
 def _plain(looked_at: object) -> str:

@@ -46,11 +46,15 @@ def dry_run(
         # torch raises many classes of errors on a model that it can't quantize.
         sentence = float_model_checks.cause(model, one)
         sentence = sentence or (str(error) if isinstance(error, QexpError) else _of_torch(error, model, flow, one))
-        working = [
-            change
-            for change, other, changed in _alternatives(flow, spec)
-            if _takes(model, other, changed, one, image, logits)
-        ]
+        alternatives = list(_alternatives(flow, spec))
+        for by_torch in (True, False):  # the others execute in some runtimes only, and take seconds to try
+            working = [
+                change
+                for change, other, changed in alternatives
+                if other.name.executed_by_torch is by_torch and _takes(model, other, changed, one, image, logits)
+            ]
+            if working:
+                break
         advice = f"this model works with {' or with '.join(working)}" if working else "no flow takes this model"
         raise InputError(f"{sentence.rstrip('.')}; {advice}.") from error
 
@@ -93,6 +97,8 @@ def _alternatives(flow: Flow, spec: QuantizationSpec) -> Iterator[tuple[str, Flo
         if name is not spec.engine:
             yield f"engine={name}", flow, replace(spec, engine=name)
     for other in FLOWS.values():
+        if other.name.missing:
+            continue
         for fusion in (True, False) if other.fuses_on_request else (True,):
             if other is flow and (fusion == spec.fusion or not flow.fuses_on_request):
                 continue

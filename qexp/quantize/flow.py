@@ -8,13 +8,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from qexp.config import schema
 from qexp.config.schema import Engine, Observer, QConfig
+from qexp.quantize.graph.exported import is_program
 from qexp.quantize.inspection.layers import layers, read_qparams
+from qexp.quantize.inspection.programs import program_layers
 from qexp.quantize.torch_backend.engines import engine
 from qexp.records import Layer, QParams
 from qexp.system.steps import step
@@ -86,6 +88,8 @@ class QuantizedModel:
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
         """Each layer, with the kernel that runs it in INT8 or the reason why it stays in FP32."""
+        if is_program(self.module):
+            return program_layers(cast(fx.GraphModule, self.module))
         return layers(self.module, self.flow, self.engine)
 
     def qdq_program(self, example: Tensor) -> ExportedProgram:

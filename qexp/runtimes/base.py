@@ -48,7 +48,7 @@ class Runtime(ABC):
     def executes(self, flow: FlowName, precision: Precision) -> bool:
         """True if it executes the models of this precision that a flow makes; there is no Q/DQ program of a flow that
         computes ranges as the model runs."""
-        takes = not self.rounds_otherwise or "calib" not in flow.ignores
+        takes = "calib" not in flow.ignores if self.rounds_otherwise else flow.executed_by_torch
         return precision is Precision.fp32 or (self.name.int8 and takes)
 
     def takes(self, program: fx.Graph) -> bool:

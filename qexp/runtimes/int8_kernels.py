@@ -26,8 +26,9 @@ _CHANNELS = max(channels for channels, *_ in probed_layers().values())
 
 
 def asked_for(config: Config) -> tuple[Kernels, ...]:
-    """The kernels that execute the run's INT8 model: torch's, and then those of each runtime that has its own."""
-    return (of_torch(config), *elsewhere(config))
+    """The kernels that execute the run's INT8 model: torch's, where it has some, and those of each runtime that has
+    its own."""
+    return (*[of_torch(config)] * config.flow.executed_by_torch, *elsewhere(config))
 
 
 def of_torch(config: Config) -> Kernels:

@@ -22,6 +22,7 @@ from qexp.config.schema import (
 )
 from qexp.quantize import FLOWS, Prepared, QuantizationSpec, QuantizedModel
 
+BY_TORCH = [flow for flow in FlowName if flow.executed_by_torch]
 MINMAX = Observer(ActivationObserver.minmax)
 RECORDED = {
     "minmax": MINMAX,

@@ -26,6 +26,7 @@ from qexp.records import SAME_TAG, Precision, Predictions, Result, Top1, Variant
 from qexp.report import sentences
 from qexp.runtimes import RUNTIMES
 from tests.helpers import ROOT
+from tests.helpers.quantizable import BY_TORCH
 
 Composed = Callable[..., Config]
 # A p99 needs a thousand calls; jobs are counted in a sweep's own run; torch's runtimes execute what was converted.
@@ -52,7 +53,7 @@ def codes(result: Result) -> set[WarningCode]:
 
 
 @pytest.mark.parametrize("engine", list(Engine))
-@pytest.mark.parametrize("flow", list(FlowName))
+@pytest.mark.parametrize("flow", BY_TORCH)
 def test_every_flow_on_every_engine_gives_a_whole_result(
     run: Callable[..., Result], tmp_path: Path, flow: FlowName, engine: Engine
 ) -> None:

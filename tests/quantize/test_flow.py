@@ -32,7 +32,7 @@ def asks_which_flow(node: ast.AST) -> bool:
     if isinstance(node, ast.Attribute) and node.attr in list(FlowName):
         return ast.unparse(node.value).rpartition(".")[2] == "FlowName"
     values = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
-    return any(isinstance(value, ast.Constant) and value.value in ("fx", "dynamic") for value in values)
+    return any(isinstance(value, ast.Constant) and value.value in ("fx", "pt2e", "dynamic") for value in values)
 
 
 def test_nothing_but_a_flow_itself_asks_which_flow_it_is() -> None:
@@ -52,6 +52,8 @@ def quantized(net: nn.Module, flow: FlowName, engine: Engine = Engine.x86, **wan
 
 @pytest.mark.parametrize("flow", FlowName)
 def test_a_quantized_model_knows_what_it_was_made_of(flow: FlowName) -> None:
+    for package in flow.packages:
+        pytest.importorskip(package)
     model = quantized(Chain(), flow)
     assert (model.flow, model.engine, model.qconfig) == (FLOWS[flow], Engine.x86, settings())
     assert any(layer.int8 for layer in model.layers)

@@ -28,7 +28,7 @@ from qexp.records import Precision
 from qexp.runtimes import RUNTIMES
 from qexp.runtimes.base import Loaded, agree
 from tests.helpers import ROOT
-from tests.helpers.quantizable import Plain, images, settings, spec, trained
+from tests.helpers.quantizable import BY_TORCH, Plain, images, settings, spec, trained
 
 EAGER = RUNTIMES[RuntimeName.eager]
 TORCHSCRIPT = RUNTIMES[RuntimeName.torchscript]
@@ -59,7 +59,7 @@ def run(net: nn.Module | Loaded, engine: Engine, batch: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("flow", list(FlowName))
+@pytest.mark.parametrize("flow", BY_TORCH)
 def test_int8_logits_are_the_same_after_loading_in_every_flow_engine_and_runtime(
     flow: FlowName, engine: Engine, tmp_path: Path
 ) -> None:
@@ -130,7 +130,7 @@ def test_fp32_runtimes_agree_with_the_float_model(flow: FlowName, tmp_path: Path
     assert variants[1].module.state_dict().keys() == fused.state_dict().keys()
 
 
-@pytest.mark.parametrize("flow", list(FlowName))
+@pytest.mark.parametrize("flow", BY_TORCH)
 def test_steps_share_the_weights_of_the_fused_model_and_leave_them_as_they_are(flow: FlowName, tmp_path: Path) -> None:
     fused = FLOWS[flow].fuse(float_net(flow), spec(), TWO)
     before = {name: value.clone() for name, value in fused.state_dict().items()}

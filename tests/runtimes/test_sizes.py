@@ -17,7 +17,7 @@ from qexp.pipeline import input_checks, run
 from qexp.quantize import FLOWS
 from qexp.runtimes import RUNTIMES
 from qexp.runtimes.saved_models import float_size
-from tests.helpers.quantizable import images, spec, trained
+from tests.helpers.quantizable import BY_TORCH, images, spec, trained
 
 EAGER = RUNTIMES[RuntimeName.eager]
 TWO = images(2)
@@ -67,7 +67,7 @@ def test_masks_of_pruning_are_not_shipped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("flow", list(FlowName))
+@pytest.mark.parametrize("flow", BY_TORCH)
 def test_what_layers_share_is_saved_once_and_read_back_bit_for_bit(flow: FlowName, norm: bool, tmp_path: Path) -> None:
     net = trained(Again(norm=norm))
     fused = FLOWS[flow].fuse(net, spec(), TWO)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from qexp.quantize.calibration.observers import observers
 from qexp.quantize.calibration.passes import calibrate
 from qexp.quantize.calibration.recorder import Recorder
-from qexp.quantize.calibration.recording_observer import RecordingObserver
+from qexp.quantize.calibration.recording_observer import Recording
 from qexp.quantize.calibration.tensor_statistics import TensorStats
 from qexp.quantize.flow import Prepared
 from qexp.quantize.graph.tensor_names import tensor_names
@@ -56,7 +57,7 @@ def calibrate_once(
 
 def _recorders(module: nn.Module) -> list[Recorder]:
     """Return the recorders, each once, even if several tensors share one."""
-    recording = [one for one in observers(module).values() if isinstance(one, RecordingObserver)]
+    recording = [one for one in observers(module).values() if isinstance(one, Recording)]
     return list({id(one.recorder): one.recorder for one in recording}.values())
 
 
@@ -65,9 +66,9 @@ def _sites(module: nn.Module, recorders: list[Recorder]) -> str:
     names, index = tensor_names(module), {id(recorder): i for i, recorder in enumerate(recorders)}
     return repr(
         [
-            (name, names.get(name), index[id(observer.recorder)], list(observer._forward_pre_hooks.values()))
+            (name, names.get(name), index[id(observer.recorder)], list(cast(Any, observer)._forward_pre_hooks.values()))
             for name, observer in observers(module).items()
-            if isinstance(observer, RecordingObserver)
+            if isinstance(observer, Recording)
         ]
     )
 

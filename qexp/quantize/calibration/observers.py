@@ -20,15 +20,15 @@ from torch.ao.quantization.observer import (
 from qexp.config.schema import ActivationObserver, Granularity, Observer, QConfig, Scheme, WeightObserver
 from qexp.quantize.calibration.grid import QUANT_MAX, Grid, Side, executed_quant_max, grid
 from qexp.quantize.calibration.ranges import range_mse, range_mse_rows
-from qexp.quantize.calibration.recording_observer import RecordingObserver, destination
+from qexp.quantize.calibration.recording_observer import Recording, RecordingObserver, destination
 from qexp.quantize.calibration.statistics_collector import statistics
 from qexp.records import QParams
 
-_TENSOR_SCHEME = {Scheme.symmetric: torch.per_tensor_symmetric, Scheme.asymmetric: torch.per_tensor_affine}
-_CHANNEL_SCHEME = {Scheme.symmetric: torch.per_channel_symmetric, Scheme.asymmetric: torch.per_channel_affine}
+TENSOR_SCHEME = {Scheme.symmetric: torch.per_tensor_symmetric, Scheme.asymmetric: torch.per_tensor_affine}
+CHANNEL_SCHEME = {Scheme.symmetric: torch.per_channel_symmetric, Scheme.asymmetric: torch.per_channel_affine}
 
 
-def _bounds(grid: Grid) -> dict[str, int]:
+def bounds(grid: Grid) -> dict[str, int]:
     # A full grid is not passed: torch would call 0…255 customised, and symmetric activations would then get
     # (0 + 255) // 2 = 127 as zero point instead of torch's default 128.
     return {} if grid.full else {"quant_min": grid.qmin, "quant_max": grid.qmax}
@@ -38,8 +38,8 @@ def activation_observer(qconfig: QConfig, observer: Observer) -> Any:
     """Return the constructor of the observer of activations (quint8, per tensor): recording, or torch's histogram."""
     keywords: dict[str, Any] = {
         "dtype": torch.quint8,
-        "qscheme": _TENSOR_SCHEME[qconfig.activation.scheme],
-        **_bounds(grid(qconfig, Side.activations)),
+        "qscheme": TENSOR_SCHEME[qconfig.activation.scheme],
+        **bounds(grid(qconfig, Side.activations)),
     }
     executed = executed_quant_max(qconfig)
     if observer.name is not ActivationObserver.histogram:
@@ -58,8 +58,8 @@ class Histogram(HistogramObserver):
 
 def quant_max_of_observers(prepared: nn.Module) -> int:
     """Return the largest code of activations that the converted model will let through."""
-    found = [one for one in observers(prepared).values() if isinstance(one, RecordingObserver | Histogram)]
-    return min((observer.executed_quant_max for observer in found), default=QUANT_MAX)
+    found = [getattr(one, "executed_quant_max", QUANT_MAX) for one in observers(prepared).values()]
+    return min(found, default=QUANT_MAX)
 
 
 def fix_fewer_levels(prepared: nn.Module, quant_max: int) -> None:
@@ -102,10 +102,10 @@ _WEIGHTS: dict[tuple[WeightObserver, Granularity], Any] = {
 def weight_observer(qconfig: QConfig, granularity: Granularity) -> Any:
     """Return the constructor of the observer of weights (qint8, per tensor or along axis 0)."""
     kind = _WEIGHTS[qconfig.weight.observer, granularity]
-    bounds = _bounds(grid(qconfig, Side.weights))
+    limits = bounds(grid(qconfig, Side.weights))
     if granularity is Granularity.per_channel:
-        return kind.with_args(dtype=torch.qint8, qscheme=_CHANNEL_SCHEME[qconfig.weight.scheme], ch_axis=0, **bounds)
-    return kind.with_args(dtype=torch.qint8, qscheme=_TENSOR_SCHEME[qconfig.weight.scheme], **bounds)
+        return kind.with_args(dtype=torch.qint8, qscheme=CHANNEL_SCHEME[qconfig.weight.scheme], ch_axis=0, **limits)
+    return kind.with_args(dtype=torch.qint8, qscheme=TENSOR_SCHEME[qconfig.weight.scheme], **limits)
 
 
 def torch_qconfig(qconfig: QConfig, observer: Observer, weight_granularity: Granularity | None = None) -> TorchQConfig:
@@ -136,25 +136,30 @@ def observers(prepared: nn.Module) -> dict[str, Any]:
         name: module
         for name, module in prepared.named_modules(remove_duplicate=False)
         # Others (that of torch's `reshape`, for one) only return what their input's observer computes.
-        if isinstance(module, UniformQuantizationObserverBase | FixedQParamsObserver)
+        if isinstance(module, UniformQuantizationObserverBase | FixedQParamsObserver) or _is_torchaos(module)
     }
+
+
+def _is_torchaos(module: nn.Module) -> bool:
+    """True for an observer of torchao's interface, without an import of torchao."""
+    return any(kind.__module__.startswith("torchao.") and "Observer" in kind.__name__ for kind in type(module).__mro__)
 
 
 def records_range(observer: nn.Module) -> bool:
     """True if calibration feeds this observer (those of sigmoid and the like have fixed parameters)."""
-    return isinstance(observer, UniformQuantizationObserverBase)
+    return not isinstance(observer, FixedQParamsObserver)
 
 
 def is_fed(observer: Any) -> bool:
     """True if an observer that records a range has seen any value."""
-    if isinstance(observer, RecordingObserver):
+    if isinstance(observer, Recording):
         return observer.recorder.fed
     return bool(observer.min_val.numel()) and float(observer.min_val.min()) != math.inf
 
 
 def is_finite(observer: Any) -> bool:
     """True if an observer that was fed has seen neither NaN nor infinity."""
-    if isinstance(observer, RecordingObserver):
+    if isinstance(observer, Recording):
         return observer.recorder.finite
     return bool(observer.min_val.isfinite().all() and observer.max_val.isfinite().all())
 

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from qexp.errors import NotFinite, RunError
 from qexp.quantize.calibration.observers import is_fed, is_finite, observers, records_range
-from qexp.quantize.calibration.recording_observer import RecordingObserver
+from qexp.quantize.calibration.recording_observer import Recording
 from qexp.quantize.flow import Prepared
 from qexp.quantize.graph.hooks import attached
 from qexp.quantize.graph.tensor_names import tensor_names
@@ -36,7 +36,7 @@ def calibrate(
     recording = {name: observer for name, observer in observers(module).items() if records_range(observer)}
     images = 0
     # torch's histogram skips a tensor that contains infinity, with a warning; recorders note it.
-    own = {name: observer for name, observer in recording.items() if not isinstance(observer, RecordingObserver)}
+    own = {name: observer for name, observer in recording.items() if not isinstance(observer, Recording)}
     with torch.inference_mode(), _stopping_at_infinity(own):
         for inputs in map(as_input, batches):
             if not inputs.isfinite().all():

@@ -1,11 +1,11 @@
-"""An observer of torch.ao's interface around a `Recorder`."""
+"""Observers around a `Recorder`: what those of torch.ao's and of torchao's interface have in common."""
 
 from __future__ import annotations
 
 import copy
 import math
 import weakref
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -22,10 +22,11 @@ def destination(observer: Any) -> tuple[Grid, Scheme]:
     return Grid(observer.quant_min, observer.quant_max), Scheme.symmetric if symmetric else Scheme.asymmetric
 
 
-class RecordingObserver(UniformQuantizationObserverBase):
-    """torch's interface to the activation observer `observer`; keywords are torch's (dtype, qscheme, quant_min, …).
+class Recording:
+    """A mixin for observers of torch.ao's and torchao's interface, to the activation observer `observer`; keywords are
+    theirs (dtype, qscheme, quant_min, …).
 
-    torch's formula computes scale and zero point from the range that the recorder finds, and `convert` reads them.
+    Their formula computes scale and zero point from the range that the recorder finds, and `convert` reads them.
 
     executed_quant_max: the largest code that kernels let through; it exceeds quant_max where a guard reduces the range.
     in_sequence: True for an observer inside one of torch's fused modules (an `nn.Sequential`), which calls it twice for
@@ -50,13 +51,18 @@ class RecordingObserver(UniformQuantizationObserverBase):
         self.recorder.add(x_orig)
         return x_orig
 
-    def another(self) -> RecordingObserver:
+    def another(self) -> Self:
         """Return an observer of the same kind that has seen nothing."""
         other = copy.deepcopy(self)
         other.recorder, other._latest = self.recorder.another(), None
         return other
 
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         # The grid may have been reduced since calibration.
         low, high = self.recorder.range(*destination(self)) if self.recorder.fed else (math.inf, -math.inf)
-        return self._calculate_qparams(torch.tensor(low), torch.tensor(high))
+        found: tuple[Tensor, Tensor] = self._calculate_qparams(torch.tensor(low), torch.tensor(high))  # type: ignore[attr-defined]
+        return found
+
+
+class RecordingObserver(Recording, UniformQuantizationObserverBase):  # type: ignore[misc]
+    """torch.ao's interface to the activation observer `observer`."""

@@ -54,6 +54,11 @@ def tensor_of(node: fx.Node) -> str:
     return str(node.meta.get(_TENSOR, ""))
 
 
+def set_tensor(node: fx.Node, name: str) -> None:
+    """Name a node's tensor."""
+    node.meta[_TENSOR] = name
+
+
 def name_tensors(fused: fx.GraphModule) -> None:
     """Name the tensors of a fused graph, in place.
 

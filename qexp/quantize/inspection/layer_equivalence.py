@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.ao.nn.quantized.dynamic as nnqd
@@ -36,9 +36,11 @@ from qexp.config.schema import Engine, Scheme
 from qexp.errors import RunError
 from qexp.quantize.calibration.grid import QUANT_MAX
 from qexp.quantize.flow import QuantizedModel
+from qexp.quantize.graph.exported import is_program
 from qexp.quantize.graph.tensor_names import called, has_fused_relu, only_changes_grid, public, tensor_of
 from qexp.quantize.graph.tracing import standard_type
 from qexp.quantize.inspection.layers import is_per_channel, weight_scales
+from qexp.quantize.inspection.programs import check_program
 from qexp.quantize.saturation import emulation, kernels
 from qexp.quantize.torch_backend.engines import engine as torch_engine
 from qexp.quantize.torch_backend.ignored_quant_max import quant_max_of
@@ -108,6 +110,9 @@ def check_layers(model: QuantizedModel, images: Tensor) -> None:
 
     images: float32 [n, 3, H, W], `FEW` of them.
     """
+    if is_program(model.module):
+        check_program(cast(fx.GraphModule, model.fused), cast(fx.GraphModule, model.module))
+        return
     for found in layer_deviations(model, images):
         if found.fault:
             raise RunError(

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,9 +28,11 @@ from torch.fx.node import map_aggregate
 
 from qexp.quantize.flow import QuantizedModel
 from qexp.quantize.graph.clamps import ValueRange, clamp_after
+from qexp.quantize.graph.exported import is_program
 from qexp.quantize.graph.hooks import attached
 from qexp.quantize.graph.tensor_names import called, has_fused_relu, public, tensor_of
 from qexp.quantize.graph.tracing import UntraceableError, standard_type, trace
+from qexp.quantize.inspection.programs import program_errors
 from qexp.quantize.torch_backend.engines import engine as torch_engine
 from qexp.quantize.torch_backend.ignored_quant_max import clamped, quant_max_of
 from qexp.quantize.torch_backend.stride_bugs import AfterStride
@@ -50,6 +52,9 @@ def layer_fidelity(model: QuantizedModel, batches: Iterable[Tensor]) -> tuple[Fi
     if not model.flow.calibrates:
         return ()
     fused, int8 = model.fused, model.module
+    if is_program(int8):
+        with torch.inference_mode():
+            return program_errors(cast(fx.GraphModule, fused), cast(fx.GraphModule, int8), _parts(batches))
     kinds = {layer.name: layer.kind for layer in model.layers}
     flow_models = _Graphs(fused, int8) if isinstance(int8, fx.GraphModule) else _Modules(fused, int8)
     sums: dict[str, _Sums] = {}

@@ -155,7 +155,11 @@ def read_qparams(module: nn.Module) -> dict[str, QParams]:
 
 def _prepared_qparams(prepared: nn.Module) -> dict[str, QParams]:
     names = tensor_names(prepared)
-    found = {names[name]: to_qparams(observer) for name, observer in observers(prepared).items() if name in names}
+    found = {
+        names[name]: to_qparams(observer, getattr(observer, "ch_axis", None))
+        for name, observer in observers(prepared).items()
+        if name in names
+    }
     for name, module in prepared.named_modules():
         owner = prepared.get_submodule(name.rpartition(".")[0])
         layer = module[0] if isinstance(module, _FusedModule) else module

@@ -22,7 +22,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
@@ -30,11 +30,13 @@ from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from qexp.quantize.calibration.grid import QUANT_MAX
+from qexp.quantize.graph.copies import sharing_copy
+from qexp.quantize.graph.exported import CUSTOM, PLACE, is_program
 from qexp.quantize.qdq.recording import Call, OfBatch, UnsupportedError, record
 
 aten, decomposed = torch.ops.aten, torch.ops.quantized_decomposed
 INPUT = "images"
-CUSTOM, TENSOR, PLACE = "custom", "tensor", "place"  # torch.export keeps what nodes have in their meta under the first
+TENSOR = "tensor"  # in the custom meta of nodes, which torch.export keeps
 
 _CONVS = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
 _TRANSPOSED = {1: aten.conv_transpose1d.default, 2: aten.conv_transpose2d.input, 3: aten.conv_transpose3d.input}
@@ -81,8 +83,10 @@ def program(model: nn.Module, example: Tensor) -> fx.GraphModule:
 
     example: float32 [n, 3, H, W]; torch's engine must be set as the model needs. The names of what its nodes quantize,
     modules or operations, are those that `tensors` returns. Raises UnsupportedError, which names the module, for
-    operators without a counterpart.
+    operators without a counterpart. Of a model that is a program, a copy.
     """
+    if is_program(model):
+        return _checked(cast(fx.GraphModule, sharing_copy(model)))
     writer = _Writer()
     recording = record(model, example)
     writer.values[id(recording.images)] = _Value(writer.graph.placeholder(INPUT))
@@ -92,6 +96,14 @@ def program(model: nn.Module, example: Tensor) -> fx.GraphModule:
         for node in itertools.islice(reversed(writer.graph.nodes), len(writer.graph.nodes) - written):
             node.meta.setdefault(CUSTOM, {})[PLACE] = call.place
     return writer.finished(recording.output)
+
+
+def _checked(made: fx.GraphModule) -> fx.GraphModule:
+    for node in made.graph.nodes:
+        if node.target in _CONVS.values() and isinstance(node.args[-1], fx.Node) and len(node.args) == 7:
+            where = node.meta[CUSTOM][PLACE]
+            raise UnsupportedError(f"{where} has groups for each image, and ONNX a fixed number of them")
+    return made
 
 
 _Kernel = Callable[["_Writer", Sequence[Any]], fx.Node]

@@ -21,7 +21,7 @@ from qexp.models import architectures
 from qexp.quantize import FLOWS, Prepared
 from qexp.quantize.inspection import fusion_check
 from qexp.system.torchvision_import import torchvision
-from tests.helpers.quantizable import MINMAX, Chain, Plain, images, relative_error, settings, spec, trained
+from tests.helpers.quantizable import BY_TORCH, MINMAX, Chain, Plain, images, relative_error, settings, spec, trained
 
 TWO = images(2)
 
@@ -209,7 +209,7 @@ def test_dry_run_takes_what_the_flow_takes() -> None:
         quantize.dry_run(trained(architectures.tiny()), FLOWS[flow], spec(), TWO)
 
 
-@pytest.mark.parametrize("flow", list(FlowName))
+@pytest.mark.parametrize("flow", BY_TORCH)
 def test_skeleton_takes_the_saved_state_and_says_nothing(flow: FlowName, tmp_path: object) -> None:
     net = trained(architectures.tiny())
     qconfig = settings(overflow="activations")

@@ -16,7 +16,7 @@ from qexp.models import float_model
 from qexp.quantize import FLOWS
 from qexp.quantize.graph.copies import each_once, evaluation_copy
 from qexp.quantize.inspection import fusion_check
-from tests.helpers.quantizable import images, relative_error, settings, spec, trained
+from tests.helpers.quantizable import BY_TORCH, images, relative_error, settings, spec, trained
 
 TWO = images(2)
 SETTINGS = settings()
@@ -121,7 +121,7 @@ def kind(module: nn.Module, key: str) -> str:
     return "parameter" if key in dict(module.named_parameters()) else "buffer"
 
 
-@pytest.mark.parametrize("flow", list(FlowName))
+@pytest.mark.parametrize("flow", BY_TORCH)
 def test_a_pruned_model_goes_through_every_flow_and_keeps_its_zeros(flow: FlowName) -> None:
     net = trained(chain())
     net.requires_grad_(True)

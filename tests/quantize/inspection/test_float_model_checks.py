@@ -17,7 +17,7 @@ from qexp.errors import InputError
 from qexp.models import float_model
 from qexp.quantize import FLOWS
 from qexp.quantize.inspection import fusion_check
-from tests.helpers.quantizable import images, spec, trained
+from tests.helpers.quantizable import BY_TORCH, images, spec, trained
 
 ONE = images(1)
 
@@ -72,14 +72,14 @@ def refusal(net: nn.Module, flow: FlowName, fusion: bool = True, image: Tensor =
     return ""
 
 
-@pytest.mark.parametrize("flow", list(FlowName))
+@pytest.mark.parametrize("flow", BY_TORCH)
 def test_what_computes_the_same_each_time_is_taken(flow: FlowName) -> None:
     assert refusal(trained(Net()), flow) == ""
     in_training = with_head(lambda self, x: self.fc(F.dropout(x, 0.5, training=self.training)))
     assert refusal(in_training, flow) == ""
 
 
-@pytest.mark.parametrize("flow", list(FlowName))
+@pytest.mark.parametrize("flow", BY_TORCH)
 @pytest.mark.parametrize(
     ("forward", "function"),
     [
@@ -103,7 +103,7 @@ def test_numbers_that_are_drawn_and_not_used_are_no_fault() -> None:
     assert refusal(with_head(lambda self, x: self.fc(x) + 0 * torch.rand(1)), FlowName.dynamic) == ""
 
 
-@pytest.mark.parametrize("flow", list(FlowName))
+@pytest.mark.parametrize("flow", BY_TORCH)
 def test_a_model_that_remembers_is_refused_with_the_module(flow: FlowName) -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         self.calls = getattr(self, "calls", 0) + 1
@@ -173,7 +173,7 @@ def test_hooks_that_only_look_or_that_weight_norm_needs_are_no_fault(flow: FlowN
     assert seen
 
 
-@pytest.mark.parametrize("flow", list(FlowName))
+@pytest.mark.parametrize("flow", BY_TORCH)
 def test_a_batchnorm_without_running_statistics_is_named(flow: FlowName) -> None:
     net = trained(Net())
     net.bn2 = nn.BatchNorm2d(16, track_running_stats=False).eval()
@@ -189,7 +189,7 @@ def test_a_model_that_fails_with_one_image_is_refused_with_what_it_says() -> Non
     assert refusal(net, FlowName.fx).startswith("the float model can't take one image alone: index 1 is out of bounds")
 
 
-@pytest.mark.parametrize("flow", list(FlowName))
+@pytest.mark.parametrize("flow", BY_TORCH)
 def test_what_is_not_finite_is_named_with_image_and_module(flow: FlowName) -> None:
     net = with_head(lambda self, x: self.fc(x) / (x - x).sum(1, keepdim=True))
     said = refusal(net, flow)
@@ -256,7 +256,7 @@ def test_fx_does_not_advise_itself() -> None:
     assert "flow=" not in said
 
 
-@pytest.mark.parametrize("flow", list(FlowName))
+@pytest.mark.parametrize("flow", BY_TORCH)
 def test_a_model_that_does_not_take_each_image_of_a_batch_by_itself_is_refused(flow: FlowName) -> None:
     flat = with_head(lambda self, x: self.fc(x.reshape(1, 16)))
     assert refusal(flat, flow).startswith(
