@@ -35,7 +35,7 @@ from qexp.metrics import Metric
 from qexp.pipeline.run import run_experiment
 from qexp.records import Precision, Result, Variant
 from qexp.runtimes import RUNTIMES, saved_models
-from qexp.system import machine
+from qexp.system import machine, machine_lock
 
 BUILT_IN = sized(
     tuple(
@@ -164,7 +164,7 @@ def load_afresh(config: Config, run: Path, variant: Variant) -> Row:
     images = normalise(pixels, data.mean, data.std)
     structures = saved_models.structures(config, run)
     before = psutil.Process().memory_info().rss
-    with protocol.threads(config.latency.threads[0]), quantize.engine(config.engine):
+    with machine_lock.timing(), protocol.threads(config.latency.threads[0]), quantize.engine(config.engine):
         started = time.perf_counter()
         model = saved_models.read(config, structures, run, [variant])[variant]
         model(images[:1])
