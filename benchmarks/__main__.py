@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks import check, decision, effects, many, peers, runtimes, speed, study, timing
+from benchmarks import check, decision, effects, many, peers, racing, runtimes, speed, study, timing
 from qexp.system import machine
 
 BENCHMARKS: dict[str, Callable[[str], None]] = {
@@ -24,6 +24,7 @@ BENCHMARKS: dict[str, Callable[[str], None]] = {
     "check": check.check,
     "decision": decision.recommendations,
     "effects": effects.effects,
+    "racing": racing.races,
     "peers": peers.peers,
     "runtimes": runtimes.runtimes,
     "aa": timing.against_itself,

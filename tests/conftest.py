@@ -24,7 +24,7 @@ IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 LONG = (
     "accuracy/", "config/test_code_digest.py", "config/test_composition.py", "config/test_validation.py",
     "export/", "latency/", "launch/test_concurrent.py", "launch/test_job_process.py", "launch/test_rerun.py",
-    "launch/test_study.py",
+    "launch/test_launchers.py", "launch/test_search.py", "launch/test_study.py",
     "models/test_float_model.py", "models/test_inference.py", "models/test_training.py", "pipeline/test_cache_keys.py",
     "pipeline/test_run.py", "quantize/calibration/test_ranges.py", "quantize/inspection/test_layer_equivalence.py",
     "quantize/saturation/test_emulation.py", "quantize/test_networks.py", "quantize/test_parity.py",
