@@ -47,8 +47,9 @@ OPTIONS = {
     "cpp.threads": 1,  # so that the code doesn't depend on that number either
     "compile_threads": 1,  # no pool of processes that outlives the job
 }
-NOTES = "extra/qexp.json"
-"""The file in a package that says what it was compiled for; the archive's format has this folder for such files."""
+SAME = 1e-3  # of the largest logit: sums in FP32
+NOTES = "qexp.json"
+"""The file in a package that says what it was compiled for."""
 _PRODUCTS = re.compile(r"\baoti_torch_cpu_\w*(?:conv|_q?linear|addmm|_mm|bmm)\w*(?=\()")
 _INT8_PRODUCTS = ("aoti_torch_cpu__qconv", "aoti_torch_cpu__qlinear")
 
@@ -185,25 +186,39 @@ def _clamp_before(graph: fx.Graph, node: Any) -> None:
 
 
 def _compile(program: fx.GraphModule, example: Tensor, path: Path) -> Path:
+    """Save a package of the program, with notes.
+
+    Raises RunError where it can't be compiled, or only for one number of images.
+    """
     import torch._inductor
+    from torch.export.pt2_archive._package import package_pt2
 
     exported = qdq.exported(program, torch.cat([example[:1], example[:1]]))
     started = time.perf_counter()
     temporary = tempfile.TemporaryDirectory(prefix="qexp-inductor-")
     with temporary as folder, torch.no_grad(), _quiet(), packed_for_one_image() as packing:
-        package = Path(folder) / "model.pt2"
+        options = OPTIONS | packing | {"aot_inductor.package": True, "aot_inductor.output_path": folder}
         try:
-            torch._inductor.aoti_compile_and_package(
-                exported, package_path=str(package), inductor_configs={**OPTIONS, **packing}
-            )
+            module = exported.module(check_guards=False)
+            files: Any = torch._inductor.aot_compile(module, exported.example_inputs[0], options=options)
         except Exception as error:  # of several classes, of the compiler's own too
             reason = first_line(error)
             raise RunError(f"inductor can't compile the model: {reason}: take inductor out of runtimes") from error
         said = {"cpu_features": sorted(machine.features()), "seconds": time.perf_counter() - started}
-        with zipfile.ZipFile(package, "a") as archive:
-            archive.writestr(f"{package.stem}/{NOTES}", json.dumps(said))
+        package = Path(folder) / "model.pt2"
+        package_pt2(str(package), aoti_files=files, extra_files={NOTES: json.dumps(said)})
+        _check_open(package, example[:1])
         shutil.move(package, path)
     return path
+
+
+def _check_open(package: Path, image: Tensor) -> None:
+    """Raise RunError where a package answers otherwise for three images than for one: torch took their number for
+    fixed."""
+    with torch.inference_mode():
+        one, three = (_Package(package).outputs(torch.cat([image] * count))[0] for count in (1, 3))
+    if len(three) != 3 or not torch.allclose(three, one, rtol=0, atol=SAME * float(one.abs().max())):
+        raise RunError("inductor compiled the model for one number of images only: take inductor out of runtimes")
 
 
 def notes(path: Path) -> dict[str, Any]:
@@ -213,7 +228,7 @@ def notes(path: Path) -> dict[str, Any]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            (name,) = (name for name in archive.namelist() if name.endswith(NOTES))
+            (name,) = (name for name in archive.namelist() if name.endswith(f"/extra/{NOTES}"))
             found: dict[str, Any] = json.loads(archive.read(name))
             return found
     except (OSError, zipfile.BadZipFile, ValueError) as error:
@@ -230,12 +245,11 @@ class _Package(nn.Module):
         self._run = torch._inductor.aoti_load_package(str(path))
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self._run(images.contiguous())
-        return logits
+        return self.outputs(images)[0]
 
     def outputs(self, images: Tensor) -> Sequence[Tensor]:
-        found: Sequence[Tensor] = self._run(images.contiguous())
-        return found
+        found: Tensor | Sequence[Tensor] = self._run(images.contiguous())
+        return [found] if isinstance(found, Tensor) else found
 
 
 @contextmanager

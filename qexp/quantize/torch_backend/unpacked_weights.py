@@ -20,24 +20,34 @@ from torch import fx
 
 @contextmanager
 def packed_for_one_image() -> Iterator[dict[str, Any]]:
-    """In this context AOTInductor packs weights for one image, if it is given the options that this returns."""
+    """In this context AOTInductor packs weights for one image, if it is given the options that this returns.
+
+    FP32 weights of a program with transposed convolutions, which torch can't pack for an open number, stay as they are.
+    """
     from torch._inductor.fx_passes import mkldnn_fusion
 
     is_open, operations = mkldnn_fusion.has_free_symbols, mkldnn_fusion.CpuMkldnnDeviceOp
-    pack = operations.pack_conv_weight
+    pack, packs = operations.pack_conv_weight, True
+
+    def before_packing(graph: fx.Graph) -> None:
+        nonlocal packs
+        convolutions = [node for node in graph.nodes if node.target is torch.ops.aten.convolution.default]
+        packs = not any(node.args[6] for node in convolutions)  # transposed
+        _note_shapes_of_one_image(graph)
+
+    def open_sizes(sizes: Any) -> bool:
+        # Shapes are those of convolutions; for linear layers it asks of one number, and packs for an example of it.
+        return bool(is_open(sizes)) and not (packs and isinstance(sizes, torch.Size))
 
     def pack_for_one(self: Any, graph: Any, transposed: bool, weight: Any, settings: Any, size: Sequence[Any]) -> Any:
         return pack(self, graph, transposed, weight, settings, _of_one_image(size))
 
-    # Shapes are those of convolutions; for linear layers it asks of one number, and packs for an example of it.
-    not_of_shapes = mock.patch.object(
-        mkldnn_fusion, "has_free_symbols", lambda sizes: not isinstance(sizes, torch.Size) and is_open(sizes)
-    )
-    with not_of_shapes, mock.patch.object(operations, "pack_conv_weight", pack_for_one):
-        yield {"joint_custom_post_pass": _shapes_of_one_image}
+    asked = mock.patch.object(mkldnn_fusion, "has_free_symbols", open_sizes)
+    with asked, mock.patch.object(operations, "pack_conv_weight", pack_for_one):
+        yield {"joint_custom_post_pass": before_packing}
 
 
-def _shapes_of_one_image(graph: fx.Graph) -> None:
+def _note_shapes_of_one_image(graph: fx.Graph) -> None:
     """Note shapes of one image where those of a graph's tensors are open, for the packing of INT8 weights, which is all
     that reads this note."""
     for node in graph.nodes:
