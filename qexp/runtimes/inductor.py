@@ -161,8 +161,9 @@ def _weights_by_channel(program: fx.GraphModule, node: Any) -> None:
             ("scales", torch.full((len(weight),), scale)),
             ("zero_points", torch.full((len(weight),), zero_point, dtype=torch.int8)),
         ):
-            program.register_buffer(f"{codes.target}_{name}", values)
-            of_channels.append(program.graph.get_attr(f"{codes.target}_{name}"))
+            buffer = f"{codes.target}_{name}".replace(".", "_")
+            program.register_buffer(buffer, values)
+            of_channels.append(program.graph.get_attr(buffer))
         by_channel = program.graph.call_function(DEQUANTIZE_CHANNELS, (codes, *of_channels, 0, *bounds))
     node.replace_all_uses_with(by_channel)
 
