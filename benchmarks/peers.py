@@ -44,7 +44,7 @@ from qexp.system import machine, machine_lock
 RUNTIMES_COMPARED = (RuntimeName.onnxruntime, RuntimeName.openvino)
 BUILT_IN = sized(Network("resnet18", ("model=resnet18", "train=default")), Network("tiny", ("model=tiny",)))
 PROCESSES = sized(5, 1)
-BLOCKS = sized(30, 4)  # of each variant, in each process
+BLOCKS = sized(20, 4)  # of each variant, in each process
 EXACT = {"amx", "avx512_vnni", "avx_vnni"}  # instruction sets whose products are added up in 32 bits
 GOAL = 1.05
 
