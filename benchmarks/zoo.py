@@ -1,0 +1,193 @@
+"""64 architectures of timm through the flows that trace a model: how far INT8 logits are from FP32's, in each runtime.
+
+    pip install 'qexp[zoo]'
+    make bench BENCH=zoo
+    QEXP_BENCH_ZOO="resnet50d swin_tiny_patch4_window7_224" make bench BENCH=zoo     # some of them
+
+Weights are random, and BatchNorm's statistics, calibration and evaluation are from crops of scikit-learn's two
+photographs: what is compared is which networks each flow takes, and what its places to quantize cost. The results of a
+network are kept in a file, so that a benchmark that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.datasets import load_sample_images
+from torch import Tensor, nn
+
+from benchmarks.size import sized
+from benchmarks.speed import composed
+from qexp import quantize
+from qexp.config.schema import FlowName, Placement, RuntimeName
+from qexp.errors import QexpError, one_line
+from qexp.models import architectures, float_model
+from qexp.quantize import FLOWS, QuantizationSpec, QuantizedModel, qdq
+from qexp.records import Precision
+from qexp.runtimes import RUNTIMES
+from qexp.runtimes.parting import MOST, times_rounding
+from qexp.statistics import decibels
+
+ZOO = """
+    resnet50d resnext50_32x4d seresnet50 ecaresnet26t skresnet18 res2net50_14w_8s densenet121 vgg11_bn
+    inception_v3 xception41 dla34 hrnet_w18_small efficientnet_b0 tf_efficientnet_b0 tf_efficientnet_lite0
+    efficientnetv2_rw_t mobilenetv2_100 mobilenetv3_large_100 mobilenetv4_conv_small mnasnet_100 fbnetc_100
+    regnetx_002 regnety_002 rexnet_100 ghostnet_100 repghostnet_050 repvgg_a0 mobileone_s0 lcnet_050 tinynet_e
+    cspresnet50 cspdarknet53 gernet_s nf_resnet50 dm_nfnet_f0 convnext_atto convnextv2_atto inception_next_tiny
+    starnet_s1 fastvit_t8 efficientformer_l1 poolformer_s12 edgenext_xx_small mobilevit_xxs mobilevitv2_050
+    levit_128s vit_tiny_patch16_224 deit_tiny_patch16_224 swin_tiny_patch4_window7_224 mixer_s32_224
+    resmlp_12_224 convmixer_768_32 crossvit_tiny_240 pit_ti_224 coat_tiny botnet26t_256 halonet26t pvt_v2_b0
+    focalnet_tiny_srf selecsls42b vovnet39a hardcorenas_a spnasnet_100 semnasnet_100
+"""  # fmt: skip
+NAMED = "QEXP_BENCH_ZOO"
+NETWORKS = sized(tuple(ZOO.split()), ("tiny",))
+SIZE = sized(None, 32)  # of images, None: the network's own
+WAYS = ((FlowName.fx, Placement.every_op), (FlowName.pt2e, Placement.every_op), (FlowName.pt2e, Placement.layers))
+EXECUTED_BY = (RuntimeName.onnxruntime, RuntimeName.openvino)
+IMAGES = 16  # for calibration, and as many others for evaluation
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def zoo(outputs: str) -> None:
+    """Print a row for each network, and the sentences of refusals."""
+    if SIZE is None and importlib.util.find_spec("timm") is None:
+        print("it needs the package timm: pip install 'qexp[zoo]'")
+        return
+    folder = sized(ROOT / "outputs" / "benchmarks", Path(outputs)) / "zoo"
+    folder.mkdir(parents=True, exist_ok=True)
+    ways = [f"{flow} {placement}" for flow, placement in WAYS if not flow.missing]
+    for flow, _ in WAYS:
+        if flow.missing:
+            print(f"flow={flow} is left out: it needs {flow.missing[0]}")
+    print(f"SQNR of logits against FP32, dB, in {' / '.join(EXECUTED_BY)}")
+    print(" | ".join(["network", *ways]))
+    found = {}
+    for name in os.environ.get(NAMED, "").split() or NETWORKS:
+        found[name] = _once(name, folder)
+        print(" | ".join([name, *(_cell(found[name][way]) for way in ways)]), flush=True)
+    for way in ways:
+        taken = [one[way] for one in found.values() if not one[way]["refused"]]
+        first = [one["sqnr_db"][EXECUTED_BY[0]] for one in taken if EXECUTED_BY[0] in one["sqnr_db"]]
+        median = f", {np.median(first):.1f} dB in the median" if first else ""
+        print(f"{way}: {len(taken)} of {len(found)} networks{median}")
+    for name, one in found.items():
+        for way in ways:
+            for sentence in (one[way]["refused"], *one[way]["runtimes_refused"]):
+                if sentence:
+                    print(f"{name}, {way}: {sentence}")
+
+
+def _cell(result: dict[str, Any]) -> str:
+    if result["refused"]:
+        return "refused"
+    parted = {runtime for runtime, times in result["times_rounding"].items() if times > MOST}
+    cells = [f"{result['sqnr_db'][one]:.1f}{'!' * (one in parted)}" if one in result["sqnr_db"] else "–"
+             for one in EXECUTED_BY]  # fmt: skip
+    return " / ".join(cells)
+
+
+def _once(name: str, folder: Path) -> dict[str, Any]:
+    """The results of one network by flow and placement, from the file that has them, or measured and written there."""
+    path = folder / f"{name}.json"
+    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    asked = [(flow, placement) for flow, placement in WAYS if not flow.missing]
+    if any(f"{flow} {placement}" not in kept for flow, placement in asked):
+        torch.manual_seed(0)
+        net, size = _built(name)
+        images = photographs(2 * IMAGES, size)
+        float_model.with_statistics(net, images[:IMAGES])
+        net = net.eval().requires_grad_(False)
+        for flow, placement in asked:
+            kept.setdefault(f"{flow} {placement}", _result(net, flow, placement, images))
+            path.write_text(json.dumps(kept, indent=1) + "\n")
+    return kept
+
+
+def _built(name: str) -> tuple[nn.Module, int]:
+    if SIZE is not None:
+        return architectures.tiny(num_classes=10), SIZE
+    importlib.import_module("qexp.system.torchvision_import")  # timm imports torchvision
+    timm: Any = importlib.import_module("timm")
+    net = timm.create_model(name, pretrained=False)
+    return net, net.pretrained_cfg["input_size"][-1]
+
+
+def photographs(count: int, size: int) -> Tensor:
+    """Crops of two photographs, at many scales, normalised: float32 [count, 3, size, size]."""
+    generator = np.random.default_rng(0)
+    made = []
+    for number in range(count):
+        photo = load_sample_images().images[number % 2]
+        side = int(generator.integers(size // 2, min(photo.shape[:2])))
+        top, left = (int(generator.integers(0, whole - side + 1)) for whole in photo.shape[:2])
+        crop = torch.from_numpy(photo[top : top + side, left : left + side].copy()).permute(2, 0, 1).float() / 255
+        made.append(nn.functional.interpolate(crop[None], size, mode="bilinear", antialias=True)[0])
+    return (torch.stack(made) - 0.45) / 0.225
+
+
+def _result(net: nn.Module, flow: FlowName, placement: Placement, images: Tensor) -> dict[str, Any]:
+    found: dict[str, Any] = {"refused": "", "runtimes_refused": [], "sqnr_db": {}, "times_rounding": {}, "layers": {}}
+    config = composed(
+        "outputs", f"flow={flow}", f"qconfig.placement={placement}", "qconfig.overflow=none", "engine=onednn"
+    )
+    spec = QuantizationSpec(config.qconfig, config.observer, config.engine)
+    calibration, batch = images[:IMAGES], images[IMAGES:]
+    try:
+        int8 = _quantized(net, flow, spec, calibration)
+    except Exception as error:  # in a run, a model that torch can't quantize is refused with the reason
+        found["refused"] = one_line(error) if isinstance(error, QexpError) else _sentence(net, flow, spec, images[:1])
+        return found
+    with torch.inference_mode(), quantize.engine(int8.engine):
+        fp32 = net(batch).numpy()
+        exact = qdq.program(int8.module, batch)(batch).numpy()
+    found["layers"]["program"] = sum(layer.int8 for layer in int8.layers), len(int8.layers)
+    found["sqnr_db"]["program"] = _sqnr(fp32, exact)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in EXECUTED_BY:
+            runtime = RUNTIMES[name]
+            if runtime.unavailable():
+                continue
+            path = Path(folder) / runtime.file(Precision.int8)
+            try:
+                with quantize.engine(int8.engine):
+                    if not path.exists():
+                        runtime.export(int8.module, batch, path)
+                logits = runtime.load(path, lambda: net, None)(batch).numpy()
+            except QexpError as error:
+                found["runtimes_refused"].append(one_line(error))
+                continue
+            found["sqnr_db"][name] = _sqnr(fp32, logits)
+            found["times_rounding"][name] = times_rounding(fp32, exact, logits)
+            found["layers"][name] = runtime.layers(path, batch.shape)
+    return found
+
+
+def _quantized(net: nn.Module, flow: FlowName, spec: QuantizationSpec, images: Tensor) -> QuantizedModel:
+    fused = FLOWS[flow].fuse(net, spec, images)
+    prepared = FLOWS[flow].prepare(fused, spec, images)
+    quantize.calibrate(prepared, images.split(8))
+    int8 = FLOWS[flow].convert(prepared)
+    quantize.check_layers(int8, images[:2])
+    return int8
+
+
+def _sentence(net: nn.Module, flow: FlowName, spec: QuantizationSpec, image: Tensor) -> str:
+    """The sentence with which a run refuses the network."""
+    try:
+        quantize.dry_run(net, FLOWS[flow], spec, image)
+    except QexpError as error:
+        return one_line(error)
+    return "only a check on one image takes it"
+
+
+def _sqnr(expected: np.ndarray, actual: np.ndarray) -> float:
+    signal, noise = (float(np.square(one, dtype=np.float64).sum()) for one in (expected, actual - expected))
+    return decibels(signal, noise)
