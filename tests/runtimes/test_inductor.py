@@ -7,6 +7,7 @@ without VNNI, sums in 16 bits would saturate.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,17 @@ def test_a_model_that_is_compiled_to_float_has_no_layer_in_int8(
     with quantize.engine(per_tensor.engine):
         path = INDUCTOR.export(per_tensor.module, images(2), tmp_path / "float.pt2")
     assert INDUCTOR.layers(path, (1, 3, 16, 16)) == (0, 7)
+
+
+@pytest.mark.parametrize("wrong", [lambda images: images[:2, 0, 0], lambda images: images[:, 0, 0] * len(images)])
+def test_a_package_that_answers_otherwise_for_three_images_than_for_one_is_refused(
+    wrong: Callable[[torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch._inductor.aoti_load_package", lambda path: lambda images: images[:, 0, 0])
+    inductor._check_open(Path("right.pt2"), images(1))
+    monkeypatch.setattr("torch._inductor.aoti_load_package", lambda path: wrong)
+    with pytest.raises(RunError, match="inductor compiled the model for one number of images only: take inductor out"):
+        inductor._check_open(Path("wrong.pt2"), images(1))
 
 
 def test_weights_with_zero_points_are_refused_in_a_sentence() -> None:
