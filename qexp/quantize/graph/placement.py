@@ -24,11 +24,12 @@ _CLAMPS = {aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.cl
 _FUSED = {aten.relu.default}
 _JOIN = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor}
 _CONCATENATE = {aten.cat.default, aten.stack.default}
-_POOL = {
-    aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default,
+_MAXIMUM = {
+    aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, aten.adaptive_max_pool2d.default,
+}  # fmt: skip
+_AVERAGE = {
     aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default,
-    aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default,
-    aten.adaptive_max_pool2d.default, aten.mean.dim,
+    aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default, aten.mean.dim,
 }  # fmt: skip
 _PAD = {aten.constant_pad_nd.default, aten.pad.default}
 _MOVE = {
@@ -83,7 +84,10 @@ def _around(node: fx.Node, varies: Mapping[fx.Node, Any], clamps: set[Any], foun
         first = sources[0], node
         grids.update({(source, node): first if source is not sources[0] else None for source in sources})
         grids[node] = first
-    elif node.target in _POOL or (sources[0] in grids and _passes_on(node)):
+    elif node.target in _AVERAGE and sources[0] in grids:
+        # They are smaller than what they are of. Where that is in float, as in generalised means, so are they.
+        grids[sources[0], node] = grids[node] = None
+    elif node.target in _MAXIMUM or (sources[0] in grids and _passes_on(node)):
         grids[sources[0], node] = None
         grids[node] = sources[0], node
 
