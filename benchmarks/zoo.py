@@ -64,7 +64,7 @@ def zoo(outputs: str) -> None:
     folder = sized(ROOT / "outputs" / "benchmarks", Path(outputs)) / "zoo"
     folder.mkdir(parents=True, exist_ok=True)
     ways = [f"{flow} {placement}" for flow, placement in WAYS if not flow.missing]
-    for flow, _ in WAYS:
+    for flow in dict.fromkeys(flow for flow, _ in WAYS):
         if flow.missing:
             print(f"flow={flow} is left out: it needs {flow.missing[0]}")
     print(f"SQNR of logits against FP32, dB, in {' / '.join(EXECUTED_BY)}")
