@@ -24,7 +24,18 @@ from qexp.quantize import FLOWS, Prepared, QuantizedModel
 from qexp.quantize.flows.fx import FxFlow
 from qexp.quantize.inspection.layer_equivalence import Deviation, check_layers, layer_deviations
 from qexp.quantize.saturation import kernels
-from tests.helpers.quantizable import Again, Chain, Squeezed, Twice, assembled, images, settings, spec, trained
+from tests.helpers.quantizable import (
+    BY_TORCH,
+    Again,
+    Chain,
+    Squeezed,
+    Twice,
+    assembled,
+    images,
+    settings,
+    spec,
+    trained,
+)
 
 BOTH = [FlowName.eager, FlowName.fx]
 
@@ -86,7 +97,7 @@ class Joined(nn.Module):
 
 
 @pytest.mark.parametrize("engine", quantize.supported())
-@pytest.mark.parametrize("flow", FlowName)
+@pytest.mark.parametrize("flow", BY_TORCH)
 @pytest.mark.parametrize(
     "wanted",
     [

@@ -18,7 +18,7 @@ from qexp.quantize import FLOWS
 from qexp.quantize.graph.tensor_names import public
 from qexp.quantize.inspection.executed_operators import DispatchMode
 from qexp.records import Layer
-from tests.helpers.quantizable import images, relative_error, settings, spec, trained
+from tests.helpers.quantizable import BY_TORCH, images, relative_error, settings, spec, trained
 
 TWO = images(2)
 SETTINGS = settings()
@@ -283,7 +283,7 @@ REFUSED_BY_EAGER = ("Conv2d replicated", "own forward", "BatchNorm1d", "GRU", "R
 REFUSED_BY_QNNPACK = ("Conv3d", "Conv3d depthwise")
 # torch's conv1d of QNNPACK doesn't take every watched call.
 CASES = [
-    (k, f, e) for k in KINDS for f in FlowName for e in quantize.supported() if (k, e) != ("Conv1d", Engine.qnnpack)
+    (k, f, e) for k in KINDS for f in BY_TORCH for e in quantize.supported() if (k, e) != ("Conv1d", Engine.qnnpack)
 ]
 _WEIGHTED = ("conv", "linear", "batch_norm", "addmm", "mm", "bmm", "rnn", "gru", "lstm", "attention")
 
