@@ -30,7 +30,10 @@ from tests.helpers.quantizable import BY_TORCH
 
 Composed = Callable[..., Config]
 # A p99 needs a thousand calls; jobs are counted in a sweep's own run; torch's runtimes execute what was converted.
-ONLY_IN_SOME = {Metric.runtime_latency_p99, Metric.jobs, Metric.runtime_layers_int8, Metric.runtime_layers_float}
+ONLY_IN_SOME = {
+    *(Metric.runtime_latency_p99, Metric.jobs),
+    *(Metric.runtime_layers_int8, Metric.runtime_layers_float, Metric.runtime_compile),
+}
 SMALL = ("model=tiny", "train=fast", "latency=quick", "latency.seconds=0.1", "latency.warmup_seconds=0")
 
 
