@@ -49,7 +49,8 @@ def test_a_finished_run_is_exported_and_checked(qexp: Run, checkpoint: Path, tmp
         (["run_id=1", "batch_size=0"], "batch_size=0: must be positive."),
         (
             ["run_id=1", "precision=fp32", "format=pt2"],
-            "format=pt2 with precision=fp32: must be one of format=onnx, format=openvino, format=torchscript.",
+            "format=pt2 with precision=fp32: must be one of format=onnx, format=openvino, format=torchscript, "
+            "format=aoti.",
         ),
         (["run_id=1"], "has no runs (there is no mlflow.db in it); give the folder that has, or tracking.uri=ADDRESS."),
     ],
