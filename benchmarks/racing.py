@@ -128,7 +128,7 @@ def race_again(outputs: Path) -> None:
 
 
 def said(study: Study) -> str:
-    """What racing would have done in a study, in a sentence."""
+    """A sentence on a study's runs that racing would have stopped, and on the images saved."""
     runs = runs_of(study)
     found = recommend(study, replace(QUESTION, margin=None))
     stopped, share = race(list(runs.values()), found.margin)

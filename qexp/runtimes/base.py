@@ -98,8 +98,9 @@ class Runtime(ABC):
         raise NotImplementedError
 
     def codes(self, model: nn.Module, path: Path, images: Tensor) -> list[np.ndarray]:
-        """What `program` quantizes, in its order, as this runtime computes it: uint8. Of runtimes with kernels of their
-        own.
+        """Return the codes, uint8, that this runtime computes for each tensor that `program` quantizes, in its order.
+
+        Runtimes with kernels of their own have them.
 
         model: converted; path: its file; images: float32 [n, 3, H, W]. torch's engine must be set.
         """

@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
 import tempfile
 import time
-import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +34,7 @@ from qexp.quantize.torch_backend.unpacked_weights import packed_for_one_image
 from qexp.records import Precision, Variant
 from qexp.runtimes.base import Loaded, Runtime
 from qexp.system import machine
+from qexp.system.quiet import quiet
 
 aten, decomposed = torch.ops.aten, torch.ops.quantized_decomposed
 QUANTIZE, DEQUANTIZE = decomposed.quantize_per_tensor.default, decomposed.dequantize_per_tensor.default
@@ -197,7 +195,12 @@ def _compile(program: fx.GraphModule, example: Tensor, path: Path) -> Path:
     exported = qdq.exported(program, torch.cat([example[:1], example[:1]]))
     started = time.perf_counter()
     temporary = tempfile.TemporaryDirectory(prefix="qexp-inductor-")
-    with temporary as folder, torch.no_grad(), _quiet(), packed_for_one_image() as packing:
+    with (
+        temporary as folder,
+        torch.no_grad(),
+        quiet("torch._inductor", "torch._export", "torch.export"),
+        packed_for_one_image() as packing,
+    ):
         options = OPTIONS | packing | {"aot_inductor.package": True, "aot_inductor.output_path": folder}
         try:
             module = exported.module(check_guards=False)
@@ -251,19 +254,3 @@ class _Package(nn.Module):
     def outputs(self, images: Tensor) -> Sequence[Tensor]:
         found: Tensor | Sequence[Tensor] = self._run(images.contiguous())
         return [found] if isinstance(found, Tensor) else found
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """In this context nothing is printed of the compiler's progress."""
-    loggers = [logging.getLogger(name) for name in ("torch._inductor", "torch._export", "torch.export")]
-    before = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, before, strict=True):
-                logger.setLevel(level)

@@ -7,14 +7,10 @@ to. Each QuantizeLinear node has the name of the tensor that it quantizes.
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 import re
 import tempfile
-import warnings
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +23,7 @@ from qexp.errors import RunError, first_line
 from qexp.quantize import qdq
 from qexp.records import Precision
 from qexp.runtimes.base import Runtime
+from qexp.system.quiet import quiet
 
 if TYPE_CHECKING:
     import onnx
@@ -99,7 +96,7 @@ def write(model: nn.Module, example: Tensor, path: Path) -> Path:
 
     example = torch.cat([example[:1], example[:1]])  # one image would be taken for a batch size that is fixed
     exported = qdq.exported(qdq.program(model, example), example)
-    with _quiet():
+    with quiet("torch.onnx", "onnxscript", "onnx_ir"):
         try:
             made: Any = torch.onnx.export(
                 exported, (example,), input_names=[INPUT], output_names=[OUTPUT], opset_version=OPSET, dynamo=True,
@@ -170,19 +167,3 @@ def _refusal(error: BaseException, graph: fx.Graph) -> str:
     operator = ".".join(named.groups())
     where = qdq.place_of(operator, graph) or "the model"
     return f"{where} executes {operator}, which has no counterpart in ONNX"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """In this context nothing is printed of the exporter's progress."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    before = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, before, strict=True):
-                logger.setLevel(level)

@@ -75,7 +75,7 @@ def test_what_can_t_qualify_is_stopped_long_before_the_end_and_what_qualifies_is
 
 
 def test_the_chance_to_keep_up_is_that_of_a_random_sample() -> None:
-    """Of two settings that end equal, one is stopped at a look about as rarely as is said."""
+    """One of two settings that end equal is stopped at a look about as rarely as is said."""
     images, apart = 2000, 60
     for seen in racing.block_ends(images)[:-1]:
         chance = partial(racing.chance_to_keep_up, seen=seen, images=images)

@@ -1,4 +1,4 @@
-"""What runtimes' own INT8 kernels do at the extremes, which holds with and without VNNI."""
+"""INT8 kernels of the runtimes' own at the extremes, in a way that holds with and without VNNI."""
 
 from __future__ import annotations
 

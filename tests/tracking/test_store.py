@@ -751,7 +751,7 @@ def test_a_server_gets_runs_and_artifacts(
 def test_a_registered_model_answers_as_the_run_did(
     qexp: Run, composed: Callable[..., Config], checkpoint: Path, tmp_path: Path
 ) -> None:
-    """By MLflow's own loaders, in a fresh process without torch and qexp, one image at a time and all together."""
+    """MLflow's own loaders load it in a fresh process without torch and qexp, one image at a time and all together."""
     settings = ("latency=off", f"model.checkpoint={checkpoint}", "runtimes=[onnxruntime]")
     done = qexp(*settings, "tracking.log_model=flavor", "tracking.registered_model=net")
     assert done.returncode == 0, done.stderr

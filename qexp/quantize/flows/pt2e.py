@@ -9,9 +9,6 @@ those of the runtimes that read it. It takes networks that FX can't trace, and w
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import cast
 
 from torch import Tensor, fx, nn
@@ -22,6 +19,7 @@ from qexp.quantize.graph.copies import evaluation_copy, sharing_copy
 from qexp.quantize.graph.exported import exported
 from qexp.quantize.graph.placement import computed_by
 from qexp.quantize.graph.tensor_names import set_tensor, tensor_of
+from qexp.system.quiet import quiet
 
 
 class Pt2eFlow(Flow):
@@ -43,7 +41,7 @@ class Pt2eFlow(Flow):
         from qexp.quantize.torchao_backend.quantizer import PlacementQuantizer
 
         quantizer = PlacementQuantizer(spec.qconfig, spec.observer)
-        with _quiet():
+        with quiet():
             prepared = _plain(prepare_pt2e(cast(fx.GraphModule, sharing_copy(fused)), quantizer))
         _name_observed(prepared.graph)
         feed_weights(prepared)
@@ -53,7 +51,7 @@ class Pt2eFlow(Flow):
         """Return the Q/DQ program, whose weights are INT8."""
         from qexp.quantize.torchao_backend import convert_pt2e
 
-        with _quiet():
+        with quiet():
             copied = cast(fx.GraphModule, sharing_copy(prepared.module))
             return QuantizedModel(prepared, _plain(convert_pt2e(copied, fold_quantize=False)))
 
@@ -77,10 +75,3 @@ def _name_observed(graph: fx.Graph) -> None:
             set_tensor(node, f"{tensor_of(reader)}.weight")
         else:
             set_tensor(node, tensor_of(computed_by(source)))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

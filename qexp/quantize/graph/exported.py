@@ -38,15 +38,17 @@ TRANSPOSED = {one for one in CONVOLUTIONS if "transpose" in str(one)}
 LAYERS = CONVOLUTIONS | {aten.linear.default}
 CUSTOM, PLACE = "custom", "place"  # torch.export keeps what nodes have in their meta under the first
 _NORMALISED = {aten._native_batch_norm_legit_no_training.default, aten.batch_norm.default}
-_SAME = {
+# Operators that return their input's values, whatever their other arguments.
+SAME = {
     aten.alias.default,
     aten.clone.default,
     aten.contiguous.default,
     aten.detach.default,
     aten.dropout.default,
+    aten.lift_fresh.default,
     aten.lift_fresh_copy.default,
 }
-_VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
+VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 _PADDED_BY_A_WORD = {
     aten.conv1d.padding: aten.conv1d.default,
     aten.conv2d.padding: aten.conv2d.default,
@@ -109,6 +111,7 @@ def _by_torch(model: nn.Module, example: Tensor) -> fx.GraphModule:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
+    """In this context nothing is shown of what torch.export reports, by whatever logger: a refusal is raised too."""
     before = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -127,10 +130,10 @@ def _make_plain(graph: fx.Graph) -> None:
             (returned,) = node.args
             if isinstance(returned, list | tuple) and len(returned) == 1:
                 node.args = (returned[0],)
-        elif node.target in _SAME or (node.target is aten._to_copy.default and _same_type(node)):
+        elif node.target in SAME or (node.target is aten._to_copy.default and _same_type(node)):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-        elif node.target in _VIEWS:
+        elif node.target in VIEWS:
             # A view would need strides that only torch's own format of tensors has.
             source, sizes = node.args
             unknown = [isinstance(size, fx.Node) for size in sizes]

@@ -42,7 +42,7 @@ _MOVE = {
 
 @dataclass(frozen=True)
 class Sites:
-    """What is quantized.
+    """The nodes and edges of a graph that are quantized.
 
     layers: convolutions and linear layers, with the nodes of their weights; grids: tensors, where they are made (a
     node) or read (an edge), each with the one whose grid it shares, None for its own. In their order in the graph.

@@ -31,7 +31,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from qexp.quantize.calibration.grid import QUANT_MAX
 from qexp.quantize.graph.copies import sharing_copy
-from qexp.quantize.graph.exported import CUSTOM, PLACE, is_program
+from qexp.quantize.graph.exported import CUSTOM, PLACE, SAME, VIEWS, is_program
 from qexp.quantize.qdq.recording import Call, OfBatch, UnsupportedError, record
 
 aten, decomposed = torch.ops.aten, torch.ops.quantized_decomposed
@@ -40,18 +40,7 @@ TENSOR = "tensor"  # in the custom meta of nodes, which torch.export keeps
 
 _CONVS = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
 _TRANSPOSED = {1: aten.conv_transpose1d.default, 2: aten.conv_transpose2d.input, 3: aten.conv_transpose3d.input}
-# Operators that return their input's values, whatever their other arguments.
-_SAME = {
-    aten.alias.default,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.detach.default,
-    aten.dropout.default,
-    aten.lift_fresh.default,
-    aten.lift_fresh_copy.default,
-}
 _CLAMPS = {aten.relu.default, aten.clamp.default, aten.hardtanh.default, torch.ops.quantized.relu6.default}
-_VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 _TO_FLOAT = {aten.dequantize.self, aten.dequantize.tensors}
 _QUANTIZE = {aten.quantize_per_tensor.default, aten.quantize_per_tensor.tensor_qparams}
 _NOT_VALUES = {aten.q_scale.default, aten.q_zero_point.default, aten._local_scalar_dense.default}
@@ -140,7 +129,7 @@ class _Writer:
             return  # its results are constants, read where they are needed
         if _is_random(call):
             raise UnsupportedError(f"{call.place} is random")
-        if function in _SAME or (function is aten._to_copy.default and _same_type(call)):
+        if function in SAME or (function is aten._to_copy.default and _same_type(call)):
             self._alias(call.result, call.given)
         elif function in _TO_FLOAT:
             self._dequantized(call)
@@ -208,7 +197,7 @@ class _Writer:
         function, given = call.function, dict(call.given)
         if function is aten.quantized_max_pool2d.default:
             function = aten.max_pool2d.default
-        if function in _VIEWS:
+        if function in VIEWS:
             # A view of the float tensor would need strides that only the quantized one has.
             function, sizes = aten.reshape.default, next(value for name, value in given.items() if name != "self")
             given = {"self": given["self"], "shape": _without_arithmetic(sizes)}
@@ -457,7 +446,7 @@ def _add(a: Any, b: int) -> Any:
 
 
 def _is_random(call: Call) -> bool:
-    if torch.Tag.nondeterministic_seeded not in call.function.tags or call.function in _SAME:
+    if torch.Tag.nondeterministic_seeded not in call.function.tags or call.function in SAME:
         return False
     defaults = {one.name: one.default_value for one in call.function._schema.arguments if one.has_default_value()}
     return bool({**defaults, **call.given}.get("dropout_p", True))
