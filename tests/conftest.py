@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from qexp.config import conversion, schema
 from qexp.config.composition import CONF
 from tests.helpers import ROOT
-from tests.helpers.stores import empty, postgres, server  # noqa: F401
+from tests.helpers.stores import empty, line, postgres, server  # noqa: F401
 
 IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 

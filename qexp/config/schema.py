@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -376,9 +376,13 @@ class Cache:
 
 @dataclass
 class Connection:
+    """timeout: seconds to wait for a server's first answer; patience: seconds for which one that has answered is waited
+    for when it can't be reached."""
+
     uri: str | None
     experiment: str | None
     timeout: float
+    patience: float = field(default=600.0, kw_only=True)  # a default, for configurations saved before this setting
 
 
 @dataclass

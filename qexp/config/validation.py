@@ -75,7 +75,11 @@ def _check_ranges(config: Config) -> None:
     for name, value in positive.items():
         if value is not None and not value > 0:
             raise ConfigError(f"{name}={value}: must be {NULLS.get(name, 'positive')}.")
-    counts = {"saturation.exact_images": config.saturation.exact_images, "per_layer.images": config.per_layer.images}
+    counts: dict[str, float] = {
+        "saturation.exact_images": config.saturation.exact_images,
+        "per_layer.images": config.per_layer.images,
+        "tracking.patience": config.tracking.patience,
+    }
     for name, count in counts.items():
         if count < 0:
             raise ConfigError(f"{name}={count}: must be 0 or more.")

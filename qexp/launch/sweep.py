@@ -112,6 +112,7 @@ def prepare(master: DictConfig, composer: Composer, planned: Sequence[Planned]) 
     for name in experiments:
         tracking.check_experiment(store, name)
     warn_of_ignored_variables(sweep=True)
+    tracking.send_unsent(store, Path(first.config.outputs))
     close_orphans(store)
     return Place(master, composer, store, experiments, folder)
 
@@ -173,6 +174,8 @@ def opened(place: Place, launcher: Any, first: Job, total: str) -> Iterator[Swee
     first: one of its jobs; total: how many there are, in words. Exits with status 1 where a job failed, and with 128 +
     the signal's number where it was stopped.
     """
+    from qexp import tracking
+
     folders.save_beside(place.folder / "multirun.yaml", as_yaml(place.master))
     title = " ".join(dict.fromkeys((tags(first).get("experiment", "sweep"), first.config.study or place.folder.name)))
     try:
@@ -194,6 +197,7 @@ def opened(place: Place, launcher: Any, first: Job, total: str) -> Iterator[Swee
         raise
     finally:
         folders.remove_unused(place.folder, place.claimed)
+        tracking.send_unsent(place.store, Path(first.config.outputs))
         rows = sweep.rows()
         if status == "FINISHED" and any(row.status != "FINISHED" for row in rows):
             status, code = "FAILED", 1

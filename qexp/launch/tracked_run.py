@@ -48,6 +48,7 @@ def run_single(job: Job) -> float | None:
         folders.check_free("hydra.sweep.subdir", job.folder)
     job_process.start_server()
     store = tracking.connect(job.config.tracking, Path(job.config.outputs), job.cwd)
+    tracking.send_unsent(store, Path(job.config.outputs))
     close_orphans(store)
     earlier = find_earlier(store, job)
     if earlier:
@@ -105,7 +106,7 @@ def check_here(job: Job) -> None:
     threads, cores, here = job.config.compute.threads, machine.allowed_cores(), machine.host()
     if threads > cores:
         log.warning("compute.threads=%d: %s has %d cores for this job, which they share.", threads, here, cores)
-    store = tracking.connect(job.config.tracking, Path(job.config.outputs), job.cwd)
+    store = tracking.connect(job.config.tracking, Path(job.config.outputs), job.cwd, known=True)
     sweep, _ = tracking.find(store, job.config.tracking.parent or "")
     if sweep.tags.get("host") == here:
         return
@@ -127,7 +128,8 @@ def track(job: Job, swept: Collection[str] = ()) -> Generator[JobProcess, Result
     from qexp import tracking
 
     validation.check(job.config, swept)
-    store = tracking.connect(job.config.tracking, Path(job.config.outputs), job.cwd)
+    store = tracking.connect(job.config.tracking, Path(job.config.outputs), job.cwd, known=True)
+    tracking.send_unsent(store, Path(job.config.outputs))
     with tracking.start_run(
         store,
         experiment=store.experiment_name(job.choices["dataset"]),
@@ -158,7 +160,8 @@ def track(job: Job, swept: Collection[str] = ()) -> Generator[JobProcess, Result
                 where = f"MLFLOW_TRACKING_URI={masked(store.uri)}"
                 log.info("MLflow serves the INT8 model: %s mlflow models serve -m %s --env-manager local", where, uri)
         used = [tracking.DatasetUse(**use) for use in result.datasets]
-        handle.log_result(result.metrics, found, files, used, result.resolved)
+        outcome = tracking.Outcome(result.metrics, found, files, used, result.resolved)
+        tracking.deliver(handle, outcome, Path(job.config.outputs))
     params = {**job.params, **result.resolved}
     row = RunRecord(handle.id, job.name, "FINISHED", params=params, metrics=result.metrics, tags={**tags(job), **found})
     return row, handle

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# Of a server that is there and can't answer now.
+BUSY = {"TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED"}
+
 
 def sentence(error: BaseException) -> str:
     """An error in one line, without credentials: ours as they are, others with their type before them."""
@@ -32,6 +35,9 @@ def refused(store: Store, what: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, requests.RequestException) as error:
+        if is_lost(error):
+            shown = masked(store.uri)
+            raise InputError(f"MLflow at {shown} can't be reached for {what} ({root_cause(error)}).") from error
         raise InputError(f"MLflow at {masked(store.uri)} refuses {what}: {first_line(error)}.") from error
 
 
@@ -77,6 +83,34 @@ def root_cause(error: BaseException) -> str:
         error = cause
     text = str(getattr(error, "strerror", None) or error)
     return text.strip().split("\n")[0].rstrip(".")
+
+
+def is_lost(error: BaseException | None) -> bool:
+    """True if an error is of a server that could not be reached, has not answered, or can't now."""
+    return any(
+        isinstance(one, requests.ConnectionError | requests.Timeout | requests.exceptions.ChunkedEncodingError)
+        or is_answered(one)
+        for one in _causes(error)
+    )
+
+
+def is_answered(error: BaseException) -> bool:
+    """True for answers such as 503, which proxies give for a server too."""
+    return any(
+        isinstance(one, requests.exceptions.RetryError) or (isinstance(one, MlflowException) and one.error_code in BUSY)
+        for one in _causes(error)
+    )
+
+
+def is_refused(error: BaseException) -> bool:
+    """True if no connection was made, so that no request was sent."""
+    return any(isinstance(one, ConnectionRefusedError) for one in _causes(error))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def in_thread(call: Callable[[], T]) -> Future[T]:

@@ -11,7 +11,7 @@ import time
 import traceback
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -29,9 +29,9 @@ from mlflow.types.schema import Schema, TensorSpec
 from qexp.errors import InputError, RunError, without_values
 from qexp.metrics import Metric as MetricName
 from qexp.records import PARENT_TAG, RunRecord
-from qexp.system import machine
+from qexp.system import machine, machine_lock
 from qexp.system.credentials import masked
-from qexp.tracking.errors import first_line, in_thread, refused, root_cause, sentence
+from qexp.tracking.errors import first_line, in_thread, is_lost, refused, root_cause, sentence
 from qexp.tracking.query import has_process, record_of
 from qexp.tracking.store import Store, check_client, check_experiment, experiment_id_of
 from qexp.tracking.values import (
@@ -98,11 +98,13 @@ class Run:
         artifacts: Mapping[str, Path | str | Mapping[str, Any] | Sequence[Any]] | None = None,
         datasets: Sequence[DatasetUse] = (),
         params: Mapping[str, str] | None = None,
+        at: int | None = None,
     ) -> None:
         """Log what came out, in few requests.
 
         metrics: those that are not finite are left out, and named in the tag `not_finite`.
         artifacts: by path in the run: a file or folder, or a text, or something to write as JSON.
+        at: the metrics' time in ms since the epoch, now by default; with the same one they can be logged again.
         Raises RunError if the store does not take it.
         """
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
@@ -111,7 +113,7 @@ class Run:
         if left_out:
             all_tags["not_finite"] = ", ".join(f"{name}={value}" for name, value in left_out.items())
         with self._taking("the results"):
-            self._log_batch(finite, params, all_tags)
+            self._log_batch(finite, params, all_tags, at)
             if datasets:
                 self._log_inputs([_dataset_input(use) for use in datasets])
         self.log_artifacts({**long_params(params or {}), **(artifacts or {})})
@@ -216,9 +218,10 @@ class Run:
         metrics: Mapping[str, float] | None = None,
         params: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
+        at: int | None = None,
     ) -> None:
         """All in one request, where MLflow takes as many params in one."""
-        now = int(time.time() * 1000)
+        now = at or int(time.time() * 1000)
         named = [Param(name, value) for name, value in cut_params(params or {}).items()]
         self.store.client.log_batch(
             self.id,
@@ -242,7 +245,7 @@ class Run:
                     raise
 
     def _end(self, status: str) -> None:
-        if self.status == "RUNNING":
+        if self.status in ("RUNNING", "UNSENT"):
             self.store.client.set_terminated(self.id, status)
             self.status = status
 
@@ -270,8 +273,9 @@ class Run:
         try:
             yield
         except (MlflowException, requests.RequestException, OSError) as error:
+            reason = root_cause(error) if is_lost(error) else first_line(error)
             raise RunError(
-                f"MLflow at {masked(self.store.uri)} did not take {what} of run {self.name}: {first_line(error)}."
+                f"MLflow at {masked(self.store.uri)} did not take {what} of run {self.name}: {reason}."
             ) from error
 
 
@@ -384,7 +388,10 @@ def _opened(store: Store, call: Callable[[], MlflowRun]) -> Run:
     """The run that `call` opens; none is left open after an interrupt."""
     opened = in_thread(call)
     try:
-        return Run(store, opened.result())
+        with suppress(TimeoutError):
+            opened.exception(timeout=1)
+        with nullcontext() if opened.done() else machine_lock.released():  # it waits for a lost server
+            return Run(store, opened.result())
     except BaseException:
         # An interrupt while the store was opening the run, whose id only the thread may know.
         if not opened.done() or opened.exception() is None:

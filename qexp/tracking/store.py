@@ -13,7 +13,7 @@ import urllib.parse
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import requests
 from mlflow import MlflowClient
@@ -28,6 +28,7 @@ from qexp.system import credentials
 from qexp.system.credentials import masked
 from qexp.tracking.databases import BESIDE_TAG, DATABASES, open_database, open_sqlite, sqlite_path
 from qexp.tracking.errors import first_line, in_thread, of_proxy, refused, root_cause, unusable, variables_in
+from qexp.tracking.patience import PatientClient
 
 T = TypeVar("T")
 
@@ -57,6 +58,10 @@ class Store:
     experiment: str | None
     client: MlflowClient = field(repr=False, compare=False)
 
+    @property
+    def is_server(self) -> bool:
+        return self.uri.startswith("http")
+
     def experiment_name(self, dataset: str) -> str:
         """Name of the experiment for runs on this data set: `qexp/<dataset>` unless another was asked for."""
         return self.experiment or f"qexp/{dataset}"
@@ -74,11 +79,13 @@ def connect_existing(tracking: schema.Connection, outputs: Path, folder: Path | 
     return connect(tracking, outputs, folder)
 
 
-def connect(tracking: schema.Connection, outputs: Path, folder: Path | None = None) -> Store:
+def connect(tracking: schema.Connection, outputs: Path, folder: Path | None = None, *, known: bool = False) -> Store:
     """The store that the settings, or else MLflow's own environment variables, name; by default one in `outputs`.
 
     outputs: folder for everything that is written, made if missing. folder: what a relative SQLite path is relative
-    to (the current folder by default). Raises InputError where the store can't be used: nothing has been run then.
+    to (the current folder by default). known: True where the server has answered this sweep or run before: it is waited
+    for like any server in use (see `PatientClient`). Raises InputError where the store can't be used: nothing has been
+    run then.
     """
     outputs = _make_folder(outputs)
     # An empty variable is one that somebody meant to unset.
@@ -94,7 +101,8 @@ def connect(tracking: schema.Connection, outputs: Path, folder: Path | None = No
     elif scheme == "sqlite":
         uri = open_sqlite(sqlite_path(uri, folder or Path.cwd(), setting), outputs / "artifacts", f"{setting}={uri}")
     elif scheme in ("http", "https"):
-        _probe(uri, setting, tracking.timeout)
+        if not known:
+            _probe(uri, setting, tracking.timeout)
         artifacts = None
     elif scheme in ("", "file") or len(scheme) == 1:  # one letter is a Windows drive
         raise InputError(
@@ -109,6 +117,8 @@ def connect(tracking: schema.Connection, outputs: Path, folder: Path | None = No
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     except (MlflowException, OSError, ImportError, ValueError) as error:
         raise unusable(error, f"{setting}={masked(uri)}" if given else f"outputs={outputs}") from error
+    if scheme in ("http", "https"):
+        client = cast(MlflowClient, PatientClient(client, uri, tracking.patience))
     named = os.environ.get("MLFLOW_EXPERIMENT_NAME", "").strip()
     experiment = tracking.experiment or named or _experiment_by_id(client)
     beside = uri == f"sqlite:///{outputs / 'mlflow.db'}"

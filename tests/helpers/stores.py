@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import importlib.util
 import os
 import shutil
@@ -11,9 +12,12 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +53,19 @@ def server(empty: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
     """A tracking server that stores artifacts itself: its address, and its folder of artifacts."""
     folder = tmp_path_factory.mktemp("server")
     shutil.copy(empty, folder / "server.db")
-    uri = f"sqlite:///{folder / 'server.db'}"
-    port = free_port()
-    command = ["server", "--backend-store-uri", uri, "--artifacts-destination", str(folder / "kept")]
+    with serving(f"sqlite:///{folder / 'server.db'}", folder, free_port()) as address:
+        yield address, folder / "kept"
+
+
+@contextlib.contextmanager
+def serving(database: str, folder: Path, port: int) -> Iterator[str]:
+    """Within the context an `mlflow server` runs, which is killed at its end; yields its address.
+
+    It keeps artifacts in `folder`/kept.
+    """
+    command = ["server", "--backend-store-uri", database, "--artifacts-destination", str(folder / "kept")]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    with (folder / "log").open("w") as log:
+    with (folder / "log").open("a") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "mlflow", *command], cwd=folder, stdout=log, stderr=log, start_new_session=True
         )
@@ -70,7 +82,7 @@ def server(empty: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
                 time.sleep(0.2)
         else:
             pytest.fail((folder / "log").read_text()[-2000:])
-        yield address, folder / "kept"
+        yield address
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -149,3 +161,63 @@ def sweeps_of(folder: Path, study: str | None = None) -> list[dict[str, Any]]:
     """The parent runs of sweeps."""
     runs = [run for run in table(folder) if tracking.SWEEP_TAG in run["tags"]]
     return [run for run in runs if study is None or run["tags"].get("study") == study]
+
+
+class Line:
+    """A connection to a server that can be cut and mended, as when it is restarted.
+
+    address: in place of the server's own; drop_answers: so many requests reach the server, and their answers are lost.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._server = urllib.parse.urlsplit(address)
+        self._port = free_port()
+        self._listening: ThreadingHTTPServer | None = None
+        self.address = f"http://127.0.0.1:{self._port}"
+        self.drop_answers = 0
+        self.mend()
+
+    def cut(self) -> None:
+        assert self._listening is not None
+        self._listening.shutdown()
+        self._listening.server_close()
+        self._listening = None
+
+    def mend(self) -> None:
+        line = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                connection = http.client.HTTPConnection(str(line._server.hostname), line._server.port)
+                headers = {name: value for name, value in self.headers.items() if name.lower() != "host"}
+                connection.request(self.command, self.path, body, headers)
+                answer = connection.getresponse()
+                content = answer.read()
+                connection.close()
+                if line.drop_answers:
+                    line.drop_answers -= 1
+                    return
+                self.send_response(answer.status)
+                for name, value in answer.getheaders():
+                    if name.lower() not in ("transfer-encoding", "content-length", "date", "server"):
+                        self.send_header(name, value)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            do_POST = do_PUT = do_PATCH = do_DELETE = do_GET
+
+            def log_message(self, format: str, *args: object) -> None: ...
+
+        self._listening = ThreadingHTTPServer(("127.0.0.1", self._port), Handler)
+        threading.Thread(target=self._listening.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+
+@pytest.fixture
+def line(server: tuple[str, Path]) -> Iterator[Line]:
+    """A line to the tracking server that can be cut."""
+    made = Line(server[0])
+    yield made
+    if made._listening is not None:
+        made.cut()
