@@ -8,6 +8,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from qexp import tracking
 from qexp.errors import InputError
 from qexp.tracking import databases
 from tests.helpers import ROOT
-from tests.helpers.stores import FIRST, GROUP, NEEDS_POSTGRES, SECOND, as_user, settings
+from tests.helpers.stores import FIRST, GROUP, NEEDS_POSTGRES, SECOND, as_user, free_port, serving, settings
 
 RUN = ["-m", "qexp", "model=tiny", "train=fast", "latency=off"]
 
@@ -116,3 +117,63 @@ def test_first_starts_on_an_empty_server_at_the_same_time_all_succeed(postgres: 
     assert said == ["", "", ""]
     store = tracking.connect(settings(postgres), tmp_path)
     assert len(store.client.search_runs([store.client.get_experiment_by_name("qexp/digits").experiment_id])) == 3
+
+
+WRITERS, EACH = 8, 3
+WRITE = """
+import multiprocessing, sys
+from pathlib import Path
+from qexp import tracking
+from tests.helpers.stores import begin, settings
+
+def write(number, parent, address, outputs):
+    store = tracking.connect(settings(address), Path(outputs))
+    uses = [tracking.DatasetUse("images", "d", "here", "evaluation")]
+    file = Path(outputs) / f"{number}.txt"
+    file.write_text(f"of {number}")
+    for repeat in range(int(sys.argv[4])):
+        with begin(store, f"{number}.{repeat}", parent, **{f"p{i}": str(number) for i in range(40)}) as run:
+            metrics = {f"m{i}": float(100 * number + i) for i in range(40)}
+            tags = {f"t{i}": "x" for i in range(30)}
+            tracking.deliver(run, tracking.Outcome(metrics, tags, {"a/b.txt": file}, uses, {"q": "1"}), Path(outputs))
+
+address, outputs = sys.argv[1:3]
+store = tracking.connect(settings(address), Path(outputs))
+with tracking.open_parent(store, experiment="qexp/digits", name="sweep", tags={}) as parent:
+    forked = multiprocessing.get_context("fork")
+    given = [(number, parent.id, address, outputs) for number in range(int(sys.argv[3]))]
+    writers = [forked.Process(target=write, args=each) for each in given]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0] * len(writers)
+    print(parent.id)
+"""
+
+
+@pytest.mark.slow
+@NEEDS_POSTGRES
+def test_eight_processes_write_through_a_server_on_postgresql(postgres: str, tmp_path: Path) -> None:
+    """Each run is there once, whole, with its file, though all record the same data set for the first time at once."""
+    with serving(postgres, tmp_path, free_port()) as address:
+        done = subprocess.run(
+            [sys.executable, "-c", WRITE, address, str(tmp_path), str(WRITERS), str(EACH)],
+            cwd=ROOT, capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        store = tracking.connect(settings(address), tmp_path)
+        rows = tracking.children(store, done.stdout.strip())
+        names = {f"{number}.{repeat}": 1 for number in range(WRITERS) for repeat in range(EACH)}
+        assert Counter(row.name for row in rows) == names
+        for row in rows:
+            number = int(row.name.partition(".")[0])
+            assert row.status == "FINISHED"
+            assert row.params == {**{f"p{i}": str(number) for i in range(40)}, "q": "1"}
+            assert row.metrics == {f"m{i}": float(100 * number + i) for i in range(40)}
+            assert (tmp_path / "kept" / row.artifacts.partition(":/")[2] / "a" / "b.txt").read_text() == f"of {number}"
+        run = store.client.get_run(rows[0].run_id)
+        assert len(run.inputs.dataset_inputs) == 1
+    assert not list((tmp_path / "unsent").iterdir())
+    said = [line for line in done.stderr.splitlines() if "can't be reached" not in line and "is back" not in line]
+    assert said == []
