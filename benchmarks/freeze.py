@@ -32,6 +32,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from tqdm import tqdm
 
+from benchmarks.speed import TORCHS
+
 RUNS = {
     "default": ["model=tiny"],
     "per_tensor": ["model=tiny", "qconfig=per_tensor"],
@@ -95,7 +97,7 @@ def recorded(overrides: list[str], outputs: Path, checkpoints: Path) -> dict[str
     checkpoints.mkdir(exist_ok=True)
     (outputs / "checkpoints").symlink_to(checkpoints)
     quiet = [] if any(override.startswith("latency=") for override in overrides) else ["latency=off"]
-    command = [sys.executable, "-m", "qexp", "train=fast", f"outputs={outputs}", *quiet, *overrides]
+    command = [sys.executable, "-m", "qexp", "train=fast", f"outputs={outputs}", TORCHS, *quiet, *overrides]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stderr[-2000:]}")

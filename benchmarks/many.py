@@ -18,7 +18,7 @@ import psutil
 from tqdm import tqdm
 
 from benchmarks.size import sized
-from benchmarks.speed import composed
+from benchmarks.speed import TORCHS, composed
 from benchmarks.study import ROOT, listed, steps
 from qexp.config.schema import Config
 from qexp.launch import job_process
@@ -29,7 +29,15 @@ EDGE = sized(50, 3)  # runs at the start, after the first few, and at the end, t
 FIRST = sized(5, 2)
 HYDRAS = sized(50, 4)
 ALONE = sized(10, 1)
-SMALLEST = ("model=tiny", "train=fast", "latency=off", "per_layer.images=0", "saturation.exact_images=0", "calib=small")
+SMALLEST = (
+    "model=tiny",
+    "train=fast",
+    "latency=off",
+    "per_layer.images=0",
+    "saturation.exact_images=0",
+    "calib=small",
+    TORCHS,
+)
 # The steps of a run that aren't the model's: loading images, writing files.
 RECORDS = ("load data", "result", OTHER)
 

@@ -41,10 +41,15 @@ OBSERVERS = {
 }
 
 
+TORCHS = "runtimes=[eager,eager_channels_last,torchscript]"  # what the steps that are compared with torch's need
+
+
 def composed(outputs: str, *overrides: str) -> Config:
     """The configuration of one job, with a float model that trains in seconds."""
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return conversion.from_hydra(compose("config", [f"outputs={outputs}", "train=fast", *overrides]), outputs)
+        return conversion.from_hydra(
+            compose("config", [f"outputs={outputs}", "train=fast", TORCHS, *overrides]), outputs
+        )
 
 
 def seconds(call: Callable[[], object]) -> float:

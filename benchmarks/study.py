@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.size import sized
-from benchmarks.speed import composed, seconds
+from benchmarks.speed import TORCHS, composed, seconds
 from qexp import quantize
 from qexp.config import conversion
 from qexp.config.schema import Config
@@ -78,7 +78,7 @@ def study(outputs: str) -> None:
     kept = Path(outputs) / "study"
     fixed = (
         "dataset=imagefolder", f"dataset.root={data}", f"model.checkpoint={checkpoint}",
-        "latency=quick", "qconfig.overflow=activations",
+        "latency=quick", "qconfig.overflow=activations", TORCHS,
     )  # fmt: skip
     # Of runs of their own, elsewhere, one for each kind of kernels, and between all else: a shared machine is not
     # equally fast at all times. (The system has read the image files by then, so both sides find them in its memory.)

@@ -15,6 +15,7 @@ from hydra import compose, initialize_config_dir
 from qexp.config import conversion, schema
 from qexp.config.composition import CONF
 from tests.helpers import ROOT
+from tests.helpers.cli import in_torch
 from tests.helpers.stores import empty, line, postgres, server  # noqa: F401
 
 IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ
@@ -61,7 +62,7 @@ def composed(tmp_path: Path) -> Iterator[Callable[..., schema.Config]]:
     """composed(*overrides) -> the typed configuration that Hydra would hand to a job."""
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         yield lambda *overrides: conversion.from_hydra(
-            compose("config", [f"outputs={tmp_path / 'outputs'}", *overrides]), str(tmp_path)
+            compose("config", [f"outputs={tmp_path / 'outputs'}", *in_torch(overrides), *overrides]), str(tmp_path)
         )
 
 
@@ -70,7 +71,8 @@ def qexp(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """qexp(*arguments) -> `python -m qexp` with them, on the smallest model, in an empty folder."""
 
     def run(*arguments: str, small: bool = True, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        defaults = ["model=tiny", "train=fast", "latency=quick", "latency.seconds=0.2"] if small else []
+        fast = ["model=tiny", "train=fast", "latency=quick", "latency.seconds=0.2"]
+        defaults = [*fast, *in_torch(arguments)] if small else []
         given = {argument.partition("=")[0] for argument in arguments}
         kept = [default for default in defaults if default.partition("=")[0] not in given]
         return subprocess.run(

@@ -14,7 +14,7 @@ import pytest
 
 from qexp.config.command_line import options_first
 from tests.helpers import ROOT
-from tests.helpers.cli import Run, runs
+from tests.helpers.cli import TORCHS, Run, runs
 
 
 def test_one_run_and_then_a_sweep_with_the_same_float_model(qexp: Run, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def bring(folder: Path) -> None:
 def test_a_stopped_sweep_leaves_no_run_open_and_says_how_to_go_on(
     tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    arguments = ["model=tiny", "train=fast", "latency=off", "calib.seed=range(40)", "-m"]
+    arguments = ["model=tiny", "train=fast", "latency=off", TORCHS, "calib.seed=range(40)", "-m"]
     process = subprocess.Popen(
         [sys.executable, "-m", "qexp", *arguments],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
@@ -176,7 +176,7 @@ def test_a_stopped_single_run_ends_as_killed_and_says_how_to_repeat_it(
     tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "qexp", "model=tiny", "train=fast", "latency=quick", "latency.seconds=60"],
+        [sys.executable, "-m", "qexp", "model=tiny", "train=fast", "latency=quick", "latency.seconds=60", TORCHS],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip

@@ -29,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 import qexp
 from qexp.config import identity
+from qexp.config.conversion import runtimes
 from qexp.config.identity import GROUPS
 from qexp.config.schema import Config, ExportCommand, ReportCommand
 from qexp.errors import ConfigError
@@ -285,7 +286,7 @@ def defaults() -> dict[str, str]:
     fields of these, and the other settings."""
     whole = _plain(CONF / "config.yaml")
     choices = {name: choice for entry in whole["defaults"] if isinstance(entry, dict) for name, choice in entry.items()}
-    params = identity.texts(whole)
+    params = identity.texts({**whole, "runtimes": runtimes(whole["runtimes"])})
     for group in GROUPS:
         params |= {group: str(choices[group])} | identity.texts(
             {group: _plain(CONF / group / f"{choices[group]}.yaml")}

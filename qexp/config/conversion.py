@@ -19,7 +19,7 @@ def from_hydra(composed: Any, cwd: str) -> Config:
     Raises ConfigError where a value that has no default is missing.
     """
     config: Config = _typed(composed, Config)
-    config.runtimes = _runtimes(config.runtimes)
+    config.runtimes = runtimes(config.runtimes)
     config.outputs = absolute(config.outputs, cwd)
     for group, key in ((config.model, "checkpoint"), (config.dataset, "root")):
         if isinstance(group.get(key), str):
@@ -88,11 +88,11 @@ def from_plain(values: Mapping[str, Any]) -> Config:
         if said:
             raise ConfigError(said)
     config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), dict(values)))  # type: ignore[assignment]
-    config.runtimes = _runtimes(config.runtimes)
+    config.runtimes = runtimes(config.runtimes)
     return config
 
 
-def _runtimes(asked: Any) -> list[RuntimeName]:
+def runtimes(asked: Any) -> list[RuntimeName]:
     """The runtimes of the setting `runtimes`: auto, or a list of names. Raises ConfigError for anything else."""
     if asked == "auto":
         return RuntimeName.auto()

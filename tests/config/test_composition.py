@@ -392,7 +392,7 @@ def test_what_hydra_reads_or_refuses_by_itself_is_left_to_it_and_no_password_is_
 
 
 def test_the_defaults_are_the_params_of_a_run_without_overrides(composed: Callable[..., Config]) -> None:
-    params, found = identity.params(composed(), defaults(), {}), defaults()
+    params, found = identity.params(composed("runtimes=auto"), defaults(), {}), defaults()
     assert {*identity.GROUPS, "qconfig.overflow", "calib.batches", "engine"} <= found.keys()
     for name in found.keys() & params.keys():
         # A number is written as 3 and has the type that says 3.0.

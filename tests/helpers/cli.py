@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import sqlite3
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-SMALL = ("model=tiny", "train=fast", "latency=off")
+TORCHS = "runtimes=[eager,eager_channels_last,torchscript]"
+"""For tests that are not about runtimes: to write ONNX files, as the default does, takes seconds."""
+SMALL = ("model=tiny", "train=fast", "latency=off", TORCHS)
+
+
+def in_torch(arguments: Iterable[str]) -> list[str]:
+    """`TORCHS`, unless these arguments choose runtimes."""
+    return (
+        []
+        if any(one.startswith(("runtimes=", "latency=publish", "experiment=ship")) for one in arguments)
+        else [TORCHS]
+    )
 
 
 def runs(folder: Path) -> list[tuple[str, str]]:

@@ -25,6 +25,7 @@ from qexp.pipeline.run import run_experiment
 from qexp.records import PARTED_TAG, Result
 from qexp.system import machine
 from tests.helpers import ROOT
+from tests.helpers.cli import TORCHS
 
 Composed = Callable[..., schema.Config]
 Job = Callable[..., tuple[schema.Config, Result]]
@@ -147,7 +148,7 @@ def test_two_sweeps_at_once_time_one_after_the_other_and_survive_a_killed_holder
     arguments = [
         "model=tiny", f"model.checkpoint={checkpoint}", "latency=standard", "latency.seconds=0.3",
         "latency.warmup_seconds=0.05", "latency.reuse=false", "calib.seed=0,1", "saturation.exact_images=0",
-        "per_layer.images=0", "-m",
+        "per_layer.images=0", TORCHS, "-m",
     ]  # fmt: skip
     with subprocess.Popen([sys.executable, "-c", held], stdout=subprocess.PIPE, env=env) as holder:
         assert holder.stdout is not None

@@ -21,6 +21,7 @@ from qexp.launch.search_space import SearchSpace, space_of
 from qexp.launch.trials import Trials
 from qexp.system import credentials
 from tests.helpers import ROOT
+from tests.helpers.cli import TORCHS
 from tests.helpers.jobs import wait_until
 from tests.helpers.planted import question
 from tests.helpers.stores import jobs_of, sweeps_of
@@ -105,6 +106,7 @@ def test_a_search_that_is_killed_goes_on_as_if_it_had_not_been(checkpoint: Path,
     given = [
         "model=tiny", f"model.checkpoint={checkpoint}", "per_layer.images=0", "saturation.exact_images=0", "study=s",
         "observer=minmax,mse", "calib.batches=2,4", "qconfig.weight.bits=range(3,7)", *SEARCH, "hydra.sweeper.seed=5",
+        TORCHS,
     ]  # fmt: skip
 
     def start(folder: Path, count: int) -> subprocess.Popen[str]:

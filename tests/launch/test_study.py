@@ -31,6 +31,7 @@ from qexp.config.schema import Config
 from qexp.launch import study
 from qexp.system import cache
 from tests.helpers import ROOT
+from tests.helpers.cli import TORCHS
 from tests.helpers.stores import jobs_of, settings, sweeps_of, table
 
 Composed = Callable[..., Config]
@@ -319,7 +320,10 @@ def test_a_study_goes_on_where_it_stopped_and_runs_again_what_has_changed(qexp: 
     assert len(sweeps_of(tmp_path)) == 2
 
 
-FAST = ("model=tiny", "latency=off", "qconfig.overflow=activations", "saturation.exact_images=0", "per_layer.images=0")
+FAST = (
+    "model=tiny", "latency=off", "qconfig.overflow=activations", "saturation.exact_images=0", "per_layer.images=0",
+    TORCHS,
+)  # fmt: skip
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:

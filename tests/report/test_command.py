@@ -19,7 +19,7 @@ from qexp import statistics, tracking
 from qexp.config.composition import CONF
 from qexp.report.__main__ import readable
 from tests.helpers import ROOT
-from tests.helpers.cli import Run
+from tests.helpers.cli import TORCHS, Run
 from tests.helpers.stores import settings
 
 Report = Callable[..., subprocess.CompletedProcess[str]]
@@ -165,7 +165,7 @@ def _number(text: str) -> float:
 
 # The tutorial's own wants CIFAR-10, which is on no machine of the tests; here it is on the embedded default too.
 STUDIES = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
-EMBEDDED = ("model=tiny", "dataset=digits", "train=fast", "latency=off", "per_layer.images=16")
+EMBEDDED = ("model=tiny", "dataset=digits", "train=fast", "latency=off", "per_layer.images=16", TORCHS)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import ROOT
-from tests.helpers.cli import SMALL, runs
+from tests.helpers.cli import SMALL, TORCHS, runs
 
 PRINTS = """
 import sys
@@ -145,7 +145,7 @@ def test_a_closed_terminal_ends_a_run_as_killed_unless_it_was_told_to_go_on(
     from tests.helpers.jobs import wait_until
 
     with subprocess.Popen(
-        [sys.executable, "-m", "qexp", "model=tiny", "train=fast", "latency=quick", "latency.seconds=3"],
+        [sys.executable, "-m", "qexp", "model=tiny", "train=fast", "latency=quick", "latency.seconds=3", TORCHS],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGHUP, before),

@@ -17,9 +17,10 @@ from qexp import tracking
 from qexp.errors import InputError
 from qexp.tracking import databases
 from tests.helpers import ROOT
+from tests.helpers.cli import SMALL
 from tests.helpers.stores import FIRST, GROUP, NEEDS_POSTGRES, SECOND, as_user, free_port, serving, settings
 
-RUN = ["-m", "qexp", "model=tiny", "train=fast", "latency=off"]
+RUN = ["-m", "qexp", *SMALL]
 
 
 @pytest.fixture(scope="module")
