@@ -183,9 +183,11 @@ class Top1:
         )  # fmt: skip
 
 
-SAME_TAG = "runtimes.same"
 PARENT_TAG = "mlflow.parentRunId"
+SAME_TAG = "runtimes.same"
 """The tag of the groups of INT8 runtimes whose logits are equal bit for bit: `eager torchscript; inductor`."""
+SIMULATED_TAG = "simulated"
+"""The tag, `true`, of a run whose quantized model is simulated in float, since no kernels hold its bits."""
 PARTED_TAG = "runtimes.parted"
 """The tag of the runtimes whose INT8 logits have parted from torch's, separated by spaces."""
 
@@ -278,6 +280,7 @@ class WarningCode(StrEnum):
     """The kinds of warnings about a run's numbers, in the order in which they are listed."""
 
     data_set_for_trying = "data_set_for_trying"
+    simulated = "simulated"
     one_model_a_thread = "one_model_a_thread"
     timing_untrusted = "timing_untrusted"
     int8_slower = "int8_slower"

@@ -78,6 +78,8 @@ def target_accuracy(
     everything, module = np.arange(len(executed.labels)), int8.module
     here, there = kernels.here, kernels.there
     plain = TargetAccuracy(AccuracySource.executed, everything, executed, SaturationStatus.impossible)
+    if config.qconfig.simulated:
+        return plain
     if not config.flow.executed_by_torch:  # which layers saturate can't be seen
         guarded = int8.qconfig.overflow is not Overflow.none
         return plain if guarded or not here | there else replace(plain, saturation=SaturationStatus.possible)

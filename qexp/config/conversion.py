@@ -19,7 +19,8 @@ def from_hydra(composed: Any, cwd: str) -> Config:
     Raises ConfigError where a value that has no default is missing.
     """
     config: Config = _typed(composed, Config)
-    config.runtimes = runtimes(config.runtimes)
+    config.runtimes = runtimes(config.runtimes, config.qconfig.simulated)
+    config.latency.enabled = config.latency.enabled and not config.qconfig.simulated
     config.outputs = absolute(config.outputs, cwd)
     for group, key in ((config.model, "checkpoint"), (config.dataset, "root")):
         if isinstance(group.get(key), str):
@@ -88,14 +89,17 @@ def from_plain(values: Mapping[str, Any]) -> Config:
         if said:
             raise ConfigError(said)
     config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), dict(values)))  # type: ignore[assignment]
-    config.runtimes = runtimes(config.runtimes)
+    config.runtimes = runtimes(config.runtimes, config.qconfig.simulated)
     return config
 
 
-def runtimes(asked: Any) -> list[RuntimeName]:
-    """The runtimes of the setting `runtimes`: auto, or a list of names. Raises ConfigError for anything else."""
+def runtimes(asked: Any, simulated: bool = False) -> list[RuntimeName]:
+    """The runtimes of the setting `runtimes`: auto, or a list of names. Raises ConfigError for anything else.
+
+    simulated: as in `QConfig`.
+    """
     if asked == "auto":
-        return RuntimeName.auto()
+        return [one for one in RuntimeName if one.simulates] if simulated else RuntimeName.auto()
     names = asked if isinstance(asked, list) else [asked]
     if not isinstance(asked, list) or not set(map(str, names)) <= set(RuntimeName):
         shown = f"[{','.join(map(str, names))}]" if isinstance(asked, list) else asked

@@ -88,6 +88,8 @@ def without_effect(config: Config) -> tuple[str, ...]:
         names += ["calib.seed", "calib.sampling"]
     if config.model.get("checkpoint") or config.model.get("weights"):
         names.append("train")
+    if config.qconfig.simulated:  # no kernels execute it, so none are guarded, timed or probed
+        names += ["latency", "per_layer", "qconfig.overflow", "saturation"]
     return tuple(names)
 
 

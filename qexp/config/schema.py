@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from qexp.records import Precision
 
+KERNEL_BITS, MOST_BITS = 8, 16
+"""The bits that INT8 kernels hold, and those that can be simulated in float."""
+
 
 class Granularity(StrEnum):
     per_tensor = "per_tensor"
@@ -150,7 +153,8 @@ class RuntimeName(StrEnum):
     """A way to execute a saved model (see `qexp.runtimes`), followed by its traits.
 
     int8: it executes INT8 models too; symmetric: of these, only such with symmetric weights; portable: its file is
-    loaded without qexp; served: MLflow serves its file; packages: of Python that it needs, which an extra of qexp with
+    loaded without qexp; served: MLflow serves its file; simulates: it computes in float models of more bits than
+    kernels hold, and no others: nothing that could ship; packages: of Python that it needs, which an extra of qexp with
     its name installs.
     """
 
@@ -158,11 +162,12 @@ class RuntimeName(StrEnum):
     symmetric: bool
     portable: bool
     served: bool
+    simulates: bool
 
     def __new__(cls, name: str, *traits: str) -> RuntimeName:
         runtime = str.__new__(cls, name)
         runtime._value_ = name
-        for trait in ("int8", "symmetric", "portable", "served"):
+        for trait in ("int8", "symmetric", "portable", "served", "simulates"):
             setattr(runtime, trait, trait in traits)
         return runtime
 
@@ -186,6 +191,7 @@ class RuntimeName(StrEnum):
     inductor = "inductor", "int8", "symmetric"
     onnxruntime = "onnxruntime", "int8", "served"
     openvino = "openvino", "int8"
+    simulated = "simulated", "int8", "simulates"
 
 
 def missing(packages: Iterable[str]) -> list[str]:
@@ -245,6 +251,11 @@ class QConfig:
     overflow: Overflow
     range_after_clamp: bool
     placement: Placement = Placement.every_op  # a default, so that configurations saved before can still be read
+
+    @property
+    def simulated(self) -> bool:
+        """True for more bits than kernels hold: the model is simulated in float."""
+        return max(self.weight.bits, self.activation.bits) > KERNEL_BITS
 
 
 @dataclass

@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable
 from qexp.config import image_settings
 from qexp.config.identity import LABELS, exact, flat
 from qexp.config.schema import (
+    KERNEL_BITS,
+    MOST_BITS,
     ActivationObserver,
     Config,
     Engine,
@@ -144,6 +146,28 @@ def _check_runtimes(config: Config) -> None:
         )
 
 
+def _check_simulated(config: Config) -> None:
+    """Raise ConfigError unless kernels execute what they hold, and more bits are simulated."""
+    listed = _listed(config.runtimes)
+    if config.qconfig.simulated:
+        if kernels := [runtime for runtime in config.runtimes if not runtime.simulates]:
+            raise ConfigError(
+                f"{_wide(config)}: {kernels[0]} of runtimes={listed} holds no more than {KERNEL_BITS} bits; use "
+                f"runtimes=auto, which simulates more in float, or at most {KERNEL_BITS}."
+            )
+    elif any(runtime.simulates for runtime in config.runtimes):
+        raise ConfigError(
+            f"runtimes={listed}: simulated is for more bits than kernels hold, {KERNEL_BITS + 1} to {MOST_BITS} in "
+            "qconfig.weight.bits or qconfig.activation.bits; use runtimes=auto for fewer."
+        )
+
+
+def _wide(config: Config) -> str:
+    """The settings that ask for more bits than kernels hold, as they are typed."""
+    sides = {"weight": config.qconfig.weight.bits, "activation": config.qconfig.activation.bits}
+    return " ".join(f"qconfig.{name}.bits={bits}" for name, bits in sides.items() if bits > KERNEL_BITS)
+
+
 def _listed(runtimes: Iterable[RuntimeName]) -> str:
     return f"[{','.join(runtimes)}]"
 
@@ -155,9 +179,18 @@ def _either(runtimes: Iterable[str]) -> str:
 def _check_qconfig(config: Config) -> None:
     qconfig, engine = config.qconfig, config.engine
     for name, bits in (("weight", qconfig.weight.bits), ("activation", qconfig.activation.bits)):
-        if not 2 <= bits <= 8:
-            raise ConfigError(f"qconfig.{name}.bits={bits}: must be in 2..8; INT8 kernels hold no more than 8 bits.")
+        if not 2 <= bits <= MOST_BITS:
+            raise ConfigError(
+                f"qconfig.{name}.bits={bits}: must be in 2..{MOST_BITS}; INT8 kernels hold no more than {KERNEL_BITS}, "
+                "and more are simulated in float."
+            )
+    _check_simulated(config)
     flow = config.flow
+    if qconfig.simulated and "calib" in flow.ignores:
+        raise ConfigError(
+            f"{_wide(config)}: more than {KERNEL_BITS} bits are simulated with ranges of a calibration, and "
+            f"flow={flow} computes them as the model runs; use another flow, or at most {KERNEL_BITS} bits."
+        )
     if "qconfig.placement" not in flow.ignores and qconfig.placement not in flow.placements:
         others = _either(f"flow={one}" for one in FlowName if qconfig.placement in one.placements)
         raise ConfigError(
@@ -231,6 +264,10 @@ def _check_mappings(config: Config) -> None:
 
 def check_report(report: Report) -> None:
     """Raise ConfigError where a setting of the report can't work."""
+    if report.runtime is not None and report.runtime.simulates:
+        raise ConfigError(
+            f"report.runtime={report.runtime}: is a simulation in float, which a report never recommends."
+        )
     if report.margin is not None and not 0 < report.margin < 1:
         raise ConfigError(f"report.margin={report.margin}: must be an accuracy loss in (0, 1), such as 0.005.")
     for name in ("max_ms", "batch_size", "threads"):

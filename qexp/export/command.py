@@ -15,7 +15,7 @@ from torch import nn
 
 from qexp import quantize, tracking
 from qexp.config import conversion
-from qexp.config.schema import Config, ExportCommand, cache_folder, export_name
+from qexp.config.schema import KERNEL_BITS, Config, ExportCommand, cache_folder, export_name
 from qexp.data.loading import Data, load_data
 from qexp.errors import ConfigError, InputError
 from qexp.export.folder import write
@@ -86,6 +86,11 @@ def find(command: ExportCommand, cwd: Path) -> Finished:
         config = _recorded(run_id, json.loads(Path(str(files["config.json"])).read_text()))
         with np.load(str(files["predictions.npz"])) as arrays:
             logits = {name: arrays[name] for name in ("fp32", "int8")}
+    if config.qconfig.simulated and command.precision is Precision.int8:
+        raise InputError(
+            f"run_id={run_id}: the run {record.name!r} simulates more bits than kernels hold, and nothing of it ships; "
+            f"export a run of at most {KERNEL_BITS} bits."
+        )
     config = replace(config, outputs=command.outputs, sweep=None)
     return Finished(record, config, logits)
 

@@ -25,6 +25,7 @@ from qexp.quantize.torch_backend.slow_depthwise import without_fast_kernel
 from qexp.records import (
     PARTED_TAG,
     SAME_TAG,
+    SIMULATED_TAG,
     AccuracySource,
     Fidelity,
     Precision,
@@ -54,7 +55,7 @@ def resolved_params(
         "overflow": qconfig.overflow,
         "weight_bits": quantize.executed_bits(qconfig, weights),
         "activation_bits": quantize.executed_bits(qconfig, activations),
-        "activation_highest_code": quantize.executed_quant_max(qconfig),
+        "activation_highest_code": quantize.asked_grid(qconfig, activations).qmax,
         "narrowed_weights": sum(layer.side is weights for layer in reduced),
         "narrowed_activations": sum(layer.side is activations for layer in reduced),
     }
@@ -149,6 +150,7 @@ def result(
         **({"latency_from": measured.latency_from} if measured.latency_from else {}),
         "accuracy_source": str(measured.on_target.source),
         "saturation": str(measured.on_target.saturation),
+        **({SIMULATED_TAG: "true"} if qconfig.simulated else {}),
         **{f"saturates.{one.name}": " ".join(sorted(one.here)) or "none" for one in int8_kernels.elsewhere(config)},
     }
     numbers = {

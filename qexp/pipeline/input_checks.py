@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from qexp import quantize
 from qexp.config import identity
-from qexp.config.schema import Calib, Config, RuntimeName, cache_folder
+from qexp.config.schema import KERNEL_BITS, Calib, Config, RuntimeName, cache_folder
 from qexp.data.calibration_images import draw
 from qexp.data.loading import Data, digest_of, load_data
 from qexp.errors import InputError, RunError
@@ -83,7 +83,7 @@ def check_inputs(configs: Sequence[Config]) -> None:
 def with_program(config: Config) -> list[RuntimeName]:
     """The runtimes asked for that execute the INT8 model's Q/DQ program."""
     executes = {name: RUNTIMES[name].executes(config.flow, Precision.int8) for name in config.runtimes}
-    return [name for name in config.runtimes if RUNTIMES[name].rounds_otherwise and executes[name]]
+    return [name for name in config.runtimes if RUNTIMES[name].reads_program and executes[name]]
 
 
 def check_program(int8: quantize.QuantizedModel, runtimes: Sequence[RuntimeName], image: Tensor) -> None:
@@ -104,7 +104,10 @@ def check_program(int8: quantize.QuantizedModel, runtimes: Sequence[RuntimeName]
                 if not files[runtime.name].exists():  # another's
                     runtime.export(int8.module, image, files[runtime.name])
         except RunError as error:
-            raise InputError(f"runtimes has {runtimes[0]}, and {error}: take {listed} out.") from error
+            instead = f"take {listed} out"
+            if any(name.simulates for name in runtimes):
+                instead = f"use at most {KERNEL_BITS} bits, which kernels execute"
+            raise InputError(f"runtimes has {runtimes[0]}, and {error}: {instead}.") from error
         for runtime in tried:
             try:
                 runtime.load(files[runtime.name], partial(quantize.blank_copy, int8), int8.engine)(image)

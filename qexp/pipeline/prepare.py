@@ -49,7 +49,9 @@ def comparison_images(data: Data) -> Tensor:
 
 
 def resolved(config: Config) -> QConfig:
-    """The qconfig with what `overflow=auto` means on the target CPU."""
+    """The qconfig with what `overflow=auto` means on the target CPU; nothing overflows in a simulation."""
+    if config.qconfig.simulated:
+        return replace(config.qconfig, overflow=Overflow.none)
     others = int8_kernels.elsewhere(config) if config.qconfig.overflow is Overflow.auto else ()
     overflow = kernels.resolve_overflow(
         config.qconfig, config.engine, config.flow, config.target, kernels.probe(), others
@@ -131,6 +133,13 @@ def calibrate(prepared: quantize.Prepared, config: Config, data: Data, float_dig
 def convert(prepared: quantize.Prepared) -> quantize.QuantizedModel:
     """The INT8 model of a calibrated model."""
     return prepared.flow.convert(prepared)
+
+
+@small_steps()
+def simulate(int8: quantize.QuantizedModel, example: Tensor) -> quantize.QuantizedModel:
+    """The model with all bits asked for, in float, where they are more than kernels hold; otherwise as it is. example:
+    float32 [n, 3, H, W]."""
+    return quantize.simulated(int8, example) if int8.qconfig.simulated else int8
 
 
 @step("guard")

@@ -24,6 +24,7 @@ from qexp.pipeline.prepare import (
     quantization_spec,
     reduce_range,
     save,
+    simulate,
 )
 from qexp.pipeline.run_metrics import headline_variant
 from qexp.pipeline.stages import analysing, job_settings
@@ -54,6 +55,7 @@ def run_experiment(config: Config, folder: Path) -> Result:
         calibration = calibrate(prepared, config, data, fp32.digest)
         int8, reduced = reduce_range(convert(prepared), config, data, calibration)
         check_int8(config, int8, reduced, images)
+        int8 = simulate(int8, example)
 
         # From here on it is the saved models, read back, that are evaluated and timed.
         saved = save(config, data, fp32, int8, images, folder)

@@ -103,6 +103,9 @@ def general_warnings(
     """All warnings but those about accumulators and kernels. found: the run's metrics and tags."""
     if config.dataset["_target_"] == "qexp.data.builtin.digits":
         yield RunWarning(WarningCode.data_set_for_trying, {"images": len(data.test)})
+    if config.qconfig.simulated:
+        bits = {"weights": config.qconfig.weight.bits, "activations": config.qconfig.activation.bits}
+        yield RunWarning(WarningCode.simulated, bits)
     if not FLOWS[config.flow].calibrates and config.engine is Engine.onednn:
         yield RunWarning(WarningCode.one_model_a_thread)
     low, high = found.get(Metric.speedup_low), found.get(Metric.speedup_high)

@@ -10,7 +10,7 @@ int8 = flow.convert(prepared)
 from __future__ import annotations
 
 from qexp.quantize.calibration.cached import calibrate_once
-from qexp.quantize.calibration.grid import SAFE_CODE, Side, executed_bits, executed_quant_max
+from qexp.quantize.calibration.grid import SAFE_CODE, Side, asked_grid, executed_bits
 from qexp.quantize.calibration.passes import calibrate
 from qexp.quantize.dry_run import dry_run
 from qexp.quantize.flow import Prepared, QuantizationSpec, QuantizedModel
@@ -24,6 +24,7 @@ from qexp.quantize.inspection.layer_errors import layer_fidelity
 from qexp.quantize.inspection.layers import layers, read_qparams
 from qexp.quantize.saturation.guard import exact, reduce_range
 from qexp.quantize.saturation.reduced_range import ReducedRange
+from qexp.quantize.simulation import simulated
 from qexp.quantize.skeletons import blank_copy, skeleton
 from qexp.quantize.torch_backend.deprecations import silence_first_warning
 from qexp.quantize.torch_backend.engines import engine, require, supported
@@ -37,6 +38,7 @@ __all__ = [
     "QuantizedModel",
     "ReducedRange",
     "Side",
+    "asked_grid",
     "blank_copy",
     "calibrate",
     "calibrate_once",
@@ -48,7 +50,6 @@ __all__ = [
     "exact",
     "executed",
     "executed_bits",
-    "executed_quant_max",
     "explained",
     "layer_fidelity",
     "layers",
@@ -56,6 +57,7 @@ __all__ = [
     "reduce_range",
     "require",
     "sharing_copy",
+    "simulated",
     "skeleton",
     "supported",
 ]

@@ -22,6 +22,7 @@ from qexp.metrics import Metric
 from qexp.records import (
     PARTED_TAG,
     SAME_TAG,
+    SIMULATED_TAG,
     AccuracySource,
     Interval,
     RunRecord,
@@ -160,7 +161,8 @@ def candidates(study: Study, question: schema.Report) -> list[Candidate]:
                 qualifies=bool(corrected <= LEVEL),
                 latency=latency,
                 size_mb=size,
-                reasons=(*parted(one), *_elsewhere(one), *_untold(one, unknown), *_unmeasured(size, latency, question)),
+                reasons=simulated(one)
+                or (*parted(one), *_elsewhere(one), *_untold(one, unknown), *_unmeasured(size, latency, question)),
                 selection=_selection(study, one, share),
             )
         )
@@ -208,6 +210,12 @@ def parted(one: Hypothesis) -> tuple[str, ...]:
     """The reason, if there is one, that a runtime computes another function than the model that was quantized."""
     names = {runtime for record in one.records for runtime in record.tags.get(PARTED_TAG, "").split()}
     return tuple(f"INT8 in {runtime} parts from torch's" for runtime in one.runtimes[:1] if runtime in names)
+
+
+def simulated(one: Hypothesis) -> tuple[str, ...]:
+    """The reason, if there is one, that no kernels execute it."""
+    tags = one.records[0].tags
+    return ("simulated in float, since no kernels hold its bits",) if tags.get(SIMULATED_TAG) == "true" else ()
 
 
 def _elsewhere(one: Hypothesis) -> tuple[str, ...]:

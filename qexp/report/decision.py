@@ -35,6 +35,7 @@ from qexp.report.candidates import (
     parts,
     scale_of,
     select_share,
+    simulated,
     sums_of,
 )
 from qexp.report.study import Conditions, Study
@@ -132,7 +133,7 @@ class _Case:
     def possible(self) -> list[Candidate]:
         """The candidates that are neither shown to lose the margin or more nor known not to be what is asked for."""
         left = [one for one in self.found if not self.loses(one) and not self.fails(one)]
-        return [one for one in left if not parted(one.hypothesis)]
+        return [one for one in left if not parted(one.hypothesis) and not simulated(one.hypothesis)]
 
     @property
     def open(self) -> bool:

@@ -13,6 +13,7 @@ from qexp.config.identity import GROUPS, NOT_APPLICABLE
 from qexp.metrics import Metric
 from qexp.records import Interval, RunRecord
 from qexp.report import formats
+from qexp.report.candidates import simulated
 from qexp.report.decision import Answer, Candidate, Recommendation
 
 # Of the table that a terminal or a page shows.
@@ -112,6 +113,8 @@ def outcome(found: Recommendation, one: Candidate) -> tuple[str, str]:
     """A candidate's outcome in a word or two, and the reason why it is not the one to ship, as a clause."""
     if same(one, found.chosen) and found.kind is Answer.ship:
         return "ship", ""
+    if reasons := simulated(one.hypothesis):
+        return "simulated", "; ".join(reasons)
     if found.kind is Answer.speed_unknown and one.qualifies:
         return "by accuracy", "; ".join(["qualifies by accuracy", *(one.reasons or ["its speed is not known"])])
     if same(one, found.chosen):

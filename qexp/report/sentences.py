@@ -74,6 +74,11 @@ def warning(found: RunWarning) -> str:
             return f"INT8 is slower than FP32 with flow={data['flow']} engine={data['engine']} on this CPU."
         case WarningCode.int8_not_faster:
             return "INT8 and FP32 are as fast as each other, as far as the noise lets one tell."
+        case WarningCode.simulated:
+            return (
+                f"Weights of {data['weights']} and activations of {data['activations']} bits are simulated in float, "
+                "since no kernels hold more than 8: this is their accuracy, and nothing that could ship."
+            )
         case WarningCode.runtime_parted:
             saturates = (
                 f"; a probe found that its 16-bit sums of {' and '.join(data['saturates'])} layers saturate on this "

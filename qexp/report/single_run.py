@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 from qexp.metrics import Metric
-from qexp.records import Interval, Precision, RunRecord
+from qexp.records import SIMULATED_TAG, Interval, Precision, RunRecord
 from qexp.report import accuracies, formats, sentences
 from qexp.report.accuracies import SOURCES, together
 from qexp.report.study import value
@@ -20,7 +20,7 @@ def line(record: RunRecord) -> str:
     ms, ratio = together(record, Metric.latency_fp32, Metric.latency_int8), _speedup(record)
     size, layers = together(record, Metric.size_fp32, Metric.size_int8), _layers(record)
     mark = "?" if record.tags.get("latency_valid") == "false" else ""
-    source = f" ({accuracy.source})" if accuracy and accuracy.source else ""
+    source = f" ({accuracy.source})" if accuracy and accuracy.source else " (simulated)" if simulated(record) else ""
     parts = [
         record.name,
         f"{_arrow(Metric.accuracy_int8, accuracy.fp32, accuracy.int8)}{source}" if accuracy else "",
@@ -32,6 +32,11 @@ def line(record: RunRecord) -> str:
         layers,
     ]
     return "  ".join(part for part in parts if part)
+
+
+def simulated(record: RunRecord) -> bool:
+    """True where the quantized model is simulated in float."""
+    return record.tags.get(SIMULATED_TAG) == "true"
 
 
 def failures(records: Sequence[RunRecord]) -> str:
@@ -52,7 +57,7 @@ def summary(record: RunRecord, columns: int) -> str:
         "FP32": _p50s(record, Precision.fp32),
         "INT8": _p50s(record, Precision.int8),
         "size": _size(record),
-        "layers": f"{layers} in INT8" if layers else "",
+        "layers": f"{layers} {'simulated' if simulated(record) else 'in INT8'}" if layers else "",
         "machine": _machine(record),
     }
     warnings = [formats.cut(f"! {warning}", columns) for warning in record.warnings.values()]
@@ -81,6 +86,8 @@ def _accuracy(record: RunRecord) -> str:
         images = record.metrics.get(Metric.target_images)
         number = "" if images is None else f" on {images:,.0f} images"
         said += f"; on the CPU of target={value(record, 'target')}, {SOURCES[found.source]}{number}"
+    elif simulated(record):
+        said += "; simulated in float"
     return said
 
 

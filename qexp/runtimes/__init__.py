@@ -8,9 +8,10 @@ from qexp.runtimes.eager_channels_last import EagerChannelsLast
 from qexp.runtimes.inductor import Inductor
 from qexp.runtimes.onnxruntime import OnnxRuntimeCpu
 from qexp.runtimes.openvino import OpenVino
+from qexp.runtimes.simulated import Simulated
 from qexp.runtimes.torchscript import TorchScript
 
 RUNTIMES: dict[str, Runtime] = {
     runtime.name: runtime
-    for runtime in (Eager(), EagerChannelsLast(), TorchScript(), Inductor(), OnnxRuntimeCpu(), OpenVino())
+    for runtime in (Eager(), EagerChannelsLast(), TorchScript(), Inductor(), OnnxRuntimeCpu(), OpenVino(), Simulated())
 }

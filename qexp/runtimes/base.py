@@ -26,14 +26,15 @@ class Runtime(ABC):
     """One way to execute models.
 
     name: as in the setting `runtimes`, with the runtime's traits. predicts_for_others: it has so little overhead around
-    its kernels that it predicts in place of runtimes whose logits equal its own bit for bit. rounds_otherwise: it
-    executes the Q/DQ program with INT8 kernels of its own, which round otherwise than those of torch's quantized
-    modules, so that its logits are compared by `parting`. kernels_of: torch's engine whose kernels these are, None
-    where they are another library's.
+    its kernels that it predicts in place of runtimes whose logits equal its own bit for bit. reads_program: it executes
+    the Q/DQ program. rounds_otherwise: it does so with INT8 kernels of its own, which round otherwise than those of
+    torch's quantized modules, so that its logits are compared by `parting`. kernels_of: torch's engine whose kernels
+    these are, None where they are another library's.
     """
 
     name: schema.RuntimeName
     predicts_for_others = False
+    reads_program = False
     rounds_otherwise = False
     kernels_of: Engine | None = None
 
@@ -48,7 +49,7 @@ class Runtime(ABC):
     def executes(self, flow: FlowName, precision: Precision) -> bool:
         """True if it executes the models of this precision that a flow makes; there is no Q/DQ program of a flow that
         computes ranges as the model runs."""
-        takes = "calib" not in flow.ignores if self.rounds_otherwise else flow.executed_by_torch
+        takes = "calib" not in flow.ignores if self.reads_program else flow.executed_by_torch
         return precision is Precision.fp32 or (self.name.int8 and takes)
 
     def takes(self, program: fx.Graph) -> bool:
@@ -78,7 +79,7 @@ class Runtime(ABC):
         return "\nfrom qexp.runtimes.saved_models import load_int8\n", f"model = load_int8({HERE}.parent)\n"
 
     def program(self, model: nn.Module, example: Tensor) -> fx.GraphModule:
-        """The Q/DQ program that it executes (see `qdq.program`). Of runtimes with kernels of their own."""
+        """The Q/DQ program that it executes (see `qdq.program`). Of runtimes that read one."""
         return qdq.program(model, example)
 
     def key(self, model: nn.Module, example: Tensor) -> str:

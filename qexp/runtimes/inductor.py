@@ -54,6 +54,7 @@ _INT8_PRODUCTS = ("aoti_torch_cpu__qconv", "aoti_torch_cpu__qlinear")
 
 class Inductor(Runtime):
     name = schema.RuntimeName.inductor
+    reads_program = True
     rounds_otherwise = True
     kernels_of = Engine.onednn
 

@@ -27,8 +27,9 @@ _CHANNELS = max(channels for channels, *_ in probed_layers().values())
 
 def asked_for(config: Config) -> tuple[Kernels, ...]:
     """The kernels that execute the run's INT8 model: torch's, where it has some, and those of each runtime that has
-    its own."""
-    return (*[of_torch(config)] * config.flow.executed_by_torch, *elsewhere(config))
+    its own. None where it is simulated."""
+    by_torch = config.flow.executed_by_torch and not config.qconfig.simulated
+    return (*[of_torch(config)] * by_torch, *elsewhere(config))
 
 
 def of_torch(config: Config) -> Kernels:
@@ -60,7 +61,9 @@ def elsewhere(config: Config) -> tuple[Kernels, ...]:
 
 
 def of(config: Config, runtime: str) -> Kernels:
-    """Those that a runtime executes."""
+    """Those that a runtime executes; without any kind of layer that can overflow where it only simulates."""
+    if config.qconfig.simulated:
+        return Kernels(runtime, config.engine, frozenset(), frozenset())
     return next((one for one in elsewhere(config) if one.name == runtime), of_torch(config))
 
 

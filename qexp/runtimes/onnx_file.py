@@ -50,6 +50,7 @@ class OnnxRuntime(Runtime):
     `kernels.KINDS`) in which 16-bit accumulators can overflow on a CPU without VNNI.
     """
 
+    reads_program = True
     rounds_otherwise = True
     sums_as: Engine
     saturates_on_avx2: frozenset[str]

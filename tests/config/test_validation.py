@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qexp.config import conversion, error_messages, identity, schema, validation
 from qexp.config.composition import CONF
-from qexp.config.schema import Config
+from qexp.config.schema import Config, RuntimeName
 from qexp.errors import ConfigError
 
 Composed = Callable[..., Config]
@@ -62,8 +62,18 @@ def test_parameters_of_observers_are_fields_of_the_observer() -> None:
         (["calib.batches=0"], r"calib\.batches=0: must be a positive number, or null for all"),
         (["job.timeout=0"], r"job\.timeout=0\.0: must be a positive number of seconds, or null for no limit"),
         (["calib.batch_size=-1"], r"calib\.batch_size=-1: must be positive"),
-        (["qconfig.weight.bits=1"], r"qconfig\.weight\.bits=1: must be in 2\.\.8"),
-        (["qconfig.activation.bits=9"], r"qconfig\.activation\.bits=9: must be in 2\.\.8"),
+        (["qconfig.weight.bits=1"], r"qconfig\.weight\.bits=1: must be in 2\.\.16"),
+        (["qconfig.activation.bits=17"], r"qconfig\.activation\.bits=17: must be in 2\.\.16; .* are simulated in"),
+        (
+            ["qconfig.activation.bits=9", "runtimes=[torchscript]"],
+            r"activation\.bits=9: torchscript of runtimes=\[torchscript\] holds no more than 8 bits; use runtimes=auto",
+        ),
+        (["runtimes=[simulated]"], r"runtimes=\[simulated\]: simulated is for more bits .* 9 to 16 in"),
+        (
+            ["qconfig.weight.bits=16", "runtimes=auto", "flow=dynamic"],
+            r"weight\.bits=16: .* flow=dynamic computes them as the model runs; use another flow, or at most 8",
+        ),
+        (["report.runtime=simulated"], r"report\.runtime=simulated: is a simulation in float"),
         (["latency.threads=[0]"], r"latency\.threads=\[0\]: must be a list of positive numbers"),
         (["latency.batch_sizes=[]"], r"latency\.batch_sizes=\[\]: must be a list of positive numbers"),
         (["runtimes=[tvm]"], r"runtimes=\[tvm\]: must be auto, or a list of eager, .*openvino"),
@@ -174,6 +184,18 @@ def test_params_hold_what_was_asked_and_na_where_it_has_no_effect(composed: Comp
     }
     assert identity.params(composed(), CHOICES, {})["qconfig.overflow"] == "auto"
     assert "job.timeout" not in identity.params(composed("job.timeout=9"), CHOICES, {"job.timeout": "9"})
+
+
+def test_more_bits_than_kernels_hold_are_simulated_and_not_timed(composed: Composed) -> None:
+    config = composed("qconfig.weight.bits=16", "runtimes=auto", "latency=standard")
+    validation.check(config)
+    assert config.runtimes == [RuntimeName.simulated]
+    assert not config.latency.enabled
+    params = identity.params(config, CHOICES, {})
+    idle = ("latency", "qconfig.overflow", "saturation.exact_images", "per_layer.images")
+    assert {params[name] for name in idle} == {"n/a"}
+    assert RuntimeName.simulated not in composed("qconfig.weight.bits=8", "runtimes=auto").runtimes
+    assert conversion.from_plain(identity.exact(config)) == config
 
 
 def test_what_would_compute_the_same_has_the_same_hash(composed: Composed) -> None:

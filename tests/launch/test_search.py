@@ -32,9 +32,11 @@ SEARCH = ("hydra/sweeper=qexp_optuna", "latency=off", "-m")
 
 
 def test_a_value_that_can_t_run_is_refused_before_any_run(qexp: Command, tmp_path: Path) -> None:
-    refused = qexp(*SEARCH, "qconfig.weight.bits=range(4,12)")
+    refused = qexp(*SEARCH, "runtimes=auto", "qconfig.weight.bits=range(15,19)")
     assert refused.returncode == 1
-    assert refused.stderr == "qconfig.weight.bits=9: must be in 2..8; INT8 kernels hold no more than 8 bits.\n"
+    assert refused.stderr == (
+        "qconfig.weight.bits=17: must be in 2..16; INT8 kernels hold no more than 8, and more are simulated in float.\n"
+    )
     assert not (tmp_path / "outputs").exists()
 
 

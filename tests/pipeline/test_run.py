@@ -172,6 +172,24 @@ def test_a_model_that_a_runtime_does_not_take_is_refused_before_the_run(
         input_checks.check_inputs([config])
 
 
+def test_sixteen_bits_are_simulated_and_said_to_be_in_all_that_is_recorded(
+    run: Callable[..., Result], tmp_path: Path
+) -> None:
+    bits = ("qconfig.weight.bits=16", "qconfig.activation.bits=16", "runtimes=auto")
+    result = run(*bits)
+    numbers = result.metrics
+    assert numbers[Metric.accuracy_int8] == numbers[Metric.accuracy_fp32]  # of 899 images
+    assert numbers[Metric.sqnr] > 45  # what images beyond the calibrated ranges leave
+    assert not [name for name in numbers if "latency" in name or "speedup" in name]
+    assert (result.resolved["resolved.runtime"], result.tags["simulated"]) == ("simulated", "true")
+    assert (result.resolved["resolved.weight_bits"], result.resolved["resolved.activation_highest_code"]) == (
+        "16", "65535"
+    )  # fmt: skip
+    assert WarningCode.simulated in codes(result)
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (kept["runtimes"], kept["latency"]["enabled"]) == (["simulated"], False)
+
+
 def test_torchscript_predicts_where_it_gives_the_same_bit_for_bit() -> None:
     def quickest(precision: Precision, runtimes: list[RuntimeName], all_int8: bool) -> str:
         variants = dict.fromkeys(Variant(one, runtime) for one in Precision for runtime in runtimes)

@@ -12,7 +12,7 @@ from scipy import stats
 from qexp import statistics
 from qexp.errors import ConfigError
 from qexp.metrics import Metric
-from qexp.report import decision
+from qexp.report import decision, evidence
 from qexp.report.candidates import parts
 from qexp.report.decision import Answer, Recommendation
 from qexp.report.study import Study, studies
@@ -44,6 +44,17 @@ def test_the_fastest_that_qualifies_ships() -> None:
     assert [one.ships.name for one in found.tied] == ["good"]
     assert found.images == 10_000
     assert found.chosen_by == 0
+
+
+def test_what_is_only_simulated_is_never_recommended() -> None:
+    wide = replace(with_setting("wide", 0, None, **{"resolved.runtime": "simulated"}), runtimes=["simulated"])
+    wide = replace(wide, tags={"simulated": "true"})
+    found = decision.recommend(study(wide, with_setting("good", 10, None)), question())
+    assert named(found) == ("speed_unknown", "good")
+    alone = decision.recommend(study(wide), question())
+    assert named(alone) == ("stay_on_fp32", None)
+    assert "simulated in float, since no kernels hold its bits" in alone.reasons[0]
+    assert evidence.rows(alone)[0].word == "simulated"
 
 
 def test_p_values_are_tangos_and_adjusted_over_all_candidates() -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from qexp.config.schema import Overflow, QConfig
+from qexp.config.schema import KERNEL_BITS, Overflow, QConfig
 
-FULL_BITS = 8
-QUANT_MAX = 2**FULL_BITS - 1
+QUANT_MAX = 2**KERNEL_BITS - 1
 """The largest code of an activation, quint8."""
 SAFE_BITS = 7
 """With 7 bits on either side, two products of u8 by s8 fit into 16 bits: 255*64*2 = 32640 and 127*128*2 = 32512."""
@@ -40,7 +39,11 @@ class Grid:
 
     @property
     def full(self) -> bool:
-        return self.qmax - self.qmin == 2**FULL_BITS - 1
+        return self.qmax - self.qmin == QUANT_MAX
+
+    @property
+    def levels(self) -> int:
+        return self.qmax - self.qmin + 1
 
 
 def executed_bits(qconfig: QConfig, side: Side) -> int:
@@ -50,8 +53,13 @@ def executed_bits(qconfig: QConfig, side: Side) -> int:
     """
     if qconfig.overflow is Overflow.auto:
         raise ValueError("qconfig.overflow=auto must be resolved before a grid is made")
-    asked = qconfig.weight.bits if side is Side.weights else qconfig.activation.bits
+    asked = asked_bits(qconfig, side)
     return min(asked, SAFE_BITS) if qconfig.overflow == side.value else asked
+
+
+def asked_bits(qconfig: QConfig, side: Side) -> int:
+    """Return the bits that were asked for."""
+    return qconfig.weight.bits if side is Side.weights else qconfig.activation.bits
 
 
 def executed_quant_max(qconfig: QConfig) -> int:
@@ -59,12 +67,21 @@ def executed_quant_max(qconfig: QConfig) -> int:
 
     `overflow=activations` makes only the scale coarser, so codes up to 255 still occur.
     """
-    return int(2**qconfig.activation.bits - 1)
+    return min(asked_grid(qconfig, Side.activations).qmax, QUANT_MAX)
 
 
 def grid(qconfig: QConfig, side: Side) -> Grid:
-    """Return the grid of weights (qint8, -2^(b-1)…2^(b-1)-1) or of activations (quint8, 0…2^b-1)."""
-    bits = executed_bits(qconfig, side)
+    """Return the kernels' grid of weights (qint8, -2^(b-1)…2^(b-1)-1) or of activations (quint8, 0…2^b-1), with 8 bits
+    where more are simulated (see simulation.py)."""
+    return _of_bits(min(executed_bits(qconfig, side), KERNEL_BITS), side)
+
+
+def asked_grid(qconfig: QConfig, side: Side) -> Grid:
+    """Return the grid of all bits that were asked for, before any guard."""
+    return _of_bits(asked_bits(qconfig, side), side)
+
+
+def _of_bits(bits: int, side: Side) -> Grid:
     if side is Side.weights:
         return Grid(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     return Grid(0, 2**bits - 1)

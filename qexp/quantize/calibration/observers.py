@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -162,6 +163,22 @@ def is_finite(observer: Any) -> bool:
     if isinstance(observer, Recording):
         return observer.recorder.finite
     return bool(observer.min_val.isfinite().all() and observer.max_val.isfinite().all())
+
+
+def on_grid(observer: Any, finer: Grid) -> Any:
+    """Return a copy of an observer that maps what it has seen onto a finer grid than its own."""
+    copied = copy.deepcopy(observer)
+    times = finer.levels / (observer.quant_max - observer.quant_min + 1)
+    if isinstance(copied, FixedQParamsObserver):
+        copied.scale.div_(times)
+        copied.zero_point.mul_(int(times))
+    else:
+        copied.has_customized_qrange = True
+        copied.eps = observer.eps / times  # of a scale, whose range may be as small as on its own grid
+        copied.dst_nbins = finer.levels  # in which torch's histogram searches for the range
+    copied.quant_min, copied.quant_max = finer.qmin, finer.qmax
+    copied.executed_quant_max = finer.qmax
+    return copied
 
 
 def to_qparams(observer: Any, axis: int | None = None) -> QParams:

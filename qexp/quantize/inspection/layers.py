@@ -160,16 +160,22 @@ def _prepared_qparams(prepared: nn.Module) -> dict[str, QParams]:
         for name, observer in observers(prepared).items()
         if name in names
     }
+    for name, (weight, observer) in weight_observers(prepared).items():
+        observer(weight)
+        found[name] = to_qparams(observer, 0 if "channel" in str(observer.qscheme) else None)
+    return found
+
+
+def weight_observers(prepared: nn.Module) -> dict[str, tuple[Tensor, Any]]:
+    """Return each float weight that convert quantizes, with an observer that hasn't seen it, by the layer's name with
+    `.weight`. In the flows of torch.ao."""
+    found = {}
     for name, module in prepared.named_modules():
         owner = prepared.get_submodule(name.rpartition(".")[0])
         layer = module[0] if isinstance(module, _FusedModule) else module
         qconfig = getattr(module, "qconfig", None)
-        if qconfig is None or not isinstance(layer, _ConvNd | nn.Linear) or isinstance(owner, _FusedModule):
-            continue
-        observer = qconfig.weight()
-        observer(layer.weight)
-        axis = 0 if "channel" in str(observer.qscheme) else None
-        found[f"{public(name, prepared)}.weight"] = to_qparams(observer, axis)
+        if qconfig is not None and isinstance(layer, _ConvNd | nn.Linear) and not isinstance(owner, _FusedModule):
+            found[f"{public(name, prepared)}.weight"] = (layer.weight, qconfig.weight())
     return found
 
 

@@ -37,6 +37,7 @@ from qexp.quantize.qdq.recording import Call, OfBatch, UnsupportedError, record
 aten, decomposed = torch.ops.aten, torch.ops.quantized_decomposed
 INPUT = "images"
 TENSOR = "tensor"  # in the custom meta of nodes, which torch.export keeps
+BOUNDS = "bounds"  # of values, in the custom meta of a clamp of codes
 
 _CONVS = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
 _TRANSPOSED = {1: aten.conv_transpose1d.default, 2: aten.conv_transpose2d.input, 3: aten.conv_transpose3d.input}
@@ -51,9 +52,9 @@ class _Value:
     """A tensor of the program.
 
     node: in float, whatever torch has. For a quantized tensor also scale, zero_point, codes: the node of its codes,
-    uint8, and low and high: bounds of these. padded: the tensor that this one pads with zeros, and by how much, as in
-    `F.pad`; every: the tensor of which this one takes every so manieth row and column, and these two numbers; before:
-    of a tensor in float, the quantized one that it was.
+    uint8, low and high: bounds of these, and bounds: the same as values. padded: the tensor that this one pads with
+    zeros, and by how much, as in `F.pad`; every: the tensor of which this one takes every so manieth row and column,
+    and these two numbers; before: of a tensor in float, the quantized one that it was.
     """
 
     node: fx.Node
@@ -62,21 +63,23 @@ class _Value:
     codes: fx.Node | None = None
     low: int = 0
     high: int = QUANT_MAX
+    bounds: tuple[float, float] = (-math.inf, math.inf)
     padded: tuple[_Value, list[int]] | None = None
     every: tuple[_Value, tuple[int, int]] | None = None
     before: _Value | None = None
 
 
-def program(model: nn.Module, example: Tensor) -> fx.GraphModule:
+def program(model: nn.Module, example: Tensor, every_clamp: bool = False) -> fx.GraphModule:
     """Return the program of a converted model, or of a float one: from float32 [n, 3, H, W] to float32 logits.
 
-    example: float32 [n, 3, H, W]; torch's engine must be set as the model needs. The names of what its nodes quantize,
-    modules or operations, are those that `tensors` returns. Raises UnsupportedError, which names the module, for
+    example: float32 [n, 3, H, W]; torch's engine must be set as the model needs. every_clamp: keep those that the
+    grid's ends make idle. The names of what its nodes quantize, modules or operations, are those that `tensors`
+    returns. Raises UnsupportedError, which names the module, for
     operators without a counterpart. Of a model that is a program, a copy.
     """
     if is_program(model):
         return _checked(cast(fx.GraphModule, sharing_copy(model)))
-    writer = _Writer()
+    writer = _Writer(every_clamp)
     recording = record(model, example)
     writer.values[id(recording.images)] = _Value(writer.graph.placeholder(INPUT))
     for call in recording.calls:
@@ -91,7 +94,7 @@ def _checked(made: fx.GraphModule) -> fx.GraphModule:
     for node in made.graph.nodes:
         if node.target in _CONVS.values() and isinstance(node.args[-1], fx.Node) and len(node.args) == 7:
             where = node.meta[CUSTOM][PLACE]
-            raise UnsupportedError(f"{where} has groups for each image, and ONNX a fixed number of them")
+            raise UnsupportedError(f"{where} has groups for each image, and a program a fixed number of them")
     return made
 
 
@@ -101,8 +104,9 @@ _Kernel = Callable[["_Writer", Sequence[Any]], fx.Node]
 class _Writer:
     """Writes a graph, call by call. values: the tensors that depend on the images, by the ids of those recorded."""
 
-    def __init__(self) -> None:
+    def __init__(self, every_clamp: bool) -> None:
         self.graph, self.values = fx.Graph(), dict[int, _Value]()
+        self._every_clamp, self._name = every_clamp, ""
         self._root = nn.Module()
         self._constants: dict[int, tuple[Tensor, fx.Node]] = {}
         self._memory: dict[int, StorageWeakRef] = {}
@@ -125,6 +129,7 @@ class _Writer:
         if function._schema.is_mutable:
             function = self._out_of_place(call)
         call = replace(call, function=function)
+        self._name = call.name
         if not self._depends(call.given):
             return  # its results are constants, read where they are needed
         if _is_random(call):
@@ -203,7 +208,7 @@ class _Writer:
             given = {"self": given["self"], "shape": _without_arithmetic(sizes)}
         given.pop("memory_format", None)
         if isinstance(given.get("groups"), OfBatch):
-            raise UnsupportedError(f"{call.place} has groups for each image, and ONNX a fixed number of them")
+            raise UnsupportedError(f"{call.place} has groups for each image, and a program a fixed number of them")
         node = self._emit(function, given)
         self._keep(call.result, node, call)
         if function is aten.slice.Tensor and self.values[id(call.result)].codes is not None:
@@ -249,12 +254,14 @@ class _Writer:
         """A quantized tensor clamped to these values, in codes: rounding is monotone, so that this is the same."""
         least = max(value.low, 0 if low is None else _code(low, value))
         most = min(value.high, QUANT_MAX if high is None else _code(high, value))
-        if (least, most) == (value.low, value.high):
+        if (least, most) == (value.low, value.high) and not self._every_clamp:
             return value
         assert value.codes is not None
         source = value.codes if value.codes.target is not aten.clamp.default else value.codes.all_input_nodes[0]
         codes = self.graph.call_function(aten.clamp.default, (source, least, most))
-        codes.meta[CUSTOM] = dict(value.codes.meta[CUSTOM])
+        lower, upper = (-math.inf if low is None else low), (math.inf if high is None else high)
+        bounds = max(value.bounds[0], lower), min(value.bounds[1], upper)
+        codes.meta[CUSTOM] = {**value.codes.meta[CUSTOM], BOUNDS: bounds}
         keeps_zeros = least <= value.zero_point <= most
         return replace(
             value,
@@ -262,6 +269,7 @@ class _Writer:
             codes=codes,
             low=least,
             high=most,
+            bounds=bounds,
             padded=(self._clipped(value.padded[0], low, high), value.padded[1])
             if value.padded and keeps_zeros
             else None,
@@ -312,7 +320,7 @@ class _Writer:
         relu = name.endswith("_relu") and name not in _KERNELS
         compute = _KERNELS.get(name.removesuffix("_relu") if relu else name)
         if compute is None:
-            raise UnsupportedError(f"{call.place} executes quantized.{name}, which has no counterpart in ONNX")
+            raise UnsupportedError(f"{call.place} executes quantized.{name}, which has no counterpart in float")
         node = compute(self, list(call.given.values()))
         self._keep(call.result, node, call)
         if relu:
@@ -370,6 +378,7 @@ class _Writer:
     def weights(self, weight: Tensor) -> fx.Node:
         """A quantized weight: its codes, int8, and how they are dequantized."""
         codes = self.constant(weight.int_repr())
+        codes.meta[CUSTOM] = {TENSOR: f"{self._name}.weight"}
         bounds = -128, 127, torch.int8
         if weight.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
             return self.graph.call_function(

@@ -115,6 +115,7 @@ class Weight(UniformQuantizationObserverBase):
                 parameters = read["scales"], read["zero_points"], self.ch_axis
             dequantize = decomposed.dequantize_per_tensor if self.ch_axis is None else decomposed.dequantize_per_channel
             values = graph.call_function(dequantize.default, (read["codes"], *parameters, -128, 127, torch.int8))
+        read["codes"].meta[CUSTOM] = {TENSOR: tensor_of(node)}
         values.meta["val"] = source.meta["val"]
         node.replace_all_uses_with(values)
         graph.erase_node(node)
