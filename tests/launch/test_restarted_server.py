@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from qexp.records import PARENT_TAG
 from qexp.tracking import SWEEP_TAG
 from tests.helpers import ROOT
+from tests.helpers.cli import TORCHS
 from tests.helpers.jobs import wait_until
 from tests.helpers.stores import free_port, serving
 
@@ -30,6 +31,7 @@ def test_a_sweep_outlasts_its_tracking_server(checkpoint: Path, empty: Path, tmp
         sys.executable, "-m", "qexp", "-m", "model=tiny", f"model.checkpoint={checkpoint}", "latency=off", "study=s",
         "per_layer.images=0", "saturation.exact_images=0", "calib=small", f"calib.seed=range({JOBS})",
         "tracking.log_model=artifact", "tracking.patience=4", f"tracking.uri=http://127.0.0.1:{port}",
+        TORCHS,
     ]  # fmt: skip
 
     def sweep() -> subprocess.Popen[str]:
