@@ -10,20 +10,25 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 from torch import nn
 
 from qexp import quantize
 from qexp.accuracy.prediction_key import prediction_key
-from qexp.config.schema import Config, Engine, Overflow, Target, cache_folder
+from qexp.config.schema import Config, Engine, Target, cache_folder
 from qexp.data.loading import Data
 from qexp.models import inference
-from qexp.quantize.saturation import emulation
+from qexp.quantize.graph.exported import is_program
+from qexp.quantize.saturation import emulation, programs
 from qexp.quantize.saturation import kernels as torch_kernels
+from qexp.quantize.saturation.accumulators import LayerSaturation
 from qexp.quantize.saturation.kernels import Kernels
+from qexp.quantize.saturation.programs import SaturatingProgram
 from qexp.records import AccuracySource, Predictions, SaturationStatus
 from qexp.system import cache
 from qexp.system.steps import step
@@ -47,7 +52,7 @@ class TargetAccuracy:
     compared: np.ndarray = field(default_factory=lambda: np.arange(0))
     exact: Predictions | None = None
     saturating: Predictions | None = None
-    layers: tuple[emulation.LayerSaturation, ...] = ()
+    layers: tuple[LayerSaturation, ...] = ()
 
     @property
     def target_is_exact(self) -> bool:
@@ -73,20 +78,18 @@ def target_accuracy(
 
     executed: INT8 predictions on all evaluation images, made on this CPU by `kernels`; content: the identity of int8
     (see `saved_models.content`). Other libraries' kernels are emulated, and their exact sums computed, with torch's
-    rounding.
+    rounding; those that execute a Q/DQ program, in float.
     """
     everything, module = np.arange(len(executed.labels)), int8.module
     here, there = kernels.here, kernels.there
+    program = is_program(module)
+    sums: Any = programs if program else emulation  # with the same functions
     plain = TargetAccuracy(AccuracySource.executed, everything, executed, SaturationStatus.impossible)
-    if config.qconfig.simulated:
-        return plain
-    if not config.flow.executed_by_torch:  # which layers saturate can't be seen
-        guarded = int8.qconfig.overflow is not Overflow.none
-        return plain if guarded or not here | there else replace(plain, saturation=SaturationStatus.possible)
-    if not emulation.at_risk(module, kernels.order, here | there):
+    if config.qconfig.simulated or not sums.at_risk(module, kernels.order, here | there):
         return plain
     kinds = None if kernels.of_torch else here | there
-    emulated = partial(emulation.with_emulated_accumulators, module, kernels.order, kinds=kinds)
+    emulate: Any = SaturatingProgram if program else emulation.with_emulated_accumulators
+    emulated = partial(emulate, module, kernels.order, kinds=kinds)
     # Depthwise kernels can saturate with VNNI too, so saturation here doesn't prove that this CPU can stand in for
     # target=avx2.
     if here and (config.target is not Target.avx2 or "conv" in here):
@@ -94,14 +97,14 @@ def target_accuracy(
         compared = everything if every else spread(len(everything), config.saturation.exact_images)
         if not len(compared):
             return replace(plain, saturation=SaturationStatus.possible)
-        exact_model = partial(quantize.exact, int8.prepared)
+        exact_model = partial(emulated, saturating=False) if program else partial(quantize.exact, int8.prepared)
         title = "evaluating INT8 with exact sums"
-        as_executed = module if kernels.of_torch else emulated()
+        as_executed = module if kernels.of_torch or program else emulated()
         found, layers = _run(exact_model, as_executed, content, config, data, compared, title, kernels, whole=every)
         source, counts = (AccuracySource.exact, found) if every else (AccuracySource.executed, executed)
         return TargetAccuracy(source, everything, counts, _seen(layers), compared, found, executed.at(compared), layers)
     compared = spread(len(everything), config.saturation.emulated_images)
-    if left := emulation.not_emulated(module):
+    if left := sums.not_emulated(module):
         said = "%d layers add up as they do on this CPU, since their 16-bit sums can't be emulated: %s."
         log.warning(said, len(left), ", ".join(left))
     found, layers = _run(emulated, module, content, config, data, compared, "emulating 16-bit sums", kernels)
@@ -127,7 +130,7 @@ def spread(available: int, wanted: int) -> np.ndarray:
     return np.arange(count) * available // max(count, 1)
 
 
-def _seen(layers: tuple[emulation.LayerSaturation, ...]) -> SaturationStatus:
+def _seen(layers: tuple[LayerSaturation, ...]) -> SaturationStatus:
     return SaturationStatus.observed if any(layer.saturates for layer in layers) else SaturationStatus.possible
 
 
@@ -148,7 +151,7 @@ def _run(
     title: str,
     kernels: Kernels,
     whole: bool = False,
-) -> tuple[Predictions, tuple[emulation.LayerSaturation, ...]]:
+) -> tuple[Predictions, tuple[LayerSaturation, ...]]:
     """Predictions of the model that `make` returns, and a comparison of each of its layers with the same one in `int8`.
 
     content: of int8, a part of the cache key; title: in the progress bar, names how the model differs from int8; whole:
@@ -157,7 +160,12 @@ def _run(
 
     def run() -> dict[str, np.ndarray]:
         model = make()
-        with emulation.compared(int8, model, kernels.order, whole) as layers, quantize.engine(config.engine):
+        comparing: AbstractContextManager[dict[str, LayerSaturation]] = (
+            nullcontext(model.found)
+            if isinstance(model, SaturatingProgram)
+            else emulation.compared(int8, model, kernels.order, whole)
+        )
+        with comparing as layers, quantize.engine(config.engine):
             size = config.evaluate.batch_size
             predictions = inference.predict(model, data.test, data.mean, data.std, size, title, images)
         return {"logits": predictions.logits, "layers": np.array(json.dumps([asdict(one) for one in layers.values()]))}
@@ -165,5 +173,5 @@ def _run(
     how = [*(["whole"] if whole else []), *([] if kernels.of_torch else [kernels.name])]
     key = prediction_key(config, data, [content, title, *how], images)
     found = cache.arrays(cache_folder(config), key, run)
-    layers = tuple(emulation.LayerSaturation(**values) for values in json.loads(str(found["layers"])))
+    layers = tuple(LayerSaturation(**values) for values in json.loads(str(found["layers"])))
     return inference.predictions(found["logits"], data.test, title, images), layers

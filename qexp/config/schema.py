@@ -42,8 +42,9 @@ class Overflow(StrEnum):
 
 class Placement(StrEnum):
     """Where a network is quantized: around each operator that has an INT8 kernel, or only what goes into convolutions
-    and linear layers."""
+    and linear layers; auto: where the runtimes asked for are fastest."""
 
+    auto = "auto"
     every_op = "every_op"
     layers = "layers"
 
@@ -92,9 +93,9 @@ class FlowName(StrEnum):
     """A way to quantize a model (see `qexp.quantize.flow`), followed by its traits.
 
     ignores: settings that have no effect in it, as names or prefixes of names; placements: the values of
-    qconfig.placement that it can do; executed_by_torch: True if torch has INT8 kernels for its models, False if only
-    runtimes that read their Q/DQ program execute them, and the model in memory is a simulation in float; packages: of
-    Python that it needs, which an extra of qexp with its name installs.
+    qconfig.placement that it can do, but auto; executed_by_torch: True if torch has INT8 kernels for its models, False
+    if only runtimes that read their Q/DQ program execute them, and the model in memory is a simulation in float;
+    packages: of Python that it needs, which an extra of qexp with its name installs.
     """
 
     ignores: frozenset[str]
@@ -123,7 +124,7 @@ class FlowName(StrEnum):
 
     eager = "eager"
     fx = "fx", ("fusion",)
-    pt2e = "pt2e", ("fusion", "engine"), tuple(Placement), False, ("torchao",)
+    pt2e = "pt2e", ("fusion", "engine"), (Placement.every_op, Placement.layers), False, ("torchao",)
     # torch computes ranges of activations as the model runs, and reduces them to 7 bits by itself.
     dynamic = (
         "dynamic",

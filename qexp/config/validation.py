@@ -17,7 +17,7 @@ from qexp.config.schema import (
     FlowName,
     LogModel,
     Observer,
-    Overflow,
+    Placement,
     Report,
     ReportCommand,
     ReportObjective,
@@ -191,16 +191,11 @@ def _check_qconfig(config: Config) -> None:
             f"{_wide(config)}: more than {KERNEL_BITS} bits are simulated with ranges of a calibration, and "
             f"flow={flow} computes them as the model runs; use another flow, or at most {KERNEL_BITS} bits."
         )
-    if "qconfig.placement" not in flow.ignores and qconfig.placement not in flow.placements:
+    if "qconfig.placement" not in flow.ignores and qconfig.placement not in (Placement.auto, *flow.placements):
         others = _either(f"flow={one}" for one in FlowName if qconfig.placement in one.placements)
         raise ConfigError(
             f"qconfig.placement={qconfig.placement}: flow={flow} quantizes as qconfig.placement="
-            f"{flow.placements[0]} says; use {others}."
-        )
-    if qconfig.overflow is Overflow.layers and not flow.executed_by_torch:
-        raise ConfigError(
-            "qconfig.overflow=layers: torch's kernels, which show the layers that saturate, don't execute the models "
-            f"of flow={flow}; use qconfig.overflow=weights or activations."
+            f"{flow.placements[0]} says, since torch's INT8 layers return INT8; use {others}."
         )
     ignored = "engine" in flow.ignores
     if not ignored and engine is Engine.onednn and qconfig.weight.scheme is Scheme.asymmetric:

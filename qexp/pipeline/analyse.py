@@ -53,6 +53,7 @@ def resolved_params(
     weights, activations = quantize.Side.weights, quantize.Side.activations
     values = {
         "overflow": qconfig.overflow,
+        "placement": qconfig.placement,
         "weight_bits": quantize.executed_bits(qconfig, weights),
         "activation_bits": quantize.executed_bits(qconfig, activations),
         "activation_highest_code": quantize.asked_grid(qconfig, activations).qmax,

@@ -19,7 +19,7 @@ from qexp.config.schema import ActivationObserver, Config, Overflow, QConfig, Ta
 from qexp.data.calibration_images import draw
 from qexp.data.loading import Data, count_shared, digest_of, normalise
 from qexp.errors import RunError
-from qexp.latency import shared_timings
+from qexp.latency import placements, shared_timings
 from qexp.models import float_model, inference
 from qexp.pipeline import cache_keys, run_files
 from qexp.pipeline.stages import small_steps
@@ -49,14 +49,18 @@ def comparison_images(data: Data) -> Tensor:
 
 
 def resolved(config: Config) -> QConfig:
-    """The qconfig with what `overflow=auto` means on the target CPU; nothing overflows in a simulation."""
+    """The qconfig with what `overflow=auto` means on the target CPU, and `placement=auto` on this one.
+
+    Nothing overflows in a simulation.
+    """
+    placement = placements.resolved(config)
     if config.qconfig.simulated:
-        return replace(config.qconfig, overflow=Overflow.none)
+        return replace(config.qconfig, overflow=Overflow.none, placement=placement)
     others = int8_kernels.elsewhere(config) if config.qconfig.overflow is Overflow.auto else ()
     overflow = kernels.resolve_overflow(
         config.qconfig, config.engine, config.flow, config.target, kernels.probe(), others
     )
-    return replace(config.qconfig, overflow=overflow)
+    return replace(config.qconfig, overflow=overflow, placement=placement)
 
 
 def quantization_spec(config: Config) -> quantize.QuantizationSpec:

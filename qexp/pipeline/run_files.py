@@ -22,7 +22,7 @@ from qexp.latency import protocol
 from qexp.pipeline import run_metrics
 from qexp.quantize import ReducedRange
 from qexp.quantize.saturation import kernels
-from qexp.quantize.saturation.emulation import LayerSaturation
+from qexp.quantize.saturation.accumulators import LayerSaturation
 from qexp.records import Artifact, Fidelity, Interval, Layer, Precision, Predictions, QParams, Top1
 from qexp.runtimes import RUNTIMES
 from qexp.system import machine

@@ -23,7 +23,7 @@ from qexp.quantize.inspection.layer_equivalence import check_layers
 from qexp.quantize.inspection.layer_errors import layer_fidelity
 from qexp.quantize.inspection.layers import layers, read_qparams
 from qexp.quantize.saturation.guard import exact, reduce_range
-from qexp.quantize.saturation.reduced_range import ReducedRange
+from qexp.quantize.saturation.narrowing import ReducedRange
 from qexp.quantize.simulation import simulated
 from qexp.quantize.skeletons import blank_copy, skeleton
 from qexp.quantize.torch_backend.deprecations import silence_first_warning

@@ -23,7 +23,7 @@ OF_MEASUREMENT = (
     "model", "train", "seed", "dataset.margin", "runtimes", "latency", "per_layer", "saturation", "compute", "evaluate",
 )  # fmt: skip
 # Where what was executed is known, it counts in place of what was asked: `auto` and what it stands for are one setting.
-EXECUTED = {"qconfig.overflow": "resolved.overflow"}
+EXECUTED = {"qconfig.overflow": "resolved.overflow", "qconfig.placement": "resolved.placement"}
 
 
 def finished(records: Iterable[RunRecord]) -> list[RunRecord]:

@@ -119,6 +119,26 @@ def test_another_librarys_sums_are_emulated_in_its_order_with_torchs_rounding(
     assert here.tags["accuracy_source"] == "executed"
 
 
+@pytest.mark.slow
+def test_16_bit_sums_of_a_program_are_emulated_as_torchs_are(
+    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torchao", reason="pip install 'qexp[pt2e]'")
+    monkeypatch.setattr(kernels, "probe", lambda: signature(200))
+    monkeypatch.setattr(int8_kernels, "probe", lambda name: dict.fromkeys(kernels.probed_layers(), 200))
+    asked = "runtimes=[onnxruntime]", "engine=fbgemm", "saturation.emulated_images=50", "target=avx2"
+    by_torch, by_program = (run(f"flow={flow}", "qconfig.overflow=none", *asked) for flow in ("fx", "pt2e"))
+    assert by_program.tags["accuracy_source"] == "emulated"
+    saturating = by_program.metrics[Metric.saturation_layers]
+    assert saturating == by_torch.metrics[Metric.saturation_layers] > 0
+    for lost in (one.metrics[Metric.saturation_loss] for one in (by_torch, by_program)):
+        assert lost > 0.2
+    guarded = run("flow=pt2e", "qconfig.overflow=auto", *asked)
+    assert guarded.resolved["resolved.overflow"] == "layers"
+    assert guarded.metrics[Metric.layers_narrowed] == saturating
+    assert guarded.metrics[Metric.saturation_layers] == 0
+
+
 def test_layers_whose_sums_cannot_be_emulated_are_named(
     composed: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

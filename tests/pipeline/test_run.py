@@ -311,7 +311,7 @@ def test_what_overflow_became_is_recorded_beside_what_was_asked(run: Callable[..
         "resolved.runtime": "eager",
         "resolved.overflow": "weights", "resolved.weight_bits": "7", "resolved.activation_bits": "8",
         "resolved.activation_highest_code": "255", "resolved.narrowed_weights": "0",
-        "resolved.narrowed_activations": "0",
+        "resolved.narrowed_activations": "0", "resolved.placement": "every_op",
     }  # fmt: skip
     assert run("target=vnni", "latency=off").resolved["resolved.overflow"] == "none"
     guarded = run("target=avx2", "latency=off")

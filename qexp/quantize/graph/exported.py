@@ -207,7 +207,7 @@ def _fold_constants(module: fx.GraphModule) -> None:
 # ------------------------------------------------------------------------------------------------ paddings, BatchNorms
 
 
-def _arguments(node: fx.Node) -> dict[str, Any]:
+def arguments(node: fx.Node) -> dict[str, Any]:
     """Return the arguments of a call by the names of the operator's schema, defaults included."""
     schema = cast(Any, node.target)._schema.arguments
     given = {one.name: one.default_value for one in schema if one.has_default_value()}
@@ -219,7 +219,7 @@ def _number_padding(graph: fx.Graph, node: fx.Node) -> None:
     differ."""
     if node.target not in _PADDED_BY_A_WORD:
         return
-    given = _arguments(node)
+    given = arguments(node)
     source, kernel = given["input"], given["weight"].meta["val"].shape[2:]
     dilation = [int(one) for one in given["dilation"]] * (len(kernel) if len(given["dilation"]) == 1 else 1)
     whole = [by * (size - 1) if given["padding"] == "same" else 0 for by, size in zip(dilation, kernel, strict=True)]
@@ -244,7 +244,7 @@ def zeros_around(node: fx.Node) -> list[int] | None:
     """Return the numbers of zeros that a node adds to a tensor, as in `F.pad`; None if it does something else."""
     if not _is_padding(node):
         return None
-    given = _arguments(node)
+    given = arguments(node)
     zeros = not given.get("value") and given.get("mode", "constant") == "constant"
     ends = list(given["pad"])
     return ends if zeros and all(isinstance(end, int) and end >= 0 for end in ends) else None
@@ -254,7 +254,7 @@ def _take_padding_in(node: fx.Node) -> None:
     """Let a convolution add the zeros that are added before it, in place, where it can: the same ones at both ends."""
     if node.target not in CONVOLUTIONS - TRANSPOSED:
         return
-    given = _arguments(node)
+    given = arguments(node)
     ends = zeros_around(given["input"])
     dims = given["weight"].meta["val"].dim() - 2
     if ends is None or len(ends) > 2 * dims or ends[::2] != ends[1::2]:
@@ -274,7 +274,7 @@ def _fold_batch_norm(module: fx.GraphModule, node: fx.Node) -> None:
     layer = source.target in LAYERS and len(source.users) == 1
     if source.target is aten.linear.default and source.meta["val"].dim() != 2:
         layer = False  # it normalises another dimension than the one that the layer computes
-    given = _arguments(source) if layer else {}
+    given = arguments(source) if layer else {}
     parts = [given.get("weight"), given.get("bias"), *affine]
     if not layer or any(isinstance(one, fx.Node) and one.op != "get_attr" for one in parts) or None in affine[2:]:
         _hide_from_torchao(module.graph, node)

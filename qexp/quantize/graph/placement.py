@@ -7,7 +7,7 @@ whole graphs need it. `layers`: what goes into convolutions and linear layers al
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,12 +109,17 @@ def _read(layer: fx.Node) -> Edge:
     return source, layer
 
 
-def _end(node: fx.Node, clamps: set[Any]) -> fx.Node:
+def _end(node: fx.Node, clamps: Collection[Any]) -> fx.Node:
     """The node itself, or the last of the clamps that alone read it."""
+    return [node, *clamps_behind(node, clamps)][-1]
+
+
+def clamps_behind(node: fx.Node, clamps: Collection[Any] = frozenset(_CLAMPS)) -> list[fx.Node]:
+    """Return the clamps that alone read a node, one behind the other."""
     users = list(node.users)
     if len(users) == 1 and users[0].target in clamps and users[0].all_input_nodes == [node]:
-        return _end(users[0], clamps)
-    return node
+        return [users[0], *clamps_behind(users[0], clamps)]
+    return []
 
 
 def computed_by(node: fx.Node) -> fx.Node:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,13 +24,10 @@ from qexp.errors import InputError
 from qexp.quantize.calibration.grid import QUANT_MAX, SAFE_CODE
 from qexp.quantize.graph.tensor_names import public
 from qexp.quantize.inspection.layers import conv_kind, is_per_channel, weight_scales
+from qexp.quantize.saturation.accumulators import LayerSaturation, accumulators, overflowing, paired, parts, run_length
 from qexp.quantize.torch_backend.engines import engine
 from qexp.quantize.torch_backend.ignored_quant_max import is_clamped, quant_max_of, torch_class
 from qexp.quantize.torch_backend.stride_bugs import AfterStride
-
-_INT16 = torch.iinfo(torch.int16)
-_CHUNK = 1 << 19
-"""Values that one step works on: 2 MB of float32 stay in a core's cache, which makes steps twice as fast."""
 
 _TRANSPOSED = (nnq.ConvTranspose1d, nnq.ConvTranspose2d, nnq.ConvTranspose3d)
 _LAYERS = (nnq.Conv1d, nnq.Conv2d, nnq.Conv3d, *_TRANSPOSED, nnq.Linear)
@@ -74,19 +70,7 @@ def weight_pairs(module: nn.Module, engine_name: Engine) -> Tensor:
     """
     layer = _checked(module)
     weight = layer.weight()  # every call unpacks it
-    return _paired(_flat(weight), _run_length(layer, weight, engine_name))
-
-
-def overflowing(pairs: Tensor, largest: Tensor | None = None) -> Tensor:
-    """True for each pair of weights whose products can exceed int16, with activations of 0 to `largest`: bool [...].
-
-    pairs: int16 [..., 2]; largest: int32 that broadcasts to it (None: 255). The extremes of a pair are the sums of its
-    positive and of its negative products; with 255 only weights of one sign overflow, if their sum is beyond ±128.
-    """
-    if largest is None:
-        return (pairs[..., 0] + pairs[..., 1]).abs() > 128
-    products = pairs.to(torch.int32) * largest
-    return (products.clamp(min=0).sum(-1) > _INT16.max) | (products.clamp(max=0).sum(-1) < _INT16.min)
+    return paired(_flat(weight), run_length(engine_name, weight.shape, _groups(layer)))
 
 
 def can_overflow(module: nn.Module, engine_name: Engine) -> bool:
@@ -114,7 +98,7 @@ def overflow_test(module: nn.Module, engine_name: Engine) -> Callable[[Tensor], 
         width, channels = 1, torch.zeros_like(risky, dtype=torch.int64)
     else:
         groups, (of_group, terms, run) = _groups(layer), _reduction(layer, engine_name)
-        width, taken = groups * of_group, _paired((torch.arange(terms) % of_group)[None], run)[0]
+        width, taken = groups * of_group, paired((torch.arange(terms) % of_group)[None], run)[0]
         channels = taken[which] + (outputs // (len(pairs) // groups) * of_group)[:, None]
     along = -1 if isinstance(layer, (nnq.Linear, EmulatedLinear)) else 1
 
@@ -157,48 +141,17 @@ def _groups(layer: nn.Module) -> int:
 
 
 def _reduction(layer: Any, engine_name: Engine) -> tuple[int, int, int]:
-    """Return the channels of a group, the terms that are accumulated for an output, and `_run_length`."""
+    """Return the channels of a group, the terms that are accumulated for an output, and `run_length`."""
     if isinstance(layer, _Emulated):
         return layer.channels, layer.terms, layer.run
     weight = layer.weight()
-    return weight.shape[1], weight[0].numel(), _run_length(layer, weight, engine_name)
+    return weight.shape[1], weight[0].numel(), run_length(engine_name, weight.shape, _groups(layer))
 
 
 def _flat(weight: Tensor) -> Tensor:
     """Return quantized weights [out, channels, ...] as int16 [out, terms], the channels of a tap side by side."""
     out, channels = weight.shape[:2]
     return weight.int_repr().to(torch.int16).reshape(out, channels, -1).transpose(1, 2).flatten(1)
-
-
-def _run_length(layer: Any, weight: Tensor, engine_name: Engine) -> int:
-    """Return the number of terms of a reduction after which pairing starts again.
-
-    FBGEMM: PackAWithIm2Col and GenerateI8Depthwise pack four terms at a time, whatever they are. oneDNN: the
-    convolution kernels (jit_uni_x8s8s32x) pad each tap's channels to a multiple of 4, and groups whose channels are no
-    multiple of 4 run on an exact kernel; its matrix product halves a reduction of 257 to 767 terms (get_k_padd in
-    gemm_driver.cpp; longer ones are cut into blocks of 384, which makes no difference).
-    """
-    terms, channels = weight[0].numel(), weight.shape[1]
-    if engine_name is Engine.qnnpack:
-        return 1
-    if engine_name is not Engine.onednn:
-        return terms
-    if isinstance(layer, nnq.Linear):
-        return -(-terms // 2) if 256 < terms < 768 else terms
-    exact = layer.groups > 1 and (channels % 4 or len(weight) // layer.groups % 4)
-    return 1 if exact else channels
-
-
-def _paired(values: Tensor, run: int) -> Tensor:
-    """Pair neighbours within runs, padded with zeros: from [n, terms, ...] to [n, pairs, 2, ...]."""
-    runs = _filled(values, 1, run).unflatten(1, (-1, run))
-    return _filled(runs, 2, 2).flatten(1, 2).unflatten(1, (-1, 2))
-
-
-def _filled(values: Tensor, dim: int, multiple: int) -> Tensor:
-    shape = list(values.shape)
-    shape[dim] = -shape[dim] % multiple
-    return torch.cat([values, values.new_zeros(shape)], dim) if shape[dim] else values
 
 
 # ------------------------------------------------------------------------------------------------ emulated layers
@@ -289,7 +242,7 @@ class _Emulated(nn.Module):
 
     def codes(self, rows: Tensor, input_scale: float, input_zero_point: int) -> Tensor:
         """Return output codes, uint8 [out, positions], for activations as float32 [groups, terms, positions]."""
-        sums = accumulators(_paired(rows, self.run), self.pairs, self.saturating)
+        sums = accumulators(paired(rows, self.run), self.pairs, self.saturating)
         weights = self.pairs.double().sum((1, 2)) - self.terms * self.weight_zero_point
         sums -= input_zero_point * weights[:, None]
         if self.weight_zero_point.any():
@@ -309,8 +262,8 @@ class EmulatedLinear(_Emulated):
         values = inputs.int_repr()
         rows = values.reshape(-1, self.terms).T.float()
         scale, zero_point = inputs.q_scale(), inputs.q_zero_point()
-        parts = [self.codes(r[None], scale, zero_point) for r in rows.split(_parts(self.terms), dim=1)]
-        return self.quantized(torch.cat(parts, dim=1).T.reshape(*values.shape[:-1], -1).contiguous())
+        made = [self.codes(r[None], scale, zero_point) for r in rows.split(parts(self.terms), dim=1)]
+        return self.quantized(torch.cat(made, dim=1).T.reshape(*values.shape[:-1], -1).contiguous())
 
 
 class EmulatedConv2d(_Emulated):
@@ -327,11 +280,11 @@ class EmulatedConv2d(_Emulated):
         scale, zero_point = inputs.q_scale(), inputs.q_zero_point()
         windows = self._windows(self._padded(inputs.int_repr().float(), zero_point))
         rows, columns = windows.shape[-2:]
-        parts = [
+        made = [
             self.codes(some.reshape(self.groups, self.terms, -1), scale, zero_point)
-            for some in windows.split(_parts(self.groups * self.terms * rows * columns), dim=4)
+            for some in windows.split(parts(self.groups * self.terms * rows * columns), dim=4)
         ]
-        codes = torch.cat(parts, dim=1).unflatten(1, (-1, rows, columns)).transpose(0, 1)
+        codes = torch.cat(made, dim=1).unflatten(1, (-1, rows, columns)).transpose(0, 1)
         return self.quantized(codes.contiguous(memory_format=torch.channels_last))
 
     def _padded(self, images: Tensor, zero_point: int) -> Tensor:
@@ -346,33 +299,6 @@ class EmulatedConv2d(_Emulated):
         for dimension, size, stride, dilation in zip((3, 4), self.kernel, self.stride, self.dilation, strict=True):
             windows = windows.unfold(dimension, dilation * (size - 1) + 1, stride)[..., ::dilation]
         return windows.permute(1, 5, 6, 2, 0, 3, 4)
-
-
-def accumulators(rows: Tensor, pairs: Tensor, saturating: bool = True) -> Tensor:
-    """Return sums of products, float64 [out, positions]; if `saturating`, each pair's sum is clamped to int16 first.
-
-    rows: float32 [groups, pairs, 2, positions], integers of 0 to 255; pairs: int16 [out, pairs, 2]. All intermediate
-    numbers are integers up to 2^53 (2^24 in float32), so nothing is rounded. Only pairs that can overflow with the
-    largest activations of these rows are computed one by one.
-    """
-    groups, count, _, positions = rows.shape
-    outputs_of_group = len(pairs) // groups
-    dtype = torch.float32 if 2 * count * QUANT_MAX * 128 <= 1 << 24 else torch.float64
-    weights = pairs.to(dtype).view(groups, outputs_of_group, 2 * count)
-    sums = torch.bmm(weights, rows.to(dtype).view(groups, 2 * count, positions)).flatten(0, 1).double()
-    if not saturating:
-        return sums
-    largest = rows.amax(-1).to(torch.int32).repeat_interleave(outputs_of_group, dim=0)
-    outputs, which = overflowing(pairs, largest).nonzero(as_tuple=True)
-    pairs_of_rows = rows.reshape(groups * count, 2, positions)
-    step = _parts(4 * positions)
-    for output, pair in zip(outputs.split(step), which.split(step), strict=True):
-        factors = pairs[output, pair].float()
-        activations = pairs_of_rows[output // outputs_of_group * count + pair]
-        sum_of_two = activations[:, 0] * factors[:, :1] + activations[:, 1] * factors[:, 1:]
-        lost = sum_of_two.clamp(_INT16.min, _INT16.max) - sum_of_two
-        sums.index_add_(0, output, lost.double())
-    return sums
 
 
 def _as_fbgemm(layer: _Emulated, sums: Tensor, input_scale: float) -> Tensor:
@@ -420,38 +346,7 @@ def _two(values: Sequence[int] | str) -> tuple[int, int]:
     return first, second
 
 
-def _parts(values: int) -> int:
-    """Return how many items of that many values make a chunk, at least one."""
-    return max(1, _CHUNK // values)
-
-
 # ------------------------------------------------------------------------------------------------ layer by layer
-
-
-@dataclass(frozen=True)
-class LayerSaturation:
-    """The difference of two INT8 layers' quantized outputs for the same input."""
-
-    name: str
-    kind: str
-    outputs: int
-    """Number of outputs that were compared, or known to be the same for any accumulator."""
-    different: int
-    """Number of outputs that differ by more than one step of their grid. Libraries round differently by one step: with
-    the same accumulators, FBGEMM and qnnpack differ in about one output of ten thousand."""
-    largest: int
-    """Largest difference, in steps of the output's grid."""
-    highest: int = 0
-    """Largest code of its input; 0 if its weights can't overflow with any input."""
-
-    @property
-    def share(self) -> float:
-        return self.different / self.outputs
-
-    @property
-    def saturates(self) -> bool:
-        """True if 16-bit accumulators were observed to change an output."""
-        return self.different > 0
 
 
 @contextmanager

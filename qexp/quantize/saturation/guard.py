@@ -5,15 +5,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from typing import Any, cast
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, fx, nn
 
 from qexp.config.schema import Engine, Target
 from qexp.quantize.flow import Prepared, QuantizedModel
+from qexp.quantize.graph.exported import is_program
 from qexp.quantize.saturation import emulation, kernels
-from qexp.quantize.saturation.emulation import LayerSaturation
+from qexp.quantize.saturation.accumulators import LayerSaturation
 from qexp.quantize.saturation.kernels import Kernels
-from qexp.quantize.saturation.reduced_range import ReducedRange, reduce_range_of_layers
+from qexp.quantize.saturation.narrowing import ReducedRange
+from qexp.quantize.saturation.programs import SaturatingProgram, reduce_range_of_program
+from qexp.quantize.saturation.reduced_range import reduce_range_of_layers
 from qexp.quantize.torch_backend.qnnpack_biases import fit_biases
 
 # Enough to tell which of two grids is the coarser for a layer.
@@ -30,12 +35,15 @@ def reduce_range(
     [n, 3, H, W], some of the calibration images. Returns a new model and the layers whose range was reduced; the model
     itself and () if nothing saturates.
     """
-    elsewhere = (_emulated(model, one.order, one.here | one.there, images) for one in others)
-    rows = itertools.chain(_in_torch(model, target, images), *elsewhere)
+    program = is_program(model.module)
+    emulated = _in_program if program else _emulated
+    elsewhere = (emulated(model, one.order, one.here | one.there, images) for one in others)
+    rows = itertools.chain(() if program else _in_torch(model, target, images), *elsewhere)
     risky = dict.fromkeys(row.name for row in rows if row.saturates)
     if not risky:
         return model, ()
-    module, reduced = reduce_range_of_layers(model.prepared.module, risky, model.qconfig, images[:NOISE_IMAGES])
+    reduce_range_in: Any = reduce_range_of_program if program else reduce_range_of_layers
+    module, reduced = reduce_range_in(model.prepared.module, risky, model.qconfig, images[:NOISE_IMAGES])
     return model.flow.convert(replace(model.prepared, module=module)), reduced
 
 
@@ -61,6 +69,17 @@ def _emulated(
     emulated = emulation.with_emulated_accumulators(model.module, order)
     rows = emulation.layer_by_layer(emulated, exact(model.prepared), [images], model.engine)
     return [row for row in rows if row.kind in kinds]
+
+
+def _in_program(
+    model: QuantizedModel, order: Engine, kinds: Collection[str], images: Tensor
+) -> Iterable[LayerSaturation]:
+    """The same of a Q/DQ program."""
+    emulated = SaturatingProgram(cast(fx.GraphModule, model.module), order, kinds, saturating=False)
+    with torch.inference_mode():
+        for part in images.split(NOISE_IMAGES):
+            emulated(part)
+    return emulated.found.values()
 
 
 def exact(prepared: Prepared) -> nn.Module:

@@ -130,10 +130,9 @@ def overflowing_kinds(
     """Return the kinds of layer (of KINDS) whose 16-bit accumulators can overflow with full grids on the target CPU.
 
     A flow in which the guard has no effect has none: torch's dynamic linear layer reduces activations to 7 bits itself.
-    Nor has one whose models torch doesn't execute.
     A CPU with VNNI may have some: FBGEMM's depthwise kernels accumulate in 16 bits everywhere.
     """
-    if "qconfig.overflow" in flow.ignores or not flow.executed_by_torch or target is Target.vnni:
+    if "qconfig.overflow" in flow.ignores or target is Target.vnni:
         return frozenset()
     if target is Target.avx2:
         return KINDS if name in _SATURATES_ON_AVX2 else frozenset()
@@ -185,17 +184,15 @@ def resolve_overflow(
     signature: KernelSignature,
     others: Iterable[Kernels] = (),
 ) -> Overflow:
-    """Return what `qconfig.overflow` means here: an explicit value as it is; for `auto` none or layers, or weights
-    where torch doesn't execute the model, and so doesn't show which layers saturate.
+    """Return what `qconfig.overflow` means here: an explicit value as it is; for `auto` none or layers.
 
     others: kernels of other libraries that execute the model too.
     """
     if qconfig.overflow is not Overflow.auto:
         return qconfig.overflow
     reduced = min(qconfig.weight.bits, qconfig.activation.bits) <= SAFE_BITS
-    if reduced or not (overflowing_kinds(qconfig, name, flow, target, signature) or any(one.there for one in others)):
-        return Overflow.none
-    return Overflow.layers if flow.executed_by_torch else Overflow.weights
+    by_torch = flow.executed_by_torch and overflowing_kinds(qconfig, name, flow, target, signature)
+    return Overflow.layers if not reduced and (by_torch or any(one.there for one in others)) else Overflow.none
 
 
 # Environment variables that lower the instruction set of a library with INT8 kernels.

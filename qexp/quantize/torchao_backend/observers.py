@@ -73,8 +73,12 @@ class Weight(UniformQuantizationObserverBase):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.min_val.numel():
-            self.min_val, self.max_val = self._range(x.detach())
+            self.feed(x.detach())
         return x
+
+    def feed(self, weight: Tensor) -> None:
+        """Find the weight's range, for the grid that it is mapped onto now."""
+        self.min_val, self.max_val = self._range(weight)
 
     def _range(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         if self.ch_axis is None:

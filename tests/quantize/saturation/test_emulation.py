@@ -14,7 +14,7 @@ from qexp.config.schema import Engine, FlowName
 from qexp.errors import InputError
 from qexp.models import architectures
 from qexp.quantize import FLOWS
-from qexp.quantize.saturation import emulation, kernels
+from qexp.quantize.saturation import accumulators, emulation, kernels
 from qexp.quantize.saturation.kernels import probe
 from qexp.quantize.torch_backend.qnnpack_biases import fit_biases
 from tests.helpers.quantizable import Chain, images, relative_error, settings, spec, trained
@@ -206,7 +206,7 @@ def test_small_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         module, inputs = layer(shape, ENGINES[0], extreme=True)
         whole[shape] = (emulated(module, ENGINES[0]), inputs)
     expected = {shape: module(inputs) for shape, (module, inputs) in whole.items()}
-    monkeypatch.setattr(emulation, "_CHUNK", 1 << 12)
+    monkeypatch.setattr(accumulators, "_CHUNK", 1 << 12)
     assert all(steps(module(inputs), expected[shape]) == 0 for shape, (module, inputs) in whole.items())
 
 

@@ -14,7 +14,7 @@ from qexp import quantize
 from qexp.config.schema import ActivationObserver, Engine, FlowName, Observer, Overflow, QConfig, Target
 from qexp.quantize import FLOWS, Prepared
 from qexp.quantize.calibration.grid import Side
-from qexp.quantize.saturation import emulation, reduced_range
+from qexp.quantize.saturation import emulation, narrowing, reduced_range
 from qexp.quantize.saturation.kernels import KINDS, Kernels
 from tests.helpers.quantizable import MINMAX, Chain, Plain, images, settings, spec, trained
 
@@ -61,7 +61,7 @@ def test_narrowed_tensors_are_those_of_an_observer_made_with_that_grid(
     )
     for module in list(prepared.module.modules()):
         if isinstance(module, UniformQuantizationObserverBase):
-            reduced_range._reduce_activations(module, layers)
+            narrowing.reduce_activations(module, layers)
     actual = quantize.read_qparams(prepared.module)
     for name in (name for name in expected if not name.endswith(".weight")):
         assert actual[name].scale == expected[name].scale
