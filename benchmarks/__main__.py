@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks import check, decision, effects, many, peers, racing, runtimes, speed, study, timing, zoo
+from benchmarks import check, decision, effects, flows, many, peers, racing, runtimes, speed, study, timing, zoo
 from qexp.system import machine
 
 BENCHMARKS: dict[str, Callable[[str], None]] = {
@@ -27,6 +27,7 @@ BENCHMARKS: dict[str, Callable[[str], None]] = {
     "racing": racing.races,
     "peers": peers.peers,
     "runtimes": runtimes.runtimes,
+    "flows": flows.flows,
     "zoo": zoo.zoo,
     "aa": timing.against_itself,
 }

@@ -14,7 +14,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,8 @@ def runtimes(outputs: str) -> None:
                 f"flow={flow}", f"runtimes=[{listed}]", *TIMING,
                 f"latency.batch_sizes=[{','.join(map(str, BATCH_SIZES))}]", *network.settings,
             )  # fmt: skip
-            found.append(_once(Network(f"{network.name}_{flow}", settings), folder))
+            way = Network(f"{network.name}_{flow}", settings)
+            found.append(once(way, folder, "runtimes", lambda way: _measured(way, folder)))
             print(f"{network.name}, flow={flow}: {found[-1].get('refused') or 'measured'}", flush=True)
     rows = [row for one in found for row in one["rows"]]
     print(f"\n{table(rows)}\n")
@@ -82,9 +83,12 @@ def runtimes(outputs: str) -> None:
             print(f"the times of {one['network']} are not to be trusted: {first}, and {len(others)} reasons more")
 
 
-def _once(network: Network, folder: Path) -> dict[str, Any]:
-    """The results of one network in one flow, from the file that has them, or measured and written there."""
-    path = folder / "runtimes" / f"{network.name}.json"
+def once(network: Network, folder: Path, kind: str, measure: Callable[[Network], dict[str, Any]]) -> dict[str, Any]:
+    """The results of one network in one flow, from the file that has them, or measured and written there.
+
+    kind: the folder of such files within `folder`; measure: the rows, and the reasons against their timings.
+    """
+    path = folder / kind / f"{network.name}.json"
     here = machine.describe()
     versions = [RUNTIMES[name].version() for name in RuntimeName if not RUNTIMES[name].unavailable()]
     of = {
@@ -100,7 +104,7 @@ def _once(network: Network, folder: Path) -> dict[str, Any]:
             return kept
     made = {"network": network.name, "of": of, "rows": [], "doubts": [], "refused": ""}
     try:
-        made |= _measured(network, folder)
+        made |= measure(network)
     except QexpError as error:
         made["refused"] = str(error)
     path.parent.mkdir(parents=True, exist_ok=True)
