@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from PIL import Image
 
 from qexp.errors import InputError, one_line
+from qexp.system import file_lock
 from qexp.system.download import download
 
 log = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ def _torchvision(kind: Any, split: str, root: str, folder: Path, names: Iterable
 def _download_lock(root: str) -> AbstractContextManager[Any]:
     try:
         Path(root).mkdir(parents=True, exist_ok=True)
-        return FileLock(Path(root) / ".download.lock").acquire()
+        return file_lock.acquire(Path(root) / ".download.lock", "downloads this data set")
     except OSError as error:
         raise InputError(f"dataset.root={root} can't be written to ({error.strerror or error}).") from error
 

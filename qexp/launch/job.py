@@ -111,6 +111,7 @@ def tags(job: Job) -> dict[str, str]:
     """A run's tags that are known before it has computed anything."""
     given = {
         "study": job.config.study,
+        "sweep_id": job.config.sweep,
         "experiment": job.choices.get("experiment"),
         "command": command(),
         "rerun_of": job.config.rerun,

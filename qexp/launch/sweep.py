@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from collections import Counter
@@ -33,6 +34,8 @@ from qexp.system import machine
 if TYPE_CHECKING:
     from qexp.tracking.run import Run
     from qexp.tracking.store import Store
+
+log = logging.getLogger(__name__)
 
 
 def run_sweep(
@@ -148,8 +151,17 @@ class Sweep:
                 batches.append(self.launcher.launch(chunk, initial_job_idx=self.launched))
                 self.returns.append(batches[-1])
                 self.launched += len(batches[-1])
+        if not isinstance(self.launcher, BasicLauncher):
+            self._close_lost()
         for number, returned in enumerate((one for batch in batches for one in batch), first):
             running.complete(number, returned)
+
+    def _close_lost(self) -> None:
+        """Close the runs of jobs that a launcher has lost, with their worker or its whole machine, and log them."""
+        from qexp import tracking
+
+        for row in tracking.close_lost(self.place.store, self.place.experiments, self.identifier):
+            log.warning("%s was lost: %s To run what is missing:\n  %s", row.name, row.tags["error"], command())
 
     def rows(self) -> list[RunRecord]:
         """The runs of its jobs so far, those of failed jobs and those that are reused among them."""

@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -35,7 +34,7 @@ from qexp.errors import ConfigError, InputError, QexpError, one_line
 from qexp.models.checkpoints import load_checkpoint
 from qexp.models.training import choose_device, train
 from qexp.models.unwrap import unwrap
-from qexp.system import machine_lock
+from qexp.system import file_lock, machine_lock
 from qexp.system.cache import digest_of
 from qexp.system.download import download
 from qexp.system.steps import step
@@ -330,20 +329,13 @@ def _unwritable(folder: Path, reason: str) -> InputError:
 @contextlib.contextmanager
 def _held(path: Path) -> Iterator[None]:
     """One process trains a model, others wait for it: flock, which a killed process lets go."""
-    held = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        held.acquire(timeout=0)
-    except Timeout:
-        log.info("another process is training this model; waiting for it")
-        with machine_lock.released():
-            held.acquire()
+        held = file_lock.acquire(path, "trains this model")
     except OSError as error:
         raise _unwritable(path.parent, error.strerror or str(error)) from error
-    try:
+    with held:
         yield
-    finally:
-        held.release()
 
 
 def _training_key(model: Mapping[str, Any], settings: schema.Train, data: Data, seed: int) -> str:

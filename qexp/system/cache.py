@@ -27,15 +27,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from qexp.errors import InputError
-from qexp.system import machine_lock
+from qexp.system import file_lock
 
 log = logging.getLogger(__name__)
 
 _SEAL = hashlib.sha256().digest_size
 _CHUNK = 1 << 22
+MAKES = "makes an entry of the cache that is needed here too"  # who holds an entry's lock
 _DAMAGED = "the cache entry %s is damaged (%s); it is made anew"
 
 # The most bytes that a folder may hold, set by `bounded`, and the size of each folder, as last measured plus additions.
@@ -150,7 +150,7 @@ def file(folder: Path | None, key: str, make: Callable[[Path], object], target: 
         if found is not None:
             return found
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_suffix(".file.lock")):
+        with file_lock.acquire(path.with_suffix(".file.lock"), MAKES):
             found = placed()  # another process may have made it while this one waited
             if found is None:
                 _remove(path)
@@ -270,22 +270,12 @@ def _entry(folder: Path, key: str, write: Callable[[Path], None]) -> Entry:
         return found
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = _locked(path.with_suffix(".lock"))
+        held = file_lock.acquire(path.with_suffix(".lock"), MAKES)
     except OSError as error:
         raise _unwritable(folder, error) from error
     with held:
         found = _open(path)  # another process may have made it while this one waited
         return found if found is not None else _make(folder, path, write)
-
-
-def _locked(path: Path) -> AcquireReturnProxy:
-    """Hold the lock of an entry; a process that waits for it releases the machine's lock meanwhile."""
-    held = FileLock(path)
-    try:
-        return held.acquire(blocking=False)
-    except Timeout:
-        with machine_lock.released():
-            return held.acquire()
 
 
 def _make(folder: Path, path: Path, write: Callable[[Path], None]) -> Entry:

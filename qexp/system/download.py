@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import secrets
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ def download(url: str, path: Path, is_right: Callable[[Path], bool]) -> None:
     is_right: checks the file before it is put at `path`. Raises OSError, whose text says why `url` could not be
     fetched, and leaves no partial file.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # the folder may be shared with other hosts
     path.parent.mkdir(parents=True, exist_ok=True)
     request = urllib.request.Request(url, headers={"User-Agent": "qexp"})
     try:

@@ -246,6 +246,16 @@ def host() -> str:
     return name
 
 
+def boot() -> str:
+    """The identifier of this start of the system, which no other start and no other machine has."""
+    return _read(Path("/proc/sys/kernel/random/boot_id")) or UNKNOWN
+
+
+def this_process() -> str:
+    """The number, the host and the boot of this process, by which others on a shared folder know it."""
+    return f"process {os.getpid()} on {host()}, boot {boot()[:8]}"
+
+
 def since_boot(process: psutil.Process) -> float:
     """Seconds from the start of the system to that of a process, which don't change when the clock is set."""
     return float(process.create_time() - psutil.boot_time())

@@ -23,6 +23,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from qexp.system import machine
+
 log = logging.getLogger(__name__)
 
 PATIENCE = 60.0  # seconds that timing waits for a slice to end
@@ -110,7 +112,7 @@ class MachineLock:
         """Have the machine alone: no other process that uses this lock computes or times meanwhile."""
         with self.released(), self._opened() as files:
             self._pass(files.gate)
-            self._sign(files.gate, str(os.getpid()))
+            self._sign(files.gate, machine.this_process())
             self._until_alone(files.shared)
             self._held.alone = True
             try:
@@ -150,10 +152,10 @@ class MachineLock:
         try:
             fcntl.flock(gate, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.pread(gate, 32, 0).decode(errors="replace").strip()
+            holder = os.pread(gate, 300, 0).decode(errors="replace").strip()
             if holder and not self._logged:  # else a process is only passing the gate
                 self._logged = True
-                log.info("waiting for another process to have timed (%s names it)", self._gate)
+                log.info("waiting until %s has timed", holder)
             fcntl.flock(gate, fcntl.LOCK_EX)
 
     def _until_alone(self, shared: int) -> None:

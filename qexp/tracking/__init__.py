@@ -14,7 +14,7 @@ from qexp.records import PARENT_TAG
 from qexp.tracking.artifacts import artifacts, top1
 from qexp.tracking.errors import sentence
 from qexp.tracking.links import ui
-from qexp.tracking.query import Selection, adopt, children, close_orphans, fetch, find, find_runs, of_study
+from qexp.tracking.query import Selection, adopt, children, close_lost, close_orphans, fetch, find, find_runs, of_study
 from qexp.tracking.run import (
     DatasetUse,
     Run,
@@ -43,6 +43,7 @@ __all__ = [
     "check_experiment",
     "check_run",
     "children",
+    "close_lost",
     "close_orphans",
     "close_parent",
     "connect",

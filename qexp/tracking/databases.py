@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from mlflow.exceptions import MlflowException
 from mlflow.store.db.utils import _all_tables_exist, _initialize_tables, create_sqlalchemy_engine
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
@@ -20,6 +20,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from qexp.errors import InputError
+from qexp.system import file_lock
 from qexp.system.credentials import masked
 from qexp.tracking.errors import first_line, in_thread, unusable
 from qexp.tracking.values import user
@@ -51,11 +52,11 @@ def open_sqlite(path: Path, artifacts: Path, setting: str) -> str:
     """URI of the SQLite store at `path`, made if missing. Raises InputError where it isn't a usable one."""
     if set("%?") & set(str(path)):
         raise InputError(f"{setting} has a % or ? in its path, which SQLite's addresses can't hold; choose another.")
-    uri = f"sqlite:///{path}"
+    uri, lock = f"sqlite:///{path}", path.with_name(f".{path.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # MLflow's own first migration is not safe against a second process, whatever it tries.
-        with FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_SECONDS):
+        with file_lock.acquire(lock, "looks at this store", LOCK_SECONDS):
             if not path.exists() or path.stat().st_size == 0:
                 _create_sqlite(path, artifacts)
             _check_sqlite(path, setting)
@@ -63,7 +64,7 @@ def open_sqlite(path: Path, artifacts: Path, setting: str) -> str:
                 _follow_moved_artifacts(path, artifacts.as_uri())
     except Timeout as error:
         raise InputError(
-            f"{setting}: another process has held {error.lock_file} for {LOCK_SECONDS:.0f} s; end it, or choose "
+            f"{setting}: {file_lock.holder(lock)} has held {lock} for {LOCK_SECONDS:.0f} s; end it, or choose "
             f"another folder."
         ) from error
     except OSError as error:

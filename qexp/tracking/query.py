@@ -6,7 +6,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import requests
@@ -180,13 +180,31 @@ def close_orphans(store: Store) -> list[RunRecord]:
     with refused(store, "a search"):
         experiments = _experiments(store)
         mine = _search(store, experiments, f"attributes.status = 'RUNNING' and tags.host = {_literal(machine.host())}")
-        gone = [record for record in mine if not has_process(record)]
-        # One may have ended by itself since the search; now that its process is gone, nobody else ends it.
-        left = [record for record in gone if store.client.get_run(record.run_id).info.status == "RUNNING"]
-        for record in left:
-            store.client.set_tag(record.run_id, "error", f"process {record.tags['pid']} ended without closing the run.")
-            store.client.set_terminated(record.run_id, "KILLED")
-    return left
+        return _closed(store, [record for record in mine if not has_process(record)])
+
+
+def close_lost(store: Store, experiments: Sequence[str], sweep: str) -> list[RunRecord]:
+    """Close as KILLED the runs of a sweep that are open though all its jobs have ended, on whatever machine. Returns
+    them.
+
+    experiments: names of those that the runs are in; sweep: the identifier that all of its jobs have.
+    """
+    with refused(store, "a search"):
+        condition = f"attributes.status = 'RUNNING' and tags.sweep_id = {_literal(sweep)}"
+        return _closed(store, _search(store, _ids(store, experiments), condition))
+
+
+def _closed(store: Store, gone: Sequence[RunRecord]) -> list[RunRecord]:
+    """Those of the runs, whose processes are gone, that were still open; they are closed as KILLED."""
+    # One may have ended by itself since the search; now that its process is gone, nobody else ends it.
+    left = [record for record in gone if store.client.get_run(record.run_id).info.status == "RUNNING"]
+    closed = []
+    for record in left:
+        error = f"process {record.tags['pid']} on {record.tags['host']} ended without closing the run."
+        store.client.set_tag(record.run_id, "error", error)
+        store.client.set_terminated(record.run_id, "KILLED")
+        closed.append(replace(record, status="KILLED", tags={**record.tags, "error": error}))
+    return closed
 
 
 def _experiments(store: Store) -> list[str]:
@@ -202,6 +220,10 @@ def _experiments(store: Store) -> list[str]:
 
 
 def has_process(record: RunRecord) -> bool:
+    """True if the process of a run of this host runs, or where that can't be known."""
+    boot = machine.boot()
+    if record.tags.get("boot", boot) != boot:  # the system was started again since
+        return False
     try:
         return machine.is_running(int(record.tags["pid"]), float(record.tags["pid_started"]))
     except (KeyError, ValueError):  # not as this module writes them

@@ -97,7 +97,12 @@ def system_tags(tags: Mapping[str, str], description: str | None) -> dict[str, s
     """The tags that MLflow's fluent API sets and its UI shows, and those of the process, for `close_orphans`."""
     system = {"mlflow.user": user(), "mlflow.source.name": "qexp", "mlflow.source.type": "LOCAL"}
     process = psutil.Process()
-    system |= {"host": machine.host(), "pid": str(process.pid), "pid_started": f"{machine.since_boot(process):.2f}"}
+    system |= {
+        "host": machine.host(),
+        "boot": machine.boot(),
+        "pid": str(process.pid),
+        "pid_started": f"{machine.since_boot(process):.2f}",
+    }
     if tags.get("git_sha"):
         system["mlflow.source.git.commit"] = tags["git_sha"]
     if description:

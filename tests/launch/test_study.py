@@ -29,7 +29,7 @@ from qexp import tracking
 from qexp.config import identity
 from qexp.config.schema import Config
 from qexp.launch import study
-from qexp.system import cache
+from qexp.system import cache, machine
 from tests.helpers import ROOT
 from tests.helpers.cli import TORCHS
 from tests.helpers.stores import jobs_of, settings, sweeps_of, table
@@ -115,15 +115,16 @@ def test_runs_whose_process_was_killed_are_closed_and_no_others(store: tracking.
         elsewhere = begin(store, "elsewhere", host="another machine", pid=str(processes[0].pid))
         reused = begin(store, "its process id is another's now", pid=str(os.getpid()), pid_started="1.00")
         odd = begin(store, "odd", pid="?")
+        rebooted = begin(store, "its host was started again", boot="another")
         before = tracking.find(store, killed[1])[0]
         closed = tracking.close_orphans(store)
-        assert {row.run_id for row in closed} == {killed[0], killed[2], reused.id}
+        assert {row.run_id for row in closed} == {killed[0], killed[2], reused.id, rebooted.id}
         assert [status(store, run_id) for run_id in killed] == ["KILLED", "FINISHED", "KILLED"]
         assert [status(store, run_id) for run_id in alive] == ["RUNNING", "FINISHED", "RUNNING"]
         assert [status(store, run.id) for run in (mine, elsewhere, odd)] == ["RUNNING"] * 3
         assert tracking.find(store, killed[1])[0] == before
         assert tracking.find(store, killed[2])[0].tags["error"] == (
-            f"process {processes[0].pid} ended without closing the run."
+            f"process {processes[0].pid} on {machine.host()} ended without closing the run."
         )
         assert tracking.close_orphans(store) == []
     finally:

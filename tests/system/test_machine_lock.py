@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from qexp.system import machine_lock
+from qexp.system.machine import boot, host
 from qexp.system.machine_lock import MachineLock
 
 HOLD = """
@@ -224,19 +225,19 @@ def test_the_lock_survives_its_killed_holder(tmp_path: Path, way: str) -> None:
 
 def test_it_is_said_once_that_another_process_times(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger=machine_lock.log.name)
-    machine = MachineLock(tmp_path)
+    machine, signed = MachineLock(tmp_path), []
     for way in ("timing", "timing", "computing"):
         with another_process(HOLD, tmp_path, way) as holder:
             if way == "timing":
-                assert gate(tmp_path).read_text() == str(holder.pid)
+                signature = gate(tmp_path).read_text()
+                assert signature == f"process {holder.pid} on {host()}, boot {boot()[:8]}"
+                signed.append(signature)
                 with pytest.raises(BlockingIOError), machine.computing(wait=False):
                     pytest.fail("somebody times")
                 threading.Timer(0.2, holder.kill).start()
             with machine.computing():
                 pass
-    assert [record.getMessage() for record in caplog.records] == [
-        f"waiting for another process to have timed ({gate(tmp_path)} names it)"
-    ]
+    assert [record.getMessage() for record in caplog.records] == [f"waiting until {signed[0]} has timed"]
 
 
 def test_who_was_stopped_while_it_computes_does_not_keep_the_clock_waiting_for_ever(
