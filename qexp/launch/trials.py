@@ -26,8 +26,11 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 log = logging.getLogger(__name__)
 
 SAMPLERS = {"tpe": TPESampler, "nsgaii": NSGAIISampler, "random": RandomSampler}
-# What a trial keeps of the job that it stands for.
-HASH = "config_hash"
+# What a trial keeps: of the job that it stands for, and that it is equal to an earlier one.
+HASH, REPEATS = "config_hash", "repeats"
+# Proposals in a row that were equal to earlier trials, after which the next is drawn at random: of few values, TPE
+# proposes the best ones again and again, whatever it is told.
+STUCK = 10
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,10 @@ class Trials:
     def ask(self) -> Asked:
         """A new trial. It depends on the seed, on the number of trials so far, and on their results, and on nothing
         else, so that a search that was stopped goes on as if it had not been."""
-        number = len(self._all())
-        seed = int(np.random.SeedSequence((self._seed, number)).generate_state(1)[0])
-        self._study.sampler = made_sampler(self._sampler, seed)
+        known = self._all()
+        seed = int(np.random.SeedSequence((self._seed, len(known))).generate_state(1)[0])
+        is_stuck = len(known) >= STUCK and all(REPEATS in one.user_attrs for one in known[-STUCK:])
+        self._study.sampler = made_sampler("random" if is_stuck else self._sampler, seed)
         trial = self._study.ask(self._distributions)
         return Asked(trial, trial.params)
 
@@ -96,7 +100,7 @@ class Trials:
 
     def repeat(self, asked: Asked) -> None:
         """Drop a trial that another one is equal to."""
-        asked.trial.set_user_attr("repeats", True)
+        asked.trial.set_user_attr(REPEATS, True)
         self._study.tell(asked.trial, state=TrialState.FAIL)
 
     def refuse(self, asked: Asked, reason: str) -> None:
