@@ -116,6 +116,8 @@ class Metric(StrEnum):
     calibration_images = "calib/images", *_IMAGES, "images that calibration saw"
     calibration_seconds = "calib/seconds", "s", "lower", 2, "time that calibration took; images seen before cost none"
 
+    lock_wait_share = "machine/lock_wait_share", *_LOSS, "share of the run's time that it waited for the machine's lock"
+
     jobs = "jobs/<status>", "jobs", "", 0, "of a sweep's own run: jobs that ended so"
 
     def of(self, which: object) -> str:

@@ -28,6 +28,7 @@ saturation/exact_accuracy saturation/exact_images
 saturation/loss saturation/loss_low saturation/loss_high saturation/agreement saturation/sqnr_db saturation/layers
 quant/layers_int8 quant/layers_float quant/layers_narrowed quant/batchnorm_left quant/fusion_difference
 calib/images calib/seconds
+machine/lock_wait_share
 jobs/<status>
 """
 

@@ -188,6 +188,7 @@ def opened(place: Place, launcher: Any, first: Job, total: str) -> Iterator[Swee
     """
     from qexp import tracking
 
+    warn_of_cores(launcher, first.config)
     folders.save_beside(place.folder / "multirun.yaml", as_yaml(place.master))
     title = " ".join(dict.fromkeys((tags(first).get("experiment", "sweep"), first.config.study or place.folder.name)))
     try:
@@ -232,6 +233,30 @@ def close_sweep(
     said, view = sweep_report.report(store, parent, rows, config)
     print(f"\n{said}\n")
     print_locations(folder, tracking.ui(store, parent, view))
+
+
+def at_a_time(launcher: Any, config: Config) -> int | None:
+    """The number of jobs that a launcher runs at the same time on this machine, None where that isn't known here."""
+    if isinstance(launcher, BasicLauncher):
+        return config.job.at_a_time
+    workers: int | None = getattr(launcher, "joblib", {}).get("n_jobs")
+    return machine.allowed_cores() + 1 + workers if workers is not None and workers < 0 else workers
+
+
+def warn_of_cores(launcher: Any, config: Config) -> None:
+    """Log a warning where jobs that run at the same time have more threads than this machine has cores.
+
+    Not for the two of Hydra's own launcher, one of which reads and writes while the other computes.
+    """
+    jobs, threads, cores = at_a_time(launcher, config), config.compute.threads, machine.allowed_cores()
+    own = isinstance(launcher, BasicLauncher)
+    if jobs is None or jobs * threads <= cores or (own and jobs <= 2):
+        return
+    setting = "job.at_a_time" if own else "hydra.launcher.n_jobs"
+    log.warning(
+        "%s=%d with compute.threads=%d: %d threads compute at a time on %d cores, which is slower than no more threads "
+        "than cores; lower one of the two.", setting, jobs, threads, jobs * threads, cores,
+    )  # fmt: skip
 
 
 def failed_before_run(returned: Any) -> RunRecord | None:

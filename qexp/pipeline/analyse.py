@@ -89,7 +89,8 @@ class Measured:
     fusion_difference: of the fused from the float model's logits, as a share of the largest; reduced: the layers whose
     range overflow=layers reduced to 7 bits; headline: the INT8 variant that the headline metrics and the verdict are
     about; parted: the runtimes whose logits have parted from torch's; runtime_layers: by runtime, the numbers of layers
-    that it executes in INT8 and in FP32; latency_from: the run that made the timings, empty where it is this one.
+    that it executes in INT8 and in FP32; latency_from: the run that made the timings, empty where it is this one;
+    lock_wait_share: of the time so far, that for which the run has waited for the machine's lock.
     """
 
     fusion_difference: float
@@ -105,6 +106,7 @@ class Measured:
     latency_from: str
     layer_errors: tuple[Fidelity, ...]
     on_target: target_cpu.TargetAccuracy
+    lock_wait_share: float
 
 
 def top1(
@@ -169,6 +171,7 @@ def result(
         Metric.fusion_difference: measured.fusion_difference,
         Metric.calibration_images: float(measured.calibration.images),
         Metric.calibration_seconds: measured.calibration.seconds,
+        Metric.lock_wait_share: measured.lock_wait_share,
     }
     files = run_files.write_files(
         folder,

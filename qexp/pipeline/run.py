@@ -31,6 +31,7 @@ from qexp.pipeline.stages import analysing, job_settings
 from qexp.quantize import FLOWS
 from qexp.records import Precision, Result
 from qexp.runtimes import int8_kernels
+from qexp.system import machine_lock
 from qexp.system.steps import noted
 
 
@@ -41,7 +42,7 @@ def run_experiment(config: Config, folder: Path) -> Result:
     quantized, an INT8 layer computes another function than its float counterpart, or the saved model's logits differ
     from those of the model in memory.
     """
-    with noted(folder / "steps.json"), job_settings(config):
+    with noted(folder / "steps.json"), machine_lock.wait_share() as lock_wait_share, job_settings(config):
         provenance = run_files.tags(config)  # first, since the code on disk may change while the job runs
         data = load_data(config.dataset, cache_folder(config), config.sweep or "")
         fp32 = load_or_train(config, data)
@@ -84,5 +85,6 @@ def run_experiment(config: Config, folder: Path) -> Result:
             latency_from=latency_from,
             layer_errors=errors,
             on_target=on_target,
+            lock_wait_share=lock_wait_share(),
         )
         return result(config, data, fp32, measured, provenance, folder)

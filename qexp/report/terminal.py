@@ -30,8 +30,9 @@ def _study(found: Findings, columns: int, lines: int) -> str:
     heading = formats.shortened(wording.study(found.study), columns)
     said = [line for text in sentences.recommendation(found.headline) for line in textwrap.wrap(text, columns)]
     mattered = _mattered(found, columns)
-    room = lines - len(said) - len(mattered) - len(("heading", "", "", ""))
-    parts = [[heading, *said], _candidates(found, columns, room), mattered]
+    waited = textwrap.wrap(wording.lock_waits(found.study.finished), columns)
+    room = lines - len(said) - len(mattered) - len(waited) - len(("heading", "", "", "", "")[: 4 + bool(waited)])
+    parts = [[heading, *said], _candidates(found, columns, room), mattered, waited]
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 

@@ -59,6 +59,15 @@ def ended(record: RunRecord) -> str:
     return record.tags.get("error") or record.status.lower()
 
 
+def lock_waits(runs: Sequence[RunRecord]) -> str:
+    """The share of the runs' time that they waited for the machine's lock; empty where it is less than 1%."""
+    seconds = {run.run_id: (run.end or run.start) - run.start for run in runs if Metric.lock_wait_share in run.metrics}
+    total = sum(seconds.values())
+    waited = sum(run.metrics[Metric.lock_wait_share] * seconds[run.run_id] for run in runs if run.run_id in seconds)
+    share = waited / total if total else 0.0
+    return f"{share:.0%} of the runs' time went to waiting for the machine's lock." if share >= 0.01 else ""
+
+
 def ships(one: Candidate) -> str:
     """The run that ships, and how much calibration's seed matters to it."""
     run = one.ships
@@ -129,6 +138,7 @@ def facts(found: Findings) -> list[tuple[str, str]]:
         "saturation": _saturation(shown),
         "runs": f"{len(found.study.records):,}, of which {len(runs):,} finished",
         "when": _when(found.study.records),
+        "waiting": lock_waits(runs),
     }
     return [(name, text) for name, text in told.items() if text]
 

@@ -18,7 +18,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,10 +40,12 @@ class _Files:
 
 
 class _Held(threading.local):
-    """The state of one thread. files: open while it computes, else None; alone: True while it times."""
+    """The state of one thread. files: open while it computes, else None; alone: True while it times; waited: the
+    seconds for which it has waited so far."""
 
     files: _Files | None = None
     alone: bool = False
+    waited: float = 0.0
 
 
 class MachineLock:
@@ -108,12 +110,27 @@ class MachineLock:
         self._held.files = files
 
     @contextmanager
+    def wait_share(self) -> Iterator[Callable[[], float]]:
+        """Yield a function that returns the share of the time since then for which this thread has waited here."""
+        started, before = time.monotonic(), self._held.waited
+        yield lambda: (self._held.waited - before) / max(time.monotonic() - started, 1e-9)
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._held.waited += time.monotonic() - started
+
+    @contextmanager
     def timing(self) -> Iterator[None]:
         """Have the machine alone: no other process that uses this lock computes or times meanwhile."""
         with self.released(), self._opened() as files:
-            self._pass(files.gate)
-            self._sign(files.gate, machine.this_process())
-            self._until_alone(files.shared)
+            with self._waiting():
+                self._pass(files.gate)
+                self._sign(files.gate, machine.this_process())
+                self._until_alone(files.shared)
             self._held.alone = True
             try:
                 yield
@@ -139,14 +156,15 @@ class MachineLock:
                 os.close(descriptor)
 
     def _share(self, files: _Files, wait: bool = True) -> None:
-        try:
-            if wait:
-                self._pass(files.gate)
-            else:
-                fcntl.flock(files.gate, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            fcntl.flock(files.shared, fcntl.LOCK_SH)
-        finally:
-            fcntl.flock(files.gate, fcntl.LOCK_UN)
+        with self._waiting():
+            try:
+                if wait:
+                    self._pass(files.gate)
+                else:
+                    fcntl.flock(files.gate, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(files.shared, fcntl.LOCK_SH)
+            finally:
+                fcntl.flock(files.gate, fcntl.LOCK_UN)
 
     def _pass(self, gate: int) -> None:
         try:
@@ -191,4 +209,4 @@ def _open(path: Path) -> int:
 
 # The same for all processes of the machine, whatever TMPDIR is.
 MACHINE = MachineLock(Path("/tmp") if Path("/tmp").is_dir() else Path(tempfile.gettempdir()))
-computing, released, timing = MACHINE.computing, MACHINE.released, MACHINE.timing
+computing, released, timing, wait_share = MACHINE.computing, MACHINE.released, MACHINE.timing, MACHINE.wait_share

@@ -24,7 +24,7 @@ from qexp.launch import concurrent, job_process
 from qexp.launch.job_process import JobProcess
 from qexp.records import Result
 from qexp.system import machine_lock
-from tests.helpers.jobs import TIMED
+from tests.helpers.jobs import TIMED, without_times
 
 Composed = Callable[..., schema.Config]
 
@@ -82,7 +82,7 @@ def launched(asked: Sequence[schema.Config], tmp_path: Path, count: int = 2) -> 
 
 
 def numbers(result: Result) -> dict[str, float]:
-    return {name: value for name, value in result.metrics.items() if name != "calib/seconds"}
+    return without_times(result.metrics)
 
 
 def test_two_jobs_run_at_a_time_and_give_what_they_give_by_themselves(

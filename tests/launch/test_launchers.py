@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sqlite3
 import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 
 from qexp import tracking
 from qexp.config.composition import CONF
 from qexp.config.error_messages import message_for
 from qexp.config.schema import Config
-from qexp.launch import job_process, tracked_run
+from qexp.launch import job_process, sweep, tracked_run
 from qexp.launch.job import Job
 from qexp.system import machine
+from tests.helpers import ROOT
+from tests.helpers.jobs import without_times
 from tests.helpers.stores import jobs_of, settings, sweeps_of
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -29,13 +35,13 @@ LAUNCHERS = ("joblib", "submitit_local")
 
 
 def metrics(folder: Path) -> dict[str, dict[str, float]]:
-    """The metrics of each job but for what calibration took, by its name."""
+    """The metrics of each job without times, by its name."""
     with closing(sqlite3.connect(folder / "outputs" / "mlflow.db")) as connection:
-        rows = connection.execute("select run_uuid, key, value from latest_metrics where key != 'calib/seconds'")
+        rows = connection.execute("select run_uuid, key, value from latest_metrics")
         by_run: dict[str, dict[str, float]] = {}
         for run_id, key, value in rows:
             by_run.setdefault(run_id, {})[key] = value
-    return {run["name"]: by_run[run["id"]] for run in jobs_of(folder)}
+    return {run["name"]: without_times(by_run[run["id"]]) for run in jobs_of(folder)}
 
 
 @pytest.mark.slow
@@ -47,19 +53,20 @@ def test_two_at_a_time_give_what_one_after_the_other_gives_bit_for_bit(
         "calib=small", "compute.threads=1", "calib.seed=0,1", "-m",
     ]  # fmt: skip
     found = {}
-    for launcher in ("basic", *LAUNCHERS):
-        done = qexp(*given, f"hydra/launcher={launcher}", "job.at_a_time=1", "cache.enabled=false")
+    for launcher, at_a_time in {"basic": 1, "two at a time": 2, **dict.fromkeys(LAUNCHERS, 1)}.items():
+        launched_by = f"hydra/launcher={launcher if launcher in LAUNCHERS else 'basic'}"
+        done = qexp(*given, launched_by, f"job.at_a_time={at_a_time}", "cache.enabled=false")
         assert done.returncode == 0, done.stderr + done.stdout
         assert "UserWarning" not in done.stderr + done.stdout
         assert [run["status"] for run in jobs_of(tmp_path)] == ["FINISHED"] * 2
         (parent,) = sweeps_of(tmp_path)
         assert {run["tags"]["mlflow.parentRunId"] for run in jobs_of(tmp_path)} == {parent["id"]}
         pids = {run["tags"]["pid"] for run in jobs_of(tmp_path)}
-        assert (pids == {parent["tags"]["pid"]}) == (launcher == "basic")
+        assert (pids == {parent["tags"]["pid"]}) == (launcher not in LAUNCHERS)
         assert "seed=0" in done.stdout.partition("setting")[2]  # in the report
         found[launcher] = metrics(tmp_path)
         shutil.move(tmp_path / "outputs", tmp_path / launcher)
-    assert found["joblib"] == found["submitit_local"] == found["basic"]
+    assert found["joblib"] == found["submitit_local"] == found["two at a time"] == found["basic"]
     assert found["basic"]["seed=0"] != found["basic"]["seed=1"]
     assert [name for name in found["basic"]["seed=0"] if name.startswith("runtime_accuracy/")]
     logs = list((tmp_path / "submitit_local" / "sweeps").glob("*/.submitit/*/*_log.out"))
@@ -117,3 +124,59 @@ def test_a_job_on_another_machine_is_checked_there(
     )  # fmt: skip
     parent.finish()
     assert json.dumps(sweeps_of(tmp_path)[0]["tags"]["cpu"]) == '"a CPU"'
+
+
+@pytest.mark.parametrize(
+    ("own", "jobs", "threads", "said"),
+    [
+        (False, 4, 1, []),
+        (False, 3, 2, ["hydra.launcher.n_jobs=3 with compute.threads=2: 6 threads compute at a time on 4 cores"]),
+        (False, -1, 2, ["hydra.launcher.n_jobs=4 with compute.threads=2: 8 threads compute at a time on 4 cores"]),
+        (True, 2, 4, []),  # as by default, one of which reads and writes while the other computes
+        (True, 3, 2, ["job.at_a_time=3 with compute.threads=2: 6 threads compute at a time on 4 cores"]),
+    ],
+)
+def test_more_threads_than_cores_are_said_before_the_sweep(
+    composed: Callable[..., Config],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    own: bool,
+    jobs: int,
+    threads: int,
+    said: list[str],
+) -> None:
+    monkeypatch.setattr(machine, "allowed_cores", lambda *_: 4)
+    config = composed(f"compute.threads={threads}", *([f"job.at_a_time={jobs}"] if own else []))
+    sweep.warn_of_cores(BasicLauncher() if own else SimpleNamespace(joblib={"n_jobs": jobs}), config)
+    found = [record.getMessage() for record in caplog.records if record.name == sweep.__name__]
+    assert [text.partition(", which")[0] for text in found] == said
+
+
+THREADS = """
+from types import SimpleNamespace
+import psutil, torch
+from qexp.pipeline import stages
+
+def used():
+    process, x = psutil.Process(), torch.rand(600, 600)
+    before = {thread.id: thread.user_time for thread in process.threads()}
+    until = process.cpu_times().user + 0.6
+    while process.cpu_times().user < until:
+        x @ x
+    return sum(thread.user_time - before.get(thread.id, 0) > 0.1 for thread in process.threads())
+
+for threads in (2, 1):
+    asked = dict(compute=SimpleNamespace(threads=threads), cache=SimpleNamespace(max_gb=1.0), seed=0)
+    with stages.job_settings(SimpleNamespace(**asked)):
+        print(torch.get_num_threads(), used())
+"""
+
+
+def test_compute_threads_is_what_computes_whatever_a_launcher_has_set() -> None:
+    """joblib's pool sets these variables in its workers, others set them for their jobs; threads are counted by the
+    processor time that each has taken."""
+    variables = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    done = subprocess.run([sys.executable, "-c", THREADS], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["2 2", "1 1"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qexp.config import schema
-from qexp.report import terminal
+from qexp.report import terminal, wording
 from qexp.report.findings import Files, Findings, of_study
 from qexp.report.next_commands import NextCommands
 from tests.helpers.studies import grid, right, run, study
@@ -55,6 +55,16 @@ def test_the_recommendation_comes_first_then_the_table_then_what_mattered() -> N
     assert places == sorted(places)
     assert "observer  mse against minmax: points -5." in text
     assert "batches   " in text
+
+
+def test_the_share_of_time_that_was_waited_for_the_lock_is_said_by_the_time_of_each_run() -> None:
+    runs = [
+        replace(one, start=0.0, end=seconds, metrics={"machine/lock_wait_share": share})
+        for one, seconds, share in zip(sweep(2).study.records, (30.0, 10.0), (0.1, 0.9), strict=True)
+    ]
+    assert wording.lock_waits(runs) == "30% of the runs' time went to waiting for the machine's lock."
+    assert wording.lock_waits([replace(runs[0], metrics={}), runs[1]]).startswith("90% ")
+    assert wording.lock_waits([replace(runs[0], metrics={})]) == wording.lock_waits([]) == ""
 
 
 def test_what_is_left_out_is_counted() -> None:

@@ -196,6 +196,20 @@ def test_a_slice_within_another_lets_the_clock_in_and_one_within_timing_is_none(
         assert not is_free(shared(tmp_path))
 
 
+def test_the_share_of_time_that_a_process_waits_is_told(tmp_path: Path) -> None:
+    """It waits while another times for 0.4 s, and computes for as long; what it times by itself is no wait."""
+    machine = MachineLock(tmp_path)
+    with another_process(HOLD, tmp_path, "timing") as other, machine.wait_share() as share:
+        threading.Timer(0.4, other.kill).start()
+        with machine.computing():
+            assert share() > 0.9
+            time.sleep(0.4)
+            assert 0.35 < share() < 0.65
+        with machine.timing():
+            time.sleep(0.4)
+        assert 0.2 < share() < 0.45
+
+
 def test_what_waits_for_something_else_holds_nothing(tmp_path: Path) -> None:
     machine = MachineLock(tmp_path)
     with machine.released():
