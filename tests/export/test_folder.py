@@ -30,7 +30,7 @@ from tests.helpers.quantizable import settings, spec, trained
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.3, 0.2)
 INPUT = {"shape": [3, 16, 16], "classes": 10, "mean": list(MEAN), "std": list(STD)}
-PIXELS = np.random.default_rng(0).integers(0, 256, (16, 3, 16, 16), dtype=np.uint8)
+PIXELS = np.random.default_rng(0).integers(0, 256, (33, 3, 16, 16), dtype=np.uint8)
 IMAGES = normalise(PIXELS, MEAN, STD)
 WITHOUT_TORCH = (ExportFormat.onnx, ExportFormat.openvino, ExportFormat.tensorrt)
 
@@ -64,14 +64,22 @@ AOTI = pytest.param(ExportFormat.aoti, marks=pytest.mark.slow)  # it compiles
 
 @pytest.mark.parametrize("form", [AOTI if form is ExportFormat.aoti else form for form in ExportFormat])
 def test_the_folder_serves_the_model_without_qexp(form: ExportFormat, tmp_path: Path) -> None:
-    said = exported(tmp_path / "model", form, batch_size=4)
-    assert f"pip install numpy {form.needs[0]}" in said
-    if form is ExportFormat.aoti:
-        check_other_cpus_are_refused(tmp_path / "model")
-    done = checked(tmp_path / "model", form)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("ok\n")
-    assert len(re.findall("100% of predictions agree", done.stdout)) == (1 if form is ExportFormat.openvino else 2)
+    """One image and 33 at once; in a format that fixes the batch size, by a folder for each."""
+    fixed = form is ExportFormat.openvino
+    for size in (1, 33) if fixed else (4,):
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        said = exported(tmp_path / "model", form, batch_size=size)
+        assert f"pip install numpy {form.needs[0]}" in said
+        if form is ExportFormat.aoti:
+            check_other_cpus_are_refused(tmp_path / "model")
+        done = checked(tmp_path / "model", form)
+        assert done.returncode == 0, done.stderr
+        *lines, last = done.stdout.splitlines()
+        assert [line.partition(":")[0] for line in lines] == [
+            f"batch of {count}" for count in ((size,) if fixed else (1, 33))
+        ]
+        assert all(line.endswith("100% of predictions agree") for line in lines)
+        assert last == "ok"
     assert json.loads((tmp_path / "model" / "input.json").read_text())["mean"] == list(MEAN)
     assert json.loads((tmp_path / "model" / "metrics.json").read_text()) == {"accuracy/int8": 0.5}
 
