@@ -32,7 +32,9 @@ from qexp.config.schema import (
 )
 from qexp.errors import InputError
 from qexp.models import float_model
-from qexp.quantize.inspection.layer_equivalence import FEW, Deviation, layer_deviations
+from qexp.quantize.flows import usable_flows
+from qexp.quantize.inspection.int8_model import FEW
+from qexp.quantize.torch_backend.layer_equivalence import Deviation, layer_deviations
 
 BITS = sized((8, 7, 6, 5, 4, 3, 2), (8,))
 MODELS = sized("*", "tiny")
@@ -93,7 +95,7 @@ def check(outputs: str) -> None:
     wrong: Counter[str] = Counter()
     seconds: dict[str, list[float]] = {}
     for name, module in shipped():
-        for flow in quantize.FLOWS.values():
+        for flow in usable_flows():
             try:
                 fused = flow.fuse(module, spec, calibration)
             except InputError as error:

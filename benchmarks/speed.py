@@ -26,6 +26,7 @@ from qexp.data.loading import load_data, normalise
 from qexp.latency import protocol
 from qexp.models import float_model
 from qexp.pipeline import prepare, run
+from qexp.quantize.torch_backend import layers as torch_layers
 from qexp.runtimes import saved_models
 from qexp.system.machine_lock import MachineLock
 
@@ -100,7 +101,7 @@ def calibration(outputs: str) -> None:
                 if name != "histogram":
                     fed = prepared(observer)
                     quantize.calibrate(fed, batches)
-                    took = seconds(partial(quantize.read_qparams, fed.module))
+                    took = seconds(partial(torch_layers.read_qparams, fed.module))
                     print(f"{model}, ranges by {name}: {took:.2f} s", flush=True)
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
         for model in MODELS:

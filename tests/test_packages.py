@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from pathlib import Path
 
 import pytest
 
@@ -63,3 +64,58 @@ def test_only_tracking_imports_mlflow() -> None:
         if file.parent.name != "tracking":
             assert "import mlflow" not in file.read_text(), file
             assert "from mlflow" not in file.read_text(), file
+
+
+LIBRARIES = {
+    # a library of torch's that is on its way out: the files of qexp that may know it
+    "torch.ao": (
+        "quantize/flows/eager.py",
+        "quantize/flows/fx.py",
+        "quantize/flows/dynamic.py",
+        "quantize/torch_backend/",
+    ),
+    "torch.jit": ("runtimes/torchscript.py",),
+}
+ALIASES = {"torch.quantization": "torch.ao", "torch.nn.quantized": "torch.ao", "torch.nn.intrinsic": "torch.ao"}
+
+
+def named(file: Path) -> set[str]:
+    """The dotted names that a file imports or reads, such as torch.ao.quantization, whatever it calls torch."""
+    tree, found = ast.parse(file.read_text()), set[str]()
+    short: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+            short |= {alias.asname: alias.name for alias in node.names if alias.asname}
+        elif isinstance(node, ast.ImportFrom):
+            whole = {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            found |= set(whole.values())
+            short |= whole
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            first, _, rest = ast.unparse(node).partition(".")
+            found.add(f"{short.get(first, first)}.{rest}")
+    return found
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_library_of_torch_s_that_is_on_its_way_out_is_known_in_few_files(library: str) -> None:
+    for file in sorted(PACKAGE.rglob("*.py")):
+        path = str(file.relative_to(PACKAGE))
+        names = named(file)
+        names |= {name.replace(old, new, 1) for name in names for old, new in ALIASES.items() if name.startswith(old)}
+        knows = any(f"{name}.".startswith(f"{library}.") for name in names)
+        assert not knows or path.startswith(LIBRARIES[library]), f"{path} knows {library}"
+
+
+def test_names_are_found_whatever_a_file_calls_torch(tmp_path: Path) -> None:
+    source = tmp_path / "source.py"
+    for text in (
+        "import torch as t\nt.ao.quantization",
+        "from torch import ao\nao.nn",
+        "import torch.ao.nn.quantized as q",
+    ):
+        source.write_text(text)
+        assert any(f"{name}.".startswith("torch.ao.") for name in named(source)), text
+    source.write_text("import torch\ntorch.aot.compile\n'torch.ao'")
+    assert not any(f"{name}.".startswith("torch.ao.") for name in named(source))

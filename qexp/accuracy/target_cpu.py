@@ -24,8 +24,8 @@ from qexp.config.schema import Config, Engine, Target, cache_folder
 from qexp.data.loading import Data
 from qexp.models import inference
 from qexp.quantize.graph.exported import is_program
-from qexp.quantize.saturation import emulation, programs
 from qexp.quantize.saturation import kernels as torch_kernels
+from qexp.quantize.saturation import programs
 from qexp.quantize.saturation.accumulators import LayerSaturation
 from qexp.quantize.saturation.kernels import Kernels
 from qexp.quantize.saturation.programs import SaturatingProgram
@@ -83,12 +83,12 @@ def target_accuracy(
     everything, module = np.arange(len(executed.labels)), int8.module
     here, there = kernels.here, kernels.there
     program = is_program(module)
-    sums: Any = programs if program else emulation  # with the same functions
+    sums: Any = programs if program else _emulation()  # with the same functions
     plain = TargetAccuracy(AccuracySource.executed, everything, executed, SaturationStatus.impossible)
     if config.qconfig.simulated or not sums.at_risk(module, kernels.order, here | there):
         return plain
     kinds = None if kernels.of_torch else here | there
-    emulate: Any = SaturatingProgram if program else emulation.with_emulated_accumulators
+    emulate: Any = SaturatingProgram if program else sums.with_emulated_accumulators
     emulated = partial(emulate, module, kernels.order, kinds=kinds)
     # Depthwise kernels can saturate with VNNI too, so saturation here doesn't prove that this CPU can stand in for
     # target=avx2.
@@ -110,6 +110,13 @@ def target_accuracy(
     found, layers = _run(emulated, module, content, config, data, compared, "emulating 16-bit sums", kernels)
     exact = executed.at(compared) if kernels.of_torch else _predicted(module, config, data, compared)
     return TargetAccuracy(AccuracySource.emulated, compared, found, _seen(layers), compared, exact, found, layers)
+
+
+def _emulation() -> Any:
+    """The emulation of torch's kernels, which knows the modules of torch.ao."""
+    from qexp.quantize.torch_backend import emulation
+
+    return emulation
 
 
 def other_kernels(config: Config) -> str:
@@ -163,7 +170,7 @@ def _run(
         comparing: AbstractContextManager[dict[str, LayerSaturation]] = (
             nullcontext(model.found)
             if isinstance(model, SaturatingProgram)
-            else emulation.compared(int8, model, kernels.order, whole)
+            else _emulation().compared(int8, model, kernels.order, whole)
         )
         with comparing as layers, quantize.engine(config.engine):
             size = config.evaluate.batch_size

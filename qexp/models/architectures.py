@@ -1,15 +1,14 @@
 """The networks that come with qexp, each ready for the eager flow.
 
-Ready means: stubs at both ends, additions by FloatFunctional, no ReLU module used twice, and a `fuse_model`.
-torchvision's quantizable models are all that already; `resnet18` adds a stem for small images.
+Ready means: chains of modules that can be traced or a `fuse_model`, no ReLU module used twice, and additions that are
+modules. torchvision's quantizable models are all that already; `resnet18` adds a stem for small images.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.ao.nn.quantized import FloatFunctional
-from torch.ao.quantization import DeQuantStub, QuantStub, fuse_modules
 
 from qexp.errors import ConfigError
 from qexp.system.torchvision_import import torchvision
@@ -32,6 +31,13 @@ def resnet18(stem: str = "imagenet", num_classes: int = 1000, weights: str | Non
     return net
 
 
+class Addition(nn.Module):
+    """A sum with a module of its own; flow=eager puts torch.ao's FloatFunctional there, which has the same method."""
+
+    def add_relu(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.relu(torch.add(x, y))
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut; a projection where the shape changes (option B of He et al. 2015)."""
 
@@ -47,7 +53,7 @@ class BasicBlock(nn.Module):
             self.downsample = nn.Sequential(
                 nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
             )
-        self.add_relu = FloatFunctional()
+        self.add_relu = Addition()
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu1(self.bn1(self.conv1(x)))
@@ -64,7 +70,6 @@ class SmallResNet(nn.Module):
 
     def __init__(self, blocks: int, width: int, stages: int, num_classes: int) -> None:
         super().__init__()
-        self.quant = QuantStub()
         self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU()
@@ -77,25 +82,15 @@ class SmallResNet(nn.Module):
         self.blocks = nn.Sequential(*layers)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_classes)
-        self.dequant = DeQuantStub()
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float32 [N, 3, H, W] -> logits float32 [N, classes]."""
-        x = self.relu(self.bn1(self.conv1(self.quant(x))))
+        x = self.relu(self.bn1(self.conv1(x)))
         x = self.avgpool(self.blocks(x))
-        return self.dequant(self.fc(torch.flatten(x, 1)))
-
-    def fuse_model(self, is_qat: bool | None = None) -> None:
-        """Folds each BatchNorm into its convolution, with the ReLU that follows; in place, in eval mode."""
-        assert not is_qat, "quantization-aware training is not supported"
-        fuse_modules(self, ["conv1", "bn1", "relu"], inplace=True)
-        for block in self.blocks:
-            fuse_modules(block, [["conv1", "bn1", "relu1"], ["conv2", "bn2"]], inplace=True)
-            if block.downsample is not None:
-                fuse_modules(block.downsample, ["0", "1"], inplace=True)
+        return self.fc(torch.flatten(x, 1))
 
 
 def resnet20(num_classes: int = 10) -> SmallResNet:

@@ -32,6 +32,7 @@ from qexp.config.schema import Config
 from qexp.data.loading import Data
 from qexp.errors import ConfigError, InputError, QexpError, one_line
 from qexp.models.checkpoints import load_checkpoint
+from qexp.models.class_names import derives_from
 from qexp.models.training import choose_device, train
 from qexp.models.unwrap import unwrap
 from qexp.system import file_lock, machine_lock
@@ -42,6 +43,7 @@ from qexp.system.torchvision_import import torchvision
 
 log = logging.getLogger(__name__)
 
+_SCRIPT = "torch.jit._script.ScriptModule"
 RESERVED = frozenset({"checkpoint", "weights"})  # keys of `model` that are not arguments of its target
 
 
@@ -146,7 +148,7 @@ def _build(model: Mapping[str, Any], classes: int, seed: int, more: Mapping[str,
     module = unwrap(made)
     if not isinstance(module, nn.Module):
         raise InputError(f"model._target_={path} makes a {type(module).__name__}; it must make a torch.nn.Module.")
-    if isinstance(module, torch.jit.ScriptModule):
+    if derives_from(module, _SCRIPT):
         raise InputError(f"model._target_={path} makes a TorchScript module, which can't be quantized; use its source.")
     if any(p.is_meta for p in module.parameters()):
         raise InputError(f"model._target_={path} makes its weights on the meta device, without values; leave that out.")

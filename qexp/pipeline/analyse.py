@@ -19,9 +19,8 @@ from qexp.metrics import Metric
 from qexp.models.float_model import FloatModel
 from qexp.pipeline import run_files, run_metrics, warnings
 from qexp.pipeline.prepare import Calibration, Saved, images_of
-from qexp.quantize.inspection.layer_errors import at_a_time
+from qexp.quantize.inspection.parts import at_a_time
 from qexp.quantize.saturation import kernels
-from qexp.quantize.torch_backend.slow_depthwise import without_fast_kernel
 from qexp.records import (
     PARTED_TAG,
     SAME_TAG,
@@ -65,6 +64,10 @@ def resolved_params(
 
 def slow_kernels(config: Config, int8: nn.Module) -> tuple[str, ...]:
     """The layers for which the engine has no fast kernel on the target CPU."""
+    if not config.flow.executed_by_torch:
+        return ()
+    from qexp.quantize.torch_backend.slow_depthwise import without_fast_kernel
+
     native = config.target is Target.native
     vnni = not kernels.probe().dense_saturates(Engine.fbgemm) if native else config.target is Target.vnni
     return without_fast_kernel(int8, config.engine, vnni)

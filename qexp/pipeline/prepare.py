@@ -23,7 +23,7 @@ from qexp.latency import placements, shared_timings
 from qexp.models import float_model, inference
 from qexp.pipeline import cache_keys, run_files
 from qexp.pipeline.stages import small_steps
-from qexp.quantize.inspection.layer_equivalence import FEW
+from qexp.quantize.inspection.int8_model import FEW
 from qexp.quantize.saturation import kernels
 from qexp.records import Artifact, Layer, Precision, Variant
 from qexp.runtimes import RUNTIMES, int8_kernels, saved_models

@@ -1,4 +1,4 @@
-"""From a float model to an INT8 one, by the flows of torch.ao.quantization.
+"""From a float model to an INT8 one, by the flows of torch.ao and torchao.
 
 flow = FLOWS[config.flow]
 fused = flow.fuse(model, spec, example)
@@ -19,9 +19,7 @@ from qexp.quantize.graph.copies import evaluation_copy, sharing_copy
 from qexp.quantize.inspection.executed_operators import executed
 from qexp.quantize.inspection.float_model_checks import TOLERANCE, difference
 from qexp.quantize.inspection.fusion_check import explained
-from qexp.quantize.inspection.layer_equivalence import check_layers
-from qexp.quantize.inspection.layer_errors import layer_fidelity
-from qexp.quantize.inspection.layers import layers, read_qparams
+from qexp.quantize.inspection.int8_model import check_layers, layer_fidelity
 from qexp.quantize.saturation.guard import exact, reduce_range
 from qexp.quantize.saturation.narrowing import ReducedRange
 from qexp.quantize.simulation import simulated
@@ -52,8 +50,6 @@ __all__ = [
     "executed_bits",
     "explained",
     "layer_fidelity",
-    "layers",
-    "read_qparams",
     "reduce_range",
     "require",
     "sharing_copy",

@@ -13,16 +13,15 @@ from qexp.errors import InputError, NotFinite, QexpError, first_line, one_line
 from qexp.quantize.calibration.grid import QUANT_MAX
 from qexp.quantize.calibration.passes import calibrate
 from qexp.quantize.flow import Flow, QuantizationSpec, QuantizedModel
-from qexp.quantize.flows import FLOWS
+from qexp.quantize.flows import usable_flows
 from qexp.quantize.inspection import float_model_checks
 from qexp.quantize.inspection.executed_operators import beyond
 from qexp.quantize.inspection.float_model_checks import TOLERANCE_UNTRAINED, difference
 from qexp.quantize.inspection.fusion_check import explained
-from qexp.quantize.inspection.layer_equivalence import check_layers
+from qexp.quantize.inspection.int8_model import check_layers
 from qexp.quantize.inspection.untrusted_operators import run_or_refuse
 from qexp.quantize.torch_backend.deprecations import unprinted
 from qexp.quantize.torch_backend.engines import engine, supported
-from qexp.quantize.torch_backend.ignored_quant_max import quant_max_of
 
 log = logging.getLogger(__name__)
 
@@ -78,17 +77,25 @@ def _through(
     with engine(spec.engine):
         # Two images: with one, a kernel that takes the batch for channels goes unnoticed.
         run_or_refuse(quantized.module, flow, torch.cat([one, one]))
-    quant_max = quant_max_of(quantized.module)
-    if quant_max < QUANT_MAX and (operator := beyond(quantized.module, spec.engine, one, quant_max)):
-        raise InputError(
-            f"flow={flow.name} can't keep the output of {operator} within qconfig.activation.bits="
-            f"{spec.qconfig.activation.bits}, since torch's kernel supports only 8: call it as a module of torch.nn, "
-            "or use qconfig.activation.bits=8"
-        )
+    if flow.name.executed_by_torch:
+        _refuse_beyond(quantized, one)
     if not any(layer.int8 for layer in quantized.layers):
         raise InputError(f"flow={flow.name} finds no layer in {type(model).__name__} that it could quantize")
     check_layers(quantized, one)
     return quantized
+
+
+def _refuse_beyond(quantized: QuantizedModel, one: Tensor) -> None:
+    """Raise InputError for an operator of torch whose output can't be kept within fewer than 8 bits."""
+    from qexp.quantize.torch_backend.ignored_quant_max import quant_max_of
+
+    quant_max, flow = quant_max_of(quantized.module), quantized.flow
+    if quant_max < QUANT_MAX and (operator := beyond(quantized.module, quantized.engine, one, quant_max)):
+        raise InputError(
+            f"flow={flow.name} can't keep the output of {operator} within qconfig.activation.bits="
+            f"{quantized.qconfig.activation.bits}, since torch's kernel supports only 8: call it as a module of "
+            "torch.nn, or use qconfig.activation.bits=8"
+        )
 
 
 def _alternatives(flow: Flow, spec: QuantizationSpec) -> Iterator[tuple[str, Flow, QuantizationSpec]]:
@@ -96,9 +103,7 @@ def _alternatives(flow: Flow, spec: QuantizationSpec) -> Iterator[tuple[str, Flo
     for name in supported()[:1]:
         if name is not spec.engine:
             yield f"engine={name}", flow, replace(spec, engine=name)
-    for other in FLOWS.values():
-        if other.name.missing:
-            continue
+    for other in usable_flows():
         for fusion in (True, False) if other.fuses_on_request else (True,):
             if other is flow and (fusion == spec.fusion or not flow.fuses_on_request):
                 continue

@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 
 from qexp.config import schema
 from qexp.config.schema import Engine, Observer, QConfig
+from qexp.quantize.calibration.observers import observed_qparams
 from qexp.quantize.graph.exported import is_program
-from qexp.quantize.inspection.layers import layers, read_qparams
 from qexp.quantize.inspection.programs import program_layers
 from qexp.quantize.torch_backend.engines import engine
 from qexp.records import Layer, QParams
@@ -82,7 +82,12 @@ class QuantizedModel:
 
     @cached_property
     def qparams(self) -> dict[str, QParams]:
-        """Scale, zero point and grid by tensor name (see `read_qparams`)."""
+        """Scale, zero point and grid by tensor name: an activation's is the module or operation that computes it, a
+        weight's the layer's with `.weight`."""
+        if is_program(self.module):
+            return observed_qparams(self.prepared.module)
+        from qexp.quantize.torch_backend.layers import read_qparams
+
         return read_qparams(self.prepared.module)
 
     @cached_property
@@ -90,6 +95,8 @@ class QuantizedModel:
         """Each layer, with the kernel that runs it in INT8 or the reason why it stays in FP32."""
         if is_program(self.module):
             return program_layers(cast(fx.GraphModule, self.module))
+        from qexp.quantize.torch_backend.layers import layers
+
         return layers(self.module, self.flow, self.engine)
 
     def qdq_program(self, example: Tensor) -> ExportedProgram:

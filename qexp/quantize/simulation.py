@@ -15,16 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from qexp.quantize import qdq
 from qexp.quantize.calibration.grid import QUANT_MAX, Grid, Side, asked_grid
 from qexp.quantize.calibration.observers import observers, on_grid, to_qparams
 from qexp.quantize.flow import QuantizedModel
-from qexp.quantize.graph.exported import CUSTOM, attribute
+from qexp.quantize.graph.exported import CUSTOM, attribute, is_program
 from qexp.quantize.graph.tensor_names import tensor_names, tensor_of
-from qexp.quantize.inspection.layers import weight_observers
-from qexp.quantize.qdq.program import BOUNDS, TENSOR, decomposed
+from qexp.quantize.qdq.operators import decomposed
+from qexp.quantize.qdq.program import BOUNDS, TENSOR
 from qexp.quantize.torch_backend.engines import engine
 from qexp.records import Layer, QParams
 
@@ -90,16 +90,20 @@ def _weights(coarse: QuantizedModel) -> Iterator[tuple[str, Tensor, QParams]]:
     """Yield, for each weight with more than 8 bits, its name, the float weight, and the parameters."""
     grid = asked_grid(coarse.qconfig, Side.weights)
     if grid.qmax > QUANT_MAX // 2:
-        for name, weight, observer in _weight_observers(coarse.prepared.module):
+        for name, weight, observer in _weight_observers(coarse):
             finer = on_grid(observer, grid)
             finer(weight)
             yield name, weight, to_qparams(finer, getattr(finer, "ch_axis", None))
 
 
-def _weight_observers(prepared: nn.Module) -> Iterator[tuple[str, Tensor, Any]]:
+def _weight_observers(coarse: QuantizedModel) -> Iterator[tuple[str, Tensor, Any]]:
     """Yield each weight's name, the weight, and an observer that has not seen it."""
-    for name, (weight, observer) in weight_observers(prepared).items():
-        yield name, weight, observer
+    prepared = coarse.prepared.module
+    if not is_program(coarse.module):
+        from qexp.quantize.torch_backend.layers import weight_observers
+
+        for name, (weight, observer) in weight_observers(prepared).items():
+            yield name, weight, observer
     watching = observers(prepared)
     for node in prepared.graph.nodes if isinstance(prepared, fx.GraphModule) else ():
         observer = watching.get(str(node.target)) if node.op == "call_module" else None

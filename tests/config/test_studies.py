@@ -10,7 +10,7 @@ import torch
 from torch.ao.quantization import get_default_qconfig
 
 from qexp.config.schema import Config, Engine
-from qexp.quantize.calibration.observers import torch_qconfig
+from qexp.quantize.torch_backend.observers import torch_qconfig
 
 # Of a layer's output, and a weight: both with a few values far out, as activations after a ReLU have them.
 GENERATOR = torch.Generator().manual_seed(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.ao.nn.quantized import FloatFunctional
+from torch.ao.quantization import DeQuantStub, QuantStub
 from torch.nn import functional as F
 
 from qexp.config.schema import (
@@ -20,6 +21,7 @@ from qexp.config.schema import (
     Weight,
     WeightObserver,
 )
+from qexp.models import architectures
 from qexp.quantize import FLOWS, Prepared, QuantizationSpec, QuantizedModel
 
 BY_TORCH = [flow for flow in FlowName if flow.executed_by_torch]
@@ -90,6 +92,17 @@ def trained(module: nn.Module, seed: int = 0) -> nn.Module:
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """The norm of the difference over the norm of the expected values."""
     return float((actual - expected).norm() / expected.norm())
+
+
+class StubbedTiny(architectures.SmallResNet):
+    """`architectures.tiny` with stubs of its own, so that no wrapper is around it."""
+
+    def __init__(self) -> None:
+        super().__init__(blocks=1, width=8, stages=2, num_classes=10)
+        self.quant, self.dequant = QuantStub(), DeQuantStub()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dequant(super().forward(self.quant(x)))
 
 
 class Plain(nn.Module):

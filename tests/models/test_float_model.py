@@ -22,12 +22,15 @@ from torch import Tensor, nn
 from torch.ao.nn.quantized import FloatFunctional
 
 from qexp.config import instantiation, schema
+from qexp.config.schema import FlowName
 from qexp.data.loading import Data, load_data
 from qexp.errors import ConfigError, InputError
 from qexp.models import architectures
 from qexp.models import float_model as models
+from qexp.quantize import FLOWS
 from qexp.system import torchvision_import
 from tests.helpers import ROOT
+from tests.helpers.quantizable import spec
 
 CONF = ROOT / "conf"
 SHAPE = (3, 32, 32)
@@ -168,8 +171,7 @@ def test_every_bundled_model_builds_fuses_to_the_same_function_and_takes_the_dat
     image = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = module(image)
-        module.fuse_model()
-        after = module(image)
+        after = FLOWS[FlowName.eager].fuse(module, spec(), image)(image)
     assert before.shape == (2, 7)
     torch.testing.assert_close(after, before, rtol=0, atol=1e-4 * float(before.abs().max()))
 
@@ -181,11 +183,12 @@ def test_our_networks_have_no_shared_relu_and_no_batchnorm_left_after_fusion(nam
     for path, part in module.named_modules():
         if isinstance(part, nn.ReLU):
             part.register_forward_hook(lambda *_, path=path: calls.append(path))
-    module(torch.zeros(1, *SHAPE))
+    images = torch.zeros(1, *SHAPE)
+    module(images)
     assert len(calls) == len(set(calls)) > 0
-    module.fuse_model()
-    assert not [part for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
-    assert [part for part in module.modules() if isinstance(part, FloatFunctional)]
+    fused = FLOWS[FlowName.eager].fuse(module, spec(), images)
+    assert not [part for part in fused.modules() if isinstance(part, nn.BatchNorm2d)]
+    assert [part for part in fused.modules() if isinstance(part, FloatFunctional)]
 
 
 def test_resnet20_has_twenty_layers_and_the_paper_s_size() -> None:

@@ -16,8 +16,10 @@ from qexp.config.schema import Config, Engine, FlowName, Overflow, Scheme
 from qexp.metrics import Metric
 from qexp.pipeline import analyse, prepare, run_metrics, warnings
 from qexp.quantize import FLOWS, ReducedRange, Side
-from qexp.quantize.saturation import emulation, kernels
+from qexp.quantize.saturation import kernels
+from qexp.quantize.saturation.accumulators import LayerSaturation
 from qexp.quantize.saturation.kernels import KernelSignature, Probe
+from qexp.quantize.torch_backend import emulation
 from qexp.quantize.torch_backend.slow_depthwise import without_fast_kernel
 from qexp.records import AccuracySource, Layer, Predictions, SaturationStatus
 from qexp.report import sentences
@@ -58,7 +60,7 @@ def predicted(count: int, right: int) -> Predictions:
 
 
 def answered(
-    *rows: emulation.LayerSaturation, source: AccuracySource = AccuracySource.executed, exact: int = 88
+    *rows: LayerSaturation, source: AccuracySource = AccuracySource.executed, exact: int = 88
 ) -> target_cpu.TargetAccuracy:
     """The accuracy on a target of 100 images, of which 80 are right with the sums that are executed."""
     every, executed = np.arange(100), predicted(100, 80)
@@ -66,8 +68,8 @@ def answered(
     return target_cpu.TargetAccuracy(source, every, executed, seen, every, predicted(100, exact), executed, rows)
 
 
-def row(name: str, different: int, highest: int = 255) -> emulation.LayerSaturation:
-    return emulation.LayerSaturation(name, "conv", 100, different, 9 * bool(different), highest)
+def row(name: str, different: int, highest: int = 255) -> LayerSaturation:
+    return LayerSaturation(name, "conv", 100, different, 9 * bool(different), highest)
 
 
 def narrowed(*names: str, side: Side = Side.weights) -> tuple[ReducedRange, ...]:

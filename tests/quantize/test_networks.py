@@ -16,7 +16,7 @@ from qexp.config.schema import Engine, FlowName
 from qexp.errors import InputError
 from qexp.quantize import FLOWS
 from qexp.quantize.inspection import fusion_check
-from qexp.quantize.inspection.layer_equivalence import FEW, check_layers
+from qexp.quantize.inspection.int8_model import FEW, check_layers
 from tests.helpers.fake_quantized import FakeQuantized
 from tests.helpers.networks import CLASSES, NETWORKS, built, images
 from tests.helpers.quantizable import assembled, settings, spec

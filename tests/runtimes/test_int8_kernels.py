@@ -43,10 +43,10 @@ import torch
 from torch import nn
 from qexp import quantize
 from qexp.config.schema import Engine, FlowName, RuntimeName
-from qexp.quantize.saturation import emulation
+from qexp.quantize.torch_backend import emulation
 from qexp.runtimes import int8_kernels, onnx_file, openvino
 from tests.helpers.quantizable import images
-from tests.quantize.saturation.test_reduced_range import EXAMPLE, Chain, FLOWS, calibrated, saturating, settings
+from tests.quantize.torch_backend.test_reduced_range import EXAMPLE, Chain, FLOWS, calibrated, saturating, settings
 
 net = saturating(Chain(), "features.0", "features.3")
 int8 = FLOWS[FlowName.fx].convert(calibrated(net, FlowName.fx, settings()))

@@ -15,6 +15,7 @@ from qexp.config.schema import Config, Engine, FlowName, RuntimeName
 from qexp.metrics import Metric
 from qexp.pipeline import input_checks, run
 from qexp.quantize import FLOWS
+from qexp.quantize.torch_backend import layers as torch_layers
 from qexp.runtimes import RUNTIMES
 from qexp.runtimes.saved_models import float_size
 from tests.helpers.quantizable import BY_TORCH, images, spec, trained
@@ -83,7 +84,7 @@ def test_what_layers_share_is_saved_once_and_read_back_bit_for_bit(flow: FlowNam
             assert torch.equal(loaded(TWO), int8(TWO))
     assert EAGER.export(fused, TWO, tmp_path / "fp32.pt").stat().st_size < 1.05 * own_size(net, tmp_path)
     convolution, linear = WEIGHTS * (4 if flow is FlowName.dynamic else 1), 64 * 64
-    layers = sum(layer.kind != "batchnorm" for layer in quantize.layers(int8, FLOWS[flow], Engine.qnnpack))
+    layers = sum(layer.kind != "batchnorm" for layer in torch_layers.layers(int8, FLOWS[flow], Engine.qnnpack))
     assert 1 < path.stat().st_size / (convolution + linear) < 1.5
     if flow is FlowName.fx:
         assert layers == 1 + CALLS + 3

@@ -1,4 +1,4 @@
-"""Observers of torch.ao's interface for a qconfig, and questions that can be asked of them."""
+"""Questions that can be asked of the observers of a prepared model, which are of torch.ao's or torchao's interface."""
 
 from __future__ import annotations
 
@@ -9,21 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.ao.quantization import QConfig as TorchQConfig
-from torch.ao.quantization.observer import (
-    FixedQParamsObserver,
-    HistogramObserver,
-    MinMaxObserver,
-    PerChannelMinMaxObserver,
-    UniformQuantizationObserverBase,
-)
 
-from qexp.config.schema import ActivationObserver, Granularity, Observer, QConfig, Scheme, WeightObserver
-from qexp.quantize.calibration.grid import QUANT_MAX, Grid, Side, executed_quant_max, grid
-from qexp.quantize.calibration.ranges import range_mse, range_mse_rows
-from qexp.quantize.calibration.recording_observer import Recording, RecordingObserver, destination
-from qexp.quantize.calibration.statistics_collector import statistics
+from qexp.config.schema import Scheme
+from qexp.models.class_names import derives_from
+from qexp.quantize.calibration.grid import QUANT_MAX, Grid
+from qexp.quantize.calibration.recording_observer import Recording
+from qexp.quantize.graph.tensor_names import tensor_names
 from qexp.records import QParams
+
+_LIBRARIES = ("torch.ao.quantization.observer", "torchao.quantization.pt2e.observer")
+_UNIFORM = tuple(f"{library}.UniformQuantizationObserverBase" for library in _LIBRARIES)
+_FIXED = tuple(f"{library}.FixedQParamsObserver" for library in _LIBRARIES)
 
 TENSOR_SCHEME = {Scheme.symmetric: torch.per_tensor_symmetric, Scheme.asymmetric: torch.per_tensor_affine}
 CHANNEL_SCHEME = {Scheme.symmetric: torch.per_channel_symmetric, Scheme.asymmetric: torch.per_channel_affine}
@@ -35,86 +31,10 @@ def bounds(grid: Grid) -> dict[str, int]:
     return {} if grid.full else {"quant_min": grid.qmin, "quant_max": grid.qmax}
 
 
-def activation_observer(qconfig: QConfig, observer: Observer) -> Any:
-    """Return the constructor of the observer of activations (quint8, per tensor): recording, or torch's histogram."""
-    keywords: dict[str, Any] = {
-        "dtype": torch.quint8,
-        "qscheme": TENSOR_SCHEME[qconfig.activation.scheme],
-        **bounds(grid(qconfig, Side.activations)),
-    }
-    executed = executed_quant_max(qconfig)
-    if observer.name is not ActivationObserver.histogram:
-        return RecordingObserver.with_args(observer=observer, executed_quant_max=executed, **keywords)
-    bins = {} if observer.bins is None else {"bins": observer.bins}
-    return Histogram.with_args(executed_quant_max=executed, **bins, **keywords)
-
-
-class Histogram(HistogramObserver):
-    """torch's HistogramObserver; executed_quant_max: as in RecordingObserver."""
-
-    def __init__(self, executed_quant_max: int = QUANT_MAX, **keywords: Any) -> None:
-        super().__init__(**keywords)
-        self.executed_quant_max = executed_quant_max
-
-
 def quant_max_of_observers(prepared: nn.Module) -> int:
     """Return the largest code of activations that the converted model will let through."""
     found = [getattr(one, "executed_quant_max", QUANT_MAX) for one in observers(prepared).values()]
     return min(found, default=QUANT_MAX)
-
-
-def fix_fewer_levels(prepared: nn.Module, quant_max: int) -> None:
-    """Give observers with fixed parameters (sigmoid and the like) quant_max + 1 levels over their range, in place."""
-    levels = (QUANT_MAX + 1) // (quant_max + 1)
-    for observer in {id(o): o for o in observers(prepared).values() if isinstance(o, FixedQParamsObserver)}.values():
-        observer.scale.mul_(levels)
-        observer.zero_point.div_(levels, rounding_mode="floor")
-        observer.quant_max = quant_max
-
-
-class MseObserver(MinMaxObserver):
-    """Observes a weight once; its range is the one with the smallest squared error."""
-
-    def forward(self, x_orig: Tensor) -> Tensor:
-        low, high = range_mse(statistics(x_orig.detach()), *destination(self))
-        self.min_val.fill_(low)
-        self.max_val.fill_(high)
-        return x_orig
-
-
-class PerChannelMseObserver(PerChannelMinMaxObserver):
-    """Observes a weight once; each channel's range is the one with the smallest squared error."""
-
-    def forward(self, x_orig: Tensor) -> Tensor:
-        rows = x_orig.detach().movedim(self.ch_axis, 0).flatten(1).numpy()
-        low, high = range_mse_rows(rows, *destination(self))
-        self.min_val, self.max_val = torch.from_numpy(low), torch.from_numpy(high)
-        return x_orig
-
-
-_WEIGHTS: dict[tuple[WeightObserver, Granularity], Any] = {
-    (WeightObserver.minmax, Granularity.per_tensor): MinMaxObserver,
-    (WeightObserver.minmax, Granularity.per_channel): PerChannelMinMaxObserver,
-    (WeightObserver.mse, Granularity.per_tensor): MseObserver,
-    (WeightObserver.mse, Granularity.per_channel): PerChannelMseObserver,
-}
-
-
-def weight_observer(qconfig: QConfig, granularity: Granularity) -> Any:
-    """Return the constructor of the observer of weights (qint8, per tensor or along axis 0)."""
-    kind = _WEIGHTS[qconfig.weight.observer, granularity]
-    limits = bounds(grid(qconfig, Side.weights))
-    if granularity is Granularity.per_channel:
-        return kind.with_args(dtype=torch.qint8, qscheme=CHANNEL_SCHEME[qconfig.weight.scheme], ch_axis=0, **limits)
-    return kind.with_args(dtype=torch.qint8, qscheme=TENSOR_SCHEME[qconfig.weight.scheme], **limits)
-
-
-def torch_qconfig(qconfig: QConfig, observer: Observer, weight_granularity: Granularity | None = None) -> TorchQConfig:
-    """Return torch's QConfig for these settings; `weight_granularity` overrides theirs for layers that need it."""
-    return TorchQConfig(
-        activation=activation_observer(qconfig, observer),
-        weight=weight_observer(qconfig, weight_granularity or qconfig.weight.granularity),
-    )
 
 
 @dataclass(frozen=True)
@@ -137,18 +57,13 @@ def observers(prepared: nn.Module) -> dict[str, Any]:
         name: module
         for name, module in prepared.named_modules(remove_duplicate=False)
         # Others (that of torch's `reshape`, for one) only return what their input's observer computes.
-        if isinstance(module, UniformQuantizationObserverBase | FixedQParamsObserver) or _is_torchaos(module)
+        if derives_from(module, *_UNIFORM, *_FIXED)
     }
-
-
-def _is_torchaos(module: nn.Module) -> bool:
-    """True for an observer of torchao's interface, without an import of torchao."""
-    return any(kind.__module__.startswith("torchao.") and "Observer" in kind.__name__ for kind in type(module).__mro__)
 
 
 def records_range(observer: nn.Module) -> bool:
     """True if calibration feeds this observer (those of sigmoid and the like have fixed parameters)."""
-    return not isinstance(observer, FixedQParamsObserver)
+    return not derives_from(observer, *_FIXED)
 
 
 def is_fed(observer: Any) -> bool:
@@ -169,7 +84,7 @@ def on_grid(observer: Any, finer: Grid) -> Any:
     """Return a copy of an observer that maps what it has seen onto a finer grid than its own."""
     copied = copy.deepcopy(observer)
     times = finer.levels / (observer.quant_max - observer.quant_min + 1)
-    if isinstance(copied, FixedQParamsObserver):
+    if not records_range(copied):
         copied.scale.div_(times)
         copied.zero_point.mul_(int(times))
     else:
@@ -191,3 +106,13 @@ def to_qparams(observer: Any, axis: int | None = None) -> QParams:
         qmax=int(getattr(observer, "executed_quant_max", observer.quant_max)),
         axis=axis,
     )
+
+
+def observed_qparams(prepared: nn.Module) -> dict[str, QParams]:
+    """Return the parameters of all observed tensors by their names."""
+    names = tensor_names(prepared)
+    return {
+        names[name]: to_qparams(observer, getattr(observer, "ch_axis", None))
+        for name, observer in observers(prepared).items()
+        if name in names
+    }

@@ -9,7 +9,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.ao.quantization.observer import UniformQuantizationObserverBase
 
 from qexp.config.schema import Observer, Scheme
 from qexp.quantize.calibration.grid import QUANT_MAX, Grid
@@ -62,7 +61,3 @@ class Recording:
         low, high = self.recorder.range(*destination(self)) if self.recorder.fed else (math.inf, -math.inf)
         found: tuple[Tensor, Tensor] = self._calculate_qparams(torch.tensor(low), torch.tensor(high))  # type: ignore[attr-defined]
         return found
-
-
-class RecordingObserver(Recording, UniformQuantizationObserverBase):  # type: ignore[misc]
-    """torch.ao's interface to the activation observer `observer`."""

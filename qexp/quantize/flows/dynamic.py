@@ -18,11 +18,11 @@ from torch.ao.quantization.observer import default_dynamic_quant_observer
 
 from qexp.config import schema
 from qexp.config.schema import Overflow
-from qexp.quantize.calibration.observers import weight_observer
 from qexp.quantize.flow import Flow, Prepared, QuantizationSpec, QuantizedModel
 from qexp.quantize.graph.copies import by_modules, each_once, evaluation_copy, sharing_copy
 from qexp.quantize.torch_backend.deprecations import known_deprecations_silenced
 from qexp.quantize.torch_backend.engines import engine
+from qexp.quantize.torch_backend.observers import weight_observer
 
 
 class DynamicFlow(Flow):

@@ -24,9 +24,9 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from qexp.config import schema
 from qexp.config.schema import Granularity, Observer, QConfig
 from qexp.errors import InputError, one_line
+from qexp.models.architectures import Addition
 from qexp.quantize.calibration.grid import executed_quant_max
-from qexp.quantize.calibration.observers import ClampFirst, fix_fewer_levels, quant_max_of_observers, torch_qconfig
-from qexp.quantize.calibration.recording_observer import RecordingObserver
+from qexp.quantize.calibration.observers import ClampFirst, quant_max_of_observers
 from qexp.quantize.flow import Flow, Prepared, QuantizationSpec, QuantizedModel
 from qexp.quantize.graph.clamps import ValueRange, clamp_after
 from qexp.quantize.graph.copies import by_modules, each_once, evaluation_copy, sharing_copy
@@ -37,6 +37,7 @@ from qexp.quantize.graph.tracing import UntraceableError, trace
 from qexp.quantize.torch_backend.deprecations import known_deprecations_silenced
 from qexp.quantize.torch_backend.engines import engine
 from qexp.quantize.torch_backend.float_layers import InFloat, mark_float_layers, why_float
+from qexp.quantize.torch_backend.observers import RecordingObserver, fix_fewer_levels, torch_qconfig
 from qexp.quantize.torch_backend.transposed_convolutions import fold
 from qexp.quantize.torch_backend.workarounds import worked_around
 
@@ -71,7 +72,7 @@ class EagerFlow(Flow):
 
         The model's own fuse_model finds the chains, else tracing does. Raises InputError if neither is possible.
         """
-        module = evaluation_copy(model, example)
+        module = _with_float_functionals(evaluation_copy(model, example))
         if spec.fusion:
             module = _fused(module, example)
         mark_float_layers(module, example)
@@ -109,6 +110,15 @@ class EagerFlow(Flow):
             with known_deprecations_silenced(), each_once(module):
                 converted = torch_convert(module, inplace=True)
             return QuantizedModel(prepared, worked_around(converted, quant_max_of_observers(prepared.module), name))
+
+
+def _with_float_functionals(module: nn.Module) -> nn.Module:
+    """Replace the additions of qexp's own networks, in place, and return the model."""
+    for part in list(module.modules()):
+        for name, child in part.named_children():
+            if isinstance(child, Addition):
+                setattr(part, name, FloatFunctional())
+    return module
 
 
 def _adapt(prepared: nn.Module, clamped: Mapping[str, ValueRange]) -> None:

@@ -27,25 +27,24 @@ from qexp.config import schema
 from qexp.config.schema import Engine, Granularity, Observer, QConfig
 from qexp.errors import InputError
 from qexp.quantize.calibration.grid import executed_quant_max
-from qexp.quantize.calibration.observers import (
-    ClampFirst,
-    activation_observer,
-    fix_fewer_levels,
-    observers,
-    quant_max_of_observers,
-    torch_qconfig,
-)
-from qexp.quantize.calibration.recording_observer import RecordingObserver
+from qexp.quantize.calibration.observers import ClampFirst, observers, quant_max_of_observers
 from qexp.quantize.flow import Flow, Prepared, QuantizationSpec, QuantizedModel
 from qexp.quantize.graph.canonical import canonicalise
 from qexp.quantize.graph.clamps import EVERYTHING, ValueRange, clamp_after, clamp_of
 from qexp.quantize.graph.copies import sharing_copy
-from qexp.quantize.graph.tensor_names import carry_to_converted, carry_to_prepared, name_tensors, note_origins, place
+from qexp.quantize.graph.tensor_names import name_tensors, place
 from qexp.quantize.graph.tracing import UntraceableError
-from qexp.quantize.inspection.layers import is_per_channel
 from qexp.quantize.torch_backend.deprecations import known_deprecations_silenced
 from qexp.quantize.torch_backend.engines import engine
 from qexp.quantize.torch_backend.float_layers import why_float
+from qexp.quantize.torch_backend.graph_names import carry_to_converted, carry_to_prepared, note_origins
+from qexp.quantize.torch_backend.layers import is_per_channel
+from qexp.quantize.torch_backend.observers import (
+    RecordingObserver,
+    activation_observer,
+    fix_fewer_levels,
+    torch_qconfig,
+)
 from qexp.quantize.torch_backend.workarounds import worked_around
 
 _TRANSPOSED = (

@@ -1,7 +1,7 @@
 """Names of a model's tensors: those of the module or the operation that computes them.
 
-In the eager flow modules keep their names. torch's fx flow renames a graph's nodes at every step, so there the fused
-graph's nodes are named once, and names are carried from node to node.
+In the eager flow modules keep their names. Nodes of graphs are renamed at every step, so there they are named once, and
+names are carried from node to node.
 """
 
 from __future__ import annotations
@@ -10,27 +10,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import fx, nn
-from torch.ao.quantization import QuantWrapper
 
-from qexp.quantize.graph.clamps import RELU, clamp_of
+from qexp.models.class_names import derives_from
 from qexp.quantize.graph.hooks import attached
-from qexp.quantize.torch_backend.float_layers import InFloat
-from qexp.quantize.torch_backend.ignored_quant_max import torch_function
-from qexp.quantize.torch_backend.stride_bugs import AfterStride
 
 OBSERVER = "activation_post_process"
 """The attribute under which torch keeps the observer of a module's output."""
+PARTS = "parts_of_one_layer"
+"""The attribute under which a wrapper around a layer has the names of its parts, which are the layer to the user."""
+_WRAPPER = "torch.ao.quantization.stubs.QuantWrapper"
 _TENSOR = "tensor"
 
 
 def public(name: str, module: nn.Module) -> str:
     """Return a submodule's name in the user's model, without qexp's wrappers around models and layers."""
     owner, _, last = name.rpartition(".")
-    if last in ("conv", "layer", "quant") and isinstance(module.get_submodule(owner), AfterStride | InFloat):
+    if last in getattr(module.get_submodule(owner), PARTS, ()):
         name = owner
-    if isinstance(module, QuantWrapper):
+    if derives_from(module, _WRAPPER):
         return "" if name == "module" else name.removeprefix("module.")
     return name
 
@@ -38,7 +36,7 @@ def public(name: str, module: nn.Module) -> str:
 def tensor_names(prepared: nn.Module) -> dict[str, str]:
     """Return the name of the observed tensor by the name of each observer."""
     if isinstance(prepared, fx.GraphModule):
-        return {str(node.target): tensor_of(node) for node in prepared.graph.nodes if _is_observer(node)}
+        return {str(node.target): tensor_of(node) for node in prepared.graph.nodes if is_observer(node)}
     return {
         name: public(name.removesuffix(f".{OBSERVER}"), prepared)
         for name, _ in prepared.named_modules()
@@ -76,58 +74,13 @@ def name_tensors(fused: fx.GraphModule) -> None:
         node.meta[_TENSOR] = name
 
 
-def carry_to_prepared(fused: fx.GraphModule, prepared: fx.GraphModule) -> None:
-    """Name the tensors of a prepared graph, in place, which is the fused one with observers."""
-    before = {(node.op, node.name, str(node.target)): node for node in fused.graph.nodes}
-    for node in prepared.graph.nodes:
-        if _is_observer(node):
-            node.meta[_TENSOR] = tensor_of(node.all_input_nodes[0])
-        elif node.op == "placeholder" or node.op.startswith("call_"):
-            node.meta[_TENSOR] = tensor_of(before[node.op, node.name, str(node.target)])
-
-
-def note_origins(prepared: fx.GraphModule) -> None:
-    """Write each name, in place, to `stack_trace`: convert_fx copies only this from a node to its replacements.
-
-    qexp's tracing leaves it empty.
-    """
-    for node in prepared.graph.nodes:
-        node.stack_trace = tensor_of(node) or None
-
-
-def carry_to_converted(prepared: fx.GraphModule, converted: fx.GraphModule) -> None:
-    """Name the tensors of a graph, in place, that was converted from a prepared one after `note_origins`."""
-    after_relu, modules = {}, dict(prepared.named_modules(remove_duplicate=False))
-    for node in prepared.graph.nodes:
-        users = list(node.users)
-        if len(users) == 1 and clamp_of(users[0], modules) == RELU:
-            after_relu[tensor_of(node)] = tensor_of(users[0])
-    for node in converted.graph.nodes:
-        origin, node.stack_trace = node.stack_trace, None
-        if origin is not None:
-            # If torch fused a ReLU into an operation, the output is the ReLU's.
-            node.meta[_TENSOR] = after_relu.get(origin, origin) if has_fused_relu(node) else origin
-        elif only_changes_grid(node):
-            node.meta[_TENSOR] = tensor_of(node.all_input_nodes[0])
-
-
-def only_changes_grid(node: fx.Node) -> bool:
-    """True if a node of a converted graph only quantizes or dequantizes a tensor."""
-    return torch_function(node.target) in (torch.quantize_per_tensor, "dequantize", "to")
-
-
 def called(node: fx.Node) -> str:
     """The name of the function or method that a node calls."""
     return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
-def has_fused_relu(node: fx.Node) -> bool:
-    """True if a node of a converted graph is an operation into which torch fused the ReLU behind it."""
-    operation = str(node.target)
-    return node.op == "call_function" and operation.endswith("_relu") and not operation.endswith("leaky_relu")
-
-
-def _is_observer(node: fx.Node) -> bool:
+def is_observer(node: fx.Node) -> bool:
+    """True if a node of a prepared graph calls the observer of a tensor."""
     return node.op == "call_module" and OBSERVER in str(node.target)
 
 

@@ -8,11 +8,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.ao.nn.intrinsic.modules.fused import _FusedModule
 
+from qexp.models.class_names import derives_from
 from qexp.quantize.flow import Flow
 from qexp.quantize.graph.hooks import attached
 from qexp.quantize.inspection.float_model_checks import TOLERANCE, cause, difference, drawn
+
+_FUSED = "torch.ao.nn.intrinsic.modules.fused._FusedModule"
 
 
 def fusion_difference(float_module: nn.Module, fused: nn.Module, batch: Tensor) -> float:
@@ -63,7 +65,7 @@ def blame(float_module: nn.Module, fused: nn.Module, batch: Tensor) -> str:
     """
     expected: list[tuple[str, Tensor]] = []
     _run(float_module, batch, lambda name, output: expected.append((name, output)))
-    blocks = {name for name, m in fused.named_modules() if list(m.children()) and not isinstance(m, _FusedModule)}
+    blocks = {name for name, m in fused.named_modules() if list(m.children()) and not derives_from(m, _FUSED)}
     found: list[str] = []
 
     def close(output: Tensor, other: Tensor) -> bool:

@@ -18,8 +18,8 @@ from qexp.quantize.calibration.grid import QUANT_MAX
 from qexp.quantize.graph.exported import CONVOLUTIONS, LAYERS, TRANSPOSED, aten, attribute, operation
 from qexp.quantize.graph.placement import computed_by
 from qexp.quantize.graph.tensor_names import tensor_of
-from qexp.quantize.inspection.layers import conv_kind
-from qexp.quantize.qdq.program import CUSTOM, TENSOR, decomposed, quantizing
+from qexp.quantize.qdq.operators import decomposed
+from qexp.quantize.qdq.program import CUSTOM, TENSOR, quantizing
 from qexp.records import Fidelity, Layer
 from qexp.statistics import decibels
 from qexp.system import machine_lock
@@ -57,6 +57,13 @@ def kind_of(node: fx.Node) -> str:
     if not isinstance(groups, int):
         return "grouped"  # one for each image
     return "conv_transpose" if node.target in TRANSPOSED else conv_kind(shape, groups)
+
+
+def conv_kind(weight: torch.Size, groups: int) -> str:
+    """Return depthwise, grouped, pointwise or conv, by a weight's shape [out, in / groups, ...]."""
+    if groups > 1:
+        return "depthwise" if weight[1] == 1 else "grouped"
+    return "pointwise" if all(size == 1 for size in weight[2:]) else "conv"
 
 
 # ------------------------------------------------------------------------------------------------ the same graph

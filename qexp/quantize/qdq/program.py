@@ -25,16 +25,16 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from qexp.quantize.calibration.grid import QUANT_MAX
 from qexp.quantize.graph.copies import sharing_copy
 from qexp.quantize.graph.exported import CUSTOM, PLACE, SAME, VIEWS, is_program
+from qexp.quantize.qdq.operators import decomposed
 from qexp.quantize.qdq.recording import Call, OfBatch, UnsupportedError, record
 
-aten, decomposed = torch.ops.aten, torch.ops.quantized_decomposed
+aten = torch.ops.aten
 INPUT = "images"
 TENSOR = "tensor"  # in the custom meta of nodes, which torch.export keeps
 BOUNDS = "bounds"  # of values, in the custom meta of a clamp of codes

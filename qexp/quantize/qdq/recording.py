@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from qexp.errors import RunError
 from qexp.quantize.graph.tensor_names import place, running, tensor_of
 from qexp.quantize.inspection.executed_operators import watched
-from qexp.quantize.torch_backend.ignored_quant_max import plain_clamps
+from qexp.quantize.torch_backend.plain_clamps import plain_clamps
 
 _BATCH_SIZES = (2, 3)
 

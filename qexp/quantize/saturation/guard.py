@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,13 +13,11 @@ from torch import Tensor, fx, nn
 from qexp.config.schema import Engine, Target
 from qexp.quantize.flow import Prepared, QuantizedModel
 from qexp.quantize.graph.exported import is_program
-from qexp.quantize.saturation import emulation, kernels
+from qexp.quantize.saturation import kernels
 from qexp.quantize.saturation.accumulators import LayerSaturation
 from qexp.quantize.saturation.kernels import Kernels
 from qexp.quantize.saturation.narrowing import ReducedRange
 from qexp.quantize.saturation.programs import SaturatingProgram, reduce_range_of_program
-from qexp.quantize.saturation.reduced_range import reduce_range_of_layers
-from qexp.quantize.torch_backend.qnnpack_biases import fit_biases
 
 # Enough to tell which of two grids is the coarser for a layer.
 NOISE_IMAGES = 16
@@ -42,13 +40,26 @@ def reduce_range(
     risky = dict.fromkeys(row.name for row in rows if row.saturates)
     if not risky:
         return model, ()
-    reduce_range_in: Any = reduce_range_of_program if program else reduce_range_of_layers
-    module, reduced = reduce_range_in(model.prepared.module, risky, model.qconfig, images[:NOISE_IMAGES])
+    module, reduced = _reduced(model, risky, images[:NOISE_IMAGES])
     return model.flow.convert(replace(model.prepared, module=module)), reduced
+
+
+def _reduced(
+    model: QuantizedModel, risky: Collection[str], images: Tensor
+) -> tuple[nn.Module, tuple[ReducedRange, ...]]:
+    """The prepared model with one side of the layers `risky` reduced, and which side that is."""
+    prepared, qconfig = model.prepared.module, model.qconfig
+    if is_program(model.module):
+        return reduce_range_of_program(cast(fx.GraphModule, prepared), risky, qconfig, images)
+    from qexp.quantize.torch_backend.reduced_range import reduce_range_of_layers
+
+    return reduce_range_of_layers(prepared, risky, qconfig, images)
 
 
 def _in_torch(model: QuantizedModel, target: Target, images: Tensor) -> Iterable[LayerSaturation]:
     """Compare the layers in torch's own kernels with exact ones; () where they can't saturate."""
+    from qexp.quantize.torch_backend import emulation
+
     qconfig, engine, flow, signature = model.qconfig, model.engine, model.flow.name, kernels.probe()
     kinds = kernels.overflowing_kinds(qconfig, engine, flow, Target.native, signature)
     if target is Target.avx2 and not signature.dense_saturates(engine, qconfig.weight.scheme):
@@ -64,6 +75,8 @@ def _emulated(
     model: QuantizedModel, order: Engine, kinds: Collection[str], images: Tensor
 ) -> Iterable[LayerSaturation]:
     """Compare layers of these kinds, with emulated accumulators, with exact ones; () where they can't saturate."""
+    from qexp.quantize.torch_backend import emulation
+
     if not emulation.at_risk(model.module, order, kinds):
         return ()
     emulated = emulation.with_emulated_accumulators(model.module, order)
@@ -88,6 +101,8 @@ def exact(prepared: Prepared) -> nn.Module:
     Run it under the engine that it is compared with, so that everything else is the same. (Under qnnpack, torch 2.13
     clamps channels-last tensors as if they were contiguous, so that everything after a ReLU6 is wrong.)
     """
+    from qexp.quantize.torch_backend.qnnpack_biases import fit_biases
+
     for_qnnpack = replace(prepared, spec=replace(prepared.spec, engine=Engine.qnnpack))
     converted = prepared.flow.convert(for_qnnpack).module
     fit_biases(converted)

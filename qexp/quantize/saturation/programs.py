@@ -25,7 +25,7 @@ from qexp.quantize.graph.exported import LAYERS, arguments, aten, attribute, zer
 from qexp.quantize.graph.placement import clamps_behind
 from qexp.quantize.graph.tensor_names import tensor_of
 from qexp.quantize.inspection.programs import kind_of
-from qexp.quantize.qdq.program import decomposed
+from qexp.quantize.qdq.operators import decomposed
 from qexp.quantize.saturation.accumulators import LayerSaturation, lost, overflowing, paired, parts, run_length
 from qexp.quantize.saturation.narrowing import Reader, ReducedRange, narrowed, noise, set_grid
 

@@ -59,6 +59,8 @@ class InFloat(nn.Module):
     If its input is in FP32 already, so is its output.
     """
 
+    parts_of_one_layer = ("layer", "quant")
+
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.dequant, self.layer = DeQuantStub(), layer

@@ -13,9 +13,7 @@ free; but it clamps the lower end only behind a ReLU, and pairs of codes near 25
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -26,6 +24,7 @@ from torch import Tensor, fx, nn
 
 from qexp.config.schema import Engine
 from qexp.quantize.calibration.grid import QUANT_MAX
+from qexp.quantize.torch_backend.plain_clamps import clamps_are_plain
 
 # Modules and functions whose kernels return 256 levels over a fixed range; nnq.Softmax has a scale.
 _FIXED_MODULES = (nn.Sigmoid, nn.Hardsigmoid, nn.Tanh)
@@ -43,19 +42,6 @@ _FIXED_FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
 _RETURN_CODES = {torch.quantize_per_tensor, torch.cat, torch.concat, torch.stack}
 
 
-_plainly: ContextVar[bool] = ContextVar("_plainly", default=False)
-
-
-@contextmanager
-def plain_clamps() -> Iterator[None]:
-    """In this context a clamp is one operator with qnnpack too, where its values are wrong: to look at operators."""
-    token = _plainly.set(True)
-    try:
-        yield
-    finally:
-        _plainly.reset(token)
-
-
 def clamped(tensor: Tensor, quant_max: int) -> Tensor:
     """Return a quint8 tensor clamped to codes up to `quant_max`, with the same scale; anything else as it is."""
     if not isinstance(tensor, Tensor) or tensor.dtype is not torch.quint8 or quant_max >= QUANT_MAX:
@@ -64,7 +50,7 @@ def clamped(tensor: Tensor, quant_max: int) -> Tensor:
     end = (quant_max - zero_point) * scale
     if torch.backends.quantized.engine != Engine.qnnpack.value:
         return torch.clamp(tensor, max=end)
-    if _plainly.get():
+    if clamps_are_plain():
         return torch.clamp(tensor, min=-zero_point * scale, max=end)
     # qnnpack needs both bounds, and treats every tensor as contiguous (torch 2.13).
     order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)

@@ -10,8 +10,8 @@ import torch.ao.nn.quantized as nnq
 from torch import Tensor, nn
 
 from qexp.config.schema import Engine
-from qexp.quantize.inspection.layers import weight_scales
 from qexp.quantize.torch_backend.engines import engine
+from qexp.quantize.torch_backend.layers import weight_scales
 
 # Half of int32, which leaves room for the accumulated products.
 _LARGEST = 1 << 30

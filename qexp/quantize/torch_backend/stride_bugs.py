@@ -32,6 +32,8 @@ _SAFE_CHANNELS = 16
 class AfterStride(nn.Module):
     """An INT8 1x1 convolution whose stride is taken before it."""
 
+    parts_of_one_layer = ("conv",)
+
     def __init__(self, conv: nnq.Conv2d) -> None:
         super().__init__()
         self.rows, self.columns = conv.stride

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch import Tensor, fx, nn
 from torchao.quantization.pt2e.observer import HistogramObserver, UniformQuantizationObserverBase
 
@@ -21,9 +20,8 @@ from qexp.quantize.calibration.recording_observer import Recording, destination
 from qexp.quantize.calibration.statistics_collector import statistics
 from qexp.quantize.graph.exported import CUSTOM, attribute
 from qexp.quantize.graph.tensor_names import tensor_of
+from qexp.quantize.qdq.operators import decomposed
 from qexp.quantize.qdq.program import TENSOR
-
-decomposed = torch.ops.quantized_decomposed
 
 
 class _Activation:

@@ -9,7 +9,8 @@ from torch.ao.quantization import HistogramObserver, MinMaxObserver, MovingAvera
 
 from qexp.config.schema import ActivationObserver, Granularity, Observer
 from qexp.quantize.calibration.grid import Grid, Side, executed_bits, grid
-from qexp.quantize.calibration.observers import activation_observer, to_qparams, weight_observer
+from qexp.quantize.calibration.observers import to_qparams
+from qexp.quantize.torch_backend.observers import activation_observer, weight_observer
 from tests.helpers.quantizable import MINMAX, settings
 
 DATA = torch.randn(4, 8, 5, 5, generator=torch.Generator().manual_seed(0)) * 2 + 0.7

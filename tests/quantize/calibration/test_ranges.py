@@ -9,11 +9,9 @@ from scipy.stats import entropy as kullback_leibler
 from torch import Tensor
 from torch.ao.quantization import MinMaxObserver
 
-from qexp import quantize
 from qexp.config.schema import ActivationObserver, FlowName, Granularity, Observer, Scheme
 from qexp.quantize import FLOWS
 from qexp.quantize.calibration.grid import Grid, Side, grid
-from qexp.quantize.calibration.observers import activation_observer, weight_observer
 from qexp.quantize.calibration.passes import calibrate
 from qexp.quantize.calibration.ranges import (
     range_entropy,
@@ -26,6 +24,8 @@ from qexp.quantize.calibration.ranges import (
 )
 from qexp.quantize.calibration.statistics_collector import statistics
 from qexp.quantize.calibration.tensor_statistics import merge
+from qexp.quantize.torch_backend import layers as torch_layers
+from qexp.quantize.torch_backend.observers import activation_observer, weight_observer
 from tests.helpers.quantizable import MINMAX, RECORDED, Chain, images, settings, spec, trained
 
 SYMMETRIC, ASYMMETRIC = Scheme.symmetric, Scheme.asymmetric
@@ -327,9 +327,9 @@ def test_weights_that_are_executed_have_the_scales_of_mse(flow: FlowName, granul
         qconfig = settings(str(granularity), weight_bits=4, weight_observer=name)
         prepared = FLOWS[flow].prepare(FLOWS[flow].fuse(net, spec(), example), spec(qconfig), example)
         calibrate(prepared, [example])
-        asked = quantize.read_qparams(prepared.module)
+        asked = torch_layers.read_qparams(prepared.module)
         converted = FLOWS[flow].convert(prepared).module
-        executed = quantize.read_qparams(converted)
+        executed = torch_layers.read_qparams(converted)
         weights = [key for key in asked if key.endswith(".weight")]
         assert len(weights) == 4
         for key in weights:

@@ -18,12 +18,13 @@ from qexp.latency import protocol
 from qexp.models import architectures
 from qexp.quantize import FLOWS, Prepared
 from qexp.quantize.calibration import cached, statistics_collector
-from qexp.quantize.calibration.observers import activation_observer, observers
+from qexp.quantize.calibration.observers import observers
 from qexp.quantize.calibration.passes import calibrate
 from qexp.quantize.calibration.recorder import Recorder
-from qexp.quantize.calibration.recording_observer import RecordingObserver
 from qexp.quantize.calibration.statistics_collector import StatisticsCollector, statistics
 from qexp.quantize.calibration.tensor_statistics import SHIFT, TensorStats, merge
+from qexp.quantize.torch_backend import layers as torch_layers
+from qexp.quantize.torch_backend.observers import RecordingObserver, activation_observer
 from tests.helpers.quantizable import MINMAX, RECORDED, Chain, Plain, images, settings, spec, trained
 
 MOVING = RECORDED["moving_average"]
@@ -249,7 +250,7 @@ def test_a_model_is_quantized_with_every_observer(flow: FlowName, observer: str)
     net = trained(Chain())
     prepared = calibrated(net, flow, settings(), RECORDED[observer])
     converted = FLOWS[flow].convert(prepared).module
-    assert all(layer.int8 for layer in quantize.layers(converted, FLOWS[flow], Engine.x86))
+    assert all(layer.int8 for layer in torch_layers.layers(converted, FLOWS[flow], Engine.x86))
     with quantize.engine(Engine.x86), torch.inference_mode():
         error = (converted(images()) - net(images())).norm() / net(images()).norm()
     assert 0 < error < 0.2
@@ -318,7 +319,7 @@ def test_a_longer_run_resumes_from_the_longest_kept_beginning(tmp_path: Path) ->
     assert passes.images == (32 + 8) * 4
     whole = Passes(tmp_path / "other").run(batches, MOVING)
     assert all(same(*pair) for pair in zip(seen(resumed), seen(whole), strict=True))
-    first, second = quantize.read_qparams(resumed.module), quantize.read_qparams(whole.module)
+    first, second = torch_layers.read_qparams(resumed.module), torch_layers.read_qparams(whole.module)
     assert first.keys() == second.keys()
     for name, expected in second.items():
         assert np.array_equal(first[name].scale, expected.scale)

@@ -20,6 +20,7 @@ from qexp.errors import InputError, NotFinite, RunError
 from qexp.models import architectures
 from qexp.quantize import FLOWS, Prepared
 from qexp.quantize.inspection import fusion_check
+from qexp.quantize.torch_backend import layers as torch_layers
 from qexp.system.torchvision_import import torchvision
 from tests.helpers.quantizable import BY_TORCH, MINMAX, Chain, Plain, images, relative_error, settings, spec, trained
 
@@ -36,7 +37,7 @@ def prepared_and_converted(
 
 
 def kinds(converted: nn.Module, flow: FlowName = FlowName.eager) -> list[tuple[str, bool]]:
-    return [(layer.kind, layer.int8) for layer in quantize.layers(converted, FLOWS[flow], Engine.x86)]
+    return [(layer.kind, layer.int8) for layer in torch_layers.layers(converted, FLOWS[flow], Engine.x86)]
 
 
 def error(converted: nn.Module, net: nn.Module, engine: Engine = Engine.x86) -> float:
@@ -71,13 +72,13 @@ def test_the_float_model_is_left_as_it_was() -> None:
 def test_a_model_with_stubs_gets_no_second_pair() -> None:
     _, converted = prepared_and_converted(trained(architectures.tiny()), settings())
     assert sum(type(m).__name__ == "Quantize" for m in converted.modules()) == 1
-    assert next(layer.name for layer in quantize.layers(converted, FLOWS[FlowName.eager], Engine.x86)) == "conv1"
+    assert next(layer.name for layer in torch_layers.layers(converted, FLOWS[FlowName.eager], Engine.x86)) == "conv1"
 
 
 def test_a_model_without_stubs_is_wrapped_and_keeps_its_names() -> None:
     _, converted = prepared_and_converted(trained(Chain()), settings())
     assert sum(type(m).__name__ == "Quantize" for m in converted.modules()) == 1
-    assert [layer.name for layer in quantize.layers(converted, FLOWS[FlowName.eager], Engine.x86)] == [
+    assert [layer.name for layer in torch_layers.layers(converted, FLOWS[FlowName.eager], Engine.x86)] == [
         "features.0",
         "features.3",
         "features.6",
@@ -91,9 +92,9 @@ def test_without_fusion_batchnorm_is_quantized_by_itself() -> None:
     assert kinds(converted).count(("batchnorm", True)) == 2
     assert error(converted, net) < 0.2
     # What feeds only a ReLU has no range below zero, though the two are not fused.
-    assert quantize.read_qparams(prepared.module)["features.1"].zero_point.tolist() == [0]
+    assert torch_layers.read_qparams(prepared.module)["features.1"].zero_point.tolist() == [0]
     prepared, _ = prepared_and_converted(net, settings(range_after_clamp=False), fusion=False)
-    assert quantize.read_qparams(prepared.module)["features.1"].zero_point.tolist() != [0]
+    assert torch_layers.read_qparams(prepared.module)["features.1"].zero_point.tolist() != [0]
 
 
 def test_padding_named_same_is_taken() -> None:
@@ -107,11 +108,11 @@ def test_relu6_after_a_convolution_ends_the_range() -> None:
     net = trained(Chain(nn.ReLU6))
     net.features[0].weight.data.mul_(20)
     prepared, _ = prepared_and_converted(net, settings())
-    qparams = quantize.read_qparams(prepared.module)["features.0"]
+    qparams = torch_layers.read_qparams(prepared.module)["features.0"]
     assert qparams.zero_point.tolist() == [0]
     assert qparams.scale[0] * 255 == pytest.approx(6)
     prepared, _ = prepared_and_converted(net, settings(range_after_clamp=False))
-    assert quantize.read_qparams(prepared.module)["features.0"].scale[0] * 255 > 12
+    assert torch_layers.read_qparams(prepared.module)["features.0"].scale[0] * 255 > 12
 
 
 class ReusedReLU(nn.Module):
@@ -230,7 +231,7 @@ def test_skeleton_takes_the_saved_state_and_says_nothing(flow: FlowName, tmp_pat
 @pytest.mark.parametrize("fusion", [True, False])
 def test_qparams_of_the_observers_are_those_of_the_converted_model(granularity: str, fusion: bool) -> None:
     prepared, converted = prepared_and_converted(trained(architectures.tiny()), settings(granularity), fusion)
-    expected, actual = quantize.read_qparams(prepared.module), quantize.read_qparams(converted)
+    expected, actual = torch_layers.read_qparams(prepared.module), torch_layers.read_qparams(converted)
     assert set(expected) == set(actual)
     assert {"quant", "conv1", "conv1.weight", "fc", "fc.weight", "blocks.0.add_relu"} <= set(actual)
     for name, qparams in expected.items():
@@ -245,7 +246,7 @@ def test_qparams_of_a_prepared_model_hold_the_codes_that_are_executed(bits: int,
     # A guard reduces the range of activations in their scale only.
     qconfig = settings(weight_bits=4, activation_bits=bits, overflow="activations")
     prepared, _ = prepared_and_converted(trained(architectures.tiny()), qconfig)
-    qparams = quantize.read_qparams(prepared.module)
+    qparams = torch_layers.read_qparams(prepared.module)
     assert (qparams["conv1.weight"].qmin, qparams["conv1.weight"].qmax) == (-8, 7)
     assert (qparams["conv1"].qmin, qparams["conv1"].qmax) == (0, highest)
 
@@ -254,7 +255,7 @@ def test_dynamic_flow_quantizes_linear_layers_and_says_what_it_left() -> None:
     net = trained(Chain())
     prepared = FLOWS[FlowName.dynamic].prepare(FLOWS[FlowName.dynamic].fuse(net, spec(), TWO), spec(), TWO)
     converted = FLOWS[FlowName.dynamic].convert(prepared).module
-    layers = quantize.layers(converted, FLOWS[FlowName.dynamic], Engine.x86)
+    layers = torch_layers.layers(converted, FLOWS[FlowName.dynamic], Engine.x86)
     assert [layer.name for layer in layers if layer.int8] == ["fc"]
     assert {layer.reason for layer in layers if not layer.int8} == {"flow=dynamic quantizes linear layers only"}
     assert 0 < error(converted, net) < 0.05
@@ -407,7 +408,7 @@ def test_what_is_legal_runs_and_is_close(
     net = trained(Chain())
     qconfig = settings(granularity, weight_scheme, activation_scheme, overflow="weights")
     _, converted = prepared_and_converted(net, qconfig, engine=engine)
-    assert all(layer.int8 for layer in quantize.layers(converted, FLOWS[FlowName.eager], engine))
+    assert all(layer.int8 for layer in torch_layers.layers(converted, FLOWS[FlowName.eager], engine))
     assert error(converted, net, engine) < 0.15
 
 
@@ -456,7 +457,7 @@ def test_auxiliary_heads_that_never_run_are_left_out_and_named() -> None:
     example = images(2, size=64)
     prepared = FLOWS[FlowName.eager].prepare(FLOWS[FlowName.eager].fuse(net, spec(), example), spec(), example)
     quantize.calibrate(prepared, [example])
-    layers = quantize.layers(FLOWS[FlowName.eager].convert(prepared).module, FLOWS[FlowName.eager], Engine.x86)
+    layers = torch_layers.layers(FLOWS[FlowName.eager].convert(prepared).module, FLOWS[FlowName.eager], Engine.x86)
     left = [layer for layer in layers if not layer.int8]
     assert {layer.name.partition(".")[0] for layer in left} == {"aux1", "aux2"}
     assert {layer.reason for layer in left} == {"never runs in evaluation"}

@@ -17,6 +17,7 @@ from qexp.errors import InputError
 from qexp.quantize import FLOWS, Prepared
 from qexp.quantize.graph.tracing import trace
 from qexp.quantize.inspection import fusion_check
+from qexp.quantize.torch_backend import layers as torch_layers
 from qexp.system.torchvision_import import torchvision
 from tests.helpers.quantizable import Chain, Plain, images, relative_error, settings, spec, trained
 
@@ -111,7 +112,7 @@ def test_batchnorm_is_folded_whatever_the_class(name: str) -> None:
     assert fusion_check.fusion_difference(net, fused, images(8, seed=4)) < 1e-5
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fused.modules())
     converted = FLOWS[FlowName.fx].convert(prepared).module
-    layers = quantize.layers(converted, FLOWS[FlowName.fx], Engine.x86)
+    layers = torch_layers.layers(converted, FLOWS[FlowName.fx], Engine.x86)
     # From 3 to 8 channels torch's kernel is wrong: see quantize/transposed.py.
     first = ("conv_transpose", False) if "transposed" in name else ("conv", True)
     assert [(layer.kind, layer.int8) for layer in layers] == [first, ("pointwise", True), ("linear", True)]
@@ -130,7 +131,7 @@ def test_symmetric_padding_moves_inside_the_convolution_and_asymmetric_stays() -
 
 def test_layers_keep_the_names_that_the_user_gave_them() -> None:
     _, prepared = through(trained(MODELS["padding by a child"]()))
-    layers = quantize.layers(FLOWS[FlowName.fx].convert(prepared).module, FLOWS[FlowName.fx], Engine.x86)
+    layers = torch_layers.layers(FLOWS[FlowName.fx].convert(prepared).module, FLOWS[FlowName.fx], Engine.x86)
     assert [layer.name for layer in layers] == ["0", "3", "6"]
     assert layers[0].kernel == "x86 conv"
 
@@ -154,14 +155,14 @@ def test_modules_that_are_called_twice_are_fused_at_each_call() -> None:
     net = trained(Shared())
     fused, prepared = through(net)
     assert fusion_check.fusion_difference(net, fused, images(8, seed=4)) < 1e-5
-    layers = quantize.layers(FLOWS[FlowName.fx].convert(prepared).module, FLOWS[FlowName.fx], Engine.x86)
+    layers = torch_layers.layers(FLOWS[FlowName.fx].convert(prepared).module, FLOWS[FlowName.fx], Engine.x86)
     assert [layer.kind for layer in layers].count("conv") == 3
     assert all(layer.int8 and layer.kind != "batchnorm" for layer in layers)
 
 
 def range_of(prepared: Prepared, name: str) -> tuple[float, float]:
     """The range that was mapped onto a grid of 7 bits."""
-    q = quantize.read_qparams(prepared.module)[name]
+    q = torch_layers.read_qparams(prepared.module)[name]
     low, high = (code - int(q.zero_point[0]) for code in (0, 127))
     return low * float(q.scale[0]), high * float(q.scale[0])
 
@@ -228,7 +229,7 @@ def test_prelu_stays_in_fp32_since_torchs_int8_one_is_wrong() -> None:
         batch = images(8, seed=5)
         converted = FLOWS[FlowName.fx].convert(prepared).module
         assert relative_error(converted(batch), net(batch)) < 0.1
-    assert all(layer.int8 for layer in quantize.layers(converted, FLOWS[FlowName.fx], Engine.x86))
+    assert all(layer.int8 for layer in torch_layers.layers(converted, FLOWS[FlowName.fx], Engine.x86))
 
 
 class Branching(Plain):
@@ -275,7 +276,7 @@ def test_every_engine_takes_the_flow(engine: Engine) -> None:
     net = trained(Plain())
     _, prepared = through(net, engine=engine)
     converted = FLOWS[FlowName.fx].convert(prepared).module
-    layers = quantize.layers(converted, FLOWS[FlowName.fx], engine)
+    layers = torch_layers.layers(converted, FLOWS[FlowName.fx], engine)
     assert [layer.kind for layer in layers] == ["conv", "depthwise", "pointwise", "linear"]
     assert all(layer.int8 for layer in layers)
     with quantize.engine(engine), torch.inference_mode():
@@ -301,7 +302,7 @@ def test_torchvision_models_unmodified_run_wholly_in_int8(name: str, count: int)
     assert fusion_check.fusion_difference(net, fused, example) < 1e-4
     prepared = FLOWS[FlowName.fx].prepare(fused, spec(settings(overflow="activations")), example)
     quantize.calibrate(prepared, [example])
-    layers = quantize.layers(FLOWS[FlowName.fx].convert(prepared).module, FLOWS[FlowName.fx], Engine.x86)
+    layers = torch_layers.layers(FLOWS[FlowName.fx].convert(prepared).module, FLOWS[FlowName.fx], Engine.x86)
     assert len(layers) == count
     assert all(layer.int8 and layer.kind != "batchnorm" for layer in layers)
 
@@ -368,7 +369,7 @@ def test_what_has_no_grid_stays_as_it_is_between_int8_layers(kind: type[nn.Modul
     quantize.dry_run(net, FLOWS[FlowName.fx], spec(settings(overflow="activations")), TWO)
     _, prepared = through(net)
     converted = FLOWS[FlowName.fx].convert(prepared).module
-    assert sum(layer.int8 for layer in quantize.layers(converted, FLOWS[FlowName.fx], Engine.x86)) >= 2
+    assert sum(layer.int8 for layer in torch_layers.layers(converted, FLOWS[FlowName.fx], Engine.x86)) >= 2
     with quantize.engine(Engine.x86), torch.inference_mode():
         batch = images(5, seed=5)
         assert relative_error(converted(batch), net(batch)) < 0.1

@@ -16,6 +16,7 @@ from qexp.models import float_model
 from qexp.quantize import FLOWS
 from qexp.quantize.graph.copies import each_once, evaluation_copy
 from qexp.quantize.inspection import fusion_check
+from qexp.quantize.torch_backend import layers as torch_layers
 from tests.helpers.quantizable import BY_TORCH, images, relative_error, settings, spec, trained
 
 TWO = images(2)
@@ -40,7 +41,7 @@ def error(int8: nn.Module, net: nn.Module) -> float:
 
 
 def int8_layers(int8: nn.Module, flow: FlowName) -> list[str]:
-    layers = quantize.layers(int8, FLOWS[flow], Engine.qnnpack)
+    layers = torch_layers.layers(int8, FLOWS[flow], Engine.qnnpack)
     assert flow is FlowName.dynamic or all(layer.int8 for layer in layers)
     return [layer.name for layer in layers if layer.int8]
 
@@ -268,13 +269,13 @@ def test_a_module_of_several_names_is_observed_once_at_each_call(kind: type[nn.M
     with shared.register_forward_hook(lambda module, inputs, output: seen.append(output.clone())):
         net(SAVED)
     name = "a.0" if isinstance(net, TwoNames) else "conv"
-    qparams = quantize.read_qparams(prepared.module)
+    qparams = torch_layers.read_qparams(prepared.module)
     assert name in qparams
     assert not any(other.startswith(("b.", "two", "three", "head")) for other in qparams)
     expected = max(float(output.max()) for output in seen) / 255
     assert float(qparams[name].scale[0]) == pytest.approx(expected, rel=1e-4)
     converted = FLOWS[FlowName.eager].convert(prepared).module
-    assert set(quantize.read_qparams(converted)) == set(qparams)
+    assert set(torch_layers.read_qparams(converted)) == set(qparams)
 
 
 def test_within_each_once_a_module_has_one_name_and_what_takes_its_place_has_all() -> None:

@@ -16,6 +16,7 @@ from qexp.config.schema import Engine, FlowName
 from qexp.errors import InputError
 from qexp.quantize import FLOWS
 from qexp.quantize.graph.tracing import UntraceableError, trace
+from qexp.quantize.torch_backend import layers as torch_layers
 from tests.helpers.quantizable import Plain, images, relative_error, settings, spec, trained
 
 TWO = images(2)
@@ -155,7 +156,7 @@ def test_such_a_model_goes_through_fx_and_stays_close(ask: Callable[[Tensor], Te
     )
     quantize.calibrate(prepared, [images(16, seed=3)])
     converted = FLOWS[FlowName.fx].convert(prepared).module
-    assert all(layer.int8 for layer in quantize.layers(converted, FLOWS[FlowName.fx], Engine.x86))
+    assert all(layer.int8 for layer in torch_layers.layers(converted, FLOWS[FlowName.fx], Engine.x86))
     with quantize.engine(Engine.x86), torch.inference_mode():
         assert relative_error(converted(images(8, seed=4)), net(images(8, seed=4))) < 0.2
 

@@ -17,8 +17,9 @@ from qexp import quantize
 from qexp.config.schema import Engine, FlowName
 from qexp.quantize import FLOWS
 from qexp.quantize.inspection import fusion_check
-from qexp.quantize.inspection.layer_equivalence import check_layers
+from qexp.quantize.torch_backend import layers as torch_layers
 from qexp.quantize.torch_backend.float_layers import norm_is_random
+from qexp.quantize.torch_backend.layer_equivalence import check_layers
 from tests.helpers.quantizable import assembled, images, relative_error, settings, spec, trained
 
 TWO = images(2)
@@ -97,7 +98,7 @@ def test_an_instance_norm_with_running_statistics_is_a_batchnorm(flow: FlowName,
     net = made(Around(nn.InstanceNorm2d(8, affine=affine, track_running_stats=True)))
     fused, converted = through(net, flow)
     assert not any("Norm" in type(part).__name__ for part in fused.modules())
-    assert [layer.kind for layer in quantize.layers(converted, FLOWS[flow], Engine.x86)] == [
+    assert [layer.kind for layer in torch_layers.layers(converted, FLOWS[flow], Engine.x86)] == [
         "conv",
         "pointwise",
         "linear",
@@ -201,7 +202,7 @@ LAYERS: list[Callable[[], nn.Module]] = [
 def test_layers_that_int8_lacks_stay_in_fp32_between_int8_layers(make: Callable[[], nn.Module], flow: FlowName) -> None:
     net = made(Around(make()))
     _, converted = through(net, flow)
-    assert all(layer.int8 for layer in quantize.layers(converted, FLOWS[flow], Engine.x86))
+    assert all(layer.int8 for layer in torch_layers.layers(converted, FLOWS[flow], Engine.x86))
     assert error(net, converted) < 0.15
 
 
@@ -276,7 +277,7 @@ def test_a_layer_after_an_early_reshape_is_in_int8_and_can_be_traced(spelling: s
 
     net = made(Early()).requires_grad_(True)
     fused, converted = through(net, FlowName.fx)
-    assert [layer.int8 for layer in quantize.layers(converted, FLOWS[FlowName.fx], Engine.x86)] == [True, True]
+    assert [layer.int8 for layer in torch_layers.layers(converted, FLOWS[FlowName.fx], Engine.x86)] == [True, True]
     for one in (fused, converted):
         assert not any(parameter.requires_grad for parameter in one.parameters())
         with quantize.engine(Engine.x86):

@@ -22,11 +22,12 @@ from qexp.errors import InputError, RunError
 from qexp.models import architectures
 from qexp.quantize import FLOWS, Prepared
 from qexp.quantize.inspection.executed_operators import beyond, executed
-from qexp.quantize.inspection.layer_equivalence import check_layers
-from qexp.quantize.inspection.layer_errors import layer_fidelity
-from qexp.quantize.saturation import emulation
+from qexp.quantize.torch_backend import emulation
+from qexp.quantize.torch_backend import layers as torch_layers
 from qexp.quantize.torch_backend.deprecations import known_deprecations_silenced
 from qexp.quantize.torch_backend.ignored_quant_max import clamped, quant_max_of
+from qexp.quantize.torch_backend.layer_equivalence import check_layers
+from qexp.quantize.torch_backend.layer_errors import layer_fidelity
 from qexp.records import QParams
 from qexp.runtimes import RUNTIMES
 from tests.helpers.quantizable import MINMAX, RECORDED, Plain, assembled, images, settings, spec, trained
@@ -222,7 +223,7 @@ def test_a_sum_with_a_number_has_the_bits_asked_for(bits: int) -> None:
 
     net, top = trained(Shifted()), 2**bits - 1
     model = converted(net, FlowName.fx, bits)
-    q = quantize.read_qparams(prepared(net, FlowName.fx, activation_bits=bits).module)
+    q = torch_layers.read_qparams(prepared(net, FlowName.fx, activation_bits=bits).module)
     values = run(model, WIDER)
     conv = net.conv(SEEN)  # type: ignore[operator]
     low, high = min(float(conv.min()), 0.0), max(float(conv.max()), 0.0)
@@ -314,7 +315,7 @@ def test_a_clamp_is_executed_and_its_end_depends_on_no_range(flow: FlowName) -> 
 def test_parameters_and_clipping_are_those_of_what_is_executed(flow: FlowName) -> None:
     net = trained(Gated())
     made = prepared(net, flow, RECORDED["percentile"], activation_bits=5)
-    q = quantize.read_qparams(made.module)
+    q = torch_layers.read_qparams(made.module)
     assert {(one.qmin, one.qmax) for name, one in q.items() if not name.endswith("weight")} == {(0, 31)}
     model = FLOWS[flow].convert(made).module
     fused = FLOWS[flow].fuse(net, spec(), SEEN)

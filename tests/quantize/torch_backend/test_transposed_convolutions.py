@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qexp import quantize
 from qexp.config.schema import ActivationObserver, Engine, FlowName, Observer
 from qexp.quantize import FLOWS
+from qexp.quantize.torch_backend import layers as torch_layers
 from qexp.quantize.torch_backend.transposed_convolutions import why_float
 from tests.helpers.quantizable import settings, spec, trained
 
@@ -65,7 +66,7 @@ def sqnr_db(net: nn.Module, flow: FlowName, engine: Engine) -> tuple[float, tupl
     with quantize.engine(engine), torch.inference_mode():
         # Wrong kernels are wrong at random: the worst of some calls counts.
         noise = max(float((int8(images) - expected).square().sum()) for _ in range(3))
-    return 10 * float(torch.log10(expected.square().sum() / noise)), quantize.layers(int8, FLOWS[flow], engine)
+    return 10 * float(torch.log10(expected.square().sum() / noise)), torch_layers.layers(int8, FLOWS[flow], engine)
 
 
 @pytest.mark.parametrize(

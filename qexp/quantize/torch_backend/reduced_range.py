@@ -15,11 +15,12 @@ from torch.ao.quantization import QConfig as TorchQConfig
 
 from qexp.config.schema import Overflow, QConfig
 from qexp.quantize.calibration.grid import Side
-from qexp.quantize.calibration.observers import observers, records_range, weight_observer
+from qexp.quantize.calibration.observers import observers, records_range
 from qexp.quantize.graph.copies import sharing_copy
 from qexp.quantize.graph.hooks import attached
 from qexp.quantize.graph.tensor_names import public
 from qexp.quantize.saturation.narrowing import Reader, ReducedRange, narrowed, noise
+from qexp.quantize.torch_backend.observers import weight_observer
 
 _LAYERS = (nn.Conv2d, nn.Linear)
 # Layers whose output is on the grid of their input.

@@ -22,8 +22,9 @@ from qexp.models import architectures
 from qexp.pipeline import run
 from qexp.quantize import FLOWS, Prepared, QuantizedModel
 from qexp.quantize.flows.fx import FxFlow
-from qexp.quantize.inspection.layer_equivalence import Deviation, check_layers, layer_deviations
 from qexp.quantize.saturation import kernels
+from qexp.quantize.torch_backend import layers as torch_layers
+from qexp.quantize.torch_backend.layer_equivalence import Deviation, check_layers, layer_deviations
 from tests.helpers.quantizable import (
     BY_TORCH,
     Again,
@@ -117,7 +118,7 @@ def test_a_right_model_passes_and_no_layer_is_off_by_more_than_rounding(
         one = case(net, flow, engine, **wanted)
         assert one.fault() == ""
         found = one.deviations()
-        assert {layer.name for layer in quantize.layers(one.int8, FLOWS[flow], engine) if layer.int8} <= set(found)
+        assert {layer.name for layer in torch_layers.layers(one.int8, FLOWS[flow], engine) if layer.int8} <= set(found)
         if flow is not FlowName.dynamic:
             # qnnpack rounds biases to whole numbers; everything else is rounded once.
             assert max(row.output for row in found.values()) < (1 if engine is Engine.qnnpack else 0.501)

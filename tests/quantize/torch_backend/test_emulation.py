@@ -14,8 +14,9 @@ from qexp.config.schema import Engine, FlowName
 from qexp.errors import InputError
 from qexp.models import architectures
 from qexp.quantize import FLOWS
-from qexp.quantize.saturation import accumulators, emulation, kernels
+from qexp.quantize.saturation import accumulators, kernels
 from qexp.quantize.saturation.kernels import probe
+from qexp.quantize.torch_backend import emulation
 from qexp.quantize.torch_backend.qnnpack_biases import fit_biases
 from tests.helpers.quantizable import Chain, images, relative_error, settings, spec, trained
 

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,12 +28,12 @@ from torch.fx.node import map_aggregate
 
 from qexp.quantize.flow import QuantizedModel
 from qexp.quantize.graph.clamps import ValueRange, clamp_after
-from qexp.quantize.graph.exported import is_program
 from qexp.quantize.graph.hooks import attached
-from qexp.quantize.graph.tensor_names import called, has_fused_relu, public, tensor_of
+from qexp.quantize.graph.tensor_names import called, public, tensor_of
 from qexp.quantize.graph.tracing import UntraceableError, standard_type, trace
-from qexp.quantize.inspection.programs import program_errors
+from qexp.quantize.inspection.parts import parts
 from qexp.quantize.torch_backend.engines import engine as torch_engine
+from qexp.quantize.torch_backend.graph_names import has_fused_relu
 from qexp.quantize.torch_backend.ignored_quant_max import clamped, quant_max_of
 from qexp.quantize.torch_backend.stride_bugs import AfterStride
 from qexp.records import Fidelity
@@ -46,21 +46,16 @@ def layer_fidelity(model: QuantizedModel, batches: Iterable[Tensor]) -> tuple[Fi
 
     batches: float32 [n, 3, H, W]. A layer that is called more than once has one row for all its calls in the eager
     flow, where these share one grid, and a row for each call in fx. The split into batches changes the numbers by a few
-    hundredths of a dB at most: FP32 convolutions then differ in the last bit, and so do the codes rounded from them. A
-    flow that doesn't calibrate has no fixed scales: () is returned. Raises ValueError if there are no images.
+    hundredths of a dB at most: FP32 convolutions then differ in the last bit, and so do the codes rounded from them.
+    Raises ValueError if there are no images.
     """
-    if not model.flow.calibrates:
-        return ()
     fused, int8 = model.fused, model.module
-    if is_program(int8):
-        with torch.inference_mode():
-            return program_errors(cast(fx.GraphModule, fused), cast(fx.GraphModule, int8), _parts(batches))
     kinds = {layer.name: layer.kind for layer in model.layers}
     flow_models = _Graphs(fused, int8) if isinstance(int8, fx.GraphModule) else _Modules(fused, int8)
     sums: dict[str, _Sums] = {}
     images, quant_max = 0, quant_max_of(int8)
     with torch_engine(model.engine), torch.inference_mode():
-        for part in _parts(batches):
+        for part in parts(batches):
             with machine_lock.computing():
                 clamps = flow_models.clamps(part)
                 seen = _run_int8(flow_models, kinds, part, quant_max)
@@ -160,23 +155,6 @@ def _squares(values: Tensor) -> float:
 
 
 # ------------------------------------------------------------------------------------------------ the two passes
-
-_PIXELS = 1 << 17
-
-
-def at_a_time(shape: tuple[int, ...]) -> int:
-    """Return how many images of this shape, (3, H, W), run at a time.
-
-    All layers' outputs for them fit into memory, and computing them takes far longer than the calls themselves.
-    """
-    return max(1, _PIXELS // (shape[-1] * shape[-2]))
-
-
-def _parts(batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    for batch in batches:
-        # INT8 kernels return this format, and tensors of different formats are slow to compare.
-        batch = batch.contiguous(memory_format=torch.channels_last)
-        yield from batch.split(at_a_time(batch.shape))
 
 
 @dataclass(frozen=True)

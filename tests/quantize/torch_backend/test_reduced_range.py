@@ -14,8 +14,10 @@ from qexp import quantize
 from qexp.config.schema import ActivationObserver, Engine, FlowName, Observer, Overflow, QConfig, Target
 from qexp.quantize import FLOWS, Prepared
 from qexp.quantize.calibration.grid import Side
-from qexp.quantize.saturation import emulation, narrowing, reduced_range
+from qexp.quantize.saturation import narrowing
 from qexp.quantize.saturation.kernels import KINDS, Kernels
+from qexp.quantize.torch_backend import emulation, reduced_range
+from qexp.quantize.torch_backend import layers as torch_layers
 from tests.helpers.quantizable import MINMAX, Chain, Plain, images, settings, spec, trained
 
 EXAMPLE = images(8)
@@ -56,13 +58,13 @@ def test_narrowed_tensors_are_those_of_an_observer_made_with_that_grid(
 ) -> None:
     layers = settings(activation_scheme=scheme, overflow="layers")
     prepared = calibrated(trained(Chain()), flow, layers, OBSERVERS[observer])
-    expected = quantize.read_qparams(
+    expected = torch_layers.read_qparams(
         calibrated(trained(Chain()), flow, replace(layers, overflow=Overflow.activations), OBSERVERS[observer]).module
     )
     for module in list(prepared.module.modules()):
         if isinstance(module, UniformQuantizationObserverBase):
             narrowing.reduce_activations(module, layers)
-    actual = quantize.read_qparams(prepared.module)
+    actual = torch_layers.read_qparams(prepared.module)
     for name in (name for name in expected if not name.endswith(".weight")):
         assert actual[name].scale == expected[name].scale
         assert actual[name].zero_point == expected[name].zero_point
@@ -78,7 +80,7 @@ def test_only_layers_that_saturate_are_narrowed(flow: FlowName) -> None:
     guarded, found = quantize.reduce_range(unguarded, Target.avx2, EXAMPLE)
     names = [one.name for one in found]
     assert "features.0" in names
-    plain = quantize.read_qparams(prepared.module)
+    plain = torch_layers.read_qparams(prepared.module)
     for name, after in guarded.qparams.items():
         sides = {one.name: one.side for one in found}
         if name.endswith(".weight"):
@@ -180,13 +182,13 @@ def test_a_tensor_is_narrowed_for_all_its_readers_or_for_none() -> None:
     _, (alone,) = reduced_range.reduce_range_of_layers(prepared.module, ["left"], qconfig, EXAMPLE)
     kept = readers["right"].noise[None]
     assert alone.side is (Side.activations if by_activations < left.noise_weights + kept else Side.weights)
-    assert quantize.read_qparams(narrowed).keys() == quantize.read_qparams(prepared.module).keys()
+    assert torch_layers.read_qparams(narrowed).keys() == torch_layers.read_qparams(prepared.module).keys()
 
 
 def test_the_statistics_stay_those_of_calibration() -> None:
     qconfig = settings(overflow="layers")
     prepared = calibrated(trained(Plain()), FlowName.fx, qconfig)
-    before = quantize.read_qparams(prepared.module)
+    before = torch_layers.read_qparams(prepared.module)
     reduced_range.reduce_range_of_layers(prepared.module, ["conv1"], qconfig, EXAMPLE * 100)
-    after = quantize.read_qparams(prepared.module)
+    after = torch_layers.read_qparams(prepared.module)
     assert all(before[name].scale.tolist() == after[name].scale.tolist() for name in before)

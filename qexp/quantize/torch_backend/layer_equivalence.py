@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.ao.nn.quantized.dynamic as nnqd
@@ -36,20 +36,17 @@ from qexp.config.schema import Engine, Scheme
 from qexp.errors import RunError
 from qexp.quantize.calibration.grid import QUANT_MAX
 from qexp.quantize.flow import QuantizedModel
-from qexp.quantize.graph.exported import is_program
-from qexp.quantize.graph.tensor_names import called, has_fused_relu, only_changes_grid, public, tensor_of
+from qexp.quantize.graph.tensor_names import called, public, tensor_of
 from qexp.quantize.graph.tracing import standard_type
-from qexp.quantize.inspection.layers import is_per_channel, weight_scales
-from qexp.quantize.inspection.programs import check_program
-from qexp.quantize.saturation import emulation, kernels
+from qexp.quantize.saturation import kernels
+from qexp.quantize.torch_backend import emulation
 from qexp.quantize.torch_backend.engines import engine as torch_engine
+from qexp.quantize.torch_backend.graph_names import has_fused_relu, only_changes_grid
 from qexp.quantize.torch_backend.ignored_quant_max import quant_max_of
+from qexp.quantize.torch_backend.layers import is_per_channel, weight_scales
 from qexp.quantize.torch_backend.qnnpack_biases import fit_biases
 from qexp.quantize.torch_backend.stride_bugs import AfterStride
 from qexp.records import QParams
-
-FEW = 2
-"""Two images suffice: every output element is a test, and another function differs at most elements."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +105,8 @@ _ALLOWED_MANY = 16.0
 def check_layers(model: QuantizedModel, images: Tensor) -> None:
     """Raise RunError, naming the first layer in the order of execution that differs from its float counterpart.
 
-    images: float32 [n, 3, H, W], `FEW` of them.
+    images: float32 [n, 3, H, W], few.
     """
-    if is_program(model.module):
-        check_program(cast(fx.GraphModule, model.fused), cast(fx.GraphModule, model.module))
-        return
     for found in layer_deviations(model, images):
         if found.fault:
             raise RunError(
@@ -124,7 +118,7 @@ def check_layers(model: QuantizedModel, images: Tensor) -> None:
 def layer_deviations(model: QuantizedModel, images: Tensor) -> tuple[Deviation, ...]:
     """Return the deviation of each INT8 layer and operation from its float counterpart, in the order of execution.
 
-    images: float32 [n, 3, H, W], `FEW` of them. Neither model is changed.
+    images: float32 [n, 3, H, W], few. Neither model is changed.
     """
     fused, int8, engine = model.fused, model.module, model.engine
     models: _Graphs | _Modules = _Graphs(fused, int8) if isinstance(int8, fx.GraphModule) else _Modules(fused, int8)

@@ -14,12 +14,24 @@ from torch import Tensor, nn
 
 from qexp import quantize
 from qexp.config.schema import Engine, FlowName
-from qexp.models import architectures
 from qexp.quantize import FLOWS
-from qexp.quantize.inspection import layer_errors
-from qexp.quantize.inspection.layer_errors import layer_fidelity
+from qexp.quantize.inspection import parts
+from qexp.quantize.inspection.int8_model import layer_fidelity
+from qexp.quantize.torch_backend import layers as torch_layers
 from qexp.records import Fidelity, QParams
-from tests.helpers.quantizable import Again, Chain, Plain, Squeezed, Twice, assembled, images, settings, spec, trained
+from tests.helpers.quantizable import (
+    Again,
+    Chain,
+    Plain,
+    Squeezed,
+    StubbedTiny,
+    Twice,
+    assembled,
+    images,
+    settings,
+    spec,
+    trained,
+)
 
 TWO = images(2)
 BOTH = [FlowName.eager, FlowName.fx]
@@ -40,7 +52,7 @@ class Case:
         return {row.name: row for row in self.rows(batches)}
 
     def int8_layers(self) -> list[str]:
-        return [layer.name for layer in quantize.layers(self.int8, FLOWS[self.flow], self.engine) if layer.int8]
+        return [layer.name for layer in torch_layers.layers(self.int8, FLOWS[self.flow], self.engine) if layer.int8]
 
 
 def case(
@@ -56,7 +68,7 @@ def case(
     qconfig = settings(**{"overflow": "activations", **wanted})
     prepared = FLOWS[flow].prepare(fused, spec(qconfig, engine=engine), TWO)
     quantize.calibrate(prepared, [images(8, seed=3) * amplitude])
-    qparams = quantize.read_qparams(prepared.module)
+    qparams = torch_layers.read_qparams(prepared.module)
     return Case(fused, FLOWS[flow].convert(prepared).module, qparams, flow, engine)
 
 
@@ -80,7 +92,7 @@ def captured(model: nn.Module, batch: Tensor, engine: Engine) -> dict[str, list[
     return found
 
 
-# Every INT8 output of `nets.tiny` in the eager flow; in fx the same tensors are called otherwise where no module is.
+# Every INT8 output of `StubbedTiny` in the eager flow; in fx the same tensors are called otherwise where no module is.
 TINY = {
     "quant": "x",
     "conv1": "conv1",
@@ -98,7 +110,7 @@ TINY = {
 @pytest.mark.parametrize("engine", quantize.supported())
 def test_every_number_is_that_of_brute_force(engine: Engine) -> None:
     # Calibrated on weaker images than those that are looked at, so that a part of each tensor is clipped.
-    tiny = case(architectures.tiny(), FlowName.eager, engine=engine, amplitude=0.3)
+    tiny = case(StubbedTiny(), FlowName.eager, engine=engine, amplitude=0.3)
     batch = images(6, seed=4)
     rows = tiny.by_name([batch])
     assert list(rows) == list(TINY)
@@ -133,7 +145,7 @@ def weight_decibels(one: Case, name: str) -> float:
 
 
 def test_an_addition_by_itself_is_that_of_the_quantized_operands() -> None:
-    tiny = case(architectures.tiny(), FlowName.eager)
+    tiny = case(StubbedTiny(), FlowName.eager)
     batch = images(6, seed=4)
     floats, int8 = (captured(model, batch, Engine.x86) for model in (tiny.fused, tiny.int8))
     operands = ("blocks.0.conv2", "conv1")
@@ -151,7 +163,7 @@ def test_an_addition_by_itself_is_that_of_the_quantized_operands() -> None:
 
 def test_both_flows_give_the_same_numbers_for_the_same_model() -> None:
     batch = images(6, seed=4)
-    eager, fx = (case(architectures.tiny(), flow).by_name([batch]) for flow in BOTH)
+    eager, fx = (case(StubbedTiny(), flow).by_name([batch]) for flow in BOTH)
     assert {TINY[name] for name in eager} == set(fx)
     for name, row in eager.items():
         counterpart = fx[TINY[name]]
@@ -163,7 +175,7 @@ def test_both_flows_give_the_same_numbers_for_the_same_model() -> None:
 @pytest.mark.parametrize("flow", BOTH)
 @pytest.mark.parametrize("name", ["conv1", "blocks.1.conv2", "blocks.1.downsample.0", "fc"])
 def test_a_layer_with_ruined_weights_is_the_worst_by_itself(flow: FlowName, name: str) -> None:
-    tiny = case(architectures.tiny(), flow)
+    tiny = case(StubbedTiny(), flow)
     module = tiny.int8.get_submodule(name)
     module = getattr(module, "conv", module)
     with quantize.engine(Engine.x86):
@@ -182,11 +194,11 @@ def test_a_layer_with_ruined_weights_is_the_worst_by_itself(flow: FlowName, name
 
 @pytest.mark.parametrize("flow", BOTH)
 def test_how_images_are_cut_into_batches_does_not_matter(flow: FlowName, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny, batch = case(architectures.tiny(), flow), images(7, seed=4)
+    tiny, batch = case(StubbedTiny(), flow), images(7, seed=4)
     whole = tiny.rows([batch])
-    monkeypatch.setattr(layer_errors, "_PIXELS", 3 * 16 * 16)
-    for parts in ([batch], batch.split(1), batch.split(5)):
-        for row, other in zip(tiny.rows(parts), whole, strict=True):
+    monkeypatch.setattr(parts, "_PIXELS", 3 * 16 * 16)
+    for cut in ([batch], batch.split(1), batch.split(5)):
+        for row, other in zip(tiny.rows(cut), whole, strict=True):
             assert (row.name, row.kind, row.scale) == (other.name, other.kind, other.scale)
             assert row.sqnr_db == pytest.approx(other.sqnr_db, abs=0.05)
             assert row.own_sqnr_db == pytest.approx(other.own_sqnr_db, abs=0.05)
@@ -198,9 +210,9 @@ def test_how_images_are_cut_into_batches_does_not_matter(flow: FlowName, monkeyp
 
 
 NETS = [
-    (architectures.tiny, FlowName.eager, True),
-    (architectures.tiny, FlowName.eager, False),
-    (architectures.tiny, FlowName.fx, True),
+    (StubbedTiny, FlowName.eager, True),
+    (StubbedTiny, FlowName.eager, False),
+    (StubbedTiny, FlowName.fx, True),
     (Chain, FlowName.eager, True),
     (Chain, FlowName.eager, False),
     (Chain, FlowName.fx, True),
@@ -215,7 +227,7 @@ NETS = [
 def test_no_int8_layer_is_left_out(net: type[nn.Module], flow: FlowName, fusion: bool) -> None:
     one = case(net(), flow, fusion)
     rows = one.by_name([images(3, seed=4)])
-    layers = {layer.name: layer.kind for layer in quantize.layers(one.int8, FLOWS[flow], one.engine) if layer.int8}
+    layers = {layer.name: layer.kind for layer in torch_layers.layers(one.int8, FLOWS[flow], one.engine) if layer.int8}
     assert layers.items() <= {name: row.kind for name, row in rows.items()}.items()
     assert len(rows) == len(one.rows([images(3, seed=4)]))
     # Whatever it is called, it is called so in the QParams.
@@ -268,7 +280,7 @@ def test_what_a_clamp_takes_away_is_no_loss(flow: FlowName, range_after_clamp: b
         fused, spec(settings(overflow="activations", range_after_clamp=range_after_clamp)), TWO
     )
     quantize.calibrate(prepared, [images(8, seed=3)])
-    qparams, int8 = quantize.read_qparams(prepared.module), FLOWS[flow].convert(prepared).module
+    qparams, int8 = torch_layers.read_qparams(prepared.module), FLOWS[flow].convert(prepared).module
     rows = Case(fused, int8, qparams, flow, Engine.x86).by_name([images(8, seed=4)])
     assert rows["features.0"].clipped < 1e-3
     # With the values below 0 and above 6 in it, a grid that ends there would have 1 dB.
@@ -292,7 +304,7 @@ def test_a_relu_that_works_in_place_changes_nothing() -> None:
 
 @pytest.mark.parametrize("flow", BOTH)
 def test_the_models_are_left_as_they_were(flow: FlowName) -> None:
-    tiny = case(architectures.tiny(), flow)
+    tiny = case(StubbedTiny(), flow)
     with quantize.engine(Engine.x86), torch.inference_mode():
         before = tiny.int8(TWO)
         tiny.rows([TWO])
@@ -304,7 +316,7 @@ def test_the_models_are_left_as_they_were(flow: FlowName) -> None:
 
 
 def test_no_images_is_an_error_and_the_dynamic_flow_has_no_scales() -> None:
-    tiny = case(architectures.tiny(), FlowName.eager)
+    tiny = case(StubbedTiny(), FlowName.eager)
     with pytest.raises(ValueError, match="at least one image"):
         tiny.rows([])
     assert layer_fidelity(assembled(tiny.fused, tiny.int8, FlowName.dynamic), [TWO]) == ()

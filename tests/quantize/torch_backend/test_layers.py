@@ -17,6 +17,7 @@ from qexp.errors import InputError
 from qexp.quantize import FLOWS
 from qexp.quantize.graph.tensor_names import public
 from qexp.quantize.inspection.executed_operators import DispatchMode
+from qexp.quantize.torch_backend import layers as torch_layers
 from qexp.records import Layer
 from tests.helpers.quantizable import BY_TORCH, images, relative_error, settings, spec, trained
 
@@ -76,7 +77,7 @@ def converted(net: nn.Module, flow: FlowName) -> tuple[dict[str, Layer], float]:
     model = FLOWS[flow].convert(prepared).module
     with quantize.engine(engine), torch.inference_mode():
         error = relative_error(model(images(8, seed=4)), net(images(8, seed=4)))
-    return {layer.name: layer for layer in quantize.layers(model, FLOWS[flow], engine)}, error
+    return {layer.name: layer for layer in torch_layers.layers(model, FLOWS[flow], engine)}, error
 
 
 def int8(layers: dict[str, Layer]) -> set[str]:
@@ -326,7 +327,7 @@ def test_a_layer_is_said_to_be_int8_just_where_its_operator_is(kind: str, flow: 
     if flow is not FlowName.dynamic:
         quantize.calibrate(prepared, [TWO])
     model = FLOWS[flow].convert(prepared).module
-    rows = {layer.name: layer for layer in quantize.layers(model, FLOWS[flow], engine)}
+    rows = {layer.name: layer for layer in torch_layers.layers(model, FLOWS[flow], engine)}
     with quantize.engine(engine), torch.no_grad(), Executed(model, set(rows)) as executed:
         model(TWO)
     # What attention does between its projections has no weights, and the projections of a whole call no modules.

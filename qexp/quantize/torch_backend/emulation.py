@@ -23,10 +23,11 @@ from qexp.config.schema import Engine
 from qexp.errors import InputError
 from qexp.quantize.calibration.grid import QUANT_MAX, SAFE_CODE
 from qexp.quantize.graph.tensor_names import public
-from qexp.quantize.inspection.layers import conv_kind, is_per_channel, weight_scales
+from qexp.quantize.inspection.programs import conv_kind
 from qexp.quantize.saturation.accumulators import LayerSaturation, accumulators, overflowing, paired, parts, run_length
 from qexp.quantize.torch_backend.engines import engine
 from qexp.quantize.torch_backend.ignored_quant_max import is_clamped, quant_max_of, torch_class
+from qexp.quantize.torch_backend.layers import is_per_channel, weight_scales
 from qexp.quantize.torch_backend.stride_bugs import AfterStride
 
 _TRANSPOSED = (nnq.ConvTranspose1d, nnq.ConvTranspose2d, nnq.ConvTranspose3d)

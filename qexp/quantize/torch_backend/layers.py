@@ -16,8 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from qexp.config.schema import Engine
-from qexp.quantize.calibration.observers import observers, to_qparams
-from qexp.quantize.graph.tensor_names import public, tensor_names, tensor_of
+from qexp.quantize.calibration.observers import observed_qparams, observers, to_qparams
+from qexp.quantize.graph.tensor_names import public, tensor_of
+from qexp.quantize.inspection.programs import conv_kind
 from qexp.quantize.torch_backend.float_layers import why_float
 from qexp.records import Layer, QParams
 
@@ -36,13 +37,6 @@ _FUNCTIONS = {
     F.linear: "linear",
     F.batch_norm: "batchnorm",
 }
-
-
-def conv_kind(weight: torch.Size, groups: int) -> str:
-    """Return depthwise, grouped, pointwise or conv, by a weight's shape [out, in / groups, ...]."""
-    if groups > 1:
-        return "depthwise" if weight[1] == 1 else "grouped"
-    return "pointwise" if all(size == 1 for size in weight[2:]) else "conv"
 
 
 def layers(converted: nn.Module, flow: Flow, engine: Engine) -> tuple[Layer, ...]:
@@ -154,12 +148,7 @@ def read_qparams(module: nn.Module) -> dict[str, QParams]:
 
 
 def _prepared_qparams(prepared: nn.Module) -> dict[str, QParams]:
-    names = tensor_names(prepared)
-    found = {
-        names[name]: to_qparams(observer, getattr(observer, "ch_axis", None))
-        for name, observer in observers(prepared).items()
-        if name in names
-    }
+    found = observed_qparams(prepared)
     for name, (weight, observer) in weight_observers(prepared).items():
         observer(weight)
         found[name] = to_qparams(observer, 0 if "channel" in str(observer.qscheme) else None)
@@ -168,7 +157,7 @@ def _prepared_qparams(prepared: nn.Module) -> dict[str, QParams]:
 
 def weight_observers(prepared: nn.Module) -> dict[str, tuple[Tensor, Any]]:
     """Return each float weight that convert quantizes, with an observer that hasn't seen it, by the layer's name with
-    `.weight`. In the flows of torch.ao."""
+    `.weight`."""
     found = {}
     for name, module in prepared.named_modules():
         owner = prepared.get_submodule(name.rpartition(".")[0])
