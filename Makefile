@@ -41,7 +41,7 @@ test: $(STAMP) ## run the tests that are not marked slow, in WORKERS=2 processes
 	@$(BIN)/python -m pytest -q -m "not slow" $(PARALLEL) $(COVERAGE)
 
 test-slow: $(STAMP) ## run the tests that are marked slow, in WORKERS=2 processes
-	@$(BIN)/python -m pytest -q -m slow $(PARALLEL)
+	@$(BIN)/python -m pytest -q -m slow -rs $(PARALLEL)
 
 test-all: test test-slow ## run all tests
 

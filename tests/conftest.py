@@ -16,6 +16,7 @@ from qexp.config import conversion, schema
 from qexp.config.composition import CONF
 from tests.helpers import ROOT
 from tests.helpers.cli import in_torch
+from tests.helpers.hosts import hosts  # noqa: F401
 from tests.helpers.stores import empty, line, postgres, server  # noqa: F401
 
 IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ

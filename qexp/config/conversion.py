@@ -22,6 +22,8 @@ def from_hydra(composed: Any, cwd: str) -> Config:
     config.runtimes = runtimes(config.runtimes, config.qconfig.simulated)
     config.latency.enabled = config.latency.enabled and not config.qconfig.simulated
     config.outputs = absolute(config.outputs, cwd)
+    if config.cache.folder is not None:
+        config.cache.folder = absolute(config.cache.folder, cwd)
     for group, key in ((config.model, "checkpoint"), (config.dataset, "root")):
         if isinstance(group.get(key), str):
             group[key] = absolute(group[key], cwd)

@@ -379,11 +379,12 @@ class Job:
 
 @dataclass
 class Cache:
-    """The limit of `outputs`/cache, which runs share, in gigabytes (10^9 bytes). enabled: false computes everything and
-    neither reads nor writes there."""
+    """The cache that runs share. max_gb: its limit, in gigabytes (10^9 bytes); enabled: false computes everything and
+    neither reads nor writes there; folder: None for `outputs`/cache."""
 
     max_gb: float
-    enabled: bool = True  # a default, so that configurations saved before this setting can still be read
+    enabled: bool = True  # defaults, so that configurations saved before these settings can still be read
+    folder: str | None = None
 
 
 @dataclass
@@ -501,4 +502,4 @@ class ExportCommand:
 
 def cache_folder(config: Config) -> Path | None:
     """The folder of the cache that all runs share; None where it is not used."""
-    return Path(config.outputs) / "cache" if config.cache.enabled else None
+    return Path(config.cache.folder or Path(config.outputs) / "cache") if config.cache.enabled else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Collection, Generator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qexp.config import code_digest, identity, validation
 from qexp.config.error_messages import exit_with_message
-from qexp.config.schema import LogModel
+from qexp.config.schema import Config, LogModel, cache_folder
 from qexp.launch import concurrent, folders, job_process, progress
 from qexp.launch.job import Job, tags
 from qexp.launch.job_process import JobProcess
@@ -18,13 +19,16 @@ from qexp.launch.rerun import find_earlier
 from qexp.launch.signals import stoppable, until_stopped
 from qexp.records import WARNING_TAG, Result, RunRecord
 from qexp.report import formats, sentences, single_run
-from qexp.system import machine
+from qexp.system import cache, machine
 from qexp.system.credentials import masked
 
 if TYPE_CHECKING:
     from qexp.tracking.store import Store
 
 log = logging.getLogger(__name__)
+
+# Settings by which `pipeline.input_checks` tells one check from another, beside those of `calib`.
+CHECKED = ("dataset", "model", "train", "flow", "fusion", "engine", "runtimes", "latency", "compute")
 
 
 def run(job: Job) -> float | None:
@@ -100,7 +104,8 @@ def track_swept(job: Job) -> Generator[JobProcess, Result, float | None]:
 
 def check_here(job: Job) -> None:
     """Check what a job of a sweep needs where a launcher has started it, which may be another machine than that where
-    the sweep was checked. Raises InputError where its inputs are not there, and logs what it finds of the processor."""
+    the sweep was checked: there, before the first job that needs the same. Raises InputError where its inputs are not
+    there, and logs what it finds of the processor."""
     from qexp import tracking
 
     threads, cores, here = job.config.compute.threads, machine.allowed_cores(), machine.host()
@@ -116,7 +121,22 @@ def check_here(job: Job) -> None:
             "this job is on %s, whose processor is %s, and the sweep was started on %s with %s: a report compares no "
             "figures of the two.", here, cpu, sweep.tags.get("host"), sweep.tags["cpu"],
         )  # fmt: skip
-    job_process.check_inputs_in_child([job.config])
+
+    def check() -> float:
+        job_process.check_inputs_in_child([job.config])
+        return 1.0
+
+    cache.number(cache_folder(job.config), _checked_key(job.config), check)
+
+
+def _checked_key(config: Config) -> str:
+    """The key in the cache of the check on this host of what a job of a sweep needs, which is made once."""
+    settings = identity.plain(config)
+    looked_at = {name: settings[name] for name in CHECKED}
+    looked_at["calib"] = {**settings["calib"], "seed": None}
+    return json.dumps(
+        ["checked", config.sweep, machine.host(), machine.boot(), machine.allowed_cores(), looked_at], sort_keys=True
+    )
 
 
 def track(job: Job, swept: Collection[str] = ()) -> Generator[JobProcess, Result, tuple[RunRecord, Any]]:

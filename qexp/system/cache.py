@@ -300,7 +300,9 @@ def _make(folder: Path, path: Path, write: Callable[[Path], None]) -> Entry:
     finally:
         _remove(temporary)
     if found is None:
-        raise InputError(f"the cache folder {folder} does not keep what is written to it; set outputs to another disk.")
+        raise InputError(
+            f"the cache folder {folder} does not keep what is written to it; set cache.folder to one on another disk."
+        )
     return found
 
 
@@ -385,11 +387,11 @@ def _allocate(descriptor: int, size: int) -> None:
 def _unwritable(folder: Path, error: OSError) -> InputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return InputError(
-            f"the cache folder {folder} has no room for what is to be kept ({error.strerror}); free some, or set"
-            " outputs to a folder on another disk."
+            f"the cache folder {folder} has no room for what is to be kept ({error.strerror}); free some, or set "
+            "cache.folder to one on another disk."
         )
     return InputError(
-        f"the cache folder {folder} can't be written ({error.strerror or error}); set outputs to a folder that can."
+        f"the cache folder {folder} can't be written ({error.strerror or error}); set cache.folder to one that can."
     )
 
 

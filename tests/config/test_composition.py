@@ -29,7 +29,7 @@ from qexp.config.composition import (
     quoted,
 )  # fmt: skip
 from qexp.config.error_messages import message_for
-from qexp.config.schema import Config, FlowName, RuntimeName
+from qexp.config.schema import Config, FlowName, RuntimeName, cache_folder
 from qexp.errors import ConfigError
 from qexp.launch import planning
 from qexp.launch.job import job_from
@@ -398,3 +398,9 @@ def test_the_defaults_are_the_params_of_a_run_without_overrides(composed: Callab
         # A number is written as 3 and has the type that says 3.0.
         same = {params[name], params[name].removesuffix(".0")}
         assert found[name] in same or params[name] == identity.NOT_APPLICABLE, name
+
+
+def test_the_cache_is_in_outputs_or_where_it_is_put(composed: Callable[..., Config], tmp_path: Path) -> None:
+    assert cache_folder(composed()) == tmp_path / "outputs" / "cache"
+    assert cache_folder(composed("cache.folder=mine")) == tmp_path / "mine"
+    assert cache_folder(composed("cache.folder=/var/tmp/mine", "cache.enabled=false")) is None

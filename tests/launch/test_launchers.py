@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,6 +118,12 @@ def test_a_job_on_another_machine_is_checked_there(
     said = [record.getMessage() for record in caplog.records if record.name == tracked_run.__name__]
     assert said[0] == f"compute.threads=4: {machine.host()} has 2 cores for this job, which they share."
     assert checked == ([config] if elsewhere else [])
+    other_seed = replace(config, calib=replace(config.calib, seed=1))
+    tracked_run.check_here(Job(other_seed, {}, {}, tmp_path, tmp_path))
+    assert checked == ([config] if elsewhere else [])  # once on a host
+    monkeypatch.setattr(machine, "boot", lambda: "another")
+    tracked_run.check_here(Job(config, {}, {}, tmp_path, tmp_path))
+    assert checked == ([config] * 2 if elsewhere else [])
     here = machine.describe().cpu
     assert said[1:] == (
         [f"this job is on {machine.host()}, whose processor is {here}, and the sweep was started on node1 with a CPU: "

@@ -138,7 +138,7 @@ def test_two_processes_that_ask_at_once_make_an_entry_once(tmp_path: Path) -> No
 
 def test_a_folder_that_cannot_be_written_is_refused_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"cache folder .*file/cache can't be written \(.*\); set outputs"):
+    with pytest.raises(InputError, match=r"cache folder .*file/cache can't be written \(.*\); set cache.folder"):
         cache.array(tmp_path / "file" / "cache", "key", lambda: VALUES)
 
 
@@ -191,7 +191,7 @@ def test_in_a_folder_that_may_only_be_read_what_is_whole_is_read_and_the_rest_re
     whole, *others = [queue.get(timeout=30) for _ in range(3)]
     process.join()
     assert whole == str(VALUES.sum())
-    reason = "can't be written (Permission denied); set outputs to a folder that can."
+    reason = "can't be written (Permission denied); set cache.folder to one that can."
     assert others == [f"the cache folder {read_only} {reason}"] * 2
 
 
