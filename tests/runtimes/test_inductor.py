@@ -82,6 +82,13 @@ def test_so_does_a_network_that_is_traced(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(bool(FlowName.pt2e.missing), reason="torchao is not installed")
+def test_so_does_one_that_torch_exports(tmp_path: Path) -> None:
+    int8 = int8_of(trained(Plain()), FlowName.pt2e, "per_channel")
+    check(int8, packaged(int8, tmp_path))
+
+
+@pytest.mark.slow
 def test_it_runs_on_as_many_threads_as_torch_has_and_copies_at_the_same_time(package: Path) -> None:
     loaded, batch = INDUCTOR.load(package, nn.Identity, None), images(8)
     alone = loaded(batch)
