@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,12 @@ class HydraCallback(Callback):
         credentials.keep_out_of_logs()
         composed = Composition.of(config)
         folder = hydra_files(Path(config.hydra.runtime.output_dir), composed.hydra)
-        folder.mkdir(exist_ok=True)
         hydra = {"hydra": composed.hydra}
         files = {"config": composed.task, "hydra": hydra, "overrides": composed.hydra.overrides.task}
-        for name, content in files.items():
-            (folder / f"{name}.yaml").write_text(as_yaml(content), encoding="utf-8")
+        with contextlib.suppress(OSError):  # a full disk, of which the job says more; Hydra would go on after a warning
+            folder.mkdir(exist_ok=True)
+            for name, content in files.items():
+                (folder / f"{name}.yaml").write_text(as_yaml(content), encoding="utf-8")
         if not is_ours(composed.hydra):  # another sweeper may have written this file
             mask_file(Path(composed.hydra.sweep.dir) / "multirun.yaml")
 

@@ -81,6 +81,19 @@ class Console(logging.StreamHandler[Any]):
             super().emit(record)
 
 
+class LogFile(logging.FileHandler):
+    """Writes a job's log file, as far as the disk has room for it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Nothing for a full disk, where Python prints a traceback for each line."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # of what is still to be written
+            super().close()
+
+
 class Once(logging.Filter):
     """Passes each message below a warning once: all jobs of a sweep log some of the same."""
 

@@ -39,6 +39,14 @@ DATABASE_LOCKS = {
 }
 
 
+def _is_wanted(record: logging.LogRecord) -> bool:
+    """False for an error of the database, which MLflow raises too: it would print the traceback beside our sentence."""
+    return not str(record.msg).startswith("SQLAlchemy database error.")
+
+
+logging.getLogger("mlflow.store.db.utils").addFilter(_is_wanted)
+
+
 def sqlite_path(uri: str, folder: Path, setting: str) -> Path:
     path = urllib.parse.unquote(uri.removeprefix("sqlite:///"))
     if not uri.startswith("sqlite:///") or path in ("", ":memory:") or path.startswith("file:"):
@@ -118,6 +126,9 @@ def _check_sqlite(path: Path, setting: str) -> None:
         if kind.startswith("SQLITE_BUSY"):
             reason = f"has been locked by another process for {SQLITE_SECONDS:.0f} s; end that one"
             raise InputError(f"{setting}: MLflow's database {path} {reason}.") from error
+        if kind.startswith("SQLITE_FULL"):
+            where = f"the disk has no room left for MLflow's database {path}"
+            raise InputError(f"{setting}: {where}; free some, and give the same command again.") from error
         raise InputError(f"{setting}: {path} can't be used as MLflow's database ({error}); move it away.") from error
 
 

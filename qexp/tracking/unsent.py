@@ -108,7 +108,7 @@ def _send(run: Run, outcome: Outcome) -> None:
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
     """Raises BlockingIOError where another process has it, FileNotFoundError where it has gone."""
-    with file.open() as opened:
+    with file.open("r+") as opened:  # NFS locks only what may be written
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 

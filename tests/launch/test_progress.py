@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import sys
@@ -59,3 +60,18 @@ def test_a_log_line_is_written_once_above_the_bar(monkeypatch: pytest.MonkeyPatc
     written = terminal.getvalue()
     assert written.count("a line") == 1
     assert "\ra line\n" in written  # at the start of a line that has been cleared
+
+
+def test_a_full_disk_costs_lines_of_the_log_file_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    record = logging.LogRecord("qexp", logging.INFO, "", 0, "a line", (), None)
+    for kind in (logging.FileHandler, progress.LogFile):
+        handler = kind("/dev/full")
+        handler.handle(record)
+        assert ("Traceback" in capsys.readouterr().err) == (kind is logging.FileHandler)
+        with contextlib.suppress(OSError):
+            handler.close()
+    handler = progress.LogFile("/dev/full")
+    handler.handle(record)
+    handler.close()
+    handler.handle(logging.LogRecord("qexp", logging.INFO, "", 0, "%d", ("no number",), None))
+    assert "TypeError" in capsys.readouterr().err
