@@ -78,7 +78,7 @@ def program(model: nn.Module, example: Tensor, every_clamp: bool = False) -> fx.
     operators without a counterpart. Of a model that is a program, a copy.
     """
     if is_program(model):
-        return _checked(cast(fx.GraphModule, sharing_copy(model)))
+        return _with_clamps_of_codes(_checked(cast(fx.GraphModule, sharing_copy(model))))
     writer = _Writer(every_clamp)
     recording = record(model, example)
     writer.values[id(recording.images)] = _Value(writer.graph.placeholder(INPUT))
@@ -96,6 +96,43 @@ def _checked(made: fx.GraphModule) -> fx.GraphModule:
             where = node.meta[CUSTOM][PLACE]
             raise UnsupportedError(f"{where} has groups for each image, and a program a fixed number of them")
     return made
+
+
+def _with_clamps_of_codes(made: fx.GraphModule) -> fx.GraphModule:
+    """Replace clamps of what is quantized by clamps of its codes, in place, where the bounds are within the grid.
+
+    Runtimes fuse these with the layer in front.
+    """
+    for node in quantizing(made.graph):
+        clamp, (low, high) = cast(fx.Node, node.args[0]), clamped_codes(node)
+        if (low, high) == (0, QUANT_MAX) or len(clamp.users) > 1:
+            continue
+        node.replace_input_with(clamp, clamp.all_input_nodes[0])
+        reader = next(iter(node.users))
+        if reader.target is aten.clamp.default:
+            least, most = cast(tuple[int, int], reader.args[1:])
+            reader.args = (node, max(low, least), min(high, most))
+            continue
+        with made.graph.inserting_after(node):
+            codes = made.graph.call_function(aten.clamp.default, (node, low, high))
+        node.replace_all_uses_with(codes)
+        codes.args = (node, low, high)
+    made.graph.eliminate_dead_code()
+    made.recompile()
+    return made
+
+
+def clamped_codes(node: fx.Node) -> tuple[int, int]:
+    """Return the lowest and the highest code that a quantize operator's output has behind the clamp that it reads."""
+    clamp, scale, zero_point = cast(Any, node.args[:3])
+    low, high = {
+        aten.relu.default: (0.0, None),
+        aten.relu6.default: (0.0, 6.0),
+        aten.clamp.default: (*clamp.args[1:], None, None)[:2],
+        aten.hardtanh.default: (*clamp.args[1:], -1.0, 1.0)[:2] if len(clamp.args) > 2 else (-1.0, 1.0),
+    }.get(clamp.target, (None, None))
+    value = _Value(node, scale, zero_point)
+    return 0 if low is None else _code(low, value), QUANT_MAX if high is None else _code(high, value)
 
 
 _Kernel = Callable[["_Writer", Sequence[Any]], fx.Node]

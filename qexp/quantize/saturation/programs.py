@@ -26,6 +26,7 @@ from qexp.quantize.graph.placement import clamps_behind
 from qexp.quantize.graph.tensor_names import tensor_of
 from qexp.quantize.inspection.programs import kind_of
 from qexp.quantize.qdq.operators import decomposed
+from qexp.quantize.qdq.program import clamped_codes
 from qexp.quantize.saturation.accumulators import LayerSaturation, lost, overflowing, paired, parts, run_length
 from qexp.quantize.saturation.narrowing import Reader, ReducedRange, narrowed, noise, set_grid
 
@@ -115,10 +116,17 @@ def _layers(program: fx.GraphModule, order: Engine, kinds: Collection[str]) -> d
             groups=groups,
             scale=scale,
             zero_point=zero_point,
-            highest=before.args[2] if before.target is aten.clamp.default else QUANT_MAX,
+            highest=_highest(before),
             weight_scale=weight_scale.double(),
         )
     return found
+
+
+def _highest(codes: fx.Node) -> int:
+    """The largest of the codes that a node computes."""
+    if codes.target is aten.clamp.default:
+        return min(cast(int, codes.args[2]), clamped_codes(codes.all_input_nodes[0])[1])
+    return clamped_codes(codes)[1]
 
 
 def at_risk(program: fx.GraphModule, order: Engine, kinds: Collection[str]) -> bool:

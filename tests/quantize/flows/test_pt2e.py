@@ -19,11 +19,11 @@ pytest.importorskip("torchao", reason="pip install 'qexp[pt2e]'")
 from qexp import quantize
 from qexp.config.schema import ActivationObserver, FlowName, Observer, Placement, QConfig
 from qexp.errors import InputError, RunError
-from qexp.quantize import FLOWS, QuantizedModel
+from qexp.quantize import FLOWS, QuantizedModel, qdq
 from qexp.quantize.graph.exported import exported
 from qexp.runtimes import RUNTIMES
 from tests.helpers import networks
-from tests.helpers.quantizable import MINMAX, Plain, images, settings, spec, trained
+from tests.helpers.quantizable import MINMAX, Chain, Plain, images, settings, spec, trained
 
 FLOW = FLOWS[FlowName.pt2e]
 CALIBRATION = images(24, seed=1).split(8)
@@ -306,3 +306,17 @@ def test_runtimes_execute_the_program(placement: Placement, tmp_path: Path) -> N
         int8 = runtime.load(path, lambda: net, None)(batch).numpy()
         assert np.square(int8 - expected).mean() <= 2 * np.square(expected - floats).mean()
     assert RUNTIMES["onnxruntime"].layers(path, batch.shape)[0] == (4 if placement is EVERY_OP else 1)  # type: ignore[attr-defined]
+
+
+def test_a_clamp_within_the_grid_is_one_of_codes_which_onnxruntime_fuses(tmp_path: Path) -> None:
+    net, batch = trained(Chain(nn.ReLU6)), images(16, seed=3)
+    found = quantized(net, settings(overflow="activations"))  # whose grids end far beyond 6
+    program = qdq.program(found.module, batch)
+    assert "aten.relu6.default" not in targets(program)
+    clamps = [node.args[1:] for node in program.graph.nodes if str(node.target) == "aten.clamp.default"]
+    assert all(low == 0 and 127 <= high < 255 for low, high in clamps)
+    assert len(clamps) == 3
+    with torch.inference_mode():
+        assert quantize.difference(found.module(batch), program(batch)) < 0.02
+    path = RUNTIMES["onnxruntime"].export(found.module, batch, tmp_path / "int8.onnx")
+    assert RUNTIMES["onnxruntime"].layers(path, batch.shape) == (4, 0)
