@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks import check, decision, effects, flows, many, peers, racing, runtimes, speed, study, timing, zoo
+from benchmarks import check, decision, effects, flows, many, peers, racing, runtimes, scale, speed, study, timing, zoo
 from qexp.system import machine
 
 BENCHMARKS: dict[str, Callable[[str], None]] = {
@@ -21,6 +21,7 @@ BENCHMARKS: dict[str, Callable[[str], None]] = {
     "order": timing.order,
     "study": study.study,
     "many": many.many,
+    "scale": scale.scale,
     "check": check.check,
     "decision": decision.recommendations,
     "effects": effects.effects,
