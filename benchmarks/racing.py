@@ -85,7 +85,7 @@ def one_study(images: int, loss: float, difficult: bool, number: int) -> Raced:
     right, answers = decision.drawn(rng, law, chance + losses, np.full(SETTINGS, chance))
     study = decision.made(right, answers, speeds)
     best = decision.recommended(study)
-    differences = (answers[0].astype(np.int8) - right.astype(np.int8))[:, racing.order(images)]
+    differences = (answers[0].astype(np.int8) - right.astype(np.int8))[:, statistics.random_order(images)]
     runs = [
         [Evaluated(difference, study.latencies[record.run_id][0])]
         for difference, record in zip(differences, study.records, strict=True)
@@ -102,7 +102,7 @@ def runs_of(study: Study) -> dict[str, list[Evaluated]]:
     for record in study.finished:
         alone = Study((record,), study.top1, study.latencies)
         top1 = study.top1[record.run_id]
-        place = racing.order(len(top1.labels))
+        place = statistics.random_order(len(top1.labels))
         fp32 = (top1.fp32 == top1.labels).astype(np.int8)
         for one in candidates(alone, question):
             difference = (top1.int8[one.runtimes[0]] == top1.labels).astype(np.int8) - fp32

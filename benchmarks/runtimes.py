@@ -118,6 +118,7 @@ def _measured(network: Network, folder: Path) -> dict[str, Any]:
     run = folder / "runs" / network.name
     run.mkdir(parents=True, exist_ok=True)
     result = run_experiment(config, run)
+    assert isinstance(result, Result)  # not stopped: nothing races here
     latency = json.loads((run / "latency.json").read_text())
     reasons = [reason for one in latency["validity"] for reason in one["reasons"]]
     return {"rows": list(_rows(config, run, result, latency["rows"])), "doubts": list(dict.fromkeys(reasons))}

@@ -90,6 +90,11 @@ class Metric(StrEnum):
     fp32_only = "discordant/<runtime>_fp32_only", *_IMAGES, "images that FP32 alone has right, INT8 in this runtime not"
     int8_only = "discordant/<runtime>_int8_only", *_IMAGES, "images that INT8 in this runtime alone has right"
 
+    race_images = "racing/images", *_IMAGES, "images that a run had seen when racing stopped it"
+    race_all_images = "racing/all_images", *_IMAGES, "images that it would have seen"
+    race_fp32_only = "racing/<runtime>_fp32_only", *_IMAGES, "of those seen, images that FP32 alone has right"
+    race_int8_only = "racing/<runtime>_int8_only", *_IMAGES, "of those seen, images that INT8 alone has right"
+
     target_accuracy = "target/accuracy", *_FRACTION, "INT8 accuracy on the CPU that `target` means"
     target_delta = "target/delta", *_FRACTION, "target's accuracy minus FP32's on the same images"
     target_delta_low = "target/delta_low", *_FRACTION, "95% interval of it, paired by image (Tango)"

@@ -323,6 +323,22 @@ class Result:
     flavor: dict[str, Any]
 
 
+RACING_TAG = "racing.stopped"
+"""The tag of a run that racing stopped, with the reason. It is KILLED, and has no accuracy."""
+RACED_FOR_TAG = "racing.question"
+"""The tag of the question that it was stopped by: with another, such as a larger margin, it may not have been."""
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The outcome of a job that racing stopped: as far as they go, what a `Result` has."""
+
+    reason: str
+    metrics: dict[str, float]
+    resolved: dict[str, str]
+    tags: dict[str, str]
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """A run as it is read from the store, or as it will be.
@@ -341,6 +357,11 @@ class RunRecord:
     metrics: Mapping[str, float] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
     artifacts: str = ""
+
+    @property
+    def raced_out(self) -> bool:
+        """True if racing stopped it."""
+        return self.status == "KILLED" and RACING_TAG in self.tags
 
     @property
     def verdict(self) -> Verdict | None:

@@ -32,6 +32,12 @@ POWER = 0.8
 NO_SPREAD = 1e-9
 
 
+def random_order(count: int) -> np.ndarray:
+    """int64 [count]: the order in which all settings see so many images, random and always the same, so that the first
+    ones are a random sample on which settings can be paired."""
+    return np.random.default_rng(0).permutation(count)
+
+
 def discordant(first: Predictions, second: Predictions) -> tuple[int, int, int]:
     """(first_only, second_only, images). Raises ValueError where the two are not of the same images."""
     _check_paired(first, second)

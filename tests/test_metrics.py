@@ -22,6 +22,7 @@ runtime_layers/<runtime>_int8 runtime_layers/<runtime>_float
 runtime_latency/<variant>_ms runtime_latency/<variant>_p90_ms runtime_latency/<variant>_p99_ms
 runtime_compile/<variant>_s
 discordant/images discordant/<runtime>_fp32_only discordant/<runtime>_int8_only
+racing/images racing/all_images racing/<runtime>_fp32_only racing/<runtime>_int8_only
 target/accuracy target/delta target/delta_low target/delta_high target/images
 target/fp32_only target/int8_only
 saturation/exact_accuracy saturation/exact_images

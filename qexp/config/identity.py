@@ -42,7 +42,9 @@ FIELDS = (
     "seed",
 )
 # What is said of a run, and changes nothing in its result.
-RECORDED_ONLY = ("tracking", "job", "cache", "sweep", "study", "resume", "rerun", "objective", "report", "outputs")
+RECORDED_ONLY = (
+    "tracking", "job", "cache", "sweep", "study", "resume", "racing", "rerun", "objective", "report", "outputs",
+)  # fmt: skip
 # What a run is called: made of masked settings, it may hold a mask.
 LABELS = ("tracking.name", "study")
 
@@ -127,6 +129,14 @@ def config_hash(config: Config) -> str:
     """The first 16 hex digits of the sha256 of `identity`."""
     text = json.dumps(identity(config), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def raced_for(config: Config) -> str:
+    """The question that racing stops a run by, as text."""
+    report = config.report
+    margin = config.dataset["margin"] if report.margin is None else report.margin
+    asked = {"margin": margin, "runtime": report.runtime, "batch_size": report.batch_size, "threads": report.threads}
+    return " ".join(f"{name}={_text(value)}" for name, value in asked.items())
 
 
 def _covered(name: str, prefixes: Collection[str]) -> bool:

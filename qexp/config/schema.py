@@ -440,6 +440,7 @@ class Config:
     objective: str
     report: Report
     outputs: str
+    racing: bool = False  # a default, so that configurations saved before this setting can still be read
 
 
 @dataclass

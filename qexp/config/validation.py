@@ -23,6 +23,7 @@ from qexp.config.schema import (
     ReportObjective,
     RuntimeName,
     Scheme,
+    Target,
 )
 from qexp.errors import ConfigError
 from qexp.metrics import Metric
@@ -51,6 +52,8 @@ def check(config: Config, swept: Collection[str] = ()) -> None:
     _check_credentials(config)
     _check_mappings(config)
     check_report(config.report)
+    if config.racing:
+        _check_racing(config, swept)
     image_settings.check(config.dataset)
 
 
@@ -203,6 +206,28 @@ def _check_qconfig(config: Config) -> None:
             "engine=onednn takes symmetric weights only, got qconfig.weight.scheme=asymmetric; "
             "use engine=x86, fbgemm or qnnpack, or qconfig.weight.scheme=symmetric."
         )
+
+
+def _check_racing(config: Config, swept: Collection[str]) -> None:
+    """Raise ConfigError where a race would stop by another figure than the report goes by."""
+    others = {
+        f"report.objective={config.report.objective}": config.report.objective is not ReportObjective.fastest,
+        f"evaluate.select_share={config.evaluate.select_share:g}": config.evaluate.select_share > 0,
+        f"target={config.target}": config.target is not Target.native and "target" not in config.flow.ignores,
+        f"flow={config.flow}": "calib" in config.flow.ignores,
+        "calib.seed swept over": "calib.seed" in swept,
+    }
+    reasons = {
+        "report": "what can't be shown to be accurate enough and fastest is stopped, and that is not what is asked for",
+        "evaluate": "images set aside choose the winner, and only it is tested",
+        "target": "settings are stopped by their accuracy on this CPU",
+        "flow": "its ranges are those of a whole batch, so images can't be taken in a random order",
+        "calib": "seeds are judged by their mean, and runs are stopped one by one",
+    }
+    for setting, refused in others.items():
+        if refused:
+            reason = reasons[setting.partition(".")[0].partition("=")[0]]
+            raise ConfigError(f"racing=true with {setting}: {reason}; leave one of the two out.")
 
 
 def _check_observer(observer: Observer) -> None:

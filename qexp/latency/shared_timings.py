@@ -60,10 +60,10 @@ def timings(
     for jobs of the same sweep, which measure `TIMING_ATTEMPTS` times and then share the last: on a machine that is
     never quiet, more attempts would not be better, only different.
     """
-    shared = _cached_timings(config, key)
+    shared = known(config, key)
     if shared is None:
         with machine_lock.timing():
-            shared = _cached_timings(config, key)  # another process may have timed it while this one waited
+            shared = known(config, key)  # another process may have timed it while this one waited
             if shared is None:
                 made = measure()
                 places = [key] if trusted(made) else _attempts(config, key)
@@ -77,7 +77,7 @@ def timings(
     return shared
 
 
-def _cached_timings(config: Config, key: str) -> tuple[list[protocol.Timing], str] | None:
+def known(config: Config, key: str) -> tuple[list[protocol.Timing], str] | None:
     """The timings cached under `key`, else the last attempt if all were made, and the run that measured them."""
     for place in (key, *_attempts(config, key)[-1:]):
         if (found := cache.find_arrays(cache_folder(config), place)) is not None:

@@ -88,6 +88,11 @@ def run_search(
         composer = Composer(master, loader)
         space = space_of(sweep_overrides(composer, params, typed))
         known = [planned(composer, space, combination) for combination in space.to_check()]
+        if known[0].job.config.racing:
+            raise ConfigError(
+                "racing=true: a search learns from what it finds, and needs all images of each setting; leave racing "
+                "out, or hydra/sweeper=qexp_optuna."
+            )
         goal = goal_of(known[0].job.config)
         place = prepare(master, composer, known)
         place.study = runs_of_study(place.store, known[0].job.config, place.experiments)

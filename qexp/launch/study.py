@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qexp.config import identity
 from qexp.config.schema import Config
 from qexp.launch import job_process
-from qexp.records import RunRecord
+from qexp.records import RACED_FOR_TAG, RunRecord
 
 if TYPE_CHECKING:
     from qexp.launch.planning import Planned
@@ -37,8 +37,8 @@ class Study:
 
     A study has one parent run for all its sweeps: each of them opens it again. parent: that run's id, None where there
     is none; shared: True while another sweep of the study is open; before: ids of all runs of the study; ended: its
-    finished runs by config_hash, the latest last; finished: those of them that are known to give the same results
-    today, by config_hash.
+    finished runs by config_hash, the latest last, with `racing` after those that it stopped; finished: those of them
+    that are known to give the same results today, by config_hash.
     """
 
     parent: str | None = None
@@ -54,7 +54,10 @@ class Study:
         changed: dict[str, None] = {}
         for job, today in zip(asked, job_process.provenance_tags_in_child(asked) if asked else [], strict=True):
             key = today["config_hash"]
-            differences = [(row, differing(row.tags, today, job.latency.enabled)) for row in self.ended[key]]
+            differences = [
+                (row, differing(row.tags, today, job.latency.enabled) + _asked_otherwise(row, job))
+                for row in self.ended[key]
+            ]
             same = [row for row, names in differences if not names]
             if same:
                 done[key] = same[-1]
@@ -130,9 +133,18 @@ def runs_of_study(store: Store, config: Config, experiments: Sequence[str]) -> S
         log.warning("another sweep of study=%s is open; what it has not finished yet is run here too.", config.study)
     ended: dict[str, list[RunRecord]] = {}
     for row in rows:
-        if row.status == "FINISHED" and "config_hash" in row.tags:
+        counts = row.status == "FINISHED" or (config.racing and row.raced_out)
+        if counts and "config_hash" in row.tags:
             ended.setdefault(row.tags["config_hash"], []).append(row)
+    # What was evaluated on all images counts before what racing stopped.
+    ended = {key: sorted(found, key=lambda row: row.status == "FINISHED") for key, found in ended.items()}
     return Study(parents[-1] if parents else None, shared, frozenset(row.run_id for row in rows), ended)
+
+
+def _asked_otherwise(row: RunRecord, job: Config) -> list[str]:
+    """What racing stopped this run by, where the job would be stopped by something else."""
+    other = row.raced_out and row.tags.get(RACED_FOR_TAG) != identity.raced_for(job)
+    return ["question of the report"] * other
 
 
 def differing(then: Mapping[str, str], now: Mapping[str, str], timed: bool) -> list[str]:

@@ -212,11 +212,11 @@ def opened(place: Place, launcher: Any, first: Job, total: str) -> Iterator[Swee
         folders.remove_unused(place.folder, place.claimed)
         tracking.send_unsent(place.store, Path(first.config.outputs))
         rows = sweep.rows()
-        if status == "FINISHED" and any(row.status != "FINISHED" for row in rows):
+        if status == "FINISHED" and any(row.status != "FINISHED" and not row.raced_out for row in rows):
             status, code = "FAILED", 1
         close_sweep(place.store, parent, rows, status, place.folder, first.config)
     if status == "KILLED":
-        finished = sum(row.status == "FINISHED" for row in rows)
+        finished = sum(row.status == "FINISHED" or row.raced_out for row in rows)
         print(f"Stopped after {finished} of {total}. To run it again:\n  {command()}", file=sys.stderr)
     if code:
         sys.exit(code)
@@ -228,8 +228,9 @@ def close_sweep(
     """End a sweep's run, make the report of its jobs, and print what it says and where everything is."""
     from qexp import tracking
 
-    counts = Counter(row.status.lower() for row in rows)
-    tracking.close_parent(parent, status, {name: counts[name] for name in ("finished", "failed", "killed")})
+    counts = Counter("stopped" if row.raced_out else row.status.lower() for row in rows)
+    statuses = ("finished", "failed", "killed", *(["stopped"] if counts["stopped"] else []))
+    tracking.close_parent(parent, status, {name: counts[name] for name in statuses})
     said, view = sweep_report.report(store, parent, rows, config)
     print(f"\n{said}\n")
     print_locations(folder, tracking.ui(store, parent, view))

@@ -25,7 +25,7 @@ def report(store: Store, parent: Run, rows: Sequence[RunRecord], config: Config)
     Returns what to print, and the view's key in MLflow, None where there is none. A report that fails is a warning in
     one sentence: it doesn't make the sweep fail.
     """
-    if not finished(rows):
+    if not finished(rows) and not any(row.raced_out for row in rows):
         return single_run.failures(rows), None
     from qexp import tracking
 

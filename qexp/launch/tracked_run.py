@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from qexp.config import code_digest, identity, validation
 from qexp.config.error_messages import exit_with_message
 from qexp.config.schema import Config, LogModel, cache_folder
+from qexp.errors import ConfigError
 from qexp.launch import concurrent, folders, job_process, progress
 from qexp.launch.job import Job, tags
 from qexp.launch.job_process import JobProcess
 from qexp.launch.locations import print_locations
 from qexp.launch.rerun import find_earlier
 from qexp.launch.signals import stoppable, until_stopped
-from qexp.records import WARNING_TAG, Result, RunRecord
+from qexp.records import WARNING_TAG, Result, RunRecord, Stopped
 from qexp.report import formats, sentences, single_run
 from qexp.system import cache, machine
 from qexp.system.credentials import masked
@@ -48,6 +49,11 @@ def run_single(job: Job) -> float | None:
     from qexp import tracking
 
     validation.check(job.config)
+    if job.config.racing:
+        raise ConfigError(
+            "racing=true: only the runs of a sweep can be compared while they run; add -m, with settings to compare, "
+            "or leave racing out."
+        )
     if job.foreign:
         folders.check_free("hydra.sweep.subdir", job.folder)
     job_process.start_server()
@@ -88,7 +94,7 @@ def close_orphans(store: Store) -> None:
         log.warning("%d runs whose process is gone were still open, and are closed as KILLED: %s.", len(closed), names)
 
 
-def track_swept(job: Job) -> Generator[JobProcess, Result, float | None]:
+def track_swept(job: Job) -> Generator[JobProcess, Result | Stopped, float | None]:
     """As `track`, for a job of a sweep: print its line and advance the bar when it ends, and return the objective."""
     try:
         if not progress.in_owner():
@@ -139,8 +145,9 @@ def _checked_key(config: Config) -> str:
     )
 
 
-def track(job: Job, swept: Collection[str] = ()) -> Generator[JobProcess, Result, tuple[RunRecord, Any]]:
-    """Run the job as a run in MLflow, which ends as FINISHED, FAILED or KILLED whatever happens.
+def track(job: Job, swept: Collection[str] = ()) -> Generator[JobProcess, Result | Stopped, tuple[RunRecord, Any]]:
+    """Run the job as a run in MLflow, which ends as FINISHED, FAILED or KILLED whatever happens, as
+    KILLED where racing stopped it, too.
 
     Starts the job's process, yields it, and is sent its result or thrown its error (see `concurrent.perform`). swept:
     the settings that a sweep may vary. Returns the run's record and its handle.
@@ -166,6 +173,10 @@ def track(job: Job, swept: Collection[str] = ()) -> Generator[JobProcess, Result
             result = yield process
         finally:
             process.end()
+        if isinstance(result, Stopped):
+            handle.log_result(result.metrics, result.tags, params=result.resolved)
+            handle.kill()
+            return _record(handle.id, job, "KILLED", result, result.tags), handle
         warnings = {WARNING_TAG + warning.code: sentences.warning(warning) for warning in result.warnings}
         found = {**result.tags, **result.verdict.tags(), **warnings}
         files = {name: Path(path) for name, path in result.files.items()}
@@ -182,9 +193,12 @@ def track(job: Job, swept: Collection[str] = ()) -> Generator[JobProcess, Result
         used = [tracking.DatasetUse(**use) for use in result.datasets]
         outcome = tracking.Outcome(result.metrics, found, files, used, result.resolved)
         tracking.deliver(handle, outcome, Path(job.config.outputs))
+    return _record(handle.id, job, "FINISHED", result, found), handle
+
+
+def _record(run_id: str, job: Job, status: str, result: Result | Stopped, found: dict[str, str]) -> RunRecord:
     params = {**job.params, **result.resolved}
-    row = RunRecord(handle.id, job.name, "FINISHED", params=params, metrics=result.metrics, tags={**tags(job), **found})
-    return row, handle
+    return RunRecord(run_id, job.name, status, params=params, metrics=result.metrics, tags={**tags(job), **found})
 
 
 def failed(name: str, error: Exception) -> RunRecord:

@@ -17,11 +17,11 @@ from tqdm import tqdm
 from qexp.data.loading import Split, normalise
 from qexp.errors import NotFinite
 from qexp.records import Predictions
+from qexp.statistics import random_order
 from qexp.system import machine_lock
 
 Model = Callable[[Tensor], Tensor]
 BLOCK_BATCHES = 32  # after each of which an evaluation can be stopped
-ORDER_SEED = 0  # of the order in which images are evaluated
 
 
 def predict(
@@ -75,7 +75,7 @@ def blocks(
     slowest thread. shuffled: in a random order, always the same, so that the first blocks are a random sample of the
     images; for models that give an image the same logits in any company.
     """
-    order = np.random.default_rng(ORDER_SEED).permutation(count) if shuffled else np.arange(count)
+    order = random_order(count) if shuffled else np.arange(count)
     free: SimpleQueue[Model] = SimpleQueue()
     for one in models:
         free.put(one)

@@ -193,7 +193,7 @@ def result(
     return Result(
         metrics=numbers,
         resolved={"resolved.runtime": measured.headline.runtime} | resolved_params(qconfig, config, reduced),
-        tags={**provenance, **data_tags, **outcome, "float_model": fp32.source, "float_digest": fp32.digest[:16]},
+        tags={**provenance, **data_tags, **outcome, **run_files.float_tags(fp32)},
         verdict=run_metrics.verdict(predictions["fp32"], measured.on_target, margin, qconfig.overflow),
         warnings=(
             *warnings.general_warnings(config, data, layers, {**numbers, **outcome}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -24,9 +25,71 @@ from qexp.system.steps import step
 PARTING_IMAGES = 16  # on which tensors of all layers are compared
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """The means to evaluate a run's saved models. known: logits of variants on all evaluation images that are at hand,
+    float32 [N, classes]. Call its methods with torch's engine set."""
+
+    config: Config
+    data: Data
+    saved: Saved
+    known: Mapping[Variant, np.ndarray] = field(default_factory=dict)
+
+    def run(
+        self,
+        model: inference.Model,
+        precision: Precision,
+        indices: np.ndarray | None = None,
+        copies: Sequence[inference.Model] = (),
+    ) -> np.ndarray:
+        """Logits on all evaluation images or on `indices` (int64): float32 [n, classes]."""
+        config, data = self.config, self.data
+        # Dynamic quantization takes ranges from the whole batch, so an image's logits depend on the batch it is in.
+        shuffled = quantize.FLOWS[config.flow].calibrates and indices is None
+        size = config.evaluate.batch_size
+        return inference.predict(
+            model, data.test, data.mean, data.std, size, title(precision), indices, copies, shuffled
+        ).logits
+
+    def of_first(self, variant: Variant, indices: np.ndarray) -> np.ndarray:
+        """Logits on a few images, for which making copies would take longer than it saves."""
+        return self.run(self.saved.variants[variant], variant.precision, indices)
+
+    def copies(self, variant: Variant) -> list[inference.Model]:
+        """Copies of a variant's model, one for each further thread."""
+        return list(self.saved.variants[variant].copies(self.config.compute.threads - 1))
+
+    def key(self, content: str, indices: np.ndarray | None = None) -> str:
+        return prediction_key(self.config, self.data, [content], indices)
+
+    def at_hand(self, variant: Variant) -> np.ndarray | None:
+        """Logits on all images that were computed before: float32 [N, classes]; None where they weren't."""
+        return cache.find(cache_folder(self.config), self.key(self.saved.contents[variant]))
+
+    def logits(self, variant: Variant) -> np.ndarray:
+        """Logits on all images, which are cached: float32 [N, classes]."""
+
+        def make() -> np.ndarray:
+            if variant in self.known:
+                return self.known[variant]
+            quickest = self.saved.quickest(variant)
+            model = self.saved.variants[quickest]  # isn't even read from disk where its logits are cached
+            return self.run(model, variant.precision, None, self.copies(quickest))
+
+        return cache.array(cache_folder(self.config), self.key(self.saved.contents[variant]), make)
+
+
+def title(precision: Precision) -> str:
+    return f"evaluating {precision.upper()}"
+
+
 @step("evaluate")
-def predict(config: Config, data: Data, saved: Saved) -> dict[Variant, Predictions]:
+def predict(
+    config: Config, data: Data, saved: Saved, known: Mapping[Variant, np.ndarray] | None = None
+) -> dict[Variant, Predictions]:
     """Predictions on all evaluation images: of FP32 in its reference runtime, of INT8 in every runtime.
+
+    known: logits that this process has computed already, float32 [N, classes] (see `race`).
 
     Runtimes whose logits must be equal bit for bit share predictions, once they agree on the first images. Predictions
     are cached, and so are FP32 logits of the first images, which all runs of a model share. Raises RunError where the
@@ -35,50 +98,23 @@ def predict(config: Config, data: Data, saved: Saved) -> dict[Variant, Predictio
     logits.
     """
     first_images = np.arange(min(len(data.test), AGREEMENT_IMAGES))
-    # Dynamic quantization takes ranges from the whole batch, so an image's logits depend on the batch it is in.
-    shuffled = quantize.FLOWS[config.flow].calibrates
-
-    def title(precision: Precision) -> str:
-        return f"evaluating {precision.upper()}"
-
-    def run_model(
-        model: inference.Model,
-        precision: Precision,
-        indices: np.ndarray | None = None,
-        copies: Sequence[inference.Model] = (),
-    ) -> np.ndarray:
-        size = config.evaluate.batch_size
-        name = title(precision)
-        return inference.predict(
-            model, data.test, data.mean, data.std, size, name, indices, copies, shuffled and indices is None
-        ).logits
-
-    def logits_of(variant: Variant, indices: np.ndarray | None = None) -> np.ndarray:
-        model = saved.variants[variant]  # isn't even read from disk where its logits are cached
-        # For a few images, making copies would take longer than it saves.
-        copies = model.copies(config.compute.threads - 1) if indices is None else ()
-        return run_model(model, variant.precision, indices, copies)
-
-    def key(content: str, indices: np.ndarray | None = None) -> str:
-        return prediction_key(config, data, [content], indices)
+    evaluation = Evaluation(config, data, saved, known or {})
 
     def as_predictions(logits: np.ndarray, precision: Precision) -> Predictions:
         return inference.predictions(logits, data.test, title(precision))
-
-    def all_logits(variant: Variant) -> np.ndarray:
-        return cache.array(folder, key(saved.contents[variant]), partial(logits_of, saved.quickest(variant)))
 
     found, folder = dict[Variant, Predictions](), cache_folder(config)
     with quantize.engine(config.engine):
         for precision, model in saved.in_memory.items():
             reference = saved.reference_variant(precision)
             # Cached logits may be another process's: then this process checks all variants.
-            is_cached = cache.find(folder, key(saved.contents[reference])) is not None
+            is_cached = reference not in evaluation.known and evaluation.at_hand(reference) is not None
             computed = set() if is_cached else {saved.quickest(reference)}
-            logits = all_logits(reference)
-            in_memory = f"{saved.contents[reference]}, in memory", partial(run_model, model, precision, first_images)
+            logits = evaluation.logits(reference)
+            compute = partial(evaluation.run, model, precision, first_images)
+            in_memory = f"{saved.contents[reference]}, in memory", compute
             others = [one for one in saved.of(precision) if one not in computed]
-            of_others = [(one, saved.contents[one], partial(logits_of, one, first_images)) for one in others]
+            of_others = [(one, saved.contents[one], partial(evaluation.of_first, one, first_images)) for one in others]
             compared, expected = [(reference, *in_memory), *of_others], logits[first_images]
             if precision is Precision.int8:
                 compared = [one for one in compared if not rounds_otherwise(one[0])]  # see `partings`
@@ -87,13 +123,14 @@ def predict(config: Config, data: Data, saved: Saved) -> dict[Variant, Predictio
                     expected = compute_in_memory()
             for variant, content, compute in compared:
                 shared = precision is Precision.fp32
-                again = cache.array(folder, key(content, first_images), compute) if shared else compute()
+                key = evaluation.key(content, first_images)
+                again = cache.array(folder, key, compute) if shared else compute()
                 agree(expected, again, precision, saved.tolerance(variant))
             found[reference] = as_predictions(logits, precision)
             if precision is Precision.int8:
                 for variant in saved.of(precision):
                     same = variant in saved.same(reference)
-                    found[variant] = found[reference] if same else as_predictions(all_logits(variant), precision)
+                    found[variant] = found[reference] if same else as_predictions(evaluation.logits(variant), precision)
     fp32, int8 = (found[saved.reference_variant(precision)].logits for precision in Precision)
     if np.array_equal(fp32, int8):
         raise RunError("the INT8 logits equal the FP32 logits bit for bit: nothing was quantized.")

@@ -12,7 +12,7 @@ from qexp.config.schema import Config, cache_folder
 from qexp.data.loading import load_data
 from qexp.models.float_model import load_or_train
 from qexp.pipeline import run_files
-from qexp.pipeline.analyse import Measured, layer_errors, result
+from qexp.pipeline.analyse import Measured, layer_errors, resolved_params, result
 from qexp.pipeline.evaluate import partings, predict, runtime_layers
 from qexp.pipeline.measure import measure_latency
 from qexp.pipeline.prepare import (
@@ -26,17 +26,20 @@ from qexp.pipeline.prepare import (
     save,
     simulate,
 )
+from qexp.pipeline.race import finishers, race_of, run_race
 from qexp.pipeline.run_metrics import headline_variant
 from qexp.pipeline.stages import analysing, job_settings
 from qexp.quantize import FLOWS
-from qexp.records import Precision, Result
+from qexp.records import Precision, Result, Stopped
 from qexp.runtimes import int8_kernels
 from qexp.system import machine_lock
 from qexp.system.steps import noted
 
 
-def run_experiment(config: Config, folder: Path) -> Result:
+def run_experiment(config: Config, folder: Path) -> Result | Stopped:
     """Quantize a model and measure what that changes. folder: an existing one, for all files of the run.
+
+    Stopped: with `racing`, where the run of a sweep can't be what is recommended.
 
     Raises RunError where the result could not be trusted: the fused model differs from the float model, nothing was
     quantized, an INT8 layer computes another function than its float counterpart, or the saved model's logits differ
@@ -60,7 +63,13 @@ def run_experiment(config: Config, folder: Path) -> Result:
 
         # From here on it is the saved models, read back, that are evaluated and timed.
         saved = save(config, data, fp32, int8, images, folder)
-        predictions = predict(config, data, saved)
+        race = race_of(config, data, fp32.digest, provenance)
+        raced = run_race(config, data, saved, race)
+        if raced.reason:
+            images_used = run_files.data_tags(config, data, calibration.digest)
+            known = {**provenance, **images_used, **run_files.float_tags(fp32)}
+            return raced.stopped(config, resolved_params(int8.qconfig, config, reduced), known)
+        predictions = predict(config, data, saved, raced.logits)
         parted = partings(config, data, saved, predictions)
         layers_run = runtime_layers(config, data, saved)
         timings, latency_from = measure_latency(config, data, saved, predictions, folder)
@@ -87,4 +96,7 @@ def run_experiment(config: Config, folder: Path) -> Result:
             on_target=on_target,
             lock_wait_share=lock_wait_share(),
         )
-        return result(config, data, fp32, measured, provenance, folder)
+        made = result(config, data, fp32, measured, provenance, folder)
+        if race is not None:
+            race.leave(finishers(config, saved, predictions, timings, [one.runtime for one in parted]))
+        return made

@@ -19,6 +19,7 @@ from qexp.config import code_digest, identity
 from qexp.config.schema import Config, RuntimeName
 from qexp.data.loading import Data, normalise
 from qexp.latency import protocol
+from qexp.models.float_model import FloatModel
 from qexp.pipeline import run_metrics
 from qexp.quantize import ReducedRange
 from qexp.quantize.saturation import kernels
@@ -51,6 +52,11 @@ def data_tags(config: Config, data: Data, calibration: str) -> dict[str, str]:
     parts = [data.digest, data.train.digest] if trained else [data.digest]
     digest = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
     return {"data_digest": digest, "calib_digest": calibration[:16] or identity.NOT_APPLICABLE}
+
+
+def float_tags(fp32: FloatModel) -> dict[str, str]:
+    """The tags of the float model that a result holds for."""
+    return {"float_model": fp32.source, "float_digest": fp32.digest[:16]}
 
 
 def images_expected(data: Data) -> dict[str, Any]:

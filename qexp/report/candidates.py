@@ -21,6 +21,7 @@ from qexp.errors import ConfigError
 from qexp.metrics import Metric
 from qexp.records import (
     PARTED_TAG,
+    RACING_TAG,
     SAME_TAG,
     SIMULATED_TAG,
     AccuracySource,
@@ -62,7 +63,8 @@ class Candidate:
     where unknown; adjusted: p after Holm over all candidates, 1 where only the winner is tested; qualifies: shown
     to lose less than the margin; selection: the mean difference on the images set aside for choosing, None where
     there are none. latency: None where it was not timed; size_mb: None where that of this runtime isn't known.
-    reasons: for which it can't be recommended whatever its accuracy, a clause each.
+    reasons: for which it can't be recommended whatever its accuracy, a clause each. partial: of a setting that
+    racing stopped, the difference on the images seen, with its interval; delta is None then.
     """
 
     setting: Mapping[str, str]
@@ -79,6 +81,7 @@ class Candidate:
     size_mb: float | None
     reasons: tuple[str, ...] = ()
     selection: float | None = None
+    partial: Interval | None = None
 
     @property
     def hypothesis(self) -> Hypothesis:
@@ -88,6 +91,11 @@ class Candidate:
     def ships(self) -> RunRecord:
         """The run to ship: that of the first calibration seed, so that none is chosen by its accuracy."""
         return self.records[0]
+
+    @property
+    def raced_out(self) -> bool:
+        """True if racing stopped it."""
+        return self.partial is not None
 
     @property
     def faster(self) -> bool:
@@ -161,8 +169,15 @@ def candidates(study: Study, question: schema.Report) -> list[Candidate]:
                 qualifies=bool(corrected <= LEVEL),
                 latency=latency,
                 size_mb=size,
+                partial=_partial(one),
                 reasons=simulated(one)
-                or (*parted(one), *_elsewhere(one), *_untold(one, unknown), *_unmeasured(size, latency, question)),
+                or (
+                    *stopped(one),
+                    *parted(one),
+                    *_elsewhere(one),
+                    *_untold(one, unknown),
+                    *_unmeasured(size, latency, question),
+                ),
                 selection=_selection(study, one, share),
             )
         )
@@ -171,7 +186,7 @@ def candidates(study: Study, question: schema.Report) -> list[Candidate]:
 
 def _hypotheses(study: Study, question: schema.Report) -> list[Hypothesis]:
     settings: dict[frozenset[tuple[str, str]], list[RunRecord]] = {}
-    for record in study.finished:
+    for record in (*study.finished, *study.raced_out):
         settings.setdefault(same_setting(record), []).append(record)
     result = []
     for records in settings.values():
@@ -189,12 +204,14 @@ def _hypotheses(study: Study, question: schema.Report) -> list[Hypothesis]:
 
 
 def _one_a_seed(study: Study, records: Sequence[RunRecord]) -> list[RunRecord]:
-    """One of a setting's runs for each calibration seed: the first that has a valid timing, else the first; the
-    lowest seed first."""
+    """One of a setting's runs for each calibration seed: of those not stopped by racing the first that has a valid
+    timing, else the first; the lowest seed first."""
     seeds: dict[str, RunRecord] = {}
-    for record in sorted(
-        records, key=lambda record: not any(one.valid for one in study.latencies.get(record.run_id, ()))
-    ):
+
+    def place(record: RunRecord) -> tuple[bool, bool]:
+        return record.raced_out, not any(one.valid for one in study.latencies.get(record.run_id, ()))
+
+    for record in sorted(records, key=place):
         seeds.setdefault(value(record, SEED), record)
     return [seeds[seed] for seed in sorted(seeds, key=lambda text: (int(text) if text.isdigit() else -1, text))]
 
@@ -204,6 +221,29 @@ def _same(record: RunRecord) -> tuple[tuple[str, ...], ...]:
     known = same_from_text(record.tags.get(SAME_TAG, ""))
     alone = Metric.fp32_only.within(record.metrics) or {value(record, "resolved.runtime"): 0.0}
     return known or tuple((runtime,) for runtime in alone)
+
+
+def early_end(record: RunRecord) -> str:
+    """The end of a run that racing stopped, as a clause; empty for any other."""
+    if not record.raced_out:
+        return ""
+    seen, images = (record.metrics.get(name, 0.0) for name in (Metric.race_images, Metric.race_all_images))
+    return f"stopped by racing: after {seen:,.0f} of {images:,.0f} images ({record.tags[RACING_TAG]})"
+
+
+def stopped(one: Hypothesis) -> tuple[str, ...]:
+    """The reason, if there is one, that racing stopped one of its runs."""
+    return tuple(filter(None, map(early_end, one.records)))[:1]
+
+
+def _partial(one: Hypothesis) -> Interval | None:
+    """The difference on the images that a stopped run has seen; None for others."""
+    names = Metric.race_fp32_only.of(one.runtimes[0]), Metric.race_int8_only.of(one.runtimes[0]), Metric.race_images
+    for record in one.records:
+        b, c, n = (finite(record, name) for name in names)
+        if record.raced_out and b is not None and c is not None and n:
+            return statistics.tango(int(b), int(c), int(n))
+    return None
 
 
 def parted(one: Hypothesis) -> tuple[str, ...]:

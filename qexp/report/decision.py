@@ -141,8 +141,10 @@ class _Case:
         return any(not one.reasons for one in self.found)
 
     def loses(self, one: Candidate) -> bool:
-        """True where it is shown to lose the margin or more."""
-        return one.delta is not None and one.delta.high < -self.margin
+        """True where it is shown to lose the margin or more, be it on the images that it saw before racing stopped
+        it."""
+        known = one.delta or one.partial
+        return known is not None and known.high < -self.margin
 
     def fails(self, one: Candidate) -> bool:
         """True where it isn't faster (or smaller) than FP32, as far as can be told, or slower than allowed."""
@@ -256,7 +258,8 @@ def _nothing_to_ship(case: _Case) -> Recommendation:
     timed = any(one.latency and one.latency.valid for one in case.found)
     if qualified and not timed and case.question.objective is not ReportObjective.smallest:
         return _answer(case, Answer.speed_unknown, _simplest(case, qualified), tied=qualified)
-    pool = [one for one in case.possible if one.delta and not one.qualifies] or case.possible
+    whole = [one for one in case.possible if not one.raced_out]
+    pool = [one for one in whole if one.delta and not one.qualifies] or whole
     chosen = _provisional(case, pool)
     rejected = sum(one.qualifies for one in case.found)
     level = LEVEL if case.share else LEVEL / max(len(case.found) - rejected, 1)

@@ -13,7 +13,7 @@ from qexp.config.identity import GROUPS, NOT_APPLICABLE
 from qexp.metrics import Metric
 from qexp.records import Interval, RunRecord
 from qexp.report import formats
-from qexp.report.candidates import simulated
+from qexp.report.candidates import simulated, stopped
 from qexp.report.decision import Answer, Candidate, Recommendation
 
 # Of the table that a terminal or a page shows.
@@ -119,6 +119,8 @@ def outcome(found: Recommendation, one: Candidate) -> tuple[str, str]:
         return "by accuracy", "; ".join(["qualifies by accuracy", *(one.reasons or ["its speed is not known"])])
     if same(one, found.chosen):
         return "provisional", f"the best so far, and not shown to lose less than {100 * found.margin:g} points"
+    if one.raced_out:
+        return "stopped", stopped(one.hypothesis)[0]
     if one.reasons:
         return "ruled out", "; ".join(one.reasons)
     if _among(one, found.dropped):

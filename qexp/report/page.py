@@ -16,6 +16,7 @@ from qexp.report.classes import can_be_told
 from qexp.report.decision import Answer, Candidate, Recommendation
 from qexp.report.findings import Findings
 from qexp.report.next_commands import NextCommands, exportable
+from qexp.report.study import unfinished
 
 MOST_LISTED = 20
 MOST_INTERACTIONS = 4
@@ -174,7 +175,7 @@ def _front(found: Findings, drawn: _Figures) -> list[Any]:
     untimed = [one for one in head.candidates if not any(one is other for other in drawn_or_told)]
     if untimed and view.points:
         parts.append(html.Text(f"Without a timing or an accuracy, and not in the chart: {_named(untimed)}."))
-    ended = [record for record in found.study.records if record.status != "FINISHED"]
+    ended = unfinished(found.study.records)
     if ended:
         parts += [
             html.Text("Not finished, and not in the chart:"),

@@ -1,4 +1,5 @@
-"""Racing: when to stop a setting that is being evaluated, block by block of images in an order that all settings share.
+"""Racing: when to stop a setting that is being evaluated, block by block of images in an order that all settings share
+(`statistics.random_order`).
 
 It is stopped for futility, where it will hardly qualify on all images, or for domination, where another setting is
 faster and will hardly end less accurate. It is never stopped for success: whatever is recommended was evaluated on all
@@ -51,14 +52,12 @@ class Evaluated:
     latency: Latency | None
 
 
-def order(images: int) -> np.ndarray:
-    """int64 [images]: the order in which all settings of a race see the images, always the same."""
-    return np.random.default_rng(1).permutation(images)
-
-
-def block_ends(images: int) -> list[int]:
-    """The numbers of images after which a race looks at a setting, the last of them all images."""
-    return sorted({round(images * number / BLOCKS) for number in range(1, BLOCKS + 1)} - {0})
+def block_ends(images: int, batch_size: int = 1) -> list[int]:
+    """The numbers of images after which a race looks at a setting, the last of them all images, the others whole
+    batches."""
+    batches = math.ceil(images / batch_size)
+    ends = {round(batches * number / BLOCKS) * batch_size for number in range(1, BLOCKS + 1)} - {0}
+    return sorted({min(end, images) for end in ends})
 
 
 def reason_to_stop(one: Evaluated, others: Iterable[Evaluated], images: int, margin: float) -> Reason | None:

@@ -9,13 +9,15 @@ from qexp.metrics import Metric
 from qexp.records import SIMULATED_TAG, Interval, Precision, RunRecord
 from qexp.report import accuracies, formats, sentences
 from qexp.report.accuracies import SOURCES, together
-from qexp.report.study import value
+from qexp.report.candidates import early_end
+from qexp.report.study import unfinished, value
 
 MOST_WARNINGS = 4
 
 
 def line(record: RunRecord) -> str:
-    """A finished run in one line, without headings. A timing that can't be trusted has a `?`."""
+    """A run that has finished or was stopped by racing in one line, without headings. A timing that can't be trusted
+    has a `?`."""
     accuracy = accuracies.accuracy(record)
     ms, ratio = together(record, Metric.latency_fp32, Metric.latency_int8), _speedup(record)
     size, layers = together(record, Metric.size_fp32, Metric.size_int8), _layers(record)
@@ -23,6 +25,7 @@ def line(record: RunRecord) -> str:
     source = f" ({accuracy.source})" if accuracy and accuracy.source else " (simulated)" if simulated(record) else ""
     parts = [
         record.name,
+        early_end(record),
         f"{_arrow(Metric.accuracy_int8, accuracy.fp32, accuracy.int8)}{source}" if accuracy else "",
         formats.difference(accuracy.delta) if accuracy else "",
         sentences.conclusion(record.verdict) if record.verdict else "",
@@ -41,8 +44,7 @@ def simulated(record: RunRecord) -> bool:
 
 def failures(records: Sequence[RunRecord]) -> str:
     """A line for each run that did not finish, with its sentence."""
-    ended = [record for record in records if record.status != "FINISHED"]
-    return "\n".join(f"{record.status}  {record.name}: {record.tags.get('error', '')}" for record in ended)
+    return "\n".join(f"{one.status}  {one.name}: {one.tags.get('error', '')}" for one in unfinished(records))
 
 
 def summary(record: RunRecord, columns: int) -> str:

@@ -30,6 +30,11 @@ def finished(records: Iterable[RunRecord]) -> list[RunRecord]:
     return [record for record in records if record.status == "FINISHED"]
 
 
+def unfinished(records: Iterable[RunRecord]) -> list[RunRecord]:
+    """The runs without an outcome: neither finished nor stopped by racing."""
+    return [record for record in records if record.status != "FINISHED" and not record.raced_out]
+
+
 def value(record: RunRecord, setting: str) -> str:
     return record.params.get(setting, NOT_APPLICABLE)
 
@@ -110,11 +115,19 @@ class Study:
         return tuple(finished(self.records))
 
     @cached_property
+    def raced_out(self) -> tuple[RunRecord, ...]:
+        """The runs that racing stopped."""
+        return tuple(record for record in self.records if record.raced_out)
+
+    @cached_property
     def varied(self) -> tuple[str, ...]:
         """The settings of the INT8 model that several finished runs have different values of; calibration's seed is
         none, but one of the ways to have chance come out differently."""
-        names = varied(self.finished, without=[SEED])
-        return tuple(name for name in names if not _covered(name, OF_MEASUREMENT))
+        return _of_model(self.finished)
+
+    @cached_property
+    def _varied_at_all(self) -> tuple[str, ...]:
+        return _of_model([*self.finished, *self.raced_out])
 
     @cached_property
     def conditions(self) -> tuple[Conditions, ...]:
@@ -123,8 +136,8 @@ class Study:
         return tuple(dict.fromkeys((latency.batch_size, latency.threads) for latency in found))
 
     def setting(self, record: RunRecord) -> dict[str, str]:
-        """The run's values of the settings that varied, by name."""
-        return {name: value(record, name) for name in self.varied}
+        """The run's values of the settings that varied, by name; for one that racing stopped, of such runs too."""
+        return {name: value(record, name) for name in (self._varied_at_all if record.raced_out else self.varied)}
 
     def latency(self, record: RunRecord, runtime: str, conditions: Conditions) -> Latency | None:
         """The timing of a run in one runtime; None where there is none."""
@@ -132,6 +145,11 @@ class Study:
         return next(
             (one for one in found if (one.runtime, one.batch_size, one.threads) == (runtime, *conditions)), None
         )
+
+
+def _of_model(records: Sequence[RunRecord]) -> tuple[str, ...]:
+    """The settings of the INT8 model that several records have different values of."""
+    return tuple(name for name in varied(records, without=[SEED]) if not _covered(name, OF_MEASUREMENT))
 
 
 def studies(

@@ -13,6 +13,7 @@ from qexp.report.decision import Answer
 from qexp.report.effects import Axis, AxisKind, Effect
 from qexp.report.findings import Findings
 from qexp.report.next_commands import NextCommands, exportable, from_here
+from qexp.report.study import unfinished
 
 # Lines of a screen, and of what a sweep prints around its summary: where the report, the files and MLflow are.
 SCREEN, AROUND = 40, 12
@@ -42,12 +43,12 @@ def _candidates(found: Findings, columns: int, room: int) -> list[str]:
     room: for so many lines, but for at least three candidates.
     """
     rows = evidence.rows(found.headline)
-    below = 2 + 1 + min(MOST_FAILURES + 1, len(found.study.records) - len(found.study.finished))
+    below = 2 + 1 + min(MOST_FAILURES + 1, len(unfinished(found.study.records)))
     most = min(evidence.MOST, max(3, room - below))
     lines = _fitting(rows[:most], columns)
     if len(rows) > most:
         lines.append(f"and {formats.count(len(rows) - most, 'more candidate')}, in the report")
-    ended = [record for record in found.study.records if record.status != "FINISHED"]
+    ended = unfinished(found.study.records)
     for record in ended[:MOST_FAILURES]:
         lines.append(formats.cut(f"{record.status}  {record.name}: {wording.ended(record)}", columns))
     if len(ended) > MOST_FAILURES:

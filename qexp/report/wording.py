@@ -16,7 +16,7 @@ from qexp.report.contrasts import Difference
 from qexp.report.decision import Candidate, Recommendation
 from qexp.report.effects import MainEffects
 from qexp.report.findings import Findings
-from qexp.report.study import Study, value
+from qexp.report.study import Study, unfinished, value
 
 OF_EFFECTS = (
     "Each value against the first value of its setting, over pairs of runs that are equal in all other settings. "
@@ -42,9 +42,9 @@ def study(found: Study) -> str:
 
 
 def missing(records: Sequence[RunRecord]) -> str:
-    """A sentence on runs that have not finished; empty where all have."""
+    """A sentence on runs without an outcome; empty where all have one."""
     words = {"RUNNING": "still running", "SCHEDULED": "not started yet", "FAILED": "failed", "KILLED": "stopped"}
-    counts = Counter(record.status for record in records)
+    counts = Counter(record.status for record in unfinished(records))
     told = [f"{counts[status]:,} {word}" for status, word in words.items() if counts[status]]
     if not told:
         return ""
@@ -136,11 +136,23 @@ def facts(found: Findings) -> list[tuple[str, str]]:
         "timings": _timings(runs),
         "FP32 beside itself": _control(found.timing),
         "saturation": _saturation(shown),
-        "runs": f"{len(found.study.records):,}, of which {len(runs):,} finished",
+        "runs": f"{len(found.study.records):,}, of which {len(runs):,} finished{_raced_out(found.study)}",
         "when": _when(found.study.records),
         "waiting": lock_waits(runs),
     }
     return [(name, text) for name, text in told.items() if text]
+
+
+def _raced_out(found: Study) -> str:
+    """The runs that racing stopped, and the share of images that the race was left with."""
+    stopped = found.raced_out
+    if not stopped:
+        return ""
+    seen = sum(one.metrics.get(Metric.race_images, 0.0) for one in stopped)
+    every = sum(one.metrics.get(Metric.race_all_images, 0.0) for one in stopped)
+    finished = [one.metrics.get(Metric.images, 0.0) for one in found.finished]
+    share = (seen + sum(finished)) / max(every + sum(finished), 1.0)
+    return f", {len(stopped):,} stopped by racing, with {share:.0%} of the images evaluated"
 
 
 def wherever(records: Sequence[RunRecord]) -> str:

@@ -120,6 +120,13 @@ def test_parameters_of_observers_are_fields_of_the_observer() -> None:
         (["objective=accuracy"], r"objective=accuracy: must be one of accuracy/int8"),
         (["seed=-1"], r"seed=-1: must be in 0"),
         (["report.export=true", "report.auto=false"], r"report\.export=true: exports .*report\.auto=false makes none"),
+        (["racing=true", "report.objective=smallest"], r"racing=true with report\.objective=smallest: .* leave one"),
+        (
+            ["racing=true", "evaluate.select_share=0.3"],
+            r"racing=true with evaluate\.select_share=0\.3: images set aside",
+        ),
+        (["racing=true", "target=avx2"], r"racing=true with target=avx2: settings are stopped by .* this CPU"),
+        (["racing=true", "flow=dynamic"], r"racing=true with flow=dynamic: its ranges are those of a whole batch"),
         (["train.epochs=0"], r"train\.epochs=0: must be positive"),
     ],
 )
@@ -196,6 +203,15 @@ def test_more_bits_than_kernels_hold_are_simulated_and_not_timed(composed: Compo
     assert {params[name] for name in idle} == {"n/a"}
     assert RuntimeName.simulated not in composed("qconfig.weight.bits=8", "runtimes=auto").runtimes
     assert conversion.from_plain(identity.exact(config)) == config
+
+
+def test_racing_is_no_part_of_a_result_and_judges_no_seed_alone(composed: Composed) -> None:
+    raced = composed("racing=true")
+    validation.check(raced, ["observer"])
+    with pytest.raises(ConfigError, match=r"racing=true with calib\.seed swept over: seeds are judged by their mean"):
+        validation.check(raced, ["calib.seed"])
+    assert identity.config_hash(raced) == identity.config_hash(composed())
+    assert "racing" not in identity.params(raced, {}, {})
 
 
 def test_what_would_compute_the_same_has_the_same_hash(composed: Composed) -> None:

@@ -29,9 +29,11 @@ from tests.helpers import ROOT
 from tests.helpers.quantizable import BY_TORCH
 
 Composed = Callable[..., Config]
-# A p99 needs a thousand calls; jobs are counted in a sweep's own run; torch's runtimes execute what was converted.
+# A p99 needs a thousand calls; jobs are counted in a sweep's own run; racing's are of runs that it stopped; torch's
+# runtimes execute what was converted.
 ONLY_IN_SOME = {
     *(Metric.runtime_latency_p99, Metric.jobs),
+    *(Metric.race_images, Metric.race_all_images, Metric.race_fp32_only, Metric.race_int8_only),
     *(Metric.runtime_layers_int8, Metric.runtime_layers_float, Metric.runtime_compile),
 }
 SMALL = ("model=tiny", "train=fast", "latency=quick", "latency.seconds=0.1", "latency.warmup_seconds=0")

@@ -11,11 +11,14 @@ import pytest
 from scipy import stats
 
 from qexp import statistics
-from qexp.records import Interval
-from qexp.report import racing
-from qexp.report.candidates import LEVEL
+from qexp.config import schema
+from qexp.metrics import Metric
+from qexp.records import RACING_TAG, SAME_TAG, Interval, RunRecord
+from qexp.report import decision, effects, evidence, racing, sentences, study
+from qexp.report.candidates import LEVEL, candidates
 from qexp.report.racing import Evaluated, Reason
 from qexp.report.study import Latency
+from tests.helpers import studies
 
 
 def just_qualifying(images: int, won: int, margin: float) -> int:
@@ -116,7 +119,87 @@ def test_a_stopped_setting_in_the_family_with_p_1_lets_nothing_qualify_that_woul
         assert not np.any(after & ~everything)
 
 
+def test_what_few_rivals_stop_many_rivals_stop_too() -> None:
+    """So a sweep of jobs side by side, of which fewer have finished, stops no more than one after the other."""
+    rng = np.random.default_rng(3)
+    images, margin, stopped = 2000, 0.02, 0
+    for _ in range(60):
+        settings = [
+            Evaluated(rng.choice([-1, 0, 1], images, p=[loss, 1 - loss - 0.005, 0.005]).astype(np.int8), timed(speed))
+            for loss, speed in zip(rng.uniform(0, 0.04, 6), rng.uniform(1.5, 3, 6), strict=True)
+        ]
+        one = Evaluated(settings[0].differences[:800], settings[0].latency)
+        few = racing.reason_to_stop(one, settings[1:3], images, margin)
+        stopped += few is not None
+        if few:
+            assert racing.reason_to_stop(one, settings[1:], images, margin) is few
+    assert 10 < stopped < 50
+
+
+def stopped_run(name: str, correct: np.ndarray, seen: int, reason: str, **params: str) -> RunRecord:
+    """A run of the study that racing stopped after the first `seen` of its images."""
+    fp32 = np.arange(len(correct)) < 0.9 * len(correct)
+    order = statistics.random_order(len(correct))[:seen]
+    lost, won = np.sum((fp32 & ~correct)[order]), np.sum((correct & ~fp32)[order])
+    metrics = {
+        Metric.race_images: float(seen), Metric.race_all_images: float(len(correct)),
+        Metric.race_fp32_only.of("torchscript"): float(lost), Metric.race_int8_only.of("torchscript"): float(won),
+    }  # fmt: skip
+    tags = {"cpu": "a", RACING_TAG: reason, SAME_TAG: "torchscript"}
+    return RunRecord(name, name, "KILLED", params=params, metrics=dict(metrics), tags=tags)
+
+
+def test_a_stopped_setting_is_in_the_family_with_p_1_and_in_no_comparison() -> None:
+    runs = [studies.run("good", studies.right(1), 2.0, observer="a"),
+            studies.run("open", studies.right(*range(12)), 3.0, observer="b")]  # fmt: skip
+    bad = stopped_run("bad", studies.right(*range(500)), 300, "futility", observer="c")
+    slow = stopped_run("slow", studies.right(*range(5)), 100, "domination", observer="d")
+    records = [*(record for record, _ in runs), bad, slow]
+    (raced,) = study.studies(records, {record.run_id: top1 for record, top1 in runs})
+    question = schema.Report(True, schema.ReportObjective.fastest, 0.02, None, None, None, None)
+    found = decision.recommend(raced, question)
+    by_name = {one.ships.name: one for one in found.candidates}
+    alone = {one.ships.name: one for one in candidates(studies.study(runs), question)}
+    expected = statistics.holm([alone["good"].p, alone["open"].p, 1.0, 1.0])
+    assert [by_name[name].adjusted for name in ("good", "open")] == pytest.approx(expected[:2].tolist())
+    for name in ("bad", "slow"):
+        assert (by_name[name].p, by_name[name].adjusted, by_name[name].qualifies) == (1, 1, False)
+        assert by_name[name].delta is None
+    assert found.chosen is not None
+    assert found.chosen.ships.name == "good"
+    assert "after Holm over 4 candidates" in " ".join(sentences.recommendation(found))
+    assert evidence.outcome(found, by_name["bad"])[1] == "stopped by racing: after 300 of 1,000 images (futility)"
+    assert {evidence.label(one) for one in found.candidates} == {"a", "b", "c", "d"}
+    assert not study.unfinished(records)
+    axes = effects.main_effects(raced, None, found.conditions).axes
+    assert {one.value for axis in axes for one in axis.effects} <= {"a", "b"}
+
+
+def test_where_all_lose_as_far_as_they_were_seen_the_answer_is_to_stay_on_fp32() -> None:
+    records = [stopped_run(name, studies.right(*range(500)), 300, "futility", observer=name) for name in "ab"]
+    question = schema.Report(True, schema.ReportObjective.fastest, 0.02, None, None, None, None)
+    (raced,) = study.studies(records)
+    assert decision.recommend(raced, question).kind is decision.Answer.stay_on_fp32
+    # With few images the same is not shown: they can hardly qualify, and nobody knows.
+    few = [stopped_run(name, studies.right(*range(30)), 100, "futility", observer=name) for name in "ab"]
+    (raced,) = study.studies(few)
+    found = decision.recommend(raced, question)
+    assert found.kind is decision.Answer.cant_tell
+    assert found.chosen is None
+    assert " ".join(sentences.recommendation(found))
+
+
 def test_the_order_is_the_same_for_all_and_random() -> None:
-    assert np.array_equal(racing.order(744), racing.order(744))
-    assert np.array_equal(np.sort(racing.order(744)), np.arange(744))
-    assert not np.array_equal(racing.order(744), np.arange(744))
+    order = statistics.random_order(744)
+    assert np.array_equal(order, statistics.random_order(744))
+    assert np.array_equal(np.sort(order), np.arange(744))
+    assert not np.array_equal(order, np.arange(744))
+
+
+@pytest.mark.parametrize(("images", "batch_size"), [(744, 32), (10_000, 32), (31, 32), (10, 1), (744, 1)])
+def test_blocks_are_whole_batches_but_for_the_last(images: int, batch_size: int) -> None:
+    ends = racing.block_ends(images, batch_size)
+    assert ends[-1] == images
+    assert ends == sorted(set(ends))
+    assert len(ends) <= racing.BLOCKS
+    assert all(end % batch_size == 0 for end in ends[:-1])
