@@ -477,7 +477,7 @@ class ExportFormat(StrEnum):
     onnx = "onnx", "onnxruntime"
     openvino = "openvino", "openvino"
     torchscript = "torchscript", "torch"
-    pt2 = "pt2", "torch"
+    pt2 = "pt2", "torch", "torchao"
     aoti = "aoti", "torch"
     tensorrt = "tensorrt", "onnxruntime"
 

@@ -107,7 +107,13 @@ _CODE: Mapping[ExportFormat, Mapping[str, str]] = {
         "call": _TORCH_CALL.replace("from_numpy(values)", "from_numpy(np.ascontiguousarray(values))"),
     },
     ExportFormat.pt2: {
-        "imports": "import torch\nimport torch.ao.quantization.fx._decomposed  # registers the operators",
+        "imports": (
+            "import torch\n\n"
+            "try:  # either registers the operators that quantize and dequantize\n"
+            "    import torchao.quantization.pt2e.quantize_pt2e\n"
+            "except ImportError:\n"
+            "    import torch.ao.quantization.fx._decomposed"
+        ),
         "load": 'model = torch.export.load(str(here / "MODEL.pt2")).module()',
         "call": _TORCH_CALL,
     },

@@ -118,6 +118,42 @@ def test_the_check_tells_when_answers_are_others(tmp_path: Path) -> None:
     assert "More than rounding" in done.stderr
 
 
+SERVED = """
+import sys
+
+sys.modules["qexp"] = None
+sys.path.insert(0, ".")
+import torchao.quantization.pt2e.quantize_pt2e
+import numpy as np
+from serve import logits
+
+np.save("answers.npy", logits(np.load("check.npz")["images"]))
+"""
+
+
+@pytest.mark.slow
+def test_a_program_of_pt2e_is_served_by_torchao_and_holds_each_weight_once(tmp_path: Path) -> None:
+    pytest.importorskip("torchao", reason="pip install 'qexp[pt2e]'")
+    how, flow = spec(settings(overflow="weights")), FLOWS[FlowName.pt2e]
+    net = trained(architectures.tiny(width=96))
+    prepared = flow.prepare(flow.fuse(net, how, IMAGES[:2]), how, IMAGES[:2])
+    quantize.calibrate(prepared, IMAGES.split(8))
+    facts = {"input": INPUT, "scales": {}, "metrics": {}, "run": {"id": "1"}}
+    write(tmp_path, ExportFormat.pt2, 1, flow.convert(prepared), PIXELS, IMAGES, facts)
+
+    layers = [part for part in net.modules() if isinstance(part, torch.nn.Conv2d | torch.nn.Linear)]
+    weights = sum(layer.weight.numel() for layer in layers)
+    channels = sum(len(layer.weight) for layer in layers)  # a float32 bias and scale, and an int8 zero point
+    size = (tmp_path / "int8.pt2").stat().st_size
+    assert weights + 9 * channels < size < weights + 9 * channels + 300_000  # the graph as text, and an example
+    assert 4 * weights > 2_700_000
+
+    done = subprocess.run([sys.executable, "-c", SERVED], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "check.npz") as stored:
+        np.testing.assert_allclose(np.load(tmp_path / "answers.npy"), stored["logits"], rtol=0, atol=1e-4)
+
+
 # ------------------------------------------------------------------------------------------------ TensorRT
 
 
