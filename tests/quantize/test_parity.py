@@ -28,9 +28,8 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
 from qexp import quantize
 from qexp.config.schema import ActivationObserver, Engine, FlowName, Observer, QConfig
-from qexp.models import architectures
 from qexp.quantize import FLOWS
-from tests.helpers.quantizable import MINMAX, Plain, images, settings, spec, trained
+from tests.helpers.quantizable import MINMAX, Plain, StubbedTiny, images, settings, spec, trained
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.ao.quantization is deprecated", "ignore:Please use quant_min and quant_max"
@@ -100,7 +99,7 @@ def engine_restored() -> Any:
 def eager_net() -> nn.Module:
     # 16 channels: with 8, oneDNN's own outputs change from call to call
     # (see qexp/quantize/torch_backend/stride_bugs.py).
-    return trained(architectures.tiny(num_classes=10, width=16))
+    return trained(StubbedTiny(width=16))
 
 
 @pytest.mark.parametrize("engine", ["x86", "fbgemm", "onednn"])
