@@ -31,7 +31,7 @@ class Simulated(Runtime):
     def export(self, model: nn.Module, example: Tensor, path: Path) -> Path:
         example = torch.cat([example[:1], example[:1]])  # one image would be taken for a batch size that is fixed
         with path.open("wb") as file:  # since torch warns of other names than *.pt2
-            torch.export.save(qdq.exported(self.program(model, example), example), file)
+            torch.export.save(qdq.exported(qdq.program(model, example, every_clamp=True), example), file)
         return path
 
     def load(self, path: Path, structure: Callable[[], nn.Module], engine: Engine | None) -> Loaded:

@@ -121,6 +121,12 @@ def test_every_observer_finds_a_range_for_the_finer_grid(observer: str) -> None:
     assert sqnr(model) > 45
 
 
+@pytest.mark.parametrize("flow", [FlowName.fx, FlowName.pt2e])
+def test_a_range_that_reaches_beyond_a_clamp_is_refined_too(flow: FlowName) -> None:
+    qconfig = settings(weight_bits=16, activation_bits=16, range_after_clamp=False)
+    assert sqnr(simulated(trained(Chain(nn.ReLU6)), flow, qconfig), CALIBRATION) > 60
+
+
 def test_asymmetric_weights_and_symmetric_activations_of_one_scale_too() -> None:
     qconfig = settings("per_tensor", "asymmetric", "symmetric", weight_bits=16, activation_bits=16)
     assert sqnr(simulated(trained(Chain()), FlowName.eager, qconfig), CALIBRATION) > 65

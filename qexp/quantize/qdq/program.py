@@ -78,7 +78,8 @@ def program(model: nn.Module, example: Tensor, every_clamp: bool = False) -> fx.
     operators without a counterpart. Of a model that is a program, a copy.
     """
     if is_program(model):
-        return _with_clamps_of_codes(_checked(cast(fx.GraphModule, sharing_copy(model))))
+        made = _checked(cast(fx.GraphModule, sharing_copy(model)))
+        return made if every_clamp else _with_clamps_of_codes(made)  # codes are those of 8 bits
     writer = _Writer(every_clamp)
     recording = record(model, example)
     writer.values[id(recording.images)] = _Value(writer.graph.placeholder(INPUT))
