@@ -4,6 +4,7 @@ What every job would import is imported here once. No thread may be started, nor
 process has none of its parent's threads, and would wait for those of OpenMP for ever.
 """
 
+import contextlib
 import gc
 
 from qexp.system import processes
@@ -19,8 +20,12 @@ from qexp import __main__  # noqa: E402, F401
 from qexp.launch import job_process  # noqa: E402, F401
 from qexp.models import architectures  # noqa: E402, F401
 from qexp.pipeline import run, run_files  # noqa: E402, F401
+from qexp.quantize.flows import usable_flows  # noqa: E402
 from qexp.report import charts  # noqa: E402, F401
 
+with contextlib.suppress(ImportError):  # of a torch without torch.ao
+    from qexp.quantize.torch_backend import emulation, layer_equivalence, layer_errors  # noqa: F401
+list(usable_flows())
 # Cached, so that all jobs of a sweep record the same commit.
 run_files.git_sha()
 # Libraries look these up once, when they are first used.

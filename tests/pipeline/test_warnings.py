@@ -249,6 +249,7 @@ def test_the_bits_of_activations_are_those_that_are_executed(
         "resolved.activation_highest_code": str(2**bits - 1),
         "resolved.narrowed_weights": "0",
         "resolved.narrowed_activations": str(len(some)),
+        "resolved.placement": "every_op",
     }
     qconfig = settings(activation_bits=bits, overflow=guard)
     fused = FLOWS[FlowName.fx].fuse(trained(Chain()), spec(), images(2))
