@@ -44,7 +44,8 @@ from qexp.system.torchvision_import import torchvision
 log = logging.getLogger(__name__)
 
 _SCRIPT = "torch.jit._script.ScriptModule"
-RESERVED = frozenset({"checkpoint", "weights"})  # keys of `model` that are not arguments of its target
+SOURCES = frozenset({"checkpoint", "weights"})
+RESERVED = SOURCES | {"output"}  # keys of `model` that are not arguments of its target
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +58,23 @@ class FloatModel:
     module: nn.Module
     digest: str
     source: str
+
+
+class Logits(nn.Module):
+    """The logits among the outputs of a network.
+
+    output: their position in a tuple or list, or their key in a mapping.
+    """
+
+    def __init__(self, net: nn.Module, output: int | str) -> None:
+        super().__init__()
+        self.net, self.output = net, output
+
+    def forward(self, images: Tensor) -> Any:
+        return self.net(images)[self.output]
+
+    def extra_repr(self) -> str:
+        return f"output={self.output!r}"
 
 
 @step("float model")
@@ -76,7 +94,7 @@ def load_or_train(config: Config, data: Data) -> FloatModel:
         module = build(model, classes, seed)
         _materialise(module, shape, seed)
         if model.get("checkpoint") is not None:
-            source = load_checkpoint(module, Path(model["checkpoint"]))
+            source = load_checkpoint(_network(module), Path(model["checkpoint"]))
         else:
             source = _trained(module, config, data)
     _check_forward(module, str(model["_target_"]), classes, shape)
@@ -98,7 +116,7 @@ def check_model(model: Mapping[str, Any], data_classes: int, image_shape: tuple[
         module = build(model, data_classes, seed=0)
         _materialise(module, image_shape, seed=0)
         if model.get("checkpoint") is not None:
-            load_checkpoint(module, Path(model["checkpoint"]))
+            load_checkpoint(_network(module), Path(model["checkpoint"]))
     _check_forward(module, str(model["_target_"]), data_classes, image_shape)
     return module
 
@@ -154,7 +172,13 @@ def _build(model: Mapping[str, Any], classes: int, seed: int, more: Mapping[str,
         raise InputError(f"model._target_={path} makes its weights on the meta device, without values; leave that out.")
     module.to("cpu").float()
     module.eval()  # its result is not used: some classes override train() without returning self
-    return module
+    output = model.get("output")
+    return module if output is None else Logits(module, output).eval()
+
+
+def _network(module: nn.Module) -> nn.Module:
+    """The network itself, whose names a checkpoint has."""
+    return module.net if isinstance(module, Logits) else module
 
 
 def _with_classes(model: Mapping[str, Any], target: Callable[..., Any], classes: int) -> dict[str, Any]:
@@ -212,13 +236,15 @@ def _check_forward(module: nn.Module, path: str, classes: int, shape: tuple[int,
     size = "x".join(map(str, shape))
     try:
         with _isolated(0), torch.no_grad():
-            output = module(torch.zeros(2, *shape))
+            output = _network(module)(torch.zeros(2, *shape))
     except Exception as error:
         raise InputError(f"model._target_={path} can't take images of {size}: {one_line(error)}.") from error
+    if isinstance(module, Logits):
+        output = _picked(output, module.output, path)
     if not isinstance(output, Tensor):
         raise InputError(
             f"model._target_={path} returns {type(output).__name__}; it must return the logits alone, a tensor of"
-            " [N, classes] (wrap it in a module that picks them)."
+            f" [N, classes], or model.output must say which of its outputs they are: {_outputs(output)}."
         )
     if output.ndim == 2 and output.shape[0] == 2 and output.shape[1] != classes:
         raise InputError(
@@ -229,6 +255,26 @@ def _check_forward(module: nn.Module, path: str, classes: int, shape: tuple[int,
             f"model._target_={path} returns {list(output.shape)} for 2 images of {size};"
             f" it must return logits of [2, {classes}]."
         )
+
+
+def _picked(outputs: Any, output: int | str, path: str) -> Any:
+    """The output of that position or key. Raises InputError if there is none."""
+    try:
+        if isinstance(outputs, Tensor):
+            raise TypeError
+        return outputs[output]
+    except (LookupError, TypeError) as error:
+        known = "the logits alone; leave it out" if isinstance(outputs, Tensor) else f"give {_outputs(outputs)}"
+        raise InputError(f"model.output={output}: model._target_={path} has no such output, {known}.") from error
+
+
+def _outputs(outputs: Any) -> str:
+    """The positions or keys of a network's outputs, in words."""
+    if isinstance(outputs, Mapping):
+        return "one of the keys " + ", ".join(map(str, outputs))
+    if isinstance(outputs, tuple | list):
+        return f"a position from 0 to {len(outputs) - 1}"
+    return "a position, or a key"
 
 
 def _check_one_source(model: Mapping[str, Any]) -> None:
@@ -354,8 +400,11 @@ def _training_key(model: Mapping[str, Any], settings: schema.Train, data: Data, 
 
 
 def _made_with(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's `_target_` and arguments, without where its weights are from."""
-    return {key: value for key, value in model.items() if key not in RESERVED}
+    """The model's `_target_`, arguments and output, without where its weights are from."""
+    made = {key: value for key, value in model.items() if key not in SOURCES}
+    if made.get("output") is None:
+        made.pop("output", None)
+    return made
 
 
 def _digest(module: nn.Module, model: Mapping[str, Any]) -> str:

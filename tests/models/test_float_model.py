@@ -21,6 +21,7 @@ import yaml
 from torch import Tensor, nn
 from torch.ao.nn.quantized import FloatFunctional
 
+from qexp import quantize
 from qexp.config import instantiation, schema
 from qexp.config.schema import FlowName
 from qexp.data.loading import Data, load_data
@@ -30,7 +31,7 @@ from qexp.models import float_model as models
 from qexp.quantize import FLOWS
 from qexp.system import torchvision_import
 from tests.helpers import ROOT
-from tests.helpers.quantizable import spec
+from tests.helpers.quantizable import images, spec, trained
 
 CONF = ROOT / "conf"
 SHAPE = (3, 32, 32)
@@ -162,6 +163,27 @@ def pair_of_things() -> tuple[nn.Module, int]:
 made = Plain()
 
 
+@pytest.mark.parametrize(("name", "output"), [("Pair", 0), ("Pair", -2), ("Dictionary", "logits")])
+@pytest.mark.parametrize("flow", [FlowName.fx, FlowName.pt2e])
+def test_logits_among_several_outputs_are_quantized(
+    name: str, output: int | str, flow: FlowName, tmp_path: Path
+) -> None:
+    net = trained(Plain())
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    module = models.check_model(here(name, output=output, checkpoint=tmp_path / "net.pt"), 10, SHAPE)
+    batch = images(32, seed=1, size=SHAPE[1])
+    answers = []
+    for one in (net, module):
+        prepared = FLOWS[flow].prepare(FLOWS[flow].fuse(one, spec(), batch), spec(), batch)
+        quantize.calibrate(prepared, [batch])
+        with torch.inference_mode():
+            answers.append((one(batch), FLOWS[flow].convert(prepared).module(batch)))
+    (fp32, int8), picked = answers
+    assert torch.equal(picked[0], fp32)
+    assert torch.equal(picked[1], int8)
+    assert not torch.equal(fp32, int8)
+
+
 # ---- networks ----
 
 
@@ -284,7 +306,11 @@ assert answer == is_compile_supported("cpu")
     ("spec", "said"),
     [
         (here("Pair"), "returns Outputs; it must return the logits alone"),
-        (here("Dictionary"), "returns dict; it must return the logits alone"),
+        (here("Dictionary"), r"returns dict; .* or model\.output must say .*: one of the keys logits\."),
+        (here("Dictionary", output="scores"), r"output=scores: .* has no such output, give one of the keys logits\."),
+        (here("Pair", output=2), r"output=2: .* has no such output, give a position from 0 to 1\."),
+        (here("Pair", output="x"), r"output=x: .* has no such output, give a position from 0 to 1\."),
+        (here("Plain", output=0), r"output=0: .* has no such output, the logits alone; leave it out\."),
         (here("Segmentation"), r"returns \[2, 4, 30, 30\] for 2 images of 3x32x32; it must return logits of \[2, 10\]"),
         (here("Plain", classes=3), "has 3 outputs, the data set has 10 classes"),
         (here("Fails", depth=5), "fails with ValueError: depth must be a multiple of 7, not 5"),
