@@ -60,7 +60,7 @@ RUNS = {
     "four_bits_of_activations": ["model=resnet20", "qconfig.activation.bits=4", "flow=fx"],
     "timed": ["model=tiny", "latency=quick", "latency.seconds=0.05"],
 }
-TIMINGS = ("latency/", "runtime_latency/", "runtime_speedup/", "uncertainty/speedup", "calib/seconds")
+TIMINGS = ("latency/", "runtime_latency/", "runtime_speedup/", "uncertainty/speedup", "calib/seconds", "machine/")
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 OBJECT_STORE = 100 * 2**20  # bytes; what jobs return is a few kB
 POLL_SECONDS = 0.5  # between two looks at whether this process was told to stop
+PRINT_SECONDS = 1.0  # in which Ray brings what the last job has printed
 GRACE_SECONDS = 20.0  # in which jobs that are told to stop close their runs
 
 # What Ray reads of the environment when it is imported: no report of its use to its makers; each line of each worker,
@@ -191,6 +193,7 @@ def launch(cluster: Cluster, work: Work, job_overrides: Sequence[Sequence[str]],
                 ray.cancel(one, force=False)
             ray.wait(pending, num_returns=len(pending), timeout=GRACE_SECONDS)
             raise
+        time.sleep(PRINT_SECONDS)
         return [_returned(ray, one, job) for one, job in zip(pending, job_overrides, strict=True)]
 
 

@@ -37,6 +37,12 @@ def _receive(number: int, frame: Any) -> None:
     raise _received[0]
 
 
+def _ignore_stops(ignored: sys.UnraisableHookArgs) -> None:
+    # One that was raised in a finalizer, where Python prints it and goes on: the contexts raise it again.
+    if not isinstance(ignored.exc_value, Stop):
+        sys.__unraisablehook__(ignored)
+
+
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
     """Raise Stop on the first SIGINT, SIGTERM or SIGHUP, so that what is open can be closed; exit at once on the next.
@@ -52,6 +58,7 @@ def stoppable() -> Iterator[None]:
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     stopping = [signal.SIGINT, signal.SIGTERM, *([] if ignored else [signal.SIGHUP])]
     before = {number: signal.signal(number, _receive) for number in stopping}
+    hook, sys.unraisablehook = sys.unraisablehook, _ignore_stops
     try:
         if not _received:  # else it was swallowed before this context was entered
             yield
@@ -66,6 +73,7 @@ def stoppable() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = hook
         if _receive not in before.values():
             _received.clear()
 

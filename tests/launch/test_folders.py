@@ -110,7 +110,8 @@ def test_what_is_finished_stays_as_it_is_where_folders_are_fixed(
     assert {path.parent.name for path in fixed.rglob(folders.RESULT)} == {"0", "1", "2", "3"}
     # Two jobs of one name, and what a sweep gives to its jobs is no part of it, whatever else is left out.
     left_out = (
-        "[calib,latency,latency.seconds,model,model.checkpoint,outputs,per_layer.images,saturation.exact_images,train]"
+        "[calib,latency,latency.seconds,model,model.checkpoint,outputs,per_layer.images,runtimes,saturation.exact_images,"
+        "train]"
     )
     named = ("hydra.sweep.subdir=${engine}-${hydra.job.override_dirname}", "calib.seed=0,1", "engine=x86")
     exclude = f"hydra.job.config.override_dirname.exclude_keys={left_out.replace('[', '[calib.seed,')}"

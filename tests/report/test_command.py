@@ -165,13 +165,14 @@ def _number(text: str) -> float:
 
 # The tutorial's own wants CIFAR-10, which is on no machine of the tests; here it is on the embedded default too.
 STUDIES = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
-EMBEDDED = ("model=tiny", "dataset=digits", "train=fast", "latency=off", "per_layer.images=16", TORCHS)
+EMBEDDED = ("model=tiny", "dataset=digits", "train=fast", "latency=off", "per_layer.images=16")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_ready_study_gives_a_report_that_makes_sense(qexp: Run, tmp_path: Path, study: str) -> None:
-    swept = qexp(f"experiment={study}", *EMBEDDED, "-m", small=False)
+    runtimes = [] if study == "placement" else [TORCHS]  # which torch's runtimes don't execute
+    swept = qexp(f"experiment={study}", *EMBEDDED, *runtimes, "-m", small=False)
     assert swept.returncode == 0, swept.stderr
     assert "the report could not be made" not in swept.stdout + swept.stderr
     folder = tmp_path / re.findall(r"Report: (\S+)/report.html", swept.stdout)[0]
