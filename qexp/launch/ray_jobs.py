@@ -133,7 +133,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Work:
-    """What composes and runs a job: of Hydra's launchers."""
+    """The parts of Hydra's launchers that compose and run a job."""
 
     hydra_context: HydraContext
     task_function: TaskFunction
@@ -142,7 +142,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Place:
-    """What a job finds in this process and must find in its worker: the working folder, and the variables of the
+    """The parts of this process that a job must find in its worker, too: the working folder, and the variables of the
     environment that MLflow and numerical libraries read. Passed as an argument, which Ray shows nowhere."""
 
     cwd: str
@@ -213,7 +213,7 @@ def _log_nodes(cluster: Cluster, nodes: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _returned(ray: Any, reference: Any, overrides: Sequence[str]) -> JobReturn:
-    """What a task has returned; a failed job where there is nothing, since its worker is gone."""
+    """The result of a task; a failed job where there is nothing, since its worker is gone."""
     try:
         found: JobReturn = ray.get(reference)
         return found

@@ -142,7 +142,7 @@ def runs_of_study(store: Store, config: Config, experiments: Sequence[str]) -> S
 
 
 def _asked_otherwise(row: RunRecord, job: Config) -> list[str]:
-    """What racing stopped this run by, where the job would be stopped by something else."""
+    """The reason for which racing stopped this run, where the job would be stopped by something else."""
     other = row.raced_out and row.tags.get(RACED_FOR_TAG) != identity.raced_for(job)
     return ["question of the report"] * other
 

@@ -62,7 +62,7 @@ class _Layer:
         return (values / self.scale).round() + self.zero_point
 
     def lost(self, codes: Tensor, like: Tensor) -> Tensor:
-        """What 16-bit sums change in its output, float32 of the shape of `like`, which is its output."""
+        """The change that 16-bit sums make to its output, float32 of the shape of `like`, which is its output."""
         if self.node.target is aten.linear.default:
             rows = codes.flatten(0, -2).T[None]
             change = [self._lost(some) for some in rows.split(parts(rows.shape[1]), dim=2)]
@@ -159,7 +159,7 @@ class SaturatingProgram(nn.Module):
         return logits
 
     def output(self, node: fx.Node, inputs: Tensor, exact: Tensor) -> Tensor:
-        """What a layer's output is, given its input and what it is with exact sums."""
+        """A layer's output, given its input and the output with exact sums."""
         layer, name = self._layers[node], tensor_of(node)
         before = self.found.get(name, LayerSaturation(name, layer.kind, 0, 0, 0))
         steps, highest, changed = torch.zeros(1), 0, exact
