@@ -10,7 +10,6 @@ accuracies are asked for. FOLDER (outputs/benchmarks) keeps the results of each 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,14 +18,13 @@ from typing import Any
 from tabulate import tabulate
 
 from benchmarks.networks import Network, chosen
-from benchmarks.runtimes import RESULTS, ROOT, TIMING, Row, once
+from benchmarks.runtimes import TIMING, Row, installed, once, results_folder
 from benchmarks.size import sized
 from benchmarks.speed import composed
 from qexp import statistics
 from qexp.config.schema import FlowName, RuntimeName
 from qexp.metrics import Metric
 from qexp.pipeline.run import run_experiment
-from qexp.runtimes import RUNTIMES
 
 BUILT_IN = sized(
     tuple(Network(name, (f"model={name}", "train=default")) for name in ("resnet20", "mobilenet_v2")),
@@ -41,11 +39,7 @@ WANTED = sized(
 
 def flows(outputs: str) -> None:
     """Print the table as Markdown, and a sentence for each network that a flow could not quantize."""
-    folder = Path(os.environ.get(RESULTS) or sized(ROOT / "outputs" / "benchmarks", Path(outputs)))
-    missing = {name: reason for name in WANTED if (reason := RUNTIMES[name].unavailable())}
-    for name, reason in missing.items():
-        print(f"{name} is left out: {reason}")
-    listed = ",".join(name for name in WANTED if name not in missing)
+    folder, listed = results_folder(outputs), installed(WANTED)
     found = []
     for network in chosen(BUILT_IN):
         for flow, placement in ((one, placement) for one in FLOWS if not one.missing for placement in one.placements):

@@ -14,7 +14,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +58,22 @@ ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
 
 
-def runtimes(outputs: str) -> None:
-    """Print the table as Markdown, and a sentence for each network that a flow could not quantize."""
-    folder = Path(os.environ.get(RESULTS) or sized(ROOT / "outputs" / "benchmarks", Path(outputs)))
-    missing = {name: reason for name in WANTED if (reason := RUNTIMES[name].unavailable())}
+def results_folder(outputs: str) -> Path:
+    """The folder of files with results, which later calls read."""
+    return Path(os.environ.get(RESULTS) or sized(ROOT / "outputs" / "benchmarks", Path(outputs)))
+
+
+def installed(wanted: Iterable[RuntimeName]) -> str:
+    """The runtimes that are installed, with commas between them; print why the others are left out."""
+    missing = {name: reason for name in wanted if (reason := RUNTIMES[name].unavailable())}
     for name, reason in missing.items():
         print(f"{name} is left out: {reason}")
-    listed = ",".join(name for name in WANTED if name not in missing)
+    return ",".join(name for name in wanted if name not in missing)
+
+
+def runtimes(outputs: str) -> None:
+    """Print the table as Markdown, and a sentence for each network that a flow could not quantize."""
+    folder, listed = results_folder(outputs), installed(WANTED)
     found = []
     for network in chosen(BUILT_IN):
         for flow in FLOWS:
