@@ -6,12 +6,17 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 
 from qexp.config import schema
 from qexp.config.schema import Engine
+from qexp.errors import RunError, first_line
+from qexp.quantize.graph.copies import sharing_copy
+from qexp.quantize.graph.exported import is_program, is_size, operation
 from qexp.quantize.torch_backend.deprecations import known_deprecations_silenced
 from qexp.runtimes.base import HERE, Loaded, Runtime, packing_for
 
@@ -40,6 +45,21 @@ class _Shell(nn.Module):
         return logits
 
 
+def _with_methods(model: nn.Module) -> nn.Module:
+    """Return a program with methods of tensors in place of the operators that take sizes which it computes: a trace
+    follows such a size through methods, and takes it for a constant in an operator. Other models are returned as
+    they are."""
+    if not is_program(model):
+        return model
+    copied = cast(fx.GraphModule, sharing_copy(model))
+    for node in copied.graph.nodes:
+        if isinstance(node.target, OpOverload) and any(is_size(one) for one in node.all_input_nodes):
+            name = operation(node)
+            node.op, node.target = ("call_method", name) if hasattr(Tensor, name) else (node.op, getattr(torch, name))
+    copied.recompile()
+    return copied
+
+
 class TorchScript(Runtime):
     name = schema.RuntimeName.torchscript
     predicts_for_others = True
@@ -48,7 +68,10 @@ class TorchScript(Runtime):
         return "", f'model = torch.jit.load({HERE} / "{file}").eval()\n'
 
     def export(self, model: nn.Module, example: Tensor, path: Path) -> Path:
-        """Trace with the first image of the example, freeze and save; the saved model takes any number of images."""
+        """Trace with the first image of the example, freeze and save; the saved model takes any number of images.
+
+        Raises RunError where a trace can't follow the model, or only for one number of images.
+        """
         # Two images: a trace of a single one would let a model that squeezes its output lose the batch dimension.
         example = torch.cat([example[:1], example[:1]])
         with known_deprecations_silenced(), torch.no_grad():
@@ -59,7 +82,14 @@ class TorchScript(Runtime):
                 category=torch.jit.TracerWarning,
                 module=r"torch\.(_ops$|ao\.nn\.quantized\.)",
             )
-            traced = torch.jit.trace(_Shell(model.eval()).eval(), example, check_trace=False)
+            try:
+                traced = torch.jit.trace(_Shell(_with_methods(model.eval())).eval(), example, check_trace=False)
+                traced(example[:1])
+            except RuntimeError as error:
+                own = RuntimeError(str(error).rpartition("RuntimeError: ")[2])  # behind the calls of the trace
+                reason = first_line(own)
+                instead = "take torchscript out of runtimes"
+                raise RunError(f"torchscript can't trace the model: {reason}: {instead}") from error
             torch.jit.save(torch.jit.freeze(traced), path)
         return path
 

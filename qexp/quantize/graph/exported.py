@@ -70,6 +70,11 @@ def _of_sizes(node: fx.Node) -> bool:
     return getattr(node.target, "__module__", "") == operator.__name__ or node.target is operator.getitem
 
 
+def is_size(node: fx.Node) -> bool:
+    """True for a node of an exported graph that computes a size, or a number made of sizes, and no tensor."""
+    return isinstance(node.meta.get("val"), int | torch.SymInt)
+
+
 def exported(model: nn.Module, example: Tensor) -> fx.GraphModule:
     """Return the graph of a model in evaluation mode. example: float32 [n, 3, H, W].
 
@@ -136,10 +141,8 @@ def _make_plain(graph: fx.Graph) -> None:
         elif node.target in VIEWS:
             # A view would need strides that only torch's own format of tensors has.
             source, sizes = node.args
-            unknown = [isinstance(size, fx.Node) for size in sizes]
-            if sum(unknown) == 1 and -1 not in sizes:
-                sizes = [-1 if is_open else size for is_open, size in zip(unknown, sizes, strict=True)]
-            node.target, node.args = aten.reshape.default, (source, sizes)
+            known = [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
+            node.target, node.args = aten.reshape.default, (source, known if known.count(-1) <= 1 else sizes)
         elif node.target is aten.sym_size.int:
             # TorchScript traces the method, and takes the function's result for a constant.
             node.op, node.target = "call_method", "size"
