@@ -35,11 +35,11 @@ from typing import Any, cast
 from tqdm import tqdm
 
 from qexp import errors
-from qexp.config.schema import Config, RuntimeName
+from qexp.config.schema import Config, FlowName, RuntimeName
 from qexp.launch import progress
 from qexp.system import console, credentials, processes
 
-SERVER = "qexp.launch.fork_preload"
+SERVER, SERVER_PT2E = "qexp.launch.fork_preload", "qexp.launch.fork_preload_pt2e"
 GRACE_SECONDS = 3.0  # how long a job that is told to end may take to clean up
 STANDARD_STREAMS = (0, 1, 2)
 CRASH = "crash.txt"  # in a job's folder: where its code was when a signal such as SIGSEGV ended it
@@ -223,13 +223,14 @@ class JobProcess:
             (self.task.folder / CRASH).unlink(missing_ok=True)
 
 
-def start_server() -> None:
+def start_server(pt2e: bool = False) -> None:
     """Start the process that jobs are forked from, unless it runs, without waiting until it is ready.
 
-    Raises InputError where there is no folder for temporary files.
+    pt2e: True where jobs of flow=pt2e are to come, whose imports take seconds. Raises InputError where there is no
+    folder for temporary files.
     """
     processes.prepare_temporary_folder()
-    _context.set_forkserver_preload([SERVER])
+    _context.set_forkserver_preload([SERVER, SERVER_PT2E] if pt2e else [SERVER])
     # Python before 3.13 tells its server of no other import path.
     with _environment(PYTHONPATH=processes.python_path()):
         forkserver.ensure_running()
@@ -241,6 +242,7 @@ def start(config: Config, folder: Path) -> JobProcess:
     Its log records and warnings are handled in this process, and its result is the `outcome`. Raises RunError where no
     process can be started.
     """
+    start_server(pt2e=config.flow is FlowName.pt2e)
     line = min(set(range(1, len(_lines) + 2)) - _lines) if progress.shown() else 0
     return _start_child("run_experiment", (config, folder), folder, config.job.timeout, line)
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from qexp.config import identity, validation
 from qexp.config.composition import Composer, combinations, quoted, spelled
+from qexp.config.schema import FlowName
 from qexp.errors import ConfigError
 from qexp.launch import rerun
 from qexp.launch.callback import refuse_credentials
@@ -38,6 +39,12 @@ def exclude_from_dirname(master: DictConfig) -> None:
     if not set(SET_BY_SWEEP) <= set(excluded):
         keys = spelled([*excluded, *SET_BY_SWEEP])
         master.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys={keys}")
+
+
+def may_be_pt2e(master: DictConfig, overrides: Sequence[str]) -> bool:
+    """True where jobs of a sweep may be of flow=pt2e, by its overrides as they were typed: none is composed yet."""
+    swept = [one for one in overrides if one.startswith("flow=")]
+    return any(FlowName.pt2e in one for one in swept or [master.flow])
 
 
 def sweep_overrides(composer: Composer, params: Sequence[str], typed: Sequence[str]) -> list[Override]:

@@ -22,7 +22,7 @@ from qexp.config.error_messages import exit_with_message
 from qexp.errors import ConfigError
 from qexp.launch import job_process, progress
 from qexp.launch.goal import Goal, goal_of
-from qexp.launch.planning import Planned, checked, exclude_from_dirname, sweep_overrides
+from qexp.launch.planning import Planned, checked, exclude_from_dirname, may_be_pt2e, sweep_overrides
 from qexp.launch.search_space import SearchSpace, space_of
 from qexp.launch.signals import until_stopped
 from qexp.launch.study import DEPENDS_ON, runs_of_study
@@ -80,7 +80,8 @@ def run_search(
                 "hydra/sweeper=qexp_optuna: Optuna is not installed; install it by pip install 'qexp[optuna]', or "
                 "leave out hydra/sweeper to run all combinations."
             )
-        job_process.start_server()  # imports torch while this process composes jobs and imports Optuna and MLflow
+        # It imports torch while this process composes jobs and imports Optuna and MLflow.
+        job_process.start_server(may_be_pt2e(master, [*params, *typed]))
         from qexp.launch.trials import SAMPLERS
 
         settings = settings_from(given, SAMPLERS)

@@ -24,7 +24,7 @@ from qexp.config.schema import Config
 from qexp.launch import concurrent, folders, job_process, progress, sweep_report
 from qexp.launch.job import Job, command, new_sweep, tags
 from qexp.launch.locations import print_locations
-from qexp.launch.planning import Planned, exclude_from_dirname, plan
+from qexp.launch.planning import Planned, exclude_from_dirname, may_be_pt2e, plan
 from qexp.launch.signals import Stop, stoppable, until_stopped
 from qexp.launch.study import Study, find_study
 from qexp.launch.tracked_run import close_orphans, failed, warn_of_ignored_variables
@@ -49,7 +49,8 @@ def run_sweep(
     launched. Exits with status 1 where a job failed, and with 128 + the signal's number where it was stopped.
     """
     with exit_with_message(), until_stopped():
-        job_process.start_server()  # imports torch while this process composes the jobs and imports MLflow
+        # It imports torch while this process composes the jobs and imports MLflow.
+        job_process.start_server(may_be_pt2e(master, [*params, *typed]))
         exclude_from_dirname(master)
         composer = Composer(master, loader)
         return launch(master, composer, plan(composer, params, typed), launcher, batch_size)

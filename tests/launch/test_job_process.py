@@ -398,6 +398,24 @@ def test_a_job_imports_next_to_nothing_that_its_server_has_not(
     subprocess.run([sys.executable, "-c", IMPORTS], env=env, cwd=tmp_path, check=True, timeout=120)
 
 
+PT2E_IMPORTS = """
+import os, sys
+from qexp.launch import fork_preload
+threads = os.listdir("/proc/self/task")
+from qexp.launch import fork_preload_pt2e
+assert os.listdir("/proc/self/task") == threads  # no other could be forked
+assert {"torchao", "torch._dynamo"} <= set(sys.modules)
+"""
+
+
+@pytest.mark.long
+def test_what_jobs_of_pt2e_import_is_imported_silently_and_without_threads() -> None:
+    pytest.importorskip("torchao", reason="pip install 'qexp[pt2e]'")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", PT2E_IMPORTS], env=env, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 @pytest.mark.slow
 def test_three_jobs_in_a_row_give_the_same(composed: Composed, checkpoint: Path, tmp_path: Path) -> None:
     config = composed(

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from qexp.launch import job_process, planning, progress, signals, sweep, tracked_run
 from qexp.launch.job import Job
@@ -44,6 +45,17 @@ def test_the_only_job_of_a_sweep_is_named_by_what_its_result_depends_on() -> Non
     given = ["qconfig=per_channel", "outputs=/tmp/out", "resume=false", "report.auto=false", "calib.batches=32"]
     assert planning.of_result(given) == ["qconfig=per_channel", "calib.batches=32"]
     assert planning.of_result(["outputs=/tmp/out"]) == ["outputs=/tmp/out"]
+
+
+@pytest.mark.parametrize(
+    ("flow", "typed", "expected"),
+    [("pt2e", [], True), ("fx", ["calib=small,large"], False), ("eager", ["flow=fx,pt2e"], True),
+     ("pt2e", ["flow=eager,fx"], False)],
+)  # fmt: skip
+def test_a_sweep_knows_before_its_jobs_whether_pt2e_is_among_their_flows(
+    flow: str, typed: list[str], expected: bool
+) -> None:
+    assert planning.may_be_pt2e(OmegaConf.create({"flow": flow}), typed) is expected
 
 
 def test_what_all_jobs_say_is_let_through_once_and_warnings_always(monkeypatch: pytest.MonkeyPatch) -> None:

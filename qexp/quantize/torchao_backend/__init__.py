@@ -1,4 +1,4 @@
-"""torchao's PT2E: a quantizer and observers of its interfaces. Only `flows/pt2e.py` imports this package.
+"""torchao's PT2E: a quantizer and observers of its interfaces. Only `flows/pt2e.py` uses this package.
 
 torchao's import takes two seconds, and tries to load libraries for GPUs, whose absence it reports.
 """
