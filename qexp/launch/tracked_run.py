@@ -174,8 +174,8 @@ def track(job: Job, swept: Collection[str] = ()) -> Generator[JobProcess, Result
         finally:
             process.end()
         if isinstance(result, Stopped):
-            handle.log_result(result.metrics, result.tags, params=result.resolved)
-            handle.kill()
+            outcome = tracking.Outcome(result.metrics, result.tags, {}, [], result.resolved, status="KILLED")
+            tracking.deliver(handle, outcome, Path(job.config.outputs))
             return _record(handle.id, job, "KILLED", result, result.tags), handle
         warnings = {WARNING_TAG + warning.code: sentences.warning(warning) for warning in result.warnings}
         found = {**result.tags, **result.verdict.tags(), **warnings}

@@ -193,10 +193,10 @@ class Run:
             version = client.create_model_version(registered, model.artifact_location, self.id).version
         return f"models:/{registered}/{version}"
 
-    def finish(self) -> None:
-        """End as FINISHED. Raises RunError if the store does not take it."""
+    def finish(self, status: str = "FINISHED") -> None:
+        """End with this status. Raises RunError if the store does not take it."""
         with self._taking("the end of the run"):
-            self._end("FINISHED")
+            self._end(status)
 
     def fail(self, error: str, trace: str) -> None:
         """End as FAILED, with the sentence as tag `error` and the traceback as an artifact. Never raises."""

@@ -31,18 +31,20 @@ FOLDER = "unsent"
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a run, as `Run.log_result` takes it. files: by their path in the run; at: ms since the epoch."""
+    """The outcome of a run, as `Run.log_result` takes it. files: by their path in the run; status: that it ends with;
+    at: ms since the epoch."""
 
     metrics: Mapping[str, float]
     tags: Mapping[str, str]
     files: Mapping[str, Path]
     datasets: Sequence[DatasetUse]
     params: Mapping[str, str]
+    status: str = "FINISHED"
     at: int = field(default_factory=lambda: int(time.time() * 1000))
 
 
 def deliver(run: Run, outcome: Outcome, outputs: Path) -> None:
-    """Log a run's outcome and end it as FINISHED.
+    """Log a run's outcome and end it.
 
     While a server has not taken all of it, it is kept in `outputs`/unsent: where the server can't be reached for longer
     than it is waited for, or this process ends, `send_unsent` sends it. Raises RunError where the store doesn't take
@@ -102,7 +104,7 @@ def send_unsent(store: Store, outputs: Path) -> None:
 def _send(run: Run, outcome: Outcome) -> None:
     """Each step can be repeated, and the last one makes it whole."""
     run.log_result(outcome.metrics, outcome.tags, outcome.files, outcome.datasets, outcome.params, at=outcome.at)
-    run.finish()
+    run.finish(outcome.status)
 
 
 @contextmanager
@@ -121,4 +123,4 @@ def _text(run: Run, outcome: Outcome) -> str:
 def _outcome(kept: dict[str, Any]) -> Outcome:
     files = {name: Path(path) for name, path in kept["files"].items()}
     datasets = [DatasetUse(**use) for use in kept["datasets"]]
-    return Outcome(kept["metrics"], kept["tags"], files, datasets, kept["params"], kept["at"])
+    return Outcome(kept["metrics"], kept["tags"], files, datasets, kept["params"], kept["status"], kept["at"])

@@ -9,6 +9,7 @@ import pytest
 
 from qexp import tracking
 from qexp.errors import RunError
+from qexp.records import RACING_TAG
 from tests.helpers.stores import Line, begin
 from tests.tracking.test_patience import connected
 
@@ -59,12 +60,30 @@ def test_results_are_kept_and_sent_once_by_the_next_who_comes(
     assert fetched.read_bytes() == b"weights"
 
 
+def test_a_run_that_racing_stopped_is_sent_as_one(line: Line, tmp_path: Path) -> None:
+    store = connected(line, tmp_path, patience=0.6)
+    run = begin(store, "raced")
+    line.cut()
+    seen = {RACING_TAG: "futility"}
+    with pytest.raises(RunError, match="the same command sends them"), run:
+        tracking.deliver(run, tracking.Outcome({"racing/images": 96.0}, seen, {}, [], {}, status="KILLED"), tmp_path)
+    line.mend()
+    # Closed as an orphan meanwhile, it has the status that it is to have, and nothing of what it saw.
+    store.client.set_terminated(run.id, "KILLED")
+    tracking.send_unsent(store, tmp_path)
+    sent = store.client.get_run(run.id)
+    assert (sent.info.status, sent.data.metrics) == ("KILLED", {"racing/images": 96.0})
+    assert sent.data.tags[RACING_TAG] == "futility"
+    assert not list((tmp_path / "unsent").iterdir())
+
+
 def test_what_can_t_be_sent_stays_and_is_said(line: Line, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = connected(line, tmp_path, patience=5)
     with begin(store, "delivered") as run:
         tracking.deliver(run, outcome(tmp_path), tmp_path)
     assert run.status == "FINISHED"
-    kept = {"uri": line.address, "metrics": {}, "tags": {}, "files": {}, "datasets": [], "params": {}, "at": 1}
+    kept = {"uri": line.address, "metrics": {}, "tags": {}, "files": {}, "datasets": [], "params": {}, "at": 1,
+            "status": "FINISHED"}  # fmt: skip
     folder = tmp_path / "unsent"
     assert not list(folder.iterdir())
     for name, content in {"0" * 32: kept, "elsewhere": {**kept, "uri": "http://another"}, run.id: kept}.items():
