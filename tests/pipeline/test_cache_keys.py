@@ -197,9 +197,9 @@ def test_models_that_differ_in_scales_alone_share_a_timing(key: Callable[..., st
 def test_models_that_differ_in_what_is_executed_never_share_a_timing(key: Callable[..., str]) -> None:
     different = [
         (),
-        ("flow=fx",),
+        ("flow=eager",),
+        ("flow=eager", "fusion=false"),
         ("flow=dynamic",),
-        ("fusion=false",),
         ("engine=fbgemm",),
         ("engine=onednn",),
         ("engine=qnnpack",),

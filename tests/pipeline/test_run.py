@@ -36,6 +36,10 @@ ONLY_IN_SOME = {
     *(Metric.race_images, Metric.race_all_images, Metric.race_fp32_only, Metric.race_int8_only),
     *(Metric.runtime_layers_int8, Metric.runtime_layers_float, Metric.runtime_compile),
 }
+LOST_TO_SATURATION = {
+    *(Metric.saturation_loss, Metric.saturation_loss_low, Metric.saturation_loss_high),
+    *(Metric.saturation_agreement, Metric.saturation_sqnr),
+}
 SMALL = ("model=tiny", "train=fast", "latency=quick", "latency.seconds=0.1", "latency.warmup_seconds=0")
 
 
@@ -68,6 +72,8 @@ def test_every_flow_on_every_engine_gives_a_whole_result(
     expected = set(Metric) - ONLY_IN_SOME
     if result.tags["saturation"] == "impossible":  # nothing to compare
         expected -= {metric for metric in Metric if metric.startswith("saturation/")} - {Metric.saturation_layers}
+    elif not result.metrics[Metric.saturation_layers]:  # the guard kept every sum within 16 bits
+        expected -= LOST_TO_SATURATION
     assert expected <= logged
     assert all(np.isfinite(value) for value in result.metrics.values())
     assert result.metrics[Metric.accuracy_fp32] > 0.6
@@ -180,7 +186,7 @@ def test_sixteen_bits_are_simulated_and_said_to_be_in_all_that_is_recorded(
     bits = ("qconfig.weight.bits=16", "qconfig.activation.bits=16", "runtimes=auto")
     result = run(*bits)
     numbers = result.metrics
-    assert numbers[Metric.accuracy_int8] == numbers[Metric.accuracy_fp32]  # of 899 images
+    assert abs(numbers[Metric.accuracy_int8] - numbers[Metric.accuracy_fp32]) < 2 / 899  # at most one of the images
     assert numbers[Metric.sqnr] > 45  # what images beyond the calibrated ranges leave
     assert not [name for name in numbers if "latency" in name or "speedup" in name]
     assert (result.resolved["resolved.runtime"], result.tags["simulated"]) == ("simulated", "true")
@@ -276,8 +282,8 @@ def test_a_runtime_that_cannot_be_used_is_refused_before_any_work(
     monkeypatch.undo()
     monkeypatch.setattr(eager, "executes", lambda flow, precision: flow is FlowName.fx)
     with pytest.raises(InputError, match=r"runtimes=\[eager\]: none of these executes what flow=eager makes in INT8"):
-        input_checks.check_runtimes(composed("runtimes=[eager]"))
-    input_checks.check_runtimes(composed("runtimes=[eager]", "flow=fx"))
+        input_checks.check_runtimes(composed("runtimes=[eager]", "flow=eager"))
+    input_checks.check_runtimes(composed("runtimes=[eager]"))
 
 
 def test_an_inductor_without_a_compiler_is_refused(composed: Composed, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,7 +343,8 @@ def test_a_relu_used_twice_is_refused_with_its_name_before_training_and_fails_th
     sys.modules["twice"] = type(sys)("twice")
     exec(TWICE, sys.modules["twice"].__dict__)
     config = composed(
-        "model=custom", "model._target_=twice.Net", "train=fast", "latency=off", f"outputs={tmp_path}/outputs"
+        *("model=custom", "model._target_=twice.Net", "flow=eager", "train=fast", "latency=off"),
+        f"outputs={tmp_path}/outputs",
     )
     (tmp_path / "run").mkdir()
     sentence = r"the fused model differs from the float model .* the module relu is called 2 times"
@@ -410,7 +417,9 @@ def test_inputs_of_jobs_that_share_them_are_looked_at_once(
     input_checks.check_inputs(sizes)
     assert looked == ["load_data", "check_model", "dry_run"]
     looked.clear()
-    input_checks.check_inputs([sizes[0], composed(*tiny, "flow=fx"), composed("model=tiny", "latency=off"), sizes[1]])
+    input_checks.check_inputs(
+        [sizes[0], composed(*tiny, "flow=eager"), composed("model=tiny", "latency=off"), sizes[1]]
+    )
     assert looked == ["load_data", "check_model", "dry_run", "dry_run", "check_model", "dry_run"]
     with pytest.raises(InputError, match=r"calib\.batches=400"):
         input_checks.check_inputs([*sizes, composed(*tiny, "calib.batches=400")])

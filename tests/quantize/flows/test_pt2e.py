@@ -296,7 +296,7 @@ def test_networks_of_many_kinds_go_through(name: str) -> None:
 @pytest.mark.parametrize("placement", [EVERY_OP, LAYERS])
 def test_runtimes_execute_the_program(placement: Placement, tmp_path: Path) -> None:
     net, batch = trained(Averaged()), images(16, seed=3)
-    found = quantized(net, replace(settings(), placement=placement))
+    found = quantized(net, replace(settings(overflow="weights"), placement=placement))  # exact without VNNI, too
     with torch.inference_mode():
         expected, floats = found.module(batch).numpy(), net(batch).numpy()
     path = RUNTIMES["onnxruntime"].export(found.module, batch, tmp_path / "int8.onnx")
