@@ -7,14 +7,14 @@ that whatever becomes of a worker, or of a whole node, no job runs twice without
 from __future__ import annotations
 
 import importlib.util
+import io
 import logging
 import os
 import re
 import signal
 import socket
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
+from tqdm import tqdm
 
 from qexp.errors import ConfigError, InputError, RunError
 from qexp.system import machine
@@ -31,17 +32,10 @@ log = logging.getLogger(__name__)
 
 OBJECT_STORE = 100 * 2**20  # bytes; what jobs return is a few kB
 POLL_SECONDS = 0.5  # between two looks at whether this process was told to stop
-PRINT_SECONDS = 1.0  # in which Ray brings what the last job has printed
 GRACE_SECONDS = 20.0  # in which jobs that are told to stop close their runs
 
-# What Ray reads of the environment when it is imported: no report of its use to its makers; each line of each worker,
-# as it was printed.
-QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS": "0",
-    "RAY_COLOR_PREFIX": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
+# What Ray reads of the environment when it is imported: no report of its use to its makers.
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
 # Ray's switch for systems where a node is to listen on 127.0.0.1 alone, whatever address it is given otherwise.
@@ -106,6 +100,8 @@ class Cluster:
         os.environ.update({name: os.environ.get(name, value) for name, value in variables.items()})
         import ray
 
+        # What a job prints comes with its result: what Ray would bring of it in time is up to chance.
+        quiet: Any = {"logging_level": logging.ERROR, "log_to_driver": False}
         told = signal.getsignal(signal.SIGTERM)  # Ray would end this process by a handler of its own
         try:
             if self.address is None:
@@ -113,10 +109,10 @@ class Cluster:
                 ray.init(
                     "local", num_cpus=max(machine.allowed_cores(), int(self.num_cpus)),
                     _memory=max(self.memory, machine.describe().memory or 0), object_store_memory=OBJECT_STORE,
-                    include_dashboard=False, logging_level=logging.ERROR,
+                    include_dashboard=False, **quiet,
                 )  # fmt: skip
             else:
-                ray.init(self.address, logging_level=logging.ERROR)
+                ray.init(self.address, **quiet)
         except ConnectionError as error:
             raise self._unanswered() from error
         except RuntimeError as error:
@@ -170,7 +166,8 @@ class Place:
 def launch(cluster: Cluster, work: Work, job_overrides: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
     """Run these jobs on the cluster, as many at a time as fit there, and return what Hydra's launchers return.
 
-    first: the number of the first job in its sweep. A job whose worker or node is gone has failed.
+    Prints what a job has printed when it ends. first: the number of the first job in its sweep. A job whose worker or
+    node is gone has failed.
     """
     setup_globals()
     with cluster.connected() as ray:
@@ -183,18 +180,21 @@ def launch(cluster: Cluster, work: Work, job_overrides: Sequence[Sequence[str]],
             name="qexp job",
         )
         shared = ray.put((work, Singleton.get_state(), Place.here()))
-        pending = [task.remote(shared, first + number, list(job)) for number, job in enumerate(job_overrides)]
+        jobs = {task.remote(shared, first + number, list(job)): number for number, job in enumerate(job_overrides)}
+        returned: dict[int, JobReturn] = {}
+        left = list(jobs)
         try:
-            left = pending
             while left:
-                _, left = ray.wait(left, num_returns=len(left), timeout=POLL_SECONDS)
+                ended, left = ray.wait(left, num_returns=len(left), timeout=POLL_SECONDS)
+                for one in ended:
+                    returned[jobs[one]], printed = _ended(ray, one, job_overrides[jobs[one]])
+                    tqdm.write(printed, end="")
         except BaseException:
-            for one in pending:
+            for one in left:
                 ray.cancel(one, force=False)
-            ray.wait(pending, num_returns=len(pending), timeout=GRACE_SECONDS)
+            ray.wait(left, num_returns=len(left), timeout=GRACE_SECONDS)
             raise
-        time.sleep(PRINT_SECONDS)
-        return [_returned(ray, one, job) for one, job in zip(pending, job_overrides, strict=True)]
+        return [returned[number] for number in range(len(jobs))]
 
 
 def _log_nodes(cluster: Cluster, nodes: Sequence[Mapping[str, Any]]) -> None:
@@ -212,10 +212,10 @@ def _log_nodes(cluster: Cluster, nodes: Sequence[Mapping[str, Any]]) -> None:
         )  # fmt: skip
 
 
-def _returned(ray: Any, reference: Any, overrides: Sequence[str]) -> JobReturn:
-    """The result of a task; a failed job where there is nothing, since its worker is gone."""
+def _ended(ray: Any, reference: Any, overrides: Sequence[str]) -> tuple[JobReturn, str]:
+    """The result of a task, and what it has printed; a failed job where there is nothing, since its worker is gone."""
     try:
-        found: JobReturn = ray.get(reference)
+        found: tuple[JobReturn, str] = ray.get(reference)
         return found
     except ray.exceptions.RayTaskError as error:
         failure: Exception = error.cause
@@ -223,11 +223,11 @@ def _returned(ray: Any, reference: Any, overrides: Sequence[str]) -> JobReturn:
         failure = RunError(f"its worker is gone, as Ray says: {str(error).strip().splitlines()[0]}")
     returned = JobReturn(overrides=overrides, status=JobStatus.FAILED)
     returned.return_value = failure
-    return returned
+    return returned, ""
 
 
-def _run(shared: tuple[Work, dict[Any, Any], Place], number: int, overrides: list[str]) -> JobReturn:
-    """A job in a worker of Ray's, as Hydra's launchers run it."""
+def _run(shared: tuple[Work, dict[Any, Any], Place], number: int, overrides: list[str]) -> tuple[JobReturn, str]:
+    """A job in a worker of Ray's, as Hydra's launchers run it, and what it has printed."""
     work, singletons, place = shared
     place.enter()
     setup_globals()
@@ -237,7 +237,10 @@ def _run(shared: tuple[Work, dict[Any, Any], Place], number: int, overrides: lis
         composed.hydra.job.id = f"{composed.hydra.job.name}_{number}"
         composed.hydra.job.num = number
     HydraConfig.instance().set_config(composed)
-    return run_job(
-        hydra_context=work.hydra_context, task_function=work.task_function, config=composed,
-        job_dir_key="hydra.sweep.dir", job_subdir_key="hydra.sweep.subdir",
-    )  # fmt: skip
+    printed = io.StringIO()
+    with redirect_stdout(printed), redirect_stderr(printed):
+        returned = run_job(
+            hydra_context=work.hydra_context, task_function=work.task_function, config=composed,
+            job_dir_key="hydra.sweep.dir", job_subdir_key="hydra.sweep.subdir",
+        )  # fmt: skip
+    return returned, printed.getvalue()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -87,7 +88,9 @@ def test_a_node_that_disappears_is_named_and_the_same_command_runs_what_is_missi
     finished = [run["name"] for run in jobs_of(tmp_path) if run["status"] == "FINISHED"]
     assert sorted(finished) == ["seed=0", "seed=1", "seed=2"]  # nothing twice
     assert [run["status"] for run in sweeps_of(tmp_path)] == ["FINISHED"]
-    # What jobs log comes into their folders; what they print to the terminal is up to Ray, which may be too late.
+    # What jobs print comes to the terminal with their results, and what they log into their folders.
+    lines = re.findall(r"^#\d+  (seed=\d)  ", said + again.stdout, re.MULTILINE)
+    assert sorted(lines) == ["seed=0", "seed=1", "seed=2"]
     assert len(list((tmp_path / "outputs" / "sweeps").glob("*/*/qexp.log"))) == 4
 
 
