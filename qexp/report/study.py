@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -103,12 +103,14 @@ class Study:
     target, CPU and kernels.
 
     records: whatever their status, in the order in which they started; top1: predicted classes by run id, where they
-    were fetched; latencies: timings by run id, those at the first batch size and number of threads first.
+    were fetched; latencies: timings by run id, those at the first batch size and number of threads first; apart: what
+    tells it from other studies of the same model, data set and CPU, as a clause, empty where there are none.
     """
 
     records: tuple[RunRecord, ...]
     top1: Mapping[str, Top1] = field(default_factory=dict)
     latencies: Mapping[str, tuple[Latency, ...]] = field(default_factory=dict)
+    apart: str = ""
 
     @cached_property
     def finished(self) -> tuple[RunRecord, ...]:
@@ -173,25 +175,73 @@ def studies(
         if record.status != "FINISHED":
             alike = [_in_common(record, groups.get(key, [record])[0]) for key in keys]
             others[alike.index(max(alike))].append(record)
-    result = []
+    result, beside, apart = [], _beside(records), _apart(groups)
     for key, unfinished in zip(keys, others, strict=True):
         mine = {id(record) for record in (*groups.get(key, ()), *unfinished)}
         chosen = tuple(record for record in records if id(record) in mine)
         latencies = {
             one.run_id: of_file(one, files[one.run_id]) if one.run_id in files else of_metrics(one) for one in chosen
         }
+        for name, against in beside.items():
+            if name in latencies:
+                latencies[name] = tuple(replace(one, reasons=(*one.reasons, against)) for one in latencies[name])
         classes = {one.run_id: top1[one.run_id] for one in chosen if one.run_id in top1} if top1 else {}
-        result.append(Study(chosen, classes, {name: found for name, found in latencies.items() if found}))
+        known = {name: found for name, found in latencies.items() if found}
+        result.append(Study(chosen, classes, known, apart.get(key, "")))
     return result
 
 
-# The tags of a finished run that its figures hold for, beside the CPU that `target` means.
-_HOLDS_FOR = ("float_digest", "data_digest", "kernel_signature", "cpu")
+# The tags of a finished run that its figures hold for, beside the CPU that `target` means, in words.
+_HOLDS_FOR = {"float_digest": "float model", "data_digest": "images", "kernel_signature": "INT8 kernels", "cpu": "CPU"}
 
 
 def _identity(record: RunRecord) -> tuple[str, ...]:
     target = value(record, "target")  # of no effect in flow=dynamic, whose figures hold for what ran here
     return Target.native if target == NOT_APPLICABLE else target, *(record.tags.get(name, "") for name in _HOLDS_FOR)
+
+
+def _apart(groups: Mapping[tuple[str, ...], Sequence[RunRecord]]) -> dict[tuple[str, ...], str]:
+    """For each group of runs, what tells it from those of the same model, data set and CPU by name, as a clause."""
+
+    def named(record: RunRecord) -> tuple[str, ...]:
+        of_study = (value(record, name) for name in ("model", "dataset", "target"))
+        return *of_study, *(record.tags.get(name, "") for name in ("cpu", "isa"))
+
+    firsts = {key: records[0] for key, records in groups.items()}
+    result = {}
+    for key, one in firsts.items():
+        alike = [other.tags for other in firsts.values() if named(other) == named(one)]
+        differing = [name for name in _HOLDS_FOR if len({tags.get(name) for tags in alike}) > 1]
+        result[key] = ", ".join(f"{_HOLDS_FOR[name]} {one.tags.get(name, '')[:8]}".strip() for name in differing)
+    return result
+
+
+def _beside(records: Sequence[RunRecord]) -> dict[str, str]:
+    """By run id, the reason against the timings of each run during which another host's run was on the same machine.
+
+    Such hosts are containers, or other namespaces, of one system: each may have a lock of its own, so none knows that
+    it has the machine alone.
+    """
+    machines: dict[str, list[RunRecord]] = {}
+    for record in records:
+        if {"boot", "host"} <= record.tags.keys():
+            machines.setdefault(record.tags["boot"], []).append(record)
+    found = {}
+    for runs in machines.values():
+        if len({one.tags["host"] for one in runs}) < 2:
+            continue
+        for one in runs:
+            others = (
+                other.tags["host"] for other in runs if other.tags["host"] != one.tags["host"] and _met(one, other)
+            )
+            if other_host := next(others, None):
+                found[one.run_id] = f"{other_host} ran at the same time, and is the same machine as {one.tags['host']}"
+    return found
+
+
+def _met(one: RunRecord, other: RunRecord) -> bool:
+    """True where two runs were going on at the same time."""
+    return one.start < (other.end or math.inf) and other.start < (one.end or math.inf)
 
 
 def _in_common(record: RunRecord, other: RunRecord) -> int:

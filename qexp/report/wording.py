@@ -30,7 +30,7 @@ def sentence(clause: str) -> str:
 
 
 def study(found: Study) -> str:
-    """Model, data set and machine, which the runs of a study have in common."""
+    """Model, data set and machine, which the runs of a study have in common, and what else tells it from others."""
     first = next(iter(found.finished or found.records))
     tags = first.tags
     target = value(first, "target")
@@ -38,6 +38,7 @@ def study(found: Study) -> str:
     parts = [f"{value(first, 'model')} on {value(first, 'dataset')}", where]
     if target not in ("native", "n/a"):
         parts.append(f"for target={target}")
+    parts.append(found.apart)
     return ", ".join(part for part in parts if part)
 
 

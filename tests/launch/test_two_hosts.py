@@ -1,4 +1,7 @@
-"""Two hosts with one tracking server and one shared folder, where one host's sweep is killed in the middle."""
+"""Two hosts with one tracking server and one shared folder, where one host's sweep is killed in the middle.
+
+They are one machine in truth, so their timings are marked.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,14 @@ from typing import Any
 
 import pytest
 
+from qexp import tracking
+from qexp.report.study import studies
 from qexp.system import machine
 from tests.helpers import ROOT
-from tests.helpers.cli import SMALL
+from tests.helpers.cli import TORCHS
 from tests.helpers.hosts import Host
 from tests.helpers.jobs import wait_until
-from tests.helpers.stores import GROUP, jobs_of, sweeps_of
+from tests.helpers.stores import GROUP, jobs_of, settings, sweeps_of
 
 SECONDS = 180
 PORT = 5000
@@ -78,8 +83,9 @@ def test_each_runs_its_half_and_knows_its_own_orphans(
 
     def start(host: Host, seeds: str) -> subprocess.Popen[str]:
         given = [
-            *SMALL, f"model.checkpoint={checkpoint}", "calib=small", "per_layer.images=0", "compute.threads=1",
-            "saturation.exact_images=0", f"outputs={outputs}", "study=both", f"tracking.uri={address}",
+            "model=tiny", "train=fast", TORCHS, f"model.checkpoint={checkpoint}", "calib=small", "per_layer.images=0",
+            "compute.threads=1", "saturation.exact_images=0", f"outputs={outputs}", "study=both", "latency=quick",
+            "latency.seconds=0.1", f"tracking.uri={address}",
         ]  # fmt: skip
         command = host.command(sys.executable, "-m", "qexp", "-m", *given, f"calib.seed={seeds}")
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -118,6 +124,13 @@ def test_each_runs_its_half_and_knows_its_own_orphans(
     assert len({run["tags"]["host"] for run in runs}) == 2
     assert {run["tags"]["boot"] for run in runs} == {machine.boot()}  # of one machine, in truth
     assert {run["status"] for run in sweeps_of(tmp_path)} <= {"FINISHED", "KILLED"}
+    # The runs of the second that the first one's killed run was open beside: neither had the machine for itself.
+    records = tracking.of_study(tracking.connect(settings(), outputs), "both", ["qexp/digits"])
+    (found,) = studies([record for record in records if tracking.SWEEP_TAG not in record.tags])
+    timings = [one for record in found.finished if record.name in ("seed=2", "seed=3")
+               for one in found.latencies[record.run_id]]  # fmt: skip
+    assert timings
+    assert all("is the same machine as node2" in one.reasons[-1] for one in timings)
     # Both have made entries of the cache that they share.
     signed = [lock.read_text() for lock in (outputs / "cache").rglob("*.lock")]
     holders = [re.fullmatch(r"process \d+ on (node[12]) pid:\[\d+\], boot [0-9a-f]{8}", text) for text in signed]

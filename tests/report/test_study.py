@@ -9,7 +9,7 @@ import pytest
 
 from qexp.metrics import Metric
 from qexp.records import RunRecord
-from qexp.report import study
+from qexp.report import study, wording
 from tests.helpers.rows import row
 
 
@@ -35,6 +35,35 @@ def test_figures_that_hold_for_something_else_are_another_study(tag: str) -> Non
     other = replace(other, tags={**other.tags, tag: "other"})
     found = study.studies([one, other, made("c")])
     assert [[record.name for record in each.records] for each in found] == [["a", "c"], ["b"]]
+
+
+def test_two_of_one_name_are_told_apart_by_what_differs() -> None:
+    one, other = made("a"), made("b")
+    other = replace(other, tags={**other.tags, "kernel_signature": "0123456789abcdef"})
+    found = study.studies([one, other, made("c", "another CPU")])
+    assert [each.apart for each in found] == ["INT8 kernels k", "INT8 kernels 01234567", ""]
+    headings = [wording.study(each) for each in found]
+    assert len(set(headings)) == 3
+    assert headings[1] == f"{headings[2]}, INT8 kernels 01234567"
+    assert [each.apart for each in study.studies([made("a"), made("b")])] == [""]
+
+
+def test_what_two_hosts_of_one_machine_time_at_the_same_time_is_not_trusted() -> None:
+    def on(name: str, host: str, boot: str, start: float, end: float | None) -> RunRecord:
+        record = timed(made(name), eager=2.0)
+        return replace(record, start=start, end=end, tags={**record.tags, "host": host, "boot": boot})
+
+    runs = [
+        on("first", "node1", "x", 0, 10), on("beside", "node2", "x", 5, None), on("before", "node3", "x", -9, -1),
+        on("elsewhere", "node4", "y", 0, 10), on("same host", "node1", "x", -20, -10),
+        timed(made("unknown"), eager=2.0),
+    ]  # fmt: skip
+    (found,) = study.studies(runs)
+    against = {run.name: found.latencies[run.run_id][0].reasons for run in runs}
+    assert {name: reasons for name, reasons in against.items() if reasons} == {
+        "first": ("node2 ran at the same time, and is the same machine as node1",),
+        "beside": ("node1 ran at the same time, and is the same machine as node2",),
+    }
 
 
 def test_the_cpu_that_is_meant_splits_too() -> None:
