@@ -43,6 +43,23 @@ def test_a_stop_holds_for_the_question_that_it_was_made_by(composed: Callable[..
 
 
 @pytest.mark.slow
+def test_jobs_of_a_launcher_race_too(qexp: Command, tmp_path: Path, checkpoint: Path) -> None:
+    """In joblib's workers; those of others find each other in the same way, by a folder."""
+    raced = qexp(
+        "-m", f"model.checkpoint={checkpoint}", "latency=off", "study=race", "report.margin=0.03", "racing=true",
+        "runtimes=[torchscript]", "qconfig.weight.bits=8,2", "compute.threads=1", "hydra/launcher=joblib",
+        "calib=small", "per_layer.images=0", "saturation.exact_images=0",
+    )  # fmt: skip
+    assert raced.returncode == 0, raced.stderr
+    (good, bad), of_sweep = runs(tmp_path)
+    assert (good.status, bad.status) == ("FINISHED", "KILLED")
+    assert "error" not in bad.tags  # a worker that has lost a job leaves one
+    assert of_sweep == {"jobs/finished": 1, "jobs/failed": 0, "jobs/killed": 0, "jobs/stopped": 1}
+    assert f"stopped by racing: after {bad.metrics[Metric.race_images]:.0f} of 899 images (futility)" in raced.stdout
+    assert len(list((tmp_path / "outputs" / "racing").glob("*/*/*.npz"))) == 1  # the good one's, for others to read
+
+
+@pytest.mark.slow
 def test_a_planted_bad_setting_is_stopped_shown_and_not_run_again(
     qexp: Command, tmp_path: Path, checkpoint: Path
 ) -> None:
