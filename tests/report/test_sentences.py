@@ -41,7 +41,7 @@ def test_what_the_reader_must_know_has_a_code_and_a_sentence(composed: Callable[
         WarningCode.data_set_for_trying, WarningCode.one_model_a_thread, WarningCode.int8_not_faster
     }  # fmt: skip
     slower = said(composed(), LAYERS[:1], latency_valid="true", low=0.7, high=0.9)
-    assert slower[WarningCode.int8_slower] == "INT8 is slower than FP32 with flow=eager engine=x86 on this CPU."
+    assert slower[WarningCode.int8_slower] == "INT8 is slower than FP32 with flow=fx engine=x86 on this CPU."
     assert set(said(composed(), LAYERS[:1], low=1.1, high=1.2)) == {WarningCode.data_set_for_trying}
 
 

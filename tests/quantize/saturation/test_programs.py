@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -13,13 +14,16 @@ from torch import Tensor, fx, nn
 pytest.importorskip("torchao", reason="pip install 'qexp[pt2e]'")
 
 from qexp import quantize
-from qexp.config.schema import Engine, FlowName, Overflow, Placement, QConfig, Target
+from qexp.config.schema import Engine, FlowName, Overflow, Placement, QConfig, RuntimeName, Target
 from qexp.quantize import FLOWS, QuantizedModel, ReducedRange
 from qexp.quantize.calibration.grid import Side
-from qexp.quantize.saturation import programs
+from qexp.quantize.saturation import kernels, programs
 from qexp.quantize.saturation.accumulators import run_length
 from qexp.quantize.saturation.kernels import KINDS, Kernels, probe, resolve_overflow
 from qexp.quantize.saturation.programs import SaturatingProgram
+from qexp.runtimes import RUNTIMES, int8_kernels
+from qexp.runtimes.onnx_file import OnnxRuntime
+from tests.helpers import networks
 from tests.helpers.quantizable import Plain, images, settings, spec, trained
 
 FLOW = FLOWS[FlowName.pt2e]
@@ -183,3 +187,20 @@ def test_auto_guards_layers_where_a_runtime_of_the_program_saturates() -> None:
 
     assert resolved() is Overflow.none  # torch's kernels don't execute it
     assert resolved(replace(ELSEWHERE, there=KINDS)) is Overflow.layers
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not probe().dense_saturates(Engine.fbgemm), reason="this CPU's sums are exact")
+@pytest.mark.parametrize("name", [RuntimeName.onnxruntime, RuntimeName.openvino])
+def test_a_cpu_that_saturates_computes_what_is_emulated(name: RuntimeName, tmp_path: Path) -> None:
+    runtime = RUNTIMES[name]
+    assert isinstance(runtime, OnnxRuntime)
+    assert kernels.saturating(int8_kernels.probe(name)) == runtime.saturates_on_avx2 - {"conv_transpose"}
+    net, batch = networks.built("SqueezeExciteNet"), networks.images(16)
+    int8 = quantized(net, settings(), networks.images(32, seed=1))
+    path = runtime.export(int8.module, batch, tmp_path / "int8.onnx")
+    executed = runtime.load(path, lambda: net, None)(batch)
+    emulated = SaturatingProgram(int8.module, runtime.sums_as, runtime.saturates_on_avx2)
+    with torch.inference_mode():
+        to_exact, to_emulated = ((executed - one(batch)).square().mean().sqrt() for one in (int8.module, emulated))
+    assert to_emulated < 0.1 * to_exact
