@@ -195,7 +195,7 @@ def test_a_stopped_single_run_ends_as_killed_and_says_how_to_repeat_it(
 def test_a_failed_job_is_named_and_its_siblings_go_on(qexp: Run, tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text(FLAKY)
     result = qexp(
-        "model=custom", "model._target_=nets.Flaky", "+model.num_classes=10", "latency=off",
+        "flow=eager", "model=custom", "model._target_=nets.Flaky", "+model.num_classes=10", "latency=off",
         "calib.batch_size=16,7,8", "calib.batches=2", "-m",
     )  # fmt: skip
     assert result.returncode == 1
