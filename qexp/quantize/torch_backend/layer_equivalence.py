@@ -541,8 +541,17 @@ class _Graphs:
         calls: dict[str, deque[_Call]] = {}
         modules = dict(self._int8.named_modules(remove_duplicate=False))
 
+        quantized: dict[Tensor, Tensor] = {}
+
         def run(node: fx.Node, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-            inputs = _tensors((args, kwargs))
+            if _dequantizes(node):
+                # Its readers are compared on the grid that the tensor was rounded and clipped to.
+                output = run(*args, **kwargs)
+                quantized[output] = args[0]
+                return output
+            inputs = _tensors(
+                map_aggregate((args, kwargs), lambda one: quantized.get(one, one) if isinstance(one, Tensor) else one)
+            )
             output = run(*args, **kwargs)
             kept = map_aggregate(output, lambda value: value.clone() if isinstance(value, Tensor) else value)
             module = modules[str(node.target)] if node.op == "call_module" else None
@@ -550,8 +559,9 @@ class _Graphs:
             calls.setdefault(tensor_of(node), deque()).append(_Call(module, computes, inputs, kept))
             return output
 
-        nodes = {node for node in self._int8.graph.nodes if node.op.startswith("call_") and tensor_of(node)}
-        return _Around(self._int8, {node for node in nodes if not only_changes_grid(node)}, run).run(images), calls
+        nodes = {node for node in self._int8.graph.nodes if node.op.startswith("call_")}
+        nodes = {node for node in nodes if _dequantizes(node) or (tensor_of(node) and not only_changes_grid(node))}
+        return _Around(self._int8, nodes, run).run(images), calls
 
     def run_float(self, images: Tensor, shadow: _Shadow) -> Any:
         modules = dict(self._fused.named_modules(remove_duplicate=False))
@@ -580,6 +590,10 @@ class _Graphs:
 
         nodes = {node for node in self._fused.graph.nodes if node.op.startswith("call_")}
         return _Around(self._fused, nodes, run).run(images)
+
+
+def _dequantizes(node: fx.Node) -> bool:
+    return node.op == "call_method" and node.target == "dequantize"
 
 
 class _Around(fx.Interpreter):

@@ -357,3 +357,27 @@ def test_a_run_whose_int8_model_is_another_function_fails(
     config = composed("model=tiny", "flow=fx", "engine=qnnpack", "latency=off", f"model.checkpoint={checkpoint}")
     with pytest.raises(RunError, match=r"blocks\.1\.conv1 \(ConvReLU2d\) has"):
         run.run_experiment(config, tmp_path)
+
+
+class Normalised(nn.Module):
+    """PoolFormer's mixer: what a function of torch's in FP32 returns is rounded before a pooling and a difference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.pool = nn.Conv2d(3, 8, 3), nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.group_norm(self.conv(x), 1)
+        return self.pool(x) - x
+
+
+def test_a_float_layer_that_reads_a_rounded_tensor_is_compared_on_its_grid() -> None:
+    right = case(Normalised(), FlowName.fx, Engine.onednn)
+    assert right.fault() == ""
+    assert 0.1 < right.deviations()["sub"].read < 0.51
+    int8 = copy.deepcopy(right.int8)
+    (difference,) = [node for node in int8.graph.nodes if node.name == "sub"]
+    difference.args = (difference.args[0], difference.args[0])
+    int8.recompile()
+    wrong = Case(right.fused, int8, right.flow, right.engine, right.prepared)
+    assert "sub (sub) reads a tensor that is" in wrong.fault()
