@@ -3,10 +3,11 @@
     pip install 'qexp[zoo]'
     make bench BENCH=zoo
     QEXP_BENCH_ZOO="resnet50d swin_tiny_patch4_window7_224" make bench BENCH=zoo     # some of them
+    QEXP_BENCH_ZOO_RUNTIMES="" make bench BENCH=zoo                                 # Q/DQ programs alone, in float
 
 Weights are random, and BatchNorm's statistics, calibration and evaluation are from crops of scikit-learn's two
 photographs: what is compared is which networks each flow takes, and what its places to quantize cost. The results of a
-network are kept in a file, so that a benchmark that was stopped goes on.
+network are kept in a file, so that a benchmark that was stopped goes on, and more runtimes are added to it.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ NAMED = "QEXP_BENCH_ZOO"
 NETWORKS = sized(tuple(ZOO.split()), ("tiny",))
 SIZE = sized(None, 32)  # of images, None: the network's own
 WAYS = ((FlowName.fx, Placement.every_op), (FlowName.pt2e, Placement.every_op), (FlowName.pt2e, Placement.layers))
-EXECUTED_BY = (RuntimeName.onnxruntime, RuntimeName.openvino)
-IMAGES = 16  # for calibration, and as many others for evaluation
+BY = "QEXP_BENCH_ZOO_RUNTIMES"
+IMAGES = 8  # for calibration, and as many others for evaluation
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -67,17 +68,14 @@ def zoo(outputs: str) -> None:
     for flow in dict.fromkeys(flow for flow, _ in WAYS):
         if flow.missing:
             print(f"flow={flow} is left out: it needs {flow.missing[0]}")
-    print(f"SQNR of logits against FP32, dB, in {' / '.join(EXECUTED_BY)}")
+    runtimes = executed_by()
+    print(f"SQNR of logits against FP32, dB, in {' / '.join(['the Q/DQ program', *runtimes])}")
     print(" | ".join(["network", *ways]))
     found = {}
     for name in os.environ.get(NAMED, "").split() or NETWORKS:
-        found[name] = _once(name, folder)
-        print(" | ".join([name, *(_cell(found[name][way]) for way in ways)]), flush=True)
-    for way in ways:
-        taken = [one[way] for one in found.values() if not one[way]["refused"]]
-        first = [one["sqnr_db"][EXECUTED_BY[0]] for one in taken if EXECUTED_BY[0] in one["sqnr_db"]]
-        median = f", {np.median(first):.1f} dB in the median" if first else ""
-        print(f"{way}: {len(taken)} of {len(found)} networks{median}")
+        found[name] = _once(name, folder, runtimes)
+        print(" | ".join([name, *(_cell(found[name][way], runtimes) for way in ways)]), flush=True)
+    _summarise(found, ways)
     for name, one in found.items():
         for way in ways:
             for sentence in (one[way]["refused"], *one[way]["runtimes_refused"]):
@@ -85,30 +83,58 @@ def zoo(outputs: str) -> None:
                     print(f"{name}, {way}: {sentence}")
 
 
-def _cell(result: dict[str, Any]) -> str:
+def executed_by() -> list[RuntimeName]:
+    """The runtimes asked for by the environment that are installed."""
+    asked = [RuntimeName(name) for name in os.environ.get(BY, "onnxruntime openvino").split()]
+    return [name for name in asked if not RUNTIMES[name].unavailable()]
+
+
+def _cell(result: dict[str, Any], runtimes: list[RuntimeName]) -> str:
     if result["refused"]:
         return "refused"
     parted = {runtime for runtime, times in result["times_rounding"].items() if times > MOST}
     cells = [f"{result['sqnr_db'][one]:.1f}{'!' * (one in parted)}" if one in result["sqnr_db"] else "–"
-             for one in EXECUTED_BY]  # fmt: skip
+             for one in ("program", *runtimes)]  # fmt: skip
     return " / ".join(cells)
 
 
-def _once(name: str, folder: Path) -> dict[str, Any]:
+def _summarise(found: dict[str, Any], ways: list[str]) -> None:
+    """Print for each way how many networks it takes, and its programs' SQNR, also beside the first way's."""
+    of_way = {way: {name: one[way]["sqnr_db"]["program"] for name, one in found.items() if not one[way]["refused"]}
+              for way in ways}  # fmt: skip
+    for way, sqnr in of_way.items():
+        both = sqnr.keys() & of_way[ways[0]].keys()
+        beside = [sqnr[name] - of_way[ways[0]][name] for name in both]
+        said = f"{len(sqnr)} of {len(found)} networks, {_quartiles(list(sqnr.values()))} dB"
+        print(f"{way}: {said}; beside {ways[0]} in {len(both)}: {_quartiles(beside)} dB")
+
+
+def _quartiles(values: list[float]) -> str:
+    """Least, quartiles and greatest."""
+    return ", ".join(f"{one:.1f}" for one in np.quantile(values, (0, 0.25, 0.5, 0.75, 1))) if values else "–"
+
+
+def _once(name: str, folder: Path, runtimes: list[RuntimeName]) -> dict[str, Any]:
     """The results of one network by flow and placement, from the file that has them, or measured and written there."""
     path = folder / f"{name}.json"
     kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     asked = [(flow, placement) for flow, placement in WAYS if not flow.missing]
-    if any(f"{flow} {placement}" not in kept for flow, placement in asked):
+    left = [way for way in asked if not _whole(kept.get(" ".join(way)), runtimes)]
+    if left:
         torch.manual_seed(0)
         net, size = _built(name)
         images = photographs(2 * IMAGES, size)
         float_model.with_statistics(net, images[:IMAGES])
         net = net.eval().requires_grad_(False)
-        for flow, placement in asked:
-            kept.setdefault(f"{flow} {placement}", _result(net, flow, placement, images))
+        for flow, placement in left:
+            kept[f"{flow} {placement}"] = _result(net, flow, placement, images, runtimes)
             path.write_text(json.dumps(kept, indent=1) + "\n")
     return kept
+
+
+def _whole(result: dict[str, Any] | None, runtimes: list[RuntimeName]) -> bool:
+    """True if nothing is left to do for a network, flow and placement."""
+    return result is not None and (bool(result["refused"]) or set(runtimes) <= set(result["tried"]))
 
 
 def _built(name: str) -> tuple[nn.Module, int]:
@@ -133,8 +159,13 @@ def photographs(count: int, size: int) -> Tensor:
     return (torch.stack(made) - 0.45) / 0.225
 
 
-def _result(net: nn.Module, flow: FlowName, placement: Placement, images: Tensor) -> dict[str, Any]:
-    found: dict[str, Any] = {"refused": "", "runtimes_refused": [], "sqnr_db": {}, "times_rounding": {}, "layers": {}}
+def _result(
+    net: nn.Module, flow: FlowName, placement: Placement, images: Tensor, runtimes: list[RuntimeName]
+) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        **{"refused": "", "tried": list(runtimes), "runtimes_refused": []},
+        **{"sqnr_db": {}, "times_rounding": {}, "layers": {}},
+    }
     config = composed(
         "outputs", f"flow={flow}", f"qconfig.placement={placement}", "qconfig.overflow=none", "engine=onednn"
     )
@@ -151,10 +182,8 @@ def _result(net: nn.Module, flow: FlowName, placement: Placement, images: Tensor
     found["layers"]["program"] = sum(layer.int8 for layer in int8.layers), len(int8.layers)
     found["sqnr_db"]["program"] = _sqnr(fp32, exact)
     with tempfile.TemporaryDirectory() as folder:
-        for name in EXECUTED_BY:
+        for name in runtimes:
             runtime = RUNTIMES[name]
-            if runtime.unavailable():
-                continue
             path = Path(folder) / runtime.file(Precision.int8)
             try:
                 with quantize.engine(int8.engine):

@@ -53,7 +53,7 @@ class Pt2eFlow(Flow):
 
         with quiet():
             copied = cast(fx.GraphModule, sharing_copy(prepared.module))
-            return QuantizedModel(prepared, _plain(convert_pt2e(copied, fold_quantize=False)))
+            return QuantizedModel(prepared, _plain(convert_pt2e(copied)))
 
 
 def _plain(module: fx.GraphModule) -> fx.GraphModule:
