@@ -114,8 +114,8 @@ def test_a_model_that_raises_with_a_tensor_shows_none_of_it(
 ) -> None:
     (tmp_path / "teller.py").write_text(TELLER)
     result = qexp(
-        "model=custom", "model._target_=teller.Net", "+model.num_classes=10", f"+model.images={images}", "latency=off",
-        "calib.batches=2", "hydra.verbose=[qexp]", *more,
+        "flow=eager", "model=custom", "model._target_=teller.Net", "+model.num_classes=10", f"+model.images={images}",
+        "latency=off", "calib.batches=2", "hydra.verbose=[qexp]", *more,
     )  # fmt: skip
     assert result.returncode == 1
     assert "bad tensor(…)" in result.stderr + result.stdout

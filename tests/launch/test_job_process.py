@@ -490,8 +490,8 @@ def test_each_of_a_sweeps_jobs_fails_alone(
 ) -> None:
     (tmp_path / "nets.py").write_text(NETS)
     result = qexp(
-        "model=custom", "model._target_=nets.Trapped", "+model.num_classes=10", "latency=off", "job.timeout=30",
-        "calib.batch_size=16,5,6,7,9,8", "calib.batches=2", "-m",
+        "flow=eager", "model=custom", "model._target_=nets.Trapped", "+model.num_classes=10", "latency=off",
+        "job.timeout=30", "calib.batch_size=16,5,6,7,9,8", "calib.batches=2", "-m",
     )  # fmt: skip
     assert result.returncode == 1
     sentences = {
@@ -520,7 +520,7 @@ def test_a_single_run_that_crashes_has_failed(
     qexp: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     (tmp_path / "nets.py").write_text(NETS)
-    arguments = ["model=custom", "model._target_=nets.Trapped", "+model.num_classes=10", "latency=off"]
+    arguments = ["flow=eager", "model=custom", "model._target_=nets.Trapped", "+model.num_classes=10", "latency=off"]
     result = qexp(*arguments, "calib.batch_size=5")
     assert result.returncode == 1
     assert result.stderr == "the job's process was ended by SIGSEGV, a crash in compiled code.\n"
