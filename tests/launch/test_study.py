@@ -280,7 +280,8 @@ def test_a_study_goes_on_where_it_stopped_and_runs_again_what_has_changed(qexp: 
     (tmp_path / "usernet.py").write_text(NET)
     (tmp_path / "userparts.py").write_text("WIDTH = 8\n")
     (tmp_path / "fail").touch()
-    given = ["model=custom", "model._target_=usernet.Net", "+model.num_classes=10", "latency=off", "study=s", "-m"]
+    model = "flow=eager", "model=custom", "model._target_=usernet.Net", "+model.num_classes=10"
+    given = [*model, "latency=off", "study=s", "-m"]
 
     def sweep(*more: str) -> subprocess.CompletedProcess[str]:
         return qexp("calib.batch_size=16,7,8", "calib.batches=2", *given, *more)
