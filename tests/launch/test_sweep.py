@@ -137,6 +137,7 @@ def test_a_stop_ends_a_single_run_and_a_planned_sweep_in_words(
     single: Any = SimpleNamespace(config=SimpleNamespace(sweep=None), alone=True)
     monkeypatch.setattr(tracked_run, "run_single", lambda job: hit(number, then))
     monkeypatch.setattr(sweep, "exclude_from_dirname", lambda master: None)
+    monkeypatch.setattr(sweep, "may_be_pt2e", lambda master, overrides: False)
     monkeypatch.setattr(sweep, "plan", lambda *arguments: hit(number, then))
     monkeypatch.setattr(sweep, "launch", lambda *arguments: pytest.fail("went on after the stop"))
     nothing: Any = None
