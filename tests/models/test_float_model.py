@@ -533,7 +533,7 @@ def test_of_two_processes_one_trains_and_the_other_waits_and_loads(tmp_path: Pat
     processes = [context.Process(target=_train_in_a_process, args=(spec, tmp_path, queue)) for _ in range(2)]
     for process in processes:
         process.start()
-    results = [queue.get(timeout=120) for _ in processes]
+    results = [queue.get(timeout=400) for _ in processes]
     for process in processes:
         process.join(timeout=60)
     assert len({digest for digest, _ in results}) == 1
