@@ -35,7 +35,7 @@ from typing import Any, cast
 from tqdm import tqdm
 
 from qexp import errors
-from qexp.config.schema import Config, FlowName, RuntimeName
+from qexp.config.schema import Config, RuntimeName
 from qexp.launch import progress
 from qexp.system import console, credentials, processes
 
@@ -242,7 +242,7 @@ def start(config: Config, folder: Path) -> JobProcess:
     Its log records and warnings are handled in this process, and its result is the `outcome`. Raises RunError where no
     process can be started.
     """
-    start_server(pt2e=config.flow is FlowName.pt2e)
+    start_server(pt2e=bool(config.flow.packages))
     line = min(set(range(1, len(_lines) + 2)) - _lines) if progress.shown() else 0
     return _start_child("run_experiment", (config, folder), folder, config.job.timeout, line)
 

@@ -44,7 +44,7 @@ def exclude_from_dirname(master: DictConfig) -> None:
 def may_be_pt2e(master: DictConfig, overrides: Sequence[str]) -> bool:
     """True where jobs of a sweep may be of flow=pt2e, by its overrides as they were typed: none is composed yet."""
     swept = [one for one in overrides if one.startswith("flow=")]
-    return any(FlowName.pt2e in one for one in swept or [master.flow])
+    return any(flow in one for one in swept or [master.flow] for flow in FlowName if flow.packages)
 
 
 def sweep_overrides(composer: Composer, params: Sequence[str], typed: Sequence[str]) -> list[Override]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qexp.config import code_digest, identity, validation
 from qexp.config.error_messages import exit_with_message
-from qexp.config.schema import Config, FlowName, LogModel, cache_folder
+from qexp.config.schema import Config, LogModel, cache_folder
 from qexp.errors import ConfigError
 from qexp.launch import concurrent, folders, job_process, progress
 from qexp.launch.job import Job, tags
@@ -56,7 +56,7 @@ def run_single(job: Job) -> float | None:
         )
     if job.foreign:
         folders.check_free("hydra.sweep.subdir", job.folder)
-    job_process.start_server(pt2e=job.config.flow is FlowName.pt2e)
+    job_process.start_server(pt2e=bool(job.config.flow.packages))
     store = tracking.connect(job.config.tracking, Path(job.config.outputs), job.cwd)
     tracking.send_unsent(store, Path(job.config.outputs))
     close_orphans(store)
