@@ -248,11 +248,12 @@ def test_networks_that_nobody_wrote_for_quantization_run_in_both(name: str, tmp_
 def test_copies_answer_at_the_same_time_on_as_many_threads_as_torch_has(runtime: RuntimeName, tmp_path: Path) -> None:
     int8, batch = made("tiny", FlowName.eager), images(8)
     loaded = RUNTIMES[runtime].load(written(int8, tmp_path), nn.Identity, None)
-    alone = loaded(batch)
+    fp32, _ = torch_logits(int8, batch)
+    alone = loaded(batch).numpy()  # on other numbers of threads, a value in the middle of two steps may go either way
     with threads(2):
-        torch.testing.assert_close(loaded(batch), alone, rtol=0, atol=0.1)
+        assert times_rounding(fp32, alone, loaded(batch).numpy()) < 1
     for copy in loaded.copies(2):
-        torch.testing.assert_close(copy(batch), alone, rtol=0, atol=0.1)
+        assert times_rounding(fp32, alone, copy(batch).numpy()) < 1
 
 
 FRESH = """
