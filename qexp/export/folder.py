@@ -108,7 +108,10 @@ _CODE: Mapping[ExportFormat, Mapping[str, str]] = {
     },
     ExportFormat.pt2: {
         "imports": (
+            "import logging\n\n"
             "import torch\n\n"
+            'for name in ("torchao", "torch.utils._pytree"):  # of what GPUs alone need\n'
+            "    logging.getLogger(name).setLevel(logging.ERROR)\n"
             "try:  # either registers the operators that quantize and dequantize\n"
             "    import torchao.quantization.pt2e.quantize_pt2e\n"
             "except ImportError:\n"

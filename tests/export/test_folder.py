@@ -123,10 +123,10 @@ import sys
 
 sys.modules["qexp"] = None
 sys.path.insert(0, ".")
-import torchao.quantization.pt2e.quantize_pt2e
 import numpy as np
 from serve import logits
 
+assert "torchao" in sys.modules
 np.save("answers.npy", logits(np.load("check.npz")["images"]))
 """
 
@@ -149,7 +149,7 @@ def test_a_program_of_pt2e_is_served_by_torchao_and_holds_each_weight_once(tmp_p
     assert 4 * weights > 2_700_000
 
     done = subprocess.run([sys.executable, "-c", SERVED], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")  # torchao's words on libraries for GPUs are no news
     with np.load(tmp_path / "check.npz") as stored:
         np.testing.assert_allclose(np.load(tmp_path / "answers.npy"), stored["logits"], rtol=0, atol=1e-4)
 
