@@ -181,6 +181,7 @@ def result(
         config,
         predictions,
         measured.int8.qparams,
+        measured.int8.ranges_taken,
         measured.timings,
         measured.latency_from,
         measured.saved.artifacts,

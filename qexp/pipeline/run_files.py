@@ -132,11 +132,15 @@ def write_files(
     config: Config,
     predictions: Mapping[str, Predictions],
     qparams: Mapping[str, QParams],
+    ranges_taken: Mapping[str, str],
     timings: list[protocol.Timing],
     latency_from: str,
     artifacts: list[Artifact],
 ) -> dict[str, str]:
-    """Write all files but the table of layers into the run's folder. Returns artifact path -> path on disk."""
+    """Write all files but the table of layers into the run's folder. Returns artifact path -> path on disk.
+
+    ranges_taken: of activations, in words, by tensor name.
+    """
     fp32, int8 = predictions["fp32"], predictions["int8"]
     np.savez_compressed(
         folder / "predictions.npz",
@@ -144,9 +148,10 @@ def write_files(
     )  # fmt: skip
     _json(folder / "config.json", identity.plain(config))
     _json(folder / "qparams.json", {name: plain_qparams(value) for name, value in qparams.items()})
+    _csv(folder / "tensors.csv", TENSORS, [_tensor(name, value, ranges_taken) for name, value in qparams.items()])
     _json(folder / "model" / "artifacts.json", [_artifact(a) for a in artifacts])
     (folder / "model" / "load.py").write_text(loading_code(config, artifacts))
-    names = ["predictions.npz", "config.json", "qparams.json", "model"]
+    names = ["predictions.npz", "config.json", "qparams.json", "tensors.csv", "model"]
     if timings:
         rows = [_timing(t) for t in timings]
         _csv(folder / "latency.csv", list(rows[0]), rows)
@@ -223,6 +228,23 @@ def _csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) 
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
+
+
+TENSORS = ("name", "kind", "range_taken", "channels", "lowest", "highest", "scale", "zero_point", "qmin", "qmax")
+
+
+def _tensor(name: str, value: QParams, ranges_taken: Mapping[str, str]) -> dict[str, Any]:
+    """A row of the table of quantized tensors (tensors.csv): the values that its codes reach, and its grid.
+
+    channels: how many grids it has; scale: their largest; zero_point: empty where they differ.
+    """
+    low, high = ((value.scale * (code - value.zero_point)) for code in (value.qmin, value.qmax))
+    points = set(value.zero_point.tolist())
+    grid = {"scale": float(value.scale.max()), "zero_point": points.pop() if len(points) == 1 else None}
+    reach = {"channels": value.scale.size, "lowest": float(low.min()), "highest": float(high.max())}
+    taken = ranges_taken.get(name)
+    kind = {"kind": "weight" if taken is None else "activation", "range_taken": taken or "weights"}
+    return {"name": name, **kind, **reach, **grid, "qmin": value.qmin, "qmax": value.qmax}
 
 
 def plain_qparams(value: QParams) -> dict[str, Any]:

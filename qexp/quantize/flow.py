@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from qexp.config import schema
 from qexp.config.schema import Engine, Observer, QConfig
-from qexp.quantize.calibration.observers import observed_qparams
+from qexp.quantize.calibration.observers import observed_qparams, ranges_taken
 from qexp.quantize.graph.exported import is_program
 from qexp.quantize.inspection.programs import program_layers
 from qexp.quantize.torch_backend.engines import engine
@@ -89,6 +89,11 @@ class QuantizedModel:
         from qexp.quantize.torch_backend.layers import read_qparams
 
         return read_qparams(self.prepared.module)
+
+    @cached_property
+    def ranges_taken(self) -> dict[str, str]:
+        """Where the range of each quantized activation was taken, in words, by tensor name."""
+        return ranges_taken(self.prepared.module)
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:

@@ -258,7 +258,20 @@ def test_the_verdict_names_saturation_where_it_is_the_cause() -> None:
 
 def test_what_answers_for_the_target_is_in_the_files(run: Callable[..., Result], tmp_path: Path) -> None:
     result = run("qconfig.overflow=none")
-    assert set(result.files) >= {"layers.csv", "layers.png", "config.json"}
+    assert set(result.files) >= {"layers.csv", "layers.png", "config.json", "tensors.csv"}
+    with (tmp_path / "run" / "tensors.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    grids = json.loads((tmp_path / "run" / "qparams.json").read_text())
+    assert [row["name"] for row in rows] == list(grids)
+    assert {(row["kind"], row["range_taken"]) for row in rows} == {
+        ("weight", "weights"), ("activation", "output"), ("activation", "after relu"),
+    }  # fmt: skip
+    for row in rows:
+        grid = grids[row["name"]]
+        pairs = list(zip(grid["scale"], grid["zero_point"], strict=True))
+        assert float(row["lowest"]) == pytest.approx(min(s * (grid["qmin"] - z) for s, z in pairs), rel=1e-6)
+        assert float(row["highest"]) == pytest.approx(max(s * (grid["qmax"] - z) for s, z in pairs), rel=1e-6)
+        assert int(row["channels"]) == len(pairs)
     assert (tmp_path / "run" / "layers.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "run" / "config.json").read_text())["saturation"]["exact_images"] == 1000
     assert result.verdict.margin == 0.02

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from qexp.config.schema import Scheme
 from qexp.models.class_names import derives_from
 from qexp.quantize.calibration.grid import QUANT_MAX, Grid
 from qexp.quantize.calibration.recording_observer import Recording
-from qexp.quantize.graph.tensor_names import tensor_names
+from qexp.quantize.graph.tensor_names import OBSERVER, called, is_observer, tensor_names
 from qexp.records import QParams
 
 _LIBRARIES = ("torch.ao.quantization.observer", "torchao.quantization.pt2e.observer")
 _UNIFORM = tuple(f"{library}.UniformQuantizationObserverBase" for library in _LIBRARIES)
+_CLAMP = re.compile(r"(?:^|\.|add_|Conv|BN|Linear)(relu6?|hardtanh|clamp)", re.IGNORECASE)
+"""In the name of a function, of an operator (`aten.relu.default`) or of a fused module (`ConvReLU2d`)."""
 _FIXED = tuple(f"{library}.FixedQParamsObserver" for library in _LIBRARIES)
 
 TENSOR_SCHEME = {Scheme.symmetric: torch.per_tensor_symmetric, Scheme.asymmetric: torch.per_tensor_affine}
@@ -116,3 +119,38 @@ def observed_qparams(prepared: nn.Module) -> dict[str, QParams]:
         for name, observer in observers(prepared).items()
         if name in names
     }
+
+
+def ranges_taken(prepared: nn.Module) -> dict[str, str]:
+    """Return where the range of each observed activation was taken, by its name.
+
+    `output` as it is computed, `after relu6` (and other operators) behind the clamp that follows, `after clamp to 0…6`
+    where the clamp is the observer's own, `fixed` by the function that computes it.
+    """
+    names = tensor_names(prepared)
+    found = {name: one for name, one in observers(prepared).items() if name in names}
+    computed = _computed(prepared)
+    return {names[name]: _taken(one, computed[name]) for name, one in found.items() if name in computed}
+
+
+def _computed(prepared: nn.Module) -> dict[str, str]:
+    """Return the function or the class that computes the activation that an observer sees, by the observer's name."""
+    if not isinstance(prepared, fx.GraphModule):
+        owners = {name: name.removesuffix(f".{OBSERVER}") for name in observers(prepared)}
+        return {name: type(prepared.get_submodule(owner)).__name__ for name, owner in owners.items()}
+
+    def computed_by(node: fx.Node) -> str:
+        return type(prepared.get_submodule(str(node.target))).__name__ if node.op == "call_module" else called(node)
+
+    sources = {str(node.target): node.all_input_nodes[0] for node in prepared.graph.nodes if is_observer(node)}
+    return {name: computed_by(source) for name, source in sources.items() if source.op != "get_attr"}
+
+
+def _taken(observer: nn.Module, computed: str) -> str:
+    if not records_range(observer):
+        return "fixed"
+    for hook in observer._forward_pre_hooks.values():
+        if isinstance(hook, ClampFirst):
+            return f"after clamp to {hook.low:g}…{hook.high:g}"
+    clamp = _CLAMP.search(computed)
+    return f"after {clamp.group(1).lower()}" if clamp else "output"

@@ -373,3 +373,19 @@ def test_what_has_no_grid_stays_as_it_is_between_int8_layers(kind: type[nn.Modul
     with quantize.engine(Engine.x86), torch.inference_mode():
         batch = images(5, seed=5)
         assert relative_error(converted(batch), net(batch)) < 0.1
+
+
+@pytest.mark.parametrize("flow", [FlowName.eager, FlowName.fx])
+def test_ranges_are_taken_behind_clamps(flow: FlowName) -> None:
+    def taken(clamp: type[nn.Module], **how: object) -> dict[str, str]:
+        settled, batch = spec(settings(**how)), images(8)  # type: ignore[arg-type]
+        prepared = FLOWS[flow].prepare(FLOWS[flow].fuse(trained(Chain(clamp)), settled, batch), settled, batch)
+        quantize.calibrate(prepared, [batch])
+        found = FLOWS[flow].convert(prepared).ranges_taken
+        assert found["fc"] == "output"
+        return {name: where for name, where in found.items() if name in ("features.0", "features.3", "features.6")}
+
+    assert set(taken(nn.ReLU6).values()) == {"after clamp to 0…6"}
+    assert set(taken(nn.ReLU6, range_after_clamp=False).values()) == {"output"}
+    assert set(taken(nn.ReLU).values()) == {"after relu"}
+    assert set(taken(nn.GELU if flow is FlowName.fx else nn.LeakyReLU).values()) == {"output"}
