@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ pytest.importorskip("torchao", reason="pip install 'qexp[pt2e]'")
 from qexp import quantize
 from qexp.config.schema import ActivationObserver, FlowName, Observer, Placement, QConfig
 from qexp.errors import InputError, RunError
+from qexp.models.float_model import Logits
 from qexp.quantize import FLOWS, QuantizedModel, qdq
 from qexp.quantize.graph.exported import exported
 from qexp.runtimes import RUNTIMES
@@ -115,6 +117,40 @@ def test_scales_and_zero_points_equal_torchaos_bit_for_bit(granularity: str, obs
     assert grids(found.module) == expected
 
 
+@pytest.mark.parametrize("observer", list(OBSERVERS))
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+def test_every_op_has_torchaos_grids_and_those_of_its_observers_elsewhere(granularity: str, observer: str) -> None:
+    net = trained(Averaged())
+    kind, parameters, ours = OBSERVERS[observer]
+    torchaos = set(directly(net, granularity, kind, parameters))
+    found = set(grids(quantized(net, settings(granularity), observer=ours).module))
+    assert torchaos < found
+    assert found - torchaos <= everywhere(net, kind, parameters)
+    assert len(found - torchaos) == 3  # what no layer reads: the last convolution's output, the sum and the logits
+
+
+def everywhere(net: nn.Module, kind: str, parameters: dict[str, Any]) -> set[tuple[Any, Any]]:
+    """The grid that an observer of torchao's gives to each tensor of the float graph."""
+    from torchao.quantization.pt2e import observer
+
+    made = partial(getattr(observer, kind), dtype=torch.uint8, qscheme=torch.per_tensor_affine, **parameters)
+    observers: dict[str, Any] = {}
+
+    class Watched(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> Any:
+            out = super().run_node(n)
+            if isinstance(out, Tensor) and n.op in ("placeholder", "call_function"):
+                observers.setdefault(n.name, made())(out)
+            return out
+
+    graph = exported(net, CALIBRATION[0])
+    with torch.no_grad():
+        for batch in CALIBRATION:
+            Watched(graph).run(batch)
+    qparams = [one.calculate_qparams() for one in observers.values()]
+    return {tuple(tuple(value.double().flatten().tolist()) for value in one) for one in qparams}  # type: ignore[misc]
+
+
 # ------------------------------------------------------------------------------------------------ where it quantizes
 
 
@@ -144,6 +180,17 @@ def test_every_op_quantizes_inputs_and_outputs_behind_their_clamps() -> None:
     assert one["conv1"].scale == one["max_pool2d"].scale
     assert one["conv1"].scale[0] * 255 == pytest.approx(6, abs=0.05)  # ReLU6 ends the range
     assert one["conv2"].zero_point[0] > 0  # no clamp follows it
+
+
+def test_the_table_of_tensors_says_where_each_range_was_taken() -> None:
+    assert quantized(trained(Block()), settings()).ranges_taken == {
+        "x": "output", "conv1": "after relu6", "max_pool2d": "output", "conv2": "output", "add": "after relu",
+        "mean": "output", "reshape": "output", "fc": "output",
+    }  # fmt: skip
+    wide = quantized(trained(Block()), settings(range_after_clamp=False)).ranges_taken
+    assert wide["conv1"] == "output"
+    layers = quantized(trained(Block()), replace(settings(), placement=LAYERS)).ranges_taken
+    assert layers == {"x": "output", "max_pool2d": "output", "reshape": "output"}
 
 
 def test_layers_quantizes_what_goes_into_layers_alone() -> None:
@@ -291,6 +338,30 @@ def test_networks_of_many_kinds_go_through(name: str) -> None:
             found[placement] = sqnr_db(signal, int8.module(batch) - expected)
     assert found[EVERY_OP] > 12
     assert found[LAYERS] > 15
+
+
+class Several(Block):
+    """Returns features beside its logits, in a tuple or a dictionary."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Any:
+        features = F.relu(self.bn1(self.conv1(x)))
+        logits = self.fc(features.mean((2, 3)))
+        return (features, logits) if self.kind is tuple else {"features": features, "logits": logits}
+
+
+@pytest.mark.parametrize(("kind", "output"), [(tuple, 1), (dict, "logits")])
+def test_logits_among_several_outputs_are_quantized(kind: type, output: int | str) -> None:
+    net, batch = Logits(trained(Several(kind)), output).eval(), images(16, seed=3)
+    with torch.inference_mode():
+        expected = net(batch)
+        for placement in (EVERY_OP, LAYERS):
+            found = quantized(net, replace(settings(), placement=placement))
+            assert [layer.kind for layer in found.layers if layer.int8] == ["conv", "linear"]
+            assert sqnr_db(expected, found.module(batch) - expected) > 25
 
 
 @pytest.mark.parametrize("placement", [EVERY_OP, LAYERS])
