@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "qexp needs Python 3.11 to 3.13, and $(PYTHON) is $$($(PYTHON) -V 2>&1); name another with: make PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the pinned packages into $(VENV) (once) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,pt2e,runtimes,optuna,joblib,postgresql,ray,submitit]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,pt2e,runtimes,zoo,optuna,joblib,postgresql,ray,submitit]"
 	@touch $@
 
 run: $(STAMP) ## run the main job, or another with ARGS="..."

@@ -5,9 +5,10 @@
     QEXP_BENCH_ZOO="resnet50d swin_tiny_patch4_window7_224" make bench BENCH=zoo     # some of them
     QEXP_BENCH_ZOO_RUNTIMES="" make bench BENCH=zoo                                 # Q/DQ programs alone, in float
 
-Weights are random, and BatchNorm's statistics, calibration and evaluation are from crops of scikit-learn's two
-photographs: what is compared is which networks each flow takes, and what its places to quantize cost. The results of a
-network are kept in a file, so that a benchmark that was stopped goes on, and more runtimes are added to it.
+Weights are random, where timm begins with zeros, too: behind a BatchNorm or a head of zeros nothing would be measured.
+BatchNorm's statistics, calibration and evaluation are from crops of scikit-learn's two photographs: what is compared is
+which networks each flow takes, and what its places to quantize cost. The results of a network are kept in a file, so
+that a benchmark that was stopped goes on, and more runtimes are added to it.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ NETWORKS = sized(tuple(ZOO.split()), ("tiny",))
 SIZE = sized(None, 32)  # of images, None: the network's own
 WAYS = ((FlowName.fx, Placement.every_op), (FlowName.pt2e, Placement.every_op), (FlowName.pt2e, Placement.layers))
 BY = "QEXP_BENCH_ZOO_RUNTIMES"
-IMAGES = 8  # for calibration, and as many others for evaluation
+IMAGES = 4  # for calibration, and as many others for evaluation
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -69,7 +70,8 @@ def zoo(outputs: str) -> None:
         if flow.missing:
             print(f"flow={flow} is left out: it needs {flow.missing[0]}")
     runtimes = executed_by()
-    print(f"SQNR of logits against FP32, dB, in {' / '.join(['the Q/DQ program', *runtimes])}")
+    print("SQNR of the Q/DQ program's logits against FP32, dB", end="")
+    print(f" / difference of {' / '.join(runtimes)} from it, over its own from FP32's" if runtimes else "")
     print(" | ".join(["network", *ways]))
     found = {}
     for name in os.environ.get(NAMED, "").split() or NETWORKS:
@@ -92,15 +94,14 @@ def executed_by() -> list[RuntimeName]:
 def _cell(result: dict[str, Any], runtimes: list[RuntimeName]) -> str:
     if result["refused"]:
         return "refused"
-    parted = {runtime for runtime, times in result["times_rounding"].items() if times > MOST}
-    cells = [f"{result['sqnr_db'][one]:.1f}{'!' * (one in parted)}" if one in result["sqnr_db"] else "–"
-             for one in ("program", *runtimes)]  # fmt: skip
-    return " / ".join(cells)
+    times = result["times_rounding"]
+    marked = {name: f"{value:.2f}{'!' * (value > MOST)}" for name, value in times.items()}
+    return " / ".join([f"{result['sqnr_db']:.1f}", *(marked.get(name, "–") for name in runtimes)])
 
 
 def _summarise(found: dict[str, Any], ways: list[str]) -> None:
     """Print for each way how many networks it takes, and its programs' SQNR, also beside the first way's."""
-    of_way = {way: {name: one[way]["sqnr_db"]["program"] for name, one in found.items() if not one[way]["refused"]}
+    of_way = {way: {name: one[way]["sqnr_db"] for name, one in found.items() if not one[way]["refused"]}
               for way in ways}  # fmt: skip
     for way, sqnr in of_way.items():
         both = sqnr.keys() & of_way[ways[0]].keys()
@@ -121,15 +122,23 @@ def _once(name: str, folder: Path, runtimes: list[RuntimeName]) -> dict[str, Any
     asked = [(flow, placement) for flow, placement in WAYS if not flow.missing]
     left = [way for way in asked if not _whole(kept.get(" ".join(way)), runtimes)]
     if left:
-        torch.manual_seed(0)
-        net, size = _built(name)
-        images = photographs(2 * IMAGES, size)
-        float_model.with_statistics(net, images[:IMAGES])
-        net = net.eval().requires_grad_(False)
+        net, images = network(name)
         for flow, placement in left:
-            kept[f"{flow} {placement}"] = _result(net, flow, placement, images, runtimes)
+            kept[f"{flow} {placement}"] = result(net, flow, placement, images, runtimes)
             path.write_text(json.dumps(kept, indent=1) + "\n")
     return kept
+
+
+def network(name: str, size: int | None = None) -> tuple[nn.Module, Tensor]:
+    """A network with the statistics of photographs, and these: IMAGES for calibration, and as many for evaluation.
+
+    size: of the images, its own if None.
+    """
+    torch.manual_seed(0)
+    net, own = _built(name)
+    images = photographs(2 * IMAGES, size or own)
+    float_model.with_statistics(net, images[:IMAGES])
+    return net.eval().requires_grad_(False), images
 
 
 def _whole(result: dict[str, Any] | None, runtimes: list[RuntimeName]) -> bool:
@@ -143,7 +152,16 @@ def _built(name: str) -> tuple[nn.Module, int]:
     importlib.import_module("qexp.system.torchvision_import")  # timm imports torchvision
     timm: Any = importlib.import_module("timm")
     net = timm.create_model(name, pretrained=False)
+    _without_zeros(net)
     return net, net.pretrained_cfg["input_size"][-1]
+
+
+def _without_zeros(net: nn.Module) -> None:
+    """Draw what is zero throughout, biases aside, in place: matrices as timm draws others, gains from 0.2 to 0.6."""
+    for name, parameter in net.named_parameters():
+        if not name.endswith("bias") and not parameter.any():
+            with torch.no_grad():
+                parameter.normal_(0, 0.02) if parameter.dim() > 1 else parameter.uniform_(0.2, 0.6)
 
 
 def photographs(count: int, size: int) -> Tensor:
@@ -159,28 +177,27 @@ def photographs(count: int, size: int) -> Tensor:
     return (torch.stack(made) - 0.45) / 0.225
 
 
-def _result(
+def result(
     net: nn.Module, flow: FlowName, placement: Placement, images: Tensor, runtimes: list[RuntimeName]
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        **{"refused": "", "tried": list(runtimes), "runtimes_refused": []},
-        **{"sqnr_db": {}, "times_rounding": {}, "layers": {}},
-    }
-    config = composed(
-        "outputs", f"flow={flow}", f"qconfig.placement={placement}", "qconfig.overflow=none", "engine=onednn"
-    )
-    spec = QuantizationSpec(config.qconfig, config.observer, config.engine)
+    """The SQNR of the program's logits, its layers in INT8, how far runtimes part from it, and refusals.
+
+    What runtimes execute has 7-bit weights, so that no CPU's sums saturate, and is compared with its own program.
+    """
+    found: dict[str, Any] = {"refused": "", "tried": list(runtimes), "runtimes_refused": []}
+    found |= {"sqnr_db": None, "layers": {}, "times_rounding": {}}
     calibration, batch = images[:IMAGES], images[IMAGES:]
     try:
-        int8 = _quantized(net, flow, spec, calibration)
+        int8 = _quantized(net, flow, _spec(flow, placement, "none"), calibration)
     except Exception as error:  # in a run, a model that torch can't quantize is refused with the reason
-        found["refused"] = one_line(error) if isinstance(error, QexpError) else _sentence(net, flow, spec, images[:1])
-        return found
-    with torch.inference_mode(), quantize.engine(int8.engine):
-        fp32 = net(batch).numpy()
-        exact = qdq.program(int8.module, batch)(batch).numpy()
+        refused = one_line(error) if isinstance(error, QexpError) else ""
+        return found | {"refused": refused or _sentence(net, flow, _spec(flow, placement, "none"), images[:1])}
+    fp32, exact = _answers(net, int8, batch)
+    found |= {"sqnr_db": _sqnr(fp32, exact)}
     found["layers"]["program"] = sum(layer.int8 for layer in int8.layers), len(int8.layers)
-    found["sqnr_db"]["program"] = _sqnr(fp32, exact)
+    if runtimes:
+        int8 = _quantized(net, flow, _spec(flow, placement, "weights"), calibration)
+        fp32, exact = _answers(net, int8, batch)
     with tempfile.TemporaryDirectory() as folder:
         for name in runtimes:
             runtime = RUNTIMES[name]
@@ -193,15 +210,31 @@ def _result(
             except QexpError as error:
                 found["runtimes_refused"].append(one_line(error))
                 continue
-            found["sqnr_db"][name] = _sqnr(fp32, logits)
             found["times_rounding"][name] = times_rounding(fp32, exact, logits)
             found["layers"][name] = runtime.layers(path, batch.shape)
     return found
 
 
+def _spec(flow: FlowName, placement: Placement, overflow: str) -> QuantizationSpec:
+    settings = (f"flow={flow}", f"qconfig.placement={placement}", f"qconfig.overflow={overflow}", "engine=onednn")
+    config = composed("outputs", *settings)
+    return QuantizationSpec(config.qconfig, config.observer, config.engine)
+
+
+def _answers(net: nn.Module, int8: QuantizedModel, batch: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The logits of the float model, and of the Q/DQ program in float."""
+    with torch.inference_mode(), quantize.engine(int8.engine):
+        return net(batch).numpy(), qdq.program(int8.module, batch)(batch).numpy()
+
+
+_FUSED: dict[FlowName, tuple[nn.Module, nn.Module]] = {}
+"""The last network that a flow fused, and what came out, which is the same with either placement."""
+
+
 def _quantized(net: nn.Module, flow: FlowName, spec: QuantizationSpec, images: Tensor) -> QuantizedModel:
-    fused = FLOWS[flow].fuse(net, spec, images)
-    prepared = FLOWS[flow].prepare(fused, spec, images)
+    if flow not in _FUSED or _FUSED[flow][0] is not net:
+        _FUSED[flow] = net, FLOWS[flow].fuse(net, spec, images)
+    prepared = FLOWS[flow].prepare(_FUSED[flow][1], spec, images)
     quantize.calibrate(prepared, images.split(8))
     int8 = FLOWS[flow].convert(prepared)
     quantize.check_layers(int8, images[:2])
