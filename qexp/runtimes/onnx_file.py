@@ -130,6 +130,7 @@ def _tidy(proto: onnx.ModelProto, tensors: list[str]) -> None:
             node.name = f"{unique}.quantize"
             if maker is not None:
                 maker.name = unique
+    _unshare_grids(graph, makers)
     for node in graph.node:
         del node.metadata_props[:]
         node.ClearField("doc_string")
@@ -138,6 +139,35 @@ def _tidy(proto: onnx.ModelProto, tensors: list[str]) -> None:
         for dim in value.type.tensor_type.shape.dim:
             if dim.HasField("dim_param"):
                 dim.dim_param = dim.dim_param.replace(symbol, BATCH)
+
+
+def _unshare_grids(graph: onnx.GraphProto, makers: dict[str, onnx.NodeProto]) -> None:
+    """Give each quantized tensor a scale and a zero point of its own, in place.
+
+    The exporter writes equal ones once. OpenVINO (2026.4), where it moves a dequantization behind a sum, multiplies its
+    zero point in place, and with it that of every other tensor that reads it.
+
+    makers: the node that computes each tensor.
+    """
+    values = {one.name: one for one in graph.initializer}
+    own: dict[str, onnx.TensorProto] = {}
+    for node in graph.node:
+        maker: onnx.NodeProto | None = node
+        if node.op_type == "DequantizeLinear":
+            maker = makers.get(node.input[0])
+            while maker is not None and maker.op_type == "Clip":
+                maker = makers.get(maker.input[0])
+        if maker is None or maker.op_type != "QuantizeLinear":
+            continue
+        for position, kind in ((1, "scale"), (2, "zero_point")):
+            name, value = f"{maker.name.removesuffix('.quantize') or maker.output[0]}.{kind}", node.input[position]
+            if value in values:
+                own.setdefault(name, type(values[value])()).CopyFrom(values[value])
+                own[name].name = node.input[position] = name
+    read = {name for node in graph.node for name in node.input}
+    kept = [one for one in graph.initializer if one.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend([*kept, *own.values()])
 
 
 def _is_common(node: fx.Node) -> bool:

@@ -244,6 +244,33 @@ def test_networks_that_nobody_wrote_for_quantization_run_in_both(name: str, tmp_
             assert times_rounding(fp32, expected, answers(runtime, path, batch)) < MOST, (runtime, count)
 
 
+class Context(nn.Module):
+    """Attention by one context vector, a sum over positions, as in MobileViTv2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj, self.fc = nn.Conv2d(3, 33, 1), nn.Conv2d(16, 16, 1), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).split([1, 16, 16], dim=1)
+        context = (torch.softmax(query, -1) * key).sum(-1, keepdim=True)
+        return self.fc(self.proj(torch.relu(value) * context.expand_as(value)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("runtime", THEIRS)
+def test_no_two_tensors_share_a_grid_which_openvino_changes_behind_a_sum(runtime: RuntimeName, tmp_path: Path) -> None:
+    symmetric = spec(settings(overflow="weights", activation_scheme="symmetric"))  # all zero points are 128
+    int8, batch = int8_of(trained(Context()), FlowName.fx, images(16), symmetric), images(16, seed=3)
+    path = written(int8, tmp_path)
+    graph = onnx.load(str(path)).graph
+    grids = [tuple(node.input[1:]) for node in graph.node if node.op_type == "QuantizeLinear"]
+    assert len(set(grids)) == len({zero_point for _, zero_point in grids}) == len(grids)
+    read = {name for node in graph.node for name in node.input}
+    assert {one.name for one in graph.initializer} <= read
+    fp32, expected = torch_logits(int8, batch)
+    assert times_rounding(fp32, expected, answers(runtime, path, batch)) < 1
+
+
 @pytest.mark.parametrize("runtime", THEIRS)
 def test_copies_answer_at_the_same_time_on_as_many_threads_as_torch_has(runtime: RuntimeName, tmp_path: Path) -> None:
     int8, batch = made("tiny", FlowName.eager), images(8)
