@@ -120,13 +120,29 @@ def _once(name: str, folder: Path, runtimes: list[RuntimeName]) -> dict[str, Any
     path = folder / f"{name}.json"
     kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     asked = [(flow, placement) for flow, placement in WAYS if not flow.missing]
-    left = [way for way in asked if not _whole(kept.get(" ".join(way)), runtimes)]
-    if left:
+    left = {way: _untried(kept.get(" ".join(way)), runtimes) for way in asked}
+    if any(one is not None for one in left.values()):
         net, images = network(name)
-        for flow, placement in left:
-            kept[f"{flow} {placement}"] = result(net, flow, placement, images, runtimes)
-            path.write_text(json.dumps(kept, indent=1) + "\n")
+        for way, untried in left.items():
+            if untried is not None:
+                kept[" ".join(way)] = _joined(kept.get(" ".join(way)), result(net, *way, images, untried))
+                path.write_text(json.dumps(kept, indent=1) + "\n")
     return kept
+
+
+def _untried(kept: dict[str, Any] | None, runtimes: list[RuntimeName]) -> list[RuntimeName] | None:
+    """The runtimes that are still to execute what a flow makes of a network; None if nothing is left to do."""
+    if kept is None:
+        return runtimes
+    return [name for name in runtimes if name not in kept["tried"] and not kept["refused"]] or None
+
+
+def _joined(kept: dict[str, Any] | None, more: dict[str, Any]) -> dict[str, Any]:
+    """A result with those of more runtimes."""
+    if kept is None:
+        return more
+    lists = {key: kept[key] + more[key] for key in ("tried", "runtimes_refused")}
+    return kept | lists | {key: kept[key] | more[key] for key in ("layers", "times_rounding")}
 
 
 def network(name: str, size: int | None = None) -> tuple[nn.Module, Tensor]:
@@ -139,11 +155,6 @@ def network(name: str, size: int | None = None) -> tuple[nn.Module, Tensor]:
     images = photographs(2 * IMAGES, size or own)
     float_model.with_statistics(net, images[:IMAGES])
     return net.eval().requires_grad_(False), images
-
-
-def _whole(result: dict[str, Any] | None, runtimes: list[RuntimeName]) -> bool:
-    """True if nothing is left to do for a network, flow and placement."""
-    return result is not None and (bool(result["refused"]) or set(runtimes) <= set(result["tried"]))
 
 
 def _built(name: str) -> tuple[nn.Module, int]:
