@@ -53,6 +53,7 @@ NAMED = "QEXP_BENCH_ZOO"
 NETWORKS = sized(tuple(ZOO.split()), ("tiny",))
 SIZE = sized(None, 32)  # of images, None: the network's own
 WAYS = ((FlowName.fx, Placement.every_op), (FlowName.pt2e, Placement.every_op), (FlowName.pt2e, Placement.layers))
+TORCHAO = "torchao's layers"
 BY = "QEXP_BENCH_ZOO_RUNTIMES"
 IMAGES = 4  # for calibration, and as many others for evaluation
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,6 +70,7 @@ def zoo(outputs: str) -> None:
     for flow in dict.fromkeys(flow for flow, _ in WAYS):
         if flow.missing:
             print(f"flow={flow} is left out: it needs {flow.missing[0]}")
+    ways += [TORCHAO] * (not FlowName.pt2e.missing)
     runtimes = executed_by()
     print("SQNR of the Q/DQ program's logits against FP32, dB", end="")
     print(f" / difference of {' / '.join(runtimes)} from it, over its own from FP32's" if runtimes else "")
@@ -100,14 +102,16 @@ def _cell(result: dict[str, Any], runtimes: list[RuntimeName]) -> str:
 
 
 def _summarise(found: dict[str, Any], ways: list[str]) -> None:
-    """Print for each way how many networks it takes, and its programs' SQNR, also beside the first way's."""
+    """Print for each way how many networks it takes, and its programs' SQNR, also beside the first and last way's."""
     of_way = {way: {name: one[way]["sqnr_db"] for name, one in found.items() if not one[way]["refused"]}
               for way in ways}  # fmt: skip
     for way, sqnr in of_way.items():
-        both = sqnr.keys() & of_way[ways[0]].keys()
-        beside = [sqnr[name] - of_way[ways[0]][name] for name in both]
-        said = f"{len(sqnr)} of {len(found)} networks, {_quartiles(list(sqnr.values()))} dB"
-        print(f"{way}: {said}; beside {ways[0]} in {len(both)}: {_quartiles(beside)} dB")
+        print(f"{way}: {len(sqnr)} of {len(found)} networks, {_quartiles(list(sqnr.values()))} dB", end="")
+        for other in dict.fromkeys((ways[0], ways[-1])):
+            both = sqnr.keys() & of_way[other].keys()
+            beside = [sqnr[name] - of_way[other][name] for name in both]
+            print(f"; beside {other} in {len(both)}: {_quartiles(beside)} dB" * (other != way), end="")
+        print()
 
 
 def _quartiles(values: list[float]) -> str:
@@ -121,8 +125,11 @@ def _once(name: str, folder: Path, runtimes: list[RuntimeName]) -> dict[str, Any
     kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     asked = [(flow, placement) for flow, placement in WAYS if not flow.missing]
     left = {way: _untried(kept.get(" ".join(way)), runtimes) for way in asked}
-    if any(one is not None for one in left.values()):
+    torchao = not FlowName.pt2e.missing and TORCHAO not in kept
+    if torchao or any(one is not None for one in left.values()):
         net, images = network(name)
+        if torchao:
+            kept[TORCHAO] = by_torchao(net, images)
         for way, untried in left.items():
             if untried is not None:
                 kept[" ".join(way)] = _joined(kept.get(" ".join(way)), result(net, *way, images, untried))
@@ -224,6 +231,31 @@ def result(
             found["times_rounding"][name] = times_rounding(fp32, exact, logits)
             found["layers"][name] = runtime.layers(path, batch.shape)
     return found
+
+
+def by_torchao(net: nn.Module, images: Tensor) -> dict[str, Any]:
+    """The SQNR of what torchao's own quantizer for x86 makes, with the same grids and observers, or its refusal."""
+    importlib.import_module("qexp.quantize.torchao_backend")  # which imports torchao without its words on GPUs
+    from torchao.quantization.pt2e import observer
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import QuantizationSpec as Spec
+    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import QuantizationConfig, X86InductorQuantizer
+
+    activation = Spec(torch.uint8, observer.MinMaxObserver, qscheme=torch.per_tensor_affine)
+    weight = Spec(torch.int8, observer.PerChannelMinMaxObserver, qscheme=torch.per_channel_symmetric, ch_axis=0)
+    quantizer = X86InductorQuantizer().set_global(QuantizationConfig(activation, None, weight, None))
+    calibration, batch = images[:IMAGES], images[IMAGES:]
+    found: dict[str, Any] = {"tried": [], "runtimes_refused": [], "times_rounding": {}, "layers": {}}
+    try:
+        with torch.no_grad():
+            prepared = prepare_pt2e(
+                torch.export.export(net, (calibration,), strict=True).module(check_guards=False), quantizer
+            )
+            prepared(calibration)
+            sqnr = _sqnr(net(batch).numpy(), convert_pt2e(prepared)(batch).numpy())
+    except Exception as error:  # of any kind: its quantizer fails with bare assertions, too
+        return found | {"refused": one_line(error) or type(error).__name__, "sqnr_db": None}
+    return found | {"refused": "", "sqnr_db": sqnr}
 
 
 def _spec(flow: FlowName, placement: Placement, overflow: str) -> QuantizationSpec:
