@@ -100,6 +100,9 @@ class Deviation:
 _ALLOWED_WEIGHT = 0.51
 # Attention was off by 2.4 steps and an LSTM of 49 tokens by 3.8; with tokens and images mixed up it is 60 and more.
 _ALLOWED_MANY = 16.0
+# Emulated sums of 2,016 products were two steps off in 5 of 44,000 outputs (EfficientFormer); another function differs
+# in most.
+_OTHERWISE = 1e-3
 
 
 def check_layers(model: QuantizedModel, images: Tensor) -> None:
@@ -385,7 +388,8 @@ def _saturated(call: _Call, expected: Tensor, given: Tensor, allowed: float, eng
     """True if saturating 16-bit accumulators explain a layer's unexpected output.
 
     That is: this machine's kernels have such accumulators, they can overflow with the layer's input, and emulated ones
-    produce the same output; or, if they can't be emulated, exact ones (qnnpack's) produce the expected output.
+    produce the same output but for a thousandth of its values; or, if they can't be emulated, exact ones (qnnpack's)
+    produce the expected output.
     """
     layer: Any = call.module
     inner = layer.conv if isinstance(layer, AfterStride) else layer
@@ -398,7 +402,8 @@ def _saturated(call: _Call, expected: Tensor, given: Tensor, allowed: float, eng
         return False
     if not emulation.not_emulated(alone):
         emulated = emulation.with_emulated_accumulators(alone, engine)(inputs)
-        return int((emulated.int_repr().int() - given.int_repr().int()).abs().max()) <= 1
+        off = (emulated.int_repr().int() - given.int_repr().int()).abs() > 1
+        return float(off.float().mean()) < _OTHERWISE
     with torch_engine(Engine.qnnpack):
         exact = copy.deepcopy(layer)  # packs the weights again
         fit_biases(exact)
