@@ -11,6 +11,7 @@ import re
 import tempfile
 from abc import abstractmethod
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,6 +132,7 @@ def _tidy(proto: onnx.ModelProto, tensors: list[str]) -> None:
             if maker is not None:
                 maker.name = unique
     _unshare_grids(graph, makers)
+    _reduce_maps(graph)
     for node in graph.node:
         del node.metadata_props[:]
         node.ClearField("doc_string")
@@ -139,6 +141,55 @@ def _tidy(proto: onnx.ModelProto, tensors: list[str]) -> None:
         for dim in value.type.tensor_type.shape.dim:
             if dim.HasField("dim_param"):
                 dim.dim_param = dim.dim_param.replace(symbol, BATCH)
+
+
+def _reduce_maps(graph: onnx.GraphProto) -> None:
+    """Write means and sums of tensors of three dimensions as those of maps, of four, in place.
+
+    Where OpenVINO (2026.4) fuses a dequantization or a product with constants with a reduction of three dimensions, it
+    answers for several images with memory that nothing was written to.
+    """
+    from onnx import numpy_helper
+
+    ranks = {one.name: len(one.type.tensor_type.shape.dim) for one in (*graph.input, *graph.value_info)}
+    values = {one.name: one for one in graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        reduces = node.op_type in ("ReduceMean", "ReduceSum") and ranks.get(node.input[0]) == 3
+        axes = values.get(node.input[1]) if reduces and len(node.input) > 1 else None
+        over = [] if axes is None else sorted(int(axis) % 3 for axis in numpy_helper.to_array(axes).ravel())
+        nodes += [node] if over not in ([1], [2], [1, 2]) else _reduced_map(graph, node, over)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _reduced_map(graph: onnx.GraphProto, node: onnx.NodeProto, over: list[int]) -> list[onnx.NodeProto]:
+    """The nodes in place of a reduction of three dimensions, over the last, that before it, or both."""
+    from onnx import helper, numpy_helper
+
+    made: list[onnx.NodeProto] = []
+
+    def then(op: str, axes: Sequence[int] = (), **attributes: Any) -> None:
+        source = made[-1].output[0] if made else node.input[0]
+        operands = [source]
+        if axes:
+            operands.append(f"axes{''.join(map(str, axes))}")
+            if operands[1] not in {one.name for one in graph.initializer}:
+                graph.initializer.append(numpy_helper.from_array(np.array(axes, np.int64), operands[1]))
+        name = f"{node.name or node.output[0]}.{len(made)}"
+        made.append(helper.make_node(op, operands, [f"{node.output[0]}.{len(made)}"], name, **attributes))
+
+    keeps = next((one.i for one in node.attribute if one.name == "keepdims"), 1)
+    if over == [1]:
+        then("Transpose", perm=[0, 2, 1])
+    then("Unsqueeze", [1] if over == [1, 2] else [3])
+    then(node.op_type, [2, 3], keepdims=1)
+    made[-1].name = node.name
+    then("Squeeze", [3] if keeps else [1, 2, 3] if over == [1, 2] else [2, 3])
+    if keeps and over == [1]:
+        then("Transpose", perm=[0, 2, 1])
+    made[-1].output[0] = node.output[0]
+    return made
 
 
 def _unshare_grids(graph: onnx.GraphProto, makers: dict[str, onnx.NodeProto]) -> None:

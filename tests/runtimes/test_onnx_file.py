@@ -271,6 +271,44 @@ def test_no_two_tensors_share_a_grid_which_openvino_changes_behind_a_sum(runtime
     assert times_rounding(fp32, expected, answers(runtime, path, batch)) < 1
 
 
+class Reduced(nn.Module):
+    """Means and sums of tokens, which a normalisation reads."""
+
+    def __init__(self, over: tuple[int, ...], keep: bool, total: bool) -> None:
+        super().__init__()
+        self.over, self.keep, self.total = over, keep, total
+        self.conv, self.fc = nn.Conv2d(3, 16, 1), nn.LazyLinear(10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = torch.relu(self.conv(x)).flatten(2)
+        reduced = tokens.sum(self.over, self.keep) if self.total else tokens.mean(self.over, self.keep)
+        scaled = reduced * torch.linspace(0.5, 2, reduced.shape[-1])
+        return self.fc(scaled.reshape(x.shape[0], -1))
+
+
+REDUCTIONS = [((1,), False), ((1,), True), ((2,), False), ((2,), True), ((1, 2), True)]
+
+
+@pytest.mark.parametrize("total", [False, True])
+@pytest.mark.parametrize(("over", "keep"), REDUCTIONS)
+def test_reductions_of_tokens_are_right_for_several_images(
+    over: tuple[int, ...], keep: bool, total: bool, tmp_path: Path
+) -> None:
+    net, batch = Reduced(over, keep, total), images(33, seed=3)
+    net(batch)
+    trained(net)
+    path = onnx_file.write(net, batch, tmp_path / "fp32.onnx")
+    with torch.inference_mode():
+        expected = net(batch).numpy()
+    for runtime in THEIRS:
+        np.testing.assert_allclose(answers(runtime, path, batch), expected, rtol=1e-4, atol=1e-4)
+    int8 = int8_of(net, FlowName.fx, batch, spec(GUARDED))
+    path = written(int8, tmp_path)
+    fp32, expected = torch_logits(int8, batch)
+    for runtime in THEIRS:
+        assert times_rounding(fp32, expected, answers(runtime, path, batch)) < 1, runtime
+
+
 @pytest.mark.parametrize("runtime", THEIRS)
 def test_copies_answer_at_the_same_time_on_as_many_threads_as_torch_has(runtime: RuntimeName, tmp_path: Path) -> None:
     int8, batch = made("tiny", FlowName.eager), images(8)
