@@ -302,21 +302,24 @@ def start_run(
     resumed = os.environ.get("MLFLOW_RUN_ID") if resume else None
     if resumed:
         check_resumed(store, params, resumed)
-    with refused(store, f"the run {name}"):
-        if resumed:
-            run = _opened(store, lambda: _resume(store, resumed, system))
-        else:
-            experiment_id = experiment_id_of(store, experiment)
-            # Complete at once: a resumed sweep knows by its tags which job it was, were it killed the next moment.
-            known = {**system, **cut_tags(tags)}
-            run = _opened(store, lambda: store.client.create_run(experiment_id, tags=known, run_name=masked(name)))
+    run: Run | None = None
     try:
+        with refused(store, f"the run {name}"):
+            if resumed:
+                run = _opened(store, lambda: _resume(store, resumed, system))
+            else:
+                experiment_id = experiment_id_of(store, experiment)
+                # Complete at once: a resumed sweep knows by its tags which job it was, were it killed the next moment.
+                known = {**system, **cut_tags(tags)}
+                run = _opened(store, lambda: store.client.create_run(experiment_id, tags=known, run_name=masked(name)))
         run.log_params(params, tags if resumed else None)
     except RunError as error:
-        run.fail(str(error), traceback.format_exc())
+        if run is not None:
+            run.fail(str(error), traceback.format_exc())
         raise
     except BaseException:
-        run.kill()
+        if run is not None:
+            run.kill()
         raise
     return run
 
