@@ -207,23 +207,22 @@ def result(
     calibration, batch = images[:IMAGES], images[IMAGES:]
     try:
         int8 = _quantized(net, flow, _spec(flow, placement, "none"), calibration)
+        guarded = _quantized(net, flow, _spec(flow, placement, "weights"), calibration) if runtimes else int8
     except Exception as error:  # in a run, a model that torch can't quantize is refused with the reason
         refused = one_line(error) if isinstance(error, QexpError) else ""
         return found | {"refused": refused or _sentence(net, flow, _spec(flow, placement, "none"), images[:1])}
     fp32, exact = _answers(net, int8, batch)
     found |= {"sqnr_db": _sqnr(fp32, exact)}
     found["layers"]["program"] = sum(layer.int8 for layer in int8.layers), len(int8.layers)
-    if runtimes:
-        int8 = _quantized(net, flow, _spec(flow, placement, "weights"), calibration)
-        fp32, exact = _answers(net, int8, batch)
+    fp32, exact = _answers(net, guarded, batch) if runtimes else (fp32, exact)
     with tempfile.TemporaryDirectory() as folder:
         for name in runtimes:
             runtime = RUNTIMES[name]
             path = Path(folder) / runtime.file(Precision.int8)
             try:
-                with quantize.engine(int8.engine):
+                with quantize.engine(guarded.engine):
                     if not path.exists():
-                        runtime.export(int8.module, batch, path)
+                        runtime.export(guarded.module, batch, path)
                 logits = runtime.load(path, lambda: net, None)(batch).numpy()
             except QexpError as error:
                 found["runtimes_refused"].append(one_line(error))
